@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote_plus
 
 __all__ = [
     "app_path",
@@ -34,7 +35,7 @@ __all__ = [
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>ms|s|m|h|d)?", re.IGNORECASE)
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?)\s*(?P<unit>[kmgt]i?b?|b)?", re.IGNORECASE)
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # the rule for every id (contract, section 2)
+_QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")  # as definition.check_queue, which this module may not import
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
@@ -148,12 +149,12 @@ def names(raw: Any) -> tuple[str, ...]:
 
 
 def are_names(value: Any) -> tuple[str, ...]:
-    """A check: a tuple of ids."""
+    """A check: a tuple of queue names."""
     if not isinstance(value, tuple):
         raise _unlike("a tuple of names", value)
     for name in value:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise _unlike("names of 1 to 100 letters, digits, _ or -", name)
+        if not isinstance(name, str) or not _QUEUE.fullmatch(name):
+            raise _unlike("names of 1 to 100 letters, digits, _ . : or -", name)
     return value
 
 
@@ -233,9 +234,23 @@ def redact_uri(uri: str) -> str:
     return _SECRET_OPTION.sub(r"\g<key>=***", scheme + separator + rest)
 
 
-def redact_text(text: str) -> str:
-    """`text` with every MongoDB URI in it redacted: the last line of defence of log lines and error messages."""
+def redact_text(text: str, uri: str = "") -> str:
+    """`text` with every MongoDB URI in it redacted, and with what is secret in `uri` removed wherever it stands.
+
+    The last line of defence of log lines and error messages: drivers quote pieces of what they cannot parse.
+    """
+    for secret in _secrets(uri):
+        text = text.replace(secret, "***")
     return _URI_IN_TEXT.sub(lambda match: redact_uri(match[0]), text) if "mongodb" in text.lower() else text
+
+
+def _secrets(uri: str) -> list[str]:
+    """The password of `uri`, encoded and decoded, longest first; of a malformed one, all pieces it may consist of."""
+    credentials = uri.partition("://")[2].rpartition("@")[0]
+    pieces = re.split(r"[:/@?#]", credentials.partition(":")[2])
+    known = {*pieces, *map(unquote_plus, pieces), credentials.partition(":")[2]}
+    # Shorter ones would blot out half the message, and are no secret worth the name.
+    return sorted((piece for piece in known if len(piece) >= 3), key=len, reverse=True)
 
 
 def has_password(uri: str) -> bool:

@@ -163,7 +163,7 @@ def app_path(value: Any) -> str:
     text = value.strip() if isinstance(value, str) else ""
     module, colon, attribute = text.partition(":")
     dotted = [*module.split("."), *(attribute.split(".") if colon else [])]
-    if text.endswith(".py") or "/" in text:
+    if module.endswith(".py") or "/" in text:
         raise ValueError(f"expected module:attribute such as shop.flows:app, found the path {_shown(value)}; name the module, not its file")
     if not all(part.isidentifier() for part in dotted):
         raise _unlike("module:attribute such as shop.flows:app", value)

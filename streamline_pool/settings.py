@@ -224,7 +224,8 @@ def read_files(folder: Path) -> list[ConfigFile]:
     own = _read_toml(folder / "streamline-pool.toml")
     shared = _read_toml(folder / "pyproject.toml")
     found = [] if own is None else [ConfigFile("streamline-pool.toml", own)]
-    table = (shared or {}).get("tool", {}).get("streamline-pool")
+    tools = (shared or {}).get("tool")
+    table = tools.get("streamline-pool") if isinstance(tools, dict) else None
     if table is not None:
         if not isinstance(table, dict):
             raise SettingError("pyproject.toml: tool.streamline-pool must be a table", origin="file")

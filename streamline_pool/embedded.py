@@ -265,7 +265,8 @@ class EmbeddedServer:
             return False
         if [member["host"] for member in config["members"]] == [members[0]["host"]]:
             return True
-        # The folder was last served at another port. Forced, because only a primary may change its set without.
+        # The folder was last served at another port. Forced, because only a primary may change its set without. (Before this,
+        # mongod asks whoever listens at that port whether it is itself; one that never answers costs 30 s.)
         changed = {**config, "members": members, "version": config["version"] + 1}
         return bool(_command(connection, replSetReconfig=changed, force=True)["ok"])
 
@@ -301,7 +302,9 @@ class EmbeddedServer:
             readable, _, _ = select.select([self._channel], [], [], timeout_s)
             if not readable:
                 return None
-            chunk = self._channel.recv(4096)
+            chunk = b""
+            with contextlib.suppress(ConnectionResetError):  # end of file, when an order of ours was left unread
+                chunk = self._channel.recv(4096)
             if not chunk:
                 self.pid = 0
                 raise self._not_up(f"the watcher of mongod (pid {self._watcher.pid}) is gone, and mongod with it")
@@ -362,10 +365,10 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 
 def _last_words(log: Path) -> str:
-    """What a log holds of errors, or else its last lines, for the end of a message."""
+    """The first errors in a log, or else its last lines, for the end of a message."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
     errors = [line for line in lines if '"s":"E"' in line or '"s":"F"' in line or not line.startswith("{")]
-    return "".join(f"\n  {line[:400]}" for line in (errors or lines)[-3:]) + f"\n  (from {log})"
+    return "".join(f"\n  {line[:400]}" for line in errors[:3] or lines[-3:]) + f"\n  (from {log})"

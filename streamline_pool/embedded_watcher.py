@@ -17,7 +17,7 @@ Orders arrive one a line, each is answered by exactly one event, a line of JSON;
     halt            exited {code}     SIGTERM, which writes a checkpoint; SIGKILL after `stop_timeout_s`
     kill            exited {code}     SIGKILL
     suspend|resume  signalled         SIGSTOP, SIGCONT
-    (end of file)   everything above is undone, then this process exits
+    (end of file)   mongod is ended, then this process exits
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class _Watcher:
                     self._obey(*line.decode().split())
 
     def end(self) -> None:
-        """Stop mongod cleanly, however it was left, and remove what was temporary."""
-        self._end_mongod(signal.SIGTERM)
+        """Stop mongod, however it was left: cleanly, unless its data is temporary and removed with it."""
+        self._end_mongod(signal.SIGKILL if self._plan["temporary"] else signal.SIGTERM)
         if self._plan["temporary"]:
             shutil.rmtree(self._data_dir, ignore_errors=True)
 

@@ -1,0 +1,119 @@
+"""What is built and installed: real files under our own name only, beside supervisord in either order."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # installs from a package index
+
+ROOT = Path(__file__).parent.parent
+OURS = "import streamline_pool.supervisor as ours; print(ours.__name__)"
+THEIRS = "import supervisor, supervisor.options; print(supervisor.options.VERSION)"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel built from that sdist (which is what `build` does by default)."""
+    folder = tmp_path_factory.mktemp("dist")
+    run([sys.executable, "-m", "build", "--outdir", str(folder), str(checkout(tmp_path_factory.mktemp("source")))])
+    return folder
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of what git would give a stranger: committed and staged files, links as links."""
+    run(["git", "-C", str(ROOT), "checkout-index", "--all", f"--prefix={folder}/"])
+    return folder
+
+
+def run(command: list[str], *, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout.strip()
+
+
+def make_venv(folder: Path) -> Path:
+    """The `bin` of a new environment."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin"
+
+
+def pip_install(bin_dir: Path, *what: str) -> None:
+    done = subprocess.run(
+        [bin_dir / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what], capture_output=True, text=True
+    )
+    # pip says this when the index cannot be reached, and also when a name is unknown, which the names here are not.
+    if "No matching distribution found" in done.stderr or "Temporary failure in name resolution" in done.stderr:
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+
+
+def tracked(folder: str) -> set[str]:
+    return set(run(["git", "-C", str(ROOT), "ls-files", folder]).splitlines())
+
+
+def test_the_wheel_holds_real_files_under_our_name_only(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        assert {name.split("/")[0] for name in names} == {"streamline_pool", "streamline_pool-0.1.0.dist-info"}
+        assert {"streamline_pool/py.typed", "streamline_pool/embedded_watcher.py"} <= names
+        assert {f"streamline_pool/{name}" for name in tracked("supervisor")} <= names
+        assert archive.read("streamline_pool/supervisor/__init__.py") == (ROOT / "supervisor/__init__.py").read_bytes()
+        assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_real_files_and_no_link(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    assert members["streamline_pool/supervisor/__init__.py"].isfile()
+    assert {"pyproject.toml", "LICENSE", "streamline_pool/py.typed", "streamline_pool/embedded_watcher.py"} <= set(members)
+    assert not [name for name, member in members.items() if member.issym() or member.islnk()]
+
+
+@pytest.mark.parametrize("order", [("supervisor", "ours"), ("ours", "supervisor")], ids=" then ".join)
+def test_supervisord_and_we_work_side_by_side(order: tuple[str, str], built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    bin_dir = make_venv(tmp_path / "venv")
+    for what in order:
+        # supervisord imports pkg_resources, which came with setuptools until 82.
+        pip_install(bin_dir, *(("supervisor", "setuptools<82") if what == "supervisor" else (str(wheel),)))
+    version = run([str(bin_dir / "python"), "-c", THEIRS], cwd=tmp_path)
+    assert run([str(bin_dir / "supervisord"), "--version"], cwd=tmp_path) == version
+    assert run([str(bin_dir / "python"), "-c", OURS], cwd=tmp_path) == "streamline_pool.supervisor"
+    assert run([str(bin_dir / "streamline-pool"), "--version"], cwd=tmp_path)
+    pip_uninstall = [str(bin_dir / "python"), "-m", "pip", "uninstall", "--yes", "--quiet", "streamline-pool"]
+    run(pip_uninstall, cwd=tmp_path)
+    assert run([str(bin_dir / "supervisord"), "--version"], cwd=tmp_path) == version  # nothing of theirs went with us
+
+
+def test_an_editable_install_sees_the_working_tree_under_our_name_only(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "source")
+    bin_dir = make_venv(tmp_path / "venv")
+    pip_install(bin_dir, "-e", str(source))
+    python = str(bin_dir / "python")
+    where = run([python, "-c", "import streamline_pool.supervisor as ours; print(ours.__file__)"], cwd=tmp_path)
+    assert Path(where).resolve() == source / "supervisor" / "__init__.py"
+    missing = "import importlib.util; print(importlib.util.find_spec('supervisor'))"
+    # The only way to the top-level name is the working tree as current folder; the installed package does not offer it.
+    assert run([python, "-c", missing], cwd=tmp_path) == "None"
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    explained = (ROOT / "docs" / "dependencies.md").read_text()
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert [one for one in wanted if f"| `{one.split(';')[0]}` |" not in explained] == []
+
+
+def test_the_base_dependencies_are_these_five() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == ["pymongo>=4.13", "multiprocess", "psutil", "click", "orjson"]

@@ -1,0 +1,371 @@
+"""The private mongod: found, ready when it says so, and never left behind. Real servers, real kills."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from pymongo import MongoClient
+
+from streamline_pool import embedded
+from streamline_pool.errors import StoreUnavailableError
+from support import eventually
+
+GONE_S = 5.0  # 1 s measured for a clean end, most of it mongod's own; the rest is for a busy machine
+
+OWNER = """
+import json, os, signal, sys
+from streamline_pool import embedded
+server = embedded.start(sys.argv[1] or None)
+child = 0
+if sys.argv[2] == "fork":
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        while True:
+            signal.pause()
+print(json.dumps({"mongod": server.pid, "watcher": server.watcher_pid, "child": child, "data_dir": str(server.data_dir)}), flush=True)
+if sys.argv[2] == "return":
+    sys.exit(0)
+while True:
+    signal.pause()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A program that started a private mongod and now waits."""
+
+    process: subprocess.Popen[str]
+    mongod: int  # pid
+    watcher: int  # pid
+    child: int  # pid of what it forked afterwards, 0 if nothing
+    data_dir: Path
+
+    def gone(self) -> bool:
+        return not alive(self.mongod) and not alive(self.watcher)
+
+
+def alive(pid: int) -> bool:
+    # A zombie is dead; in a container nobody may ever collect it.
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextlib.contextmanager
+def an_owner(data_dir: Path | None, then: str = "wait") -> Iterator[Owner]:
+    command = [sys.executable, "-c", OWNER, "" if data_dir is None else str(data_dir), then]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        pids = json.loads(process.stdout.readline())
+        owner = Owner(process, pids["mongod"], pids["watcher"], pids["child"], Path(pids["data_dir"]))
+        try:
+            yield owner
+        finally:
+            for pid in (owner.child, process.pid, owner.watcher):
+                if pid and alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+    eventually(owner.gone)
+
+
+def insert(server: embedded.EmbeddedServer, value: int) -> None:
+    with MongoClient(server.uri) as client:
+        client.kept.values.insert_one({"_id": value})
+
+
+def stored(server: embedded.EmbeddedServer) -> list[int]:
+    with MongoClient(server.uri) as client:
+        return sorted(document["_id"] for document in client.kept.values.find())
+
+
+# -- ready when it says so ----------------------------------------------------------------------------------------------
+
+
+def test_a_started_server_takes_majority_writes_at_once() -> None:
+    with embedded.start(None) as server:
+        insert(server, 1)
+        assert stored(server) == [1]
+        assert tuple(map(int, server.version.split("."))) >= (6, 0)
+
+
+def test_starting_leaves_no_thread_behind() -> None:
+    """The supervisor forks afterwards; a thread that holds a lock at that moment would hang its children."""
+    before = set(threading.enumerate())
+    with embedded.start(None) as server:
+        assert set(threading.enumerate()) <= before
+        server.restart()
+        assert set(threading.enumerate()) <= before
+
+
+def test_a_temporary_folder_is_removed() -> None:
+    with embedded.start(None) as server:
+        assert server.data_dir.is_dir()
+    assert not server.data_dir.exists()
+
+
+def test_two_servers_run_side_by_side() -> None:
+    with embedded.start(None) as first, embedded.start(None) as second:
+        assert first.port != second.port
+        insert(first, 1)
+        assert stored(second) == []
+
+
+def test_an_uninitiated_server_answers_and_waits_for_its_set() -> None:
+    with embedded.start(None, initiate=False) as server, MongoClient("127.0.0.1", server.port, directConnection=True) as client:
+        assert client.admin.command("hello").get("setName") is None
+
+
+# -- never left behind --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_no_mongod_outlives_a_killed_owner(signum: signal.Signals, tmp_path: Path) -> None:
+    with an_owner(tmp_path) as owner:
+        os.kill(owner.process.pid, signum)
+        eventually(owner.gone, timeout=GONE_S)
+
+
+def test_no_mongod_outlives_an_owner_that_returns(tmp_path: Path) -> None:
+    with an_owner(tmp_path, then="return") as owner:
+        eventually(owner.gone, timeout=GONE_S)
+
+
+def test_no_mongod_outlives_the_owners_process_group(tmp_path: Path) -> None:
+    with an_owner(tmp_path) as owner:
+        os.killpg(owner.process.pid, signal.SIGKILL)
+        eventually(owner.gone, timeout=GONE_S)
+
+
+def test_no_mongod_outlives_the_owner_while_a_forked_child_lives_on(tmp_path: Path) -> None:
+    """Workers are forked after the server has started, and hold every descriptor of the supervisor open."""
+    with an_owner(tmp_path, then="fork") as owner:
+        os.kill(owner.process.pid, signal.SIGKILL)
+        eventually(owner.gone, timeout=GONE_S)
+        assert alive(owner.child)
+        embedded.start(tmp_path).stop()  # nor does the child keep the folder locked
+
+
+def test_no_mongod_outlives_the_watcher(tmp_path: Path) -> None:
+    with an_owner(tmp_path) as owner:
+        os.kill(owner.watcher, signal.SIGKILL)
+        eventually(owner.gone, timeout=GONE_S)
+
+
+def test_no_mongod_outlives_owner_and_watcher_killed_together(tmp_path: Path) -> None:
+    with an_owner(tmp_path) as owner:
+        os.kill(owner.watcher, signal.SIGSTOP)  # so that it cannot act on what comes next
+        os.kill(owner.process.pid, signal.SIGKILL)
+        os.kill(owner.watcher, signal.SIGKILL)
+        eventually(owner.gone, timeout=GONE_S)
+
+
+def test_a_suspended_mongod_is_ended_too(tmp_path: Path) -> None:
+    with an_owner(tmp_path) as owner:
+        os.kill(owner.mongod, signal.SIGSTOP)
+        os.kill(owner.process.pid, signal.SIGKILL)
+        eventually(owner.gone, timeout=GONE_S)
+
+
+def test_the_temporary_folder_of_a_killed_owner_is_removed() -> None:
+    with an_owner(None) as owner:
+        os.kill(owner.process.pid, signal.SIGKILL)
+        eventually(owner.gone, timeout=GONE_S)
+        assert not owner.data_dir.exists()
+
+
+def test_a_forked_child_cannot_stop_its_parents_server() -> None:
+    """A child that unwinds the parent's `with` block would take the database away from everybody."""
+    with embedded.start(None) as server:
+        pid = os.fork()
+        if pid == 0:
+            server.stop()
+            os._exit(0)
+        assert os.waitpid(pid, 0) == (pid, 0)
+        insert(server, 1)
+
+
+def test_stopping_after_the_watcher_was_killed_is_no_error(tmp_path: Path) -> None:
+    server = embedded.start(tmp_path)
+    os.kill(server.watcher_pid, signal.SIGKILL)
+    server.stop()
+    server.stop()
+
+
+def test_commanding_a_server_whose_watcher_was_killed_says_so(tmp_path: Path) -> None:
+    with embedded.start(tmp_path) as server:
+        os.kill(server.watcher_pid, signal.SIGKILL)
+        with pytest.raises(StoreUnavailableError, match="is gone, and mongod with it"):
+            server.restart()
+
+
+# -- the data stays -----------------------------------------------------------------------------------------------------
+
+
+def test_data_is_found_again_at_another_port(tmp_path: Path) -> None:
+    with embedded.start(tmp_path) as server:
+        insert(server, 1)
+        first_port = server.port
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", first_port))
+        with embedded.start(tmp_path) as server:
+            assert server.port != first_port
+            insert(server, 2)
+            assert stored(server) == [1, 2]
+
+
+def test_acknowledged_data_survives_the_death_of_everything(tmp_path: Path) -> None:
+    """SIGKILL of owner, watcher and mongod at once leaves a stale mongod.lock and an unfinished journal."""
+    server = embedded.start(tmp_path)
+    insert(server, 1)
+    for pid in (server.watcher_pid, server.pid):
+        os.kill(pid, signal.SIGKILL)
+    server.stop()
+    with embedded.start(tmp_path) as server:
+        assert stored(server) == [1]
+
+
+@pytest.mark.parametrize("outage", ["halt", "kill"])
+def test_restart_keeps_port_and_data(outage: str, tmp_path: Path) -> None:
+    with embedded.start(tmp_path) as server, MongoClient(server.uri) as client:
+        port, pid = server.port, server.pid
+        client.kept.values.insert_one({"_id": 1})
+        getattr(server, outage)()
+        assert server.pid == 0
+        assert not alive(pid)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 1)
+        server.restart()
+        assert server.port == port
+        assert client.kept.values.find_one() == {"_id": 1}  # the client from before finds it again
+
+
+def test_a_suspended_server_accepts_but_does_not_answer() -> None:
+    with embedded.start(None) as server, socket.create_connection(("127.0.0.1", server.port), 5) as connection:
+        server.suspend()
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            embedded._command(connection, hello=1)
+        server.resume()
+        connection.settimeout(5)
+        assert connection.recv(16)  # the late answer
+
+
+# -- what is in the way -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_by_name_and_pid(tmp_path: Path) -> None:
+    with embedded.start(tmp_path) as server:
+        with pytest.raises(StoreUnavailableError) as caught:
+            embedded.start(tmp_path)
+        assert caught.value.context == {"data_dir": str(tmp_path), "pid": server.pid}
+        assert str(tmp_path) in caught.value.message
+        assert str(server.pid) in caught.value.message
+        insert(server, 1)  # and the one that runs is not disturbed
+
+
+def test_a_folder_served_by_a_mongod_started_by_hand_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [embedded.find_mongod(), "--dbpath", tmp_path, "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as by_hand:
+        try:
+            lock = tmp_path / "mongod.lock"
+            eventually(lambda: lock.exists() and lock.read_text().strip() == str(by_hand.pid))
+            with pytest.raises(StoreUnavailableError) as caught:
+                embedded.start(tmp_path)
+            assert caught.value.context["pid"] == by_hand.pid
+        finally:
+            by_hand.kill()
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        port = squatter.getsockname()[1]
+        with pytest.raises(StoreUnavailableError, match=f"Port {port} .* is taken"):
+            embedded.start(None, port=port)
+
+
+def test_a_port_stolen_between_choice_and_use_is_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as squatter, socket.socket() as free:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        free.bind(("127.0.0.1", 0))
+        stolen, other = squatter.getsockname()[1], free.getsockname()[1]
+        free.close()
+        monkeypatch.setattr(embedded, "_free_ports", lambda: iter((stolen, other)))
+        with embedded.start(None) as server:
+            assert server.port == other
+
+
+def test_a_server_that_cannot_start_shows_what_its_log_said(tmp_path: Path) -> None:
+    (tmp_path / "WiredTiger").mkdir()  # where a file belongs
+    with pytest.raises(StoreUnavailableError, match="exited with code") as caught:
+        embedded.start(tmp_path)
+    assert "WiredTiger" in caught.value.message
+    assert "mongod.log" in caught.value.message
+
+
+# -- which mongod -------------------------------------------------------------------------------------------------------
+
+
+def test_without_any_mongod_the_error_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    with pytest.raises(StoreUnavailableError) as caught:
+        embedded.start(None)
+    assert "pip install 'streamline-pool[embedded]'" in caught.value.message
+    assert "--mongodb-uri" in caught.value.message
+
+
+def test_an_explicit_mongod_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailableError, match=r"no-such-mongod is not an executable"):
+        embedded.find_mongod(tmp_path / "no-such-mongod")
+
+
+def test_the_explicit_mongod_wins_over_path_and_path_over_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = embedded.find_mongod()
+    explicit, on_path = tmp_path / "explicit" / "mongod", tmp_path / "path" / "mongod"
+    for program in (explicit, on_path):
+        program.parent.mkdir()
+        program.symlink_to(real)
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    assert embedded.find_mongod(explicit) == explicit
+    assert embedded.find_mongod() == on_path
+
+
+def test_the_wheels_mongod_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel shares its top-level name with a large application, which must not be started to look for a file."""
+    package = tmp_path / "site" / "fiftyone"
+    (package / "db" / "bin").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    program = package / "db" / "bin" / "mongod"
+    shutil.copy(sys.executable, program)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert embedded.find_mongod() == program
+
+
+def test_a_file_that_is_not_a_program_is_reported_as_such(tmp_path: Path) -> None:
+    program = tmp_path / "mongod"
+    program.write_bytes(b"\x7fELF, but not really")
+    program.chmod(0o755)
+    with pytest.raises(StoreUnavailableError, match="could not be started"):
+        embedded.start(tmp_path / "data", mongod=program)

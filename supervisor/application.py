@@ -1,0 +1,140 @@
+"""From the command line to an application that is ready to use: settings, logging, import, private server.
+
+Owns the order of these steps and what each failure means for the exit code. Every sub-command begins here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamline_pool import embedded
+from streamline_pool.client import Streamline
+from streamline_pool.errors import StoreUnavailableError, ValidationError
+from streamline_pool.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
+from streamline_pool.supervisor.arguments import hide_password
+from streamline_pool.supervisor.console import CommandError, ExitCode
+from streamline_pool.supervisor.importing import AppImportError, import_app
+from streamline_pool.supervisor.logs import setup_logging
+from streamline_pool.supervisor.machine import usable_cpus
+from streamline_pool.supervisor.options import Invocation, pick
+
+__all__ = ["load_app", "opened", "served", "settle"]
+
+_log = logging.getLogger("streamline_pool.command")
+
+_ADDRESS_FILE = "address.json"
+"""Beside the private server's data: where it listens, so that a second command in this folder finds the first one's."""
+
+
+def settle(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
+    """The settings of this process, from the options of the group and then of the sub-command; logging follows them.
+
+    `quiet` keeps the log to warnings unless a level was asked for: right for commands that answer and end.
+    """
+    resolved = resolve({**Invocation.current().flags, **pick(values)}, os.environ, read_files(Path.cwd()), cpus=usable_cpus())
+    hide_password(resolved.settings.mongodb_uri)
+    given = resolved.source("log-level").kind != "default"
+    setup_logging(resolved.settings.log_format, resolved.settings.log_level if given or not quiet else "warning")
+    return resolved
+
+
+def load_app(resolved: Resolved, *, needed_for: str = "") -> tuple[Streamline | None, Resolved]:
+    """The application, if one is named, and the settings with what it says in code. `needed_for`: refuse to go on without.
+
+    A sub-command that only reads runs does without an application.
+    """
+    path = resolved.settings.app
+    if path is None:
+        if not needed_for:
+            return None, resolved
+        raise CommandError(
+            f"{needed_for} needs your application: give --app MODULE:ATTR (such as --app shop.flows:app), "
+            'or set STREAMLINE_APP, or write app = "MODULE:ATTR" into streamline-pool.toml.',
+            ExitCode.USAGE,
+        )
+    try:
+        app = import_app(path, warn=lambda text: _log.warning("import_started_threads", extra={"advice": text}))
+    except AppImportError as exc:
+        raise CommandError(f"cannot load the application {path}: {exc}", ExitCode.USAGE) from None
+    return app, resolved.with_code(_said_in_code(app), path)
+
+
+def _said_in_code(app: Streamline) -> dict[str, Any]:
+    """What the application's constructor was given, by option name; None for what it was not."""
+    return {"mongodb-uri": app.mongodb_uri, "database": app.database, "collection-prefix": app.collection_prefix}
+
+
+@contextlib.contextmanager
+def served(resolved: Resolved) -> Iterator[Settings]:
+    """The settings with the URI to use: that of a private server, running for as long as the block, if `--embedded`."""
+    settings = resolved.settings
+    if not settings.embedded:
+        yield settings
+        return
+    if resolved.source("mongodb-uri").kind == "flag":
+        raise CommandError("--embedded and --mongodb-uri each name a server; give one of them.", ExitCode.USAGE)
+    try:
+        server = embedded.start()
+    except StoreUnavailableError as exc:
+        found = _running_elsewhere(exc)
+        if found is None:
+            raise
+        _log.info("embedded_server_found", extra={"uri": found})
+        yield _on(settings, found)
+        return
+    with server:
+        address = server.data_dir / _ADDRESS_FILE
+        address.write_text(json.dumps({"uri": server.uri, "pid": server.pid}))
+        _log.info("embedded_server_started", extra={"uri": server.uri, "data_dir": str(server.data_dir), "version": server.version})
+        yield _on(settings, server.uri)
+
+
+def _running_elsewhere(refusal: StoreUnavailableError) -> str | None:
+    """The URI of the private server that another command in this folder runs, if that is why ours was refused."""
+    holder = refusal.context.get("pid")
+    if holder is None:
+        return None
+    try:
+        address = json.loads(Path(str(refusal.context["data_dir"]), _ADDRESS_FILE).read_text())
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(address["uri"]) if address.get("pid") == holder else None  # otherwise it is of an earlier server
+
+
+def _on(settings: Settings, uri: str) -> Settings:
+    return replace(settings, mongodb_uri=uri)
+
+
+@contextlib.contextmanager
+def opened(values: Mapping[str, Any], *, needed_for: str = "") -> Iterator[Streamline]:
+    """An application for one sub-command, connected at its first use and closed at the end."""
+    app, resolved = load_app(settle(values, quiet=True), needed_for=needed_for)
+    with served(resolved) as settings, blamed_on(resolved):
+        used = app or Streamline(settings.mongodb_uri, database=settings.database, collection_prefix=settings.collection_prefix)
+        used.configure(settings)
+        try:
+            yield used
+        finally:
+            used.close()
+
+
+@contextlib.contextmanager
+def blamed_on(resolved: Resolved) -> Iterator[None]:
+    """A URI that only the driver can judge is wrong: the exit code follows where the URI came from."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except ValidationError as exc:
+        if not exc.message.startswith("mongodb_uri"):
+            raise
+        source = resolved.source("mongodb-uri")
+        code = ExitCode.CONFIG if source.kind in ("file", "environment") else ExitCode.USAGE
+        raise CommandError(f"{source.where or 'mongodb-uri'}: {redact_text(exc.message, resolved.settings.mongodb_uri)}", code) from None

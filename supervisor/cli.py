@@ -1,0 +1,180 @@
+"""The command `streamline-pool`: its options, its sub-commands, and one exit code for every way to end.
+
+Owns the start of the pool and the translation of errors into words and exit codes. What sub-commands do is in
+commands.py and runs.py, what options mean in settings.py and options.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamline_pool.env import system_env
+from streamline_pool.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
+from streamline_pool.settings import OPTIONS, Resolved, SettingError, read_files, redact_uri
+from streamline_pool.supervisor import commands, runs
+from streamline_pool.supervisor.application import blamed_on, load_app, served, settle
+from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, say_error
+from streamline_pool.supervisor.logs import setup_logging
+from streamline_pool.supervisor.options import Invocation, pick, setting_options
+
+__all__ = ["cli", "main"]
+
+_log = logging.getLogger("streamline_pool.command")
+
+
+@click.group(
+    "streamline-pool", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@setting_options(*(option.name for option in OPTIONS))
+@click.option(
+    "--print-config", is_flag=True, envvar="STREAMLINE_PRINT_CONFIG", help="Print every setting and where it came from, then stop."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print answers as one JSON document.")
+@click.version_option(metadata.version("streamline-pool"), "-V", "--version", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(context: click.Context, print_config: bool, as_json: bool, **values: Any) -> int:
+    """Run durable workflows from MongoDB with a pool of worker processes.
+
+    Without a COMMAND: start the pool and work until told to stop (Ctrl-C or TERM). With one: look at runs or operate them.
+
+    Options may also be set in the environment (the name is beside each option) or in a file in the current folder:
+    streamline-pool.toml, or [tool.streamline-pool] in pyproject.toml. A flag beats the environment, which beats a file.
+
+    Exit codes: 0 done; 1 failure; 2 wrong usage, or your application cannot be imported; 3 database unreachable;
+    4 drain timeout passed (work was released, not lost); 5 no such run; 78 wrong value in a file or the environment.
+    """
+    context.obj = Invocation(flags=pick(values), as_json=as_json)
+    if context.invoked_subcommand is not None:
+        return ExitCode.OK
+    if print_config:
+        return _print_config(settle({}, quiet=True), as_json)
+    return _run_the_pool()
+
+
+for command in (*commands.ALL, runs.runs):
+    cli.add_command(command)
+
+
+def _run_the_pool() -> int:
+    """The pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
+    from streamline_pool.supervisor import pool
+
+    app, resolved = load_app(settle({}), needed_for="the pool")
+    assert app is not None, "load_app refuses to go on without an application"
+    with served(resolved) as settings, blamed_on(resolved):
+        app.configure(settings)
+        app.freeze()
+        code: int = pool.run_pool(app, settings, system_env(), banner=_banner(app, settings))
+        return code
+
+
+def _banner(app: Any, settings: Any) -> list[str]:
+    return []
+
+
+def _print_config(resolved: Resolved, as_json: bool) -> int:
+    """Every setting in the form of streamline-pool.toml, with its source as a comment."""
+    try:
+        _, resolved = load_app(resolved)
+    except CommandError as exc:  # what was asked for is the configuration; a broken application must not hide it
+        _log.warning("cannot_load_application", extra={"reason": exc.message, "so": "what it says in code is not shown"})
+    rows = {option.name: (getattr(resolved.settings, option.field), resolved.source(option.name)) for option in OPTIONS}
+    rows["mongodb-uri"] = (redact_uri(resolved.settings.mongodb_uri), resolved.source("mongodb-uri"))
+    if as_json:
+        print_json({name: {"value": value, "source": source.kind, "where": source.where or None} for name, (value, source) in rows.items()})
+        return ExitCode.OK
+    for name, (value, source) in rows.items():
+        unset = value is None or value == ()
+        text = f"# {name} is not set" if unset else f"{name} = {_toml(value)}"
+        click.echo(f"{text}  # {source.kind}{f': {source.where}' if source.where else ''}")
+    return ExitCode.OK
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, int | float):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings escape as JSON's do
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point. Every way to end goes through here, so that none shows a traceback for what a user can mend."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    log_format = _log_format(typed)
+    setup_logging(log_format, "info")
+    try:
+        code = cli.main(args=typed, prog_name="streamline-pool", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `runs list | head`. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.BROKEN_PIPE
+    except Exception as exc:
+        code = _say(exc, log_format)
+    sys.exit(int(code or 0))
+
+
+def _say(exc: Exception, log_format: str) -> ExitCode:
+    """Tell the user what happened; the code to end with."""
+    match exc:
+        case click.exceptions.Abort():
+            return ExitCode.INTERRUPTED
+        case click.ClickException() if log_format == "text":
+            exc.show()
+            return ExitCode.USAGE
+        case click.ClickException():
+            message, code = exc.format_message(), ExitCode.USAGE
+        case CommandError():
+            message, code = exc.message, exc.code
+        case SettingError():
+            message, code = exc.message, ExitCode.USAGE if exc.origin in ("flag", "code") else ExitCode.CONFIG
+        case StoreUnavailableError():
+            message, code = exc.message, ExitCode.UNREACHABLE
+        case WorkflowNotFoundError():
+            message, code = exc.message, ExitCode.NOT_FOUND
+        case ValidationError():
+            message, code = exc.message, ExitCode.USAGE
+        case WorkflowError():
+            message, code = str(exc), ExitCode.CRASH
+        case _:
+            _log.critical("crash", exc_info=exc)
+            return ExitCode.CRASH
+    say_error(message, log_format)
+    return code
+
+
+def _log_format(typed: Sequence[str]) -> str:
+    """The form of error messages before the options are parsed, or if they cannot be; wrong values count as text."""
+    for place, word in enumerate(typed):
+        if word == "--log-format" and place + 1 < len(typed):
+            return _known(typed[place + 1])
+        if word.startswith("--log-format="):
+            return _known(word.partition("=")[2])
+    in_environment = os.environ.get("STREAMLINE_LOG_FORMAT", "").strip()
+    if in_environment:
+        return _known(in_environment)
+    try:
+        in_files = [file.entries.get("log-format", file.entries.get("log_format")) for file in read_files(Path.cwd())]
+    except SettingError:
+        return "text"
+    return _known(next((found for found in in_files if found), "text"))
+
+
+def _known(word: object) -> str:
+    return "json" if str(word).strip().lower() == "json" else "text"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The sub-commands but for `runs`: check, demo, doctor, init-db, start, systemd, workers."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import orjson
+
+import streamline_pool
+from streamline_pool.client import Streamline
+from streamline_pool.errors import StoreUnavailableError
+from streamline_pool.model import Run, RunStatus
+from streamline_pool.supervisor.application import blamed_on, load_app, opened, served, settle
+from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span
+from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
+
+__all__ = ["ALL", "ended_well", "print_end"]
+
+
+@click.command()
+@setting_options(*CONNECTION)
+@json_option
+def check(as_json: bool, **values: Any) -> int:
+    """Import your application, validate its workflows, and see whether the database answers.
+
+    Exit code 0: all is well; 2: the application has a fault; 3: the database does not answer or refuses.
+    """
+    resolved = settle(values, quiet=True)
+    app, resolved = load_app(resolved, needed_for="check")
+    assert app is not None, "load_app refuses to go on without an application"
+    with served(resolved) as settings, blamed_on(resolved):
+        app.configure(settings)
+        app.freeze()
+        report = {"app": settings.app, "workflows": _described(app), "queues": sorted({flow.queue for flow in app.workflows.values()})}
+        try:
+            facts, fault = dict(app.server_info()), None
+        except StoreUnavailableError as exc:
+            facts, fault = {}, exc.message
+        finally:
+            app.close()
+    report |= {"ok": fault is None, "database": facts | {"ok": fault is None} | ({"error": fault} if fault else {})}
+    if as_json:
+        print_json(report)
+    else:
+        _print_check(report, resolved.settings.log_format)
+    return ExitCode.UNREACHABLE if fault else ExitCode.OK
+
+
+def _described(app: Streamline) -> list[dict[str, Any]]:
+    return [
+        {"id": flow.id, "version": flow.version, "queue": flow.queue, "steps": [_step_id(step) for step in flow.steps]}
+        for flow in app.workflows.values()
+    ]
+
+
+def _step_id(step: Any) -> str:
+    return step if isinstance(step, str) else str(step.id)
+
+
+def _print_check(report: Mapping[str, Any], log_format: str) -> None:
+    click.echo(f"Application {report['app']}: {len(report['workflows'])} workflow(s)")
+    print_table(
+        ("WORKFLOW", "VERSION", "QUEUE", "STEPS"),
+        [(flow["id"], flow["version"], flow["queue"], " → ".join(flow["steps"])) for flow in report["workflows"]],
+    )
+    if not report["workflows"]:
+        click.echo("It defines no workflow: a pool would have nothing to do. Is the module with the workflows imported?")
+    facts = report["database"]
+    if facts["ok"]:
+        click.echo(f"Database {facts['database']}: MongoDB {facts['version']}, {facts['topology']}")
+        if facts["topology"] == "standalone":
+            click.echo("Warning: this server is not a replica set, so one lost machine loses acknowledged work, and sessions do not work.")
+    else:
+        say_error(facts["error"], log_format)
+
+
+@click.command("init-db")
+@setting_options(*CONNECTION)
+@json_option
+def init_db(as_json: bool, **values: Any) -> int:
+    """Create the collections and indexes that the engine needs. Doing it again does no harm."""
+    with opened(values) as app:
+        names = list(app.init_db())
+        facts = app.server_info()
+    if as_json:
+        print_json({"database": facts["database"], "names": names})
+    else:
+        click.echo(f"Database {facts['database']} is ready: " + ", ".join(names))
+    return ExitCode.OK
+
+
+@click.command()
+@click.argument("workflow")
+@click.option("--input", "input_text", metavar="JSON", help="The run's input; @FILE reads a file, - reads standard input.")
+@click.option("--id", "run_id", metavar="TEXT", help="Id of the new run. Default: a random one.")
+@click.option("--idempotency-key", metavar="TEXT", help="If a run has this key already, show that one and start nothing.")
+@click.option("--priority", type=int, default=0, show_default=True, metavar="N", help="Higher is claimed first.")
+@click.option("--queue", metavar="NAME", help="Put the run on this queue instead of the workflow's own.")
+@click.option("--wait", is_flag=True, help="Wait for the run to end. Exit code 0: done; 1: failed or cancelled.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="With --wait: how long at most.")
+@setting_options(*CONNECTION)
+@json_option
+def start(workflow: str, input_text: str | None, wait: bool, timeout: float | None, as_json: bool, **values: Any) -> int:
+    """Store a run of WORKFLOW, to be worked on by any pool; prints its id."""
+    given = {name: values.pop(name) for name in ("run_id", "idempotency_key", "priority", "queue")}
+    run_input = _parsed_input(input_text)
+    with opened(values, needed_for="start") as app:
+        if workflow not in app.workflows:
+            raise CommandError(_no_such_workflow(workflow, list(app.workflows)), ExitCode.USAGE)
+        flow = app.workflows[workflow]
+        run = flow.start(run_input, **given)
+        if not as_json:
+            click.echo(run.id)
+        if wait:
+            try:
+                run = flow.wait_for(run.id, timeout=timeout)
+            except TimeoutError:
+                raise CommandError(
+                    f"run {run.id} has not ended within {timeout:g} s; it goes on. Look at it with: streamline-pool runs show {run.id}",
+                    ExitCode.CRASH,
+                ) from None
+    if as_json:
+        print_json(run.to_dict())
+    elif wait:
+        print_end(run)
+    return ExitCode.OK if not wait or ended_well(run) else ExitCode.CRASH
+
+
+def _parsed_input(text: str | None) -> Any:
+    if text is None:
+        return None
+    where = "--input"
+    try:
+        if text == "-":
+            text, where = sys.stdin.read(), "standard input"
+        elif text.startswith("@"):
+            where = text[1:]
+            text = Path(where).read_text("utf-8")
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        advice = " Text needs double quotes inside single ones: --input '\"text\"'." if where == "--input" else ""
+        raise CommandError(f"{where} is not JSON: {exc.msg} (line {exc.lineno}, column {exc.colno}).{advice}", ExitCode.USAGE) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise CommandError(f"--input: cannot read {where}: {getattr(exc, 'strerror', None) or exc}", ExitCode.USAGE) from None
+
+
+def _no_such_workflow(workflow: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(workflow, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"It has: {', '.join(known) or 'none'}."
+    return f"the application has no workflow {workflow!r}. {hint}"
+
+
+def ended_well(run: Run) -> bool:
+    """Whether a script that waited for `run` should go on."""
+    return run.status is RunStatus.DONE
+
+
+def print_end(run: Run) -> None:
+    """How a run ended, for people."""
+    took = f" after {span((run.ended_at - run.created_at).total_seconds())}" if run.ended_at else ""
+    click.echo(f"{run.status}{took}")
+    if run.error:
+        click.echo(f"error: {run.error.get('code')}: {run.error.get('message')}")
+    elif run.output is not None:
+        click.echo(f"output: {short(run.output, 2000)}")
+
+
+@click.command()
+@setting_options(*CONNECTION)
+@json_option
+def workers(as_json: bool, **values: Any) -> int:
+    """List the worker processes of every pool that has been seen in the last minute."""
+    with opened(values) as app:
+        found = list(app.workers())
+    if as_json:
+        print_json(found)
+        return ExitCode.OK
+    if not found:
+        click.echo("No pool has been seen in the last minute. Start one with: streamline-pool", err=True)
+        return ExitCode.OK
+    columns = {"HOST": "host", "PID": "pid", "STATE": "state", "IN FLIGHT": "in_flight", "RUNS": "runs_total", "STEPS": "steps_total"}
+    print_table(list(columns), [[str(worker.get(key, "-")) for key in columns.values()] for worker in found])
+    return ExitCode.OK
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> int:
+    """See the pool at work on the example in examples/stdlib_index.py; ARGUMENTS are the example's own."""
+    path = next((path for path in _example_places() if path.is_file()), None)
+    if path is None:
+        raise CommandError(
+            "the demo is not part of the installed package: it is examples/stdlib_index.py of the source repository. "
+            "Get the repository, change to its folder and call: streamline-pool demo",
+            ExitCode.USAGE,
+        )
+    return int(_module_at(path).main(list(arguments)) or 0)
+
+
+def _example_places() -> list[Path]:
+    """Beside the package in a checkout (or an editable install), then in the current folder."""
+    package = Path(streamline_pool.__file__).resolve().parent
+    return [folder / "examples" / "stdlib_index.py" for folder in (package.parent, Path.cwd())]
+
+
+def _module_at(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, f"{path} is a .py file"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that what it defines can be found again, as after an import
+    spec.loader.exec_module(module)
+    return module
+
+
+ALL: tuple[click.Command, ...] = (check, demo, init_db, start, workers)

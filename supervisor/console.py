@@ -1,0 +1,103 @@
+"""What the command says and the number it ends with. Owns exit codes, error texts, tables and JSON documents.
+
+Standard output carries answers only (with `--json` exactly one document); everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from enum import IntEnum
+from typing import Any
+
+import click
+import orjson
+
+from streamline_pool.settings import redact_text
+
+__all__ = ["CommandError", "ExitCode", "ago", "print_json", "print_table", "say_error", "short", "span"]
+
+_log = logging.getLogger("streamline_pool.command")
+
+
+class ExitCode(IntEnum):
+    """What a script can tell from `$?`."""
+
+    OK = 0
+    CRASH = 1  # also: the run watched or waited for did not end well
+    USAGE = 2  # a flag, an argument or the application
+    UNREACHABLE = 3  # the database
+    DRAIN_TIMEOUT = 4  # work was released, not lost
+    NOT_FOUND = 5  # no such run
+    CONFIG = 78  # EX_CONFIG of sysexits.h: a value in a file or the environment
+    INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+    BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class CommandError(Exception):
+    """The command cannot go on; `message` is for the user and says what to do."""
+
+    def __init__(self, message: str, code: ExitCode) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+
+def say_error(message: str, log_format: str) -> None:
+    """One error on standard error, in the form of the log lines around it."""
+    if log_format == "json":
+        _log.error("error", extra={"message_text": redact_text(message)})
+    else:
+        click.echo(f"Error: {redact_text(message)}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output: instants as ISO 8601 in UTC, bytes as base64, other BSON types as text."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
+    click.echo(orjson.dumps(value, default=_jsonable, option=options).decode())
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple | set | frozenset):
+        return list(value)
+    return str(value)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell; the last one is not padded."""
+    widths = [max(len(row[place]) for row in [headings, *rows]) for place in range(len(headings))]
+    for row in [headings, *rows]:
+        padded = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        click.echo("  ".join([*padded, row[-1]]).rstrip())
+
+
+def span(seconds: float) -> str:
+    """A length of time as people say it: `340 ms`, `12.3 s`, `4 min`, `3 h`, `12 d`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size or unit == "min":
+            return f"{seconds / size:.0f} {unit}"
+    raise AssertionError("the loop ends with minutes")
+
+
+def ago(moment: datetime | None, now: datetime) -> str:
+    """`12.3 s ago`, `in 4 min`, or `-` for no moment."""
+    if moment is None:
+        return "-"
+    distance = now - moment
+    return f"{span(distance.total_seconds())} ago" if distance >= timedelta(0) else f"in {span(-distance.total_seconds())}"
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """`value` on one line, cut after `limit` characters."""
+    text = " ".join((value if isinstance(value, str) else orjson.dumps(value, default=_jsonable).decode()).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,111 @@
+"""`streamline-pool doctor`: looks at everything a pool depends on and says what to mend."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
+
+import click
+
+from streamline_pool import embedded
+from streamline_pool.client import Streamline
+from streamline_pool.documents import RUN_INDEXES
+from streamline_pool.errors import StoreUnavailableError, WorkflowError
+from streamline_pool.settings import Resolved
+from streamline_pool.supervisor.application import blamed_on, load_app, served, settle
+from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, span
+from streamline_pool.supervisor.machine import usable_cpus
+from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
+
+__all__ = ["Finding", "doctor"]
+
+_OFFSET_WARN_S = 1.0
+"""The engine judges time by the server's clock, so a wrong clock here only misleads people who read logs."""
+
+
+class Finding(NamedTuple):
+    """One thing looked at."""
+
+    state: Literal["ok", "warn", "fail"]
+    name: str
+    text: str  # what was found, and what to do unless it is ok
+
+
+@click.command()
+@setting_options(*CONNECTION)
+@json_option
+def doctor(as_json: bool, **values: Any) -> int:
+    """Examine this machine, your application and the database, and say what to mend.
+
+    Exit code 0: nothing is broken (there may be warnings); 1: something is; 3: the database does not answer.
+    """
+    resolved = settle(values, quiet=True)
+    findings = [*_machine(), *_application_and_database(resolved)]
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            click.echo(f"{finding.state:4}  {finding.name}: {finding.text}")
+    failed = {finding.name for finding in findings if finding.state == "fail"}
+    return ExitCode.UNREACHABLE if "database" in failed else ExitCode.CRASH if failed else ExitCode.OK
+
+
+def _machine() -> Iterator[Finding]:
+    version = platform.python_version()
+    yield Finding("ok", "python", f"{version} at {sys.executable} on {platform.system()} {platform.machine()}")
+    packages = ("streamline-pool", "pymongo", "multiprocess", "psutil", "click", "orjson")
+    yield Finding("ok", "packages", ", ".join(f"{name} {metadata.version(name)}" for name in packages))
+    yield Finding("ok", "cpus", f"{usable_cpus()} usable: that is what --workers auto means here")
+    try:
+        yield Finding("ok", "mongod", f"{embedded.find_mongod()} (used by --embedded only)")
+    except StoreUnavailableError as exc:
+        yield Finding("warn", "mongod", f"{exc.message} (needed by --embedded only)")
+
+
+def _application_and_database(resolved: Resolved) -> Iterator[Finding]:
+    try:
+        app, resolved = load_app(resolved)
+    except CommandError as exc:
+        yield Finding("fail", "application", exc.message)
+        app = None
+    else:
+        if app is None:
+            yield Finding("warn", "application", "none given; name it with --app MODULE:ATTR to have it examined")
+    try:
+        with served(resolved) as settings, blamed_on(resolved):
+            if app is not None:
+                yield _workflows(app)
+            used = app or Streamline(settings.mongodb_uri, database=settings.database, collection_prefix=settings.collection_prefix)
+            used.configure(settings)
+            with used:
+                yield from _database(used)
+    except (StoreUnavailableError, CommandError) as exc:
+        yield Finding("fail", "database", exc.message)
+
+
+def _workflows(app: Streamline) -> Finding:
+    if not app.workflows:
+        return Finding("warn", "application", "it defines no workflow, so a pool has nothing to do")
+    try:
+        app.freeze()
+    except WorkflowError as exc:
+        return Finding("fail", "application", exc.message)
+    return Finding("ok", "application", f"{len(app.workflows)} workflow(s): {', '.join(app.workflows)}")
+
+
+def _database(app: Streamline) -> Iterator[Finding]:
+    facts = app.server_info()
+    alone = facts["topology"] == "standalone"
+    advice = "; not a replica set: sessions do not work, and one lost machine loses acknowledged work" if alone else ""
+    yield Finding("warn" if alone else "ok", "database", f"{facts['database']} on MongoDB {facts['version']}, {facts['topology']}{advice}")
+    offset_s = float(facts.get("offset_s", 0.0))
+    yield Finding("ok" if abs(offset_s) < _OFFSET_WARN_S else "warn", "clock", f"differs from the server's by {span(abs(offset_s))}")
+    present = set(app.runs.index_information())
+    missing = [index.name for index in RUN_INDEXES if index.name not in present]
+    if missing:
+        yield Finding("warn", "indexes", f"missing: {', '.join(missing)}; the first pool makes them, or: streamline-pool init-db")
+    else:
+        yield Finding("ok", "indexes", ", ".join(index.name for index in RUN_INDEXES))

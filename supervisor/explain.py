@@ -1,0 +1,124 @@
+"""Why a run is where it is, in one sentence. Pure: a stored run, the pools seen lately, the time -> text.
+
+Every non-terminal run is leased, or has `wakeAt`, or waits on a named outside act; this module says which, and for
+a run that is ready but not taken, what the pools that are alive lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from streamline_pool.supervisor.console import ago, short, span
+
+__all__ = ["explain"]
+
+Document = Mapping[str, Any]
+
+
+def explain(run: Document, hosts: Sequence[Document], now: datetime) -> str:
+    """One sentence on `run` as stored. `hosts` are the records of pools that have spoken lately; `now` is the server's time."""
+    status = run.get("status")
+    if status in ("done", "failed", "cancelled"):
+        return _ended(run, now)
+    if run.get("paused"):
+        return _paused(run)
+    if run.get("lease"):
+        return _held(run, now)
+    step = _current_step(run)
+    if status == "waiting" and step.get("status") == "waiting":
+        return _waiting(step, run, now)
+    return _claimable(run, step, hosts, now)
+
+
+def _ended(run: Document, now: datetime) -> str:
+    when = ago(run.get("endedAt"), now)
+    if run["status"] == "done":
+        return f"It was done {when}."
+    if run["status"] == "cancelled":
+        reason = run.get("cancelReason")
+        return f"It was cancelled {when}{f': {reason}' if reason else ''}."
+    error = run.get("error") or {}
+    where = f" at step {error['stepId']}" if error.get("stepId") else ""
+    return f"It failed {when}{where}: {error.get('code', 'no code stored')}: {short(error.get('message') or '', 200)}"
+
+
+def _paused(run: Document) -> str:
+    reason = f" ({run['pauseReason']})" if run.get("pauseReason") else ""
+    if run.get("lease"):
+        return f"It is paused{reason}; worker {run['lease'].get('owner')} still finishes step {run.get('currentStepId')}."
+    return f"It is paused{reason} before step {run.get('currentStepId')}, until somebody resumes it."
+
+
+def _held(run: Document, now: datetime) -> str:
+    lease, step = run["lease"], _current_step(run)
+    expires_at = lease.get("expiresAt")
+    if isinstance(expires_at, datetime) and expires_at <= now:
+        return (
+            f"Worker {lease.get('owner')} had it but stopped renewing its lease, which ended {ago(expires_at, now)}; "
+            "any pool that is alive takes it over."
+        )
+    began = f", begun {ago(step['startedAt'], now)}" if step.get("startedAt") else ""
+    return f"Worker {lease.get('owner')} is running step {run.get('currentStepId')} (attempt {step.get('attempts', 1)}{began})."
+
+
+def _waiting(step: Document, run: Document, now: datetime) -> str:
+    waits = step.get("waitingFor") or {}
+    kind, reason = waits.get("type"), waits.get("reason")
+    at_step = f"step {step.get('stepId')}"
+    if kind == "timer":
+        return f"{at_step.capitalize()} sleeps; it goes on {ago(waits.get('resumeAt') or run.get('wakeAt'), now)}."
+    what = {
+        "human": f"an answer{f' ({reason})' if reason else ''}",
+        "webhook": f"a call of its hook{f' ({reason})' if reason else ''}",
+        "event": f"the event {waits.get('eventName')!r}",
+    }.get(str(kind), f"{kind}")
+    limit = f"; it gives up {ago(waits['expiresAt'], now)}" if waits.get("expiresAt") else ""
+    return f"{at_step.capitalize()} waits for {what}{limit}."
+
+
+def _claimable(run: Document, step: Document, hosts: Sequence[Document], now: datetime) -> str:
+    wake_at = run.get("wakeAt")
+    if not isinstance(wake_at, datetime):
+        return "No worker has it, and it has no time to wake at: another program changed the document; cancel it, or start it anew."
+    if wake_at > now:
+        if run["status"] == "draft":
+            return f"It starts {ago(wake_at, now)}, as asked by start_at."
+        error = step.get("error") or {}
+        cause = f" failed ({short(error.get('message') or error.get('code') or '', 100)}) and" if error else ""
+        return f"Step {step.get('stepId')}{cause} is attempted again {ago(wake_at, now)} (attempt {step.get('attempts', 0) + 1})."
+    return _ready(run, hosts, now, wake_at)
+
+
+def _ready(run: Document, hosts: Sequence[Document], now: datetime, wake_at: datetime) -> str:
+    """Ready, but nobody has taken it: because of the pools' code, their queues, or their load."""
+    since = f"ready for {span(max(0.0, (now - wake_at).total_seconds()))}"
+    workflow, version, queue = run.get("workflowId"), run.get("version"), run.get("queue", "default")
+    needs = f"a worker that has workflow {workflow} {version} on queue {queue}"
+    if not hosts:
+        return f"It is {since} and needs {needs}; no pool has been seen in the last minute. Start one with: streamline-pool"
+    lanes = [lane for host in hosts for lane in host.get("lanes") or ()]
+    if f"{queue}/{workflow}/{version}" in lanes:
+        states = sorted({str(host.get("state", "alive")) for host in hosts if f"{queue}/{workflow}/{version}" in (host.get("lanes") or ())})
+        return f"It is {since}; pools that can run it are alive ({', '.join(states)}), so it is next as soon as a worker has a free place."
+    return f"It is {since} and needs {needs}: none seen in the last minute. {_nearest(str(workflow), str(version), str(queue), lanes)}"
+
+
+def _nearest(workflow: str, version: str, queue: str, lanes: Sequence[str]) -> str:
+    """What the pools have instead: the same workflow in another version or on other queues, or not at all."""
+    have = [parts for parts in (lane.split("/", 2) for lane in lanes) if len(parts) == 3 and parts[1] == workflow]
+    if not have:
+        return "The pools that are alive do not have this workflow."
+    versions = sorted({parts[2] for parts in have})
+    if version not in versions:
+        return f"The pools that are alive have version {', '.join(versions)}; deploy {version} again to finish this run."
+    queues = sorted({parts[0] for parts in have if parts[2] == version})
+    return f"The pools that are alive work on queue {', '.join(queues)}; start one with --queue {queue}."
+
+
+def _current_step(run: Document) -> Document:
+    steps = run.get("steps")
+    current = run.get("currentStepId")
+    found = [step for step in steps if isinstance(step, Mapping) and step.get("stepId") == current] if isinstance(steps, list) else []
+    return found[0] if found else {}

@@ -1,0 +1,187 @@
+"""`streamline-pool runs`: list, show, cancel and watch stored runs, without needing the application."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+import click
+
+from streamline_pool.client import Streamline
+from streamline_pool.env import Env, system_env
+from streamline_pool.errors import WorkflowNotFoundError
+from streamline_pool.model import Run, RunStatus
+from streamline_pool.supervisor.application import opened
+from streamline_pool.supervisor.commands import ended_well, print_end
+from streamline_pool.supervisor.console import ExitCode, ago, print_json, print_table, short, span
+from streamline_pool.supervisor.explain import explain
+from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
+
+__all__ = ["changes", "runs"]
+
+_WATCH_INTERVAL_S = 0.5  # between looks at a watched run; a guess: people do not notice less, the server neither
+
+
+@click.group()
+def runs() -> None:
+    """Look at stored runs, or stop one."""
+
+
+@runs.command("list")
+@click.option("--status", type=click.Choice([status.value for status in RunStatus]), help="Only runs in this state.")
+@click.option("--workflow", metavar="ID", help="Only runs of this workflow.")
+@click.option("--queue", metavar="NAME", help="Only runs on this queue.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, metavar="N", help="At most so many, newest first.")
+@setting_options(*CONNECTION)
+@json_option
+def list_runs(status: str | None, workflow: str | None, queue: str | None, limit: int, as_json: bool, **values: Any) -> int:
+    """List runs, newest first."""
+    query = {"status": status, "workflowId": workflow, "queue": queue}
+    with opened(values) as app:
+        found = _find(app, {key: value for key, value in query.items() if value is not None}, limit)
+    if as_json:
+        print_json(found)
+    elif found:
+        _print_list(found, system_env().clock.now())
+    else:
+        click.echo("No such runs.", err=True)
+    return ExitCode.OK
+
+
+def _find(app: Streamline, query: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+    return list(app.runs.find(query).sort("createdAt", -1).limit(limit))
+
+
+def _print_list(found: list[dict[str, Any]], now: datetime) -> None:
+    rows = []
+    for run in found:
+        paused = " (paused)" if run.get("paused") else ""
+        rows.append(
+            (
+                str(run["_id"]),
+                str(run.get("workflowId")),
+                str(run.get("version")),
+                f"{run.get('status')}{paused}",
+                str(run.get("currentStepId") or "-"),
+                str(run.get("queue", "default")),
+                ago(run.get("createdAt"), now),
+                short((run.get("error") or {}).get("message") or "", 60),
+            )
+        )
+    print_table(("RUN", "WORKFLOW", "VERSION", "STATUS", "STEP", "QUEUE", "CREATED", "ERROR"), rows)
+
+
+@runs.command()
+@click.argument("run_id")
+@setting_options(*CONNECTION)
+@json_option
+def show(run_id: str, as_json: bool, **values: Any) -> int:
+    """Show one run: its steps, its data, and why it is where it is."""
+    with opened(values) as app:
+        run = _get(app, run_id)
+        hosts = [] if as_json or run.is_terminal else list(app.hosts())
+    if as_json:
+        print_json(run.to_dict())
+    else:
+        _print_run(run, hosts, system_env().clock.now())
+    return ExitCode.OK
+
+
+def _get(app: Streamline, run_id: str) -> Run:
+    run = app.get_run(run_id)
+    if run is None:
+        raise WorkflowNotFoundError(f"there is no run {run_id!r} in this database; see: streamline-pool runs list", run_id=run_id)
+    return run
+
+
+def _print_run(run: Run, hosts: list[dict[str, Any]], now: datetime) -> None:
+    click.echo(f"Run {run.id} of {run.workflow_id} {run.version}: {run.status}{', paused' if run.paused else ''}")
+    click.echo(explain(run.to_dict(), hosts, now))
+    click.echo()
+    rows = [
+        (
+            step.step_id,
+            step.status.value,
+            str(step.attempts),
+            "-" if step.duration is None else span(step.duration),
+            short(f"{step.error.get('code')}: {step.error.get('message')}", 100) if step.error else "",
+        )
+        for step in run.steps
+    ]
+    print_table(("STEP", "STATUS", "ATTEMPTS", "DURATION", "ERROR"), rows)
+    click.echo()
+    facts = {"queue": run.queue, "priority": run.priority, "created": ago(run.created_at, now), "updated": ago(run.updated_at, now)}
+    payloads = {"tags": list(run.tags), "input": run.input, "context": run.context, "output": run.output, "meta": run.meta}
+    facts |= {name: short(value, 400) for name, value in payloads.items() if value not in (None, [], {})}
+    for name, value in facts.items():
+        click.echo(f"{name + ':':10} {value}")
+
+
+@runs.command()
+@click.argument("run_id")
+@click.option("--reason", metavar="TEXT", help="Stored with the run, for whoever looks at it later.")
+@setting_options(*CONNECTION)
+@json_option
+def cancel(run_id: str, reason: str | None, as_json: bool, **values: Any) -> int:
+    """Stop a run for good, wherever it is being worked on. A run that has ended stays as it is."""
+    with opened(values) as app:
+        run = app.cancel_run(run_id, reason=reason)
+    if as_json:
+        print_json(run.to_dict())
+    elif run.status is RunStatus.CANCELLED:
+        click.echo(f"run {run.id} is cancelled")
+    else:
+        click.echo(f"run {run.id} had ended already ({run.status}); nothing was changed")
+    return ExitCode.OK
+
+
+@runs.command()
+@click.argument("run_id")
+@setting_options(*CONNECTION)
+@json_option
+def watch(run_id: str, as_json: bool, **values: Any) -> int:
+    """Print what happens to a run until it has ended. Exit code 0: done; 1: failed or cancelled.
+
+    With --json: the run as it was stored in the end.
+    """
+    env = system_env()
+    with opened(values) as app:
+        for run, lines in _followed(app, run_id, env):
+            for line in [] if as_json else lines:
+                click.echo(f"{run.updated_at.astimezone():%H:%M:%S} {line}")
+    if as_json:
+        print_json(run.to_dict())
+    else:
+        print_end(run)
+    return ExitCode.OK if ended_well(run) else ExitCode.CRASH
+
+
+def _followed(app: Streamline, run_id: str, env: Env) -> Iterator[tuple[Run, list[str]]]:
+    """The run as it is now, and again at every change until it has ended, each with what has changed."""
+    before: Run | None = None
+    while True:
+        run = _get(app, run_id)
+        lines = changes(before, run)
+        if lines:
+            yield run, lines
+        if run.is_terminal:
+            return
+        before = run
+        env.sleep(_WATCH_INTERVAL_S)
+
+
+def changes(before: Run | None, after: Run) -> list[str]:
+    """What happened between two looks at a run, a line each; at the first look, where it stands."""
+    old_steps = {step.step_id: step for step in before.steps} if before else {}
+    lines = []
+    for step in after.steps:
+        old = old_steps.get(step.step_id)
+        if (old is None and step.attempts == 0) or (old is not None and (old.status, old.attempts) == (step.status, step.attempts)):
+            continue
+        attempt = f" (attempt {step.attempts})" if step.attempts > 1 else ""
+        error = f": {short(step.error.get('message') or '', 120)}" if step.error else ""
+        lines.append(f"step {step.step_id} {step.status}{attempt}{error}")
+    if before is None or (before.status, before.paused) != (after.status, after.paused):
+        lines.append(f"run {after.status}{', paused' if after.paused else ''}")
+    return lines

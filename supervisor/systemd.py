@@ -1,0 +1,143 @@
+"""`streamline-pool systemd`: a unit file for the options given. Pure but for the command itself."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamline_pool.setting_values import has_password
+from streamline_pool.settings import OPTIONS, Resolved
+from streamline_pool.supervisor.application import settle
+from streamline_pool.supervisor.console import CommandError, ExitCode, print_json
+from streamline_pool.supervisor.options import json_option, setting_options
+
+__all__ = ["systemd", "unit_file"]
+
+_STOP_MARGIN_S = 15  # after the drain: leases are released, the embedded server writes its checkpoint
+
+_UNIT = """\
+# Install: streamline-pool systemd OPTIONS | sudo tee /etc/systemd/system/{name}.service
+#          sudo systemctl daemon-reload && sudo systemctl enable --now {name}
+[Unit]
+Description=streamline-pool: workers of {app}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=exec
+User={user}
+WorkingDirectory={folder}
+{environment}ExecStart={command}
+# TERM goes to the supervisor, which drains its workers; what is left when the time is over is killed.
+KillMode=mixed
+TimeoutStopSec={stop_s}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+RestartSec=2
+# A restart cannot mend wrong options or an application that cannot be imported.
+RestartPreventExitStatus=2 78
+# Work that was released when the drain timed out is picked up elsewhere: not a failure.
+SuccessExitStatus=4
+
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+LockPersonality=yes
+PrivateDevices=yes
+PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+# Your steps can write to {folder} and to temporary folders only; add paths they need.
+ProtectSystem=strict
+ReadWritePaths={folder}
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@click.command()
+@click.option("--name", default="streamline-pool", show_default=True, help="Name of the service.")
+@click.option("--user", metavar="NAME", help="Account the service runs as. Default: yours.")
+@setting_options(*(option.name for option in OPTIONS))
+@json_option
+def systemd(name: str, user: str | None, as_json: bool, **values: Any) -> int:
+    """Print a systemd unit that runs the pool from this folder with the options given here.
+
+    Options set in a file are not repeated: the service reads the same file.
+    """
+    resolved = settle(values, quiet=True)
+    if resolved.settings.app is None:
+        raise CommandError("systemd needs to know your application: give --app MODULE:ATTR", ExitCode.USAGE)
+    folder = Path.cwd()
+    text = unit_file(resolved, name=name, user=user or getpass.getuser(), folder=folder, command=_command())
+    if as_json:
+        print_json({"path": f"/etc/systemd/system/{name}.service", "text": text})
+    else:
+        click.echo(text, nl=False)
+    return ExitCode.OK
+
+
+def unit_file(resolved: Resolved, *, name: str, user: str, folder: Path, command: str) -> str:
+    """The unit; a URI with a password is left to a private environment file."""
+    lines = []
+    for option in OPTIONS:
+        value = getattr(resolved.settings, option.field)
+        if resolved.source(option.name).kind not in ("flag", "environment"):
+            continue
+        if option.name == "mongodb-uri" and has_password(value):
+            path = f"/etc/{name}.env"
+            lines += [
+                "# The URI has a password: keep it in a file that only root can read, as one line STREAMLINE_MONGODB_URI=…",
+                f"# sudo install -m 600 /dev/null {path} && sudo editor {path}",
+                f"EnvironmentFile={path}",
+            ]
+        else:
+            lines.append(f'Environment="{option.env}={_escaped(_plain(value))}"')
+    return _UNIT.format_map(
+        {
+            "name": name,
+            "app": resolved.settings.app,
+            "user": user,
+            "folder": _escaped(str(folder)),
+            "environment": "".join(line + "\n" for line in lines),
+            "command": command,
+            "stop_s": round(resolved.settings.drain_timeout_s) + _STOP_MARGIN_S,
+        }
+    )
+
+
+def _plain(value: Any) -> str:
+    """As the environment variable takes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _escaped(text: str) -> str:
+    """systemd expands `%` and takes backslash and quotes as its own."""
+    return text.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _command() -> str:
+    """How this command was called, by absolute path: a service has no PATH to find it on."""
+    script = Path(sys.argv[0])
+    return (
+        _escaped(str(script.absolute()))
+        if script.name == "streamline-pool"
+        else f"{_escaped(sys.executable)} -m streamline_pool.supervisor.cli"
+    )

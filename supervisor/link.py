@@ -1,0 +1,86 @@
+"""A child's end of its pipe to the supervisor, inside an asyncio loop. Owns the socket; knows no message by name.
+
+The supervisor's end is in child.py. When the supervisor dies, by whatever signal, the kernel closes its end, and
+`lost` is called: that is how a child learns that it is alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Generic
+
+from streamline_pool.supervisor.messages import Direction, FrameReader, FromSteward, FromWorker, M_co, decode, encode
+
+__all__ = ["Link"]
+
+_READ_BYTES = 64 * 1024
+
+
+class Link(Generic[M_co]):
+    """Calls `heard(message)` for each message and `lost()` once at the end; `send` never blocks."""
+
+    def __init__(self, sock: socket.socket, direction: Direction[M_co], heard: Callable[[M_co], None], lost: Callable[[], None]) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._direction = direction
+        self._heard = heard
+        self._lost = lost
+        self._frames = FrameReader()
+        self._unsent = bytearray()
+        self._loop = asyncio.get_running_loop()
+        self._open = True
+        self._loop.add_reader(sock, self._readable)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What the supervisor has not taken yet. Senders of news that repeats itself wait until it is 0."""
+        return len(self._unsent)
+
+    def send(self, message: FromWorker | FromSteward) -> None:
+        """Queue a message; lost silently if the supervisor is gone, as nobody is left to miss it."""
+        if not self._open:
+            return
+        waiting = bool(self._unsent)
+        self._unsent += encode(message)
+        if not waiting:
+            self._flush()
+            if self._unsent and self._open:
+                self._loop.add_writer(self._sock, self._writable)
+
+    def _writable(self) -> None:
+        self._flush()
+        if not self._unsent and self._open:
+            self._loop.remove_writer(self._sock)
+
+    def _flush(self) -> None:
+        try:
+            sent = self._sock.send(self._unsent)
+        except BlockingIOError:
+            return
+        except OSError:  # the other end is closed, in one of the several ways in which a kernel may say so
+            self._end()
+        else:
+            del self._unsent[:sent]
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end()
+            return
+        for body in self._frames.feed(data):
+            self._heard(decode(body, self._direction))
+
+    def _end(self) -> None:
+        if self._open:
+            self._open = False
+            self._unsent.clear()
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._lost()

@@ -1,0 +1,425 @@
+"""The steward process: the database duties of one host that are nobody else's job.
+
+It tails the signals, keeps the timers of runs that become due, sweeps for what neither told, takes leases back from
+the dead, probes while the breaker is open, keeps the host record and serves the health port. It holds no run and
+decides nothing about workers: it tells the supervisor, who does. An idle steward sends the database some 25 commands
+a minute, however many workers there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, assert_never
+
+from streamline_pool import ops
+from streamline_pool.env import Env
+from streamline_pool.errors import StoreUnavailableError
+from streamline_pool.settings import Settings
+from streamline_pool.supervisor.health import HOST as HEALTH_HOST
+from streamline_pool.supervisor.health import start_health_server
+from streamline_pool.supervisor.link import Link
+from streamline_pool.supervisor.messages import (
+    TO_STEWARD,
+    AbortHint,
+    BootFailed,
+    Check,
+    Checked,
+    Circuit,
+    CircuitState,
+    Close,
+    Died,
+    FromSteward,
+    Parked,
+    PoolFacts,
+    Probe,
+    Released,
+    StewardBeat,
+    ToSteward,
+    Wake,
+)
+from streamline_pool.supervisor.timers import Timers
+from streamline_pool.supervisor.worker_main import BOOT_FAILED, arm_orphan_exit
+
+if TYPE_CHECKING:
+    from streamline_pool.client import Streamline
+
+__all__ = ["StewardBoot", "run_steward"]
+
+log = logging.getLogger("streamline_pool")
+
+RETRY_MAX_S = 1.0  # between tries while the database is away, so that work resumes within 3 s of its return
+PROBE_TIMEOUT_S = 2.0  # a guess: a database that takes longer for a ping is not one to claim from
+PROBE_PAUSE_S = 0.5
+TIMER_MARGIN_S = 0.002  # `wakeAt` is judged in whole milliseconds by the server; a ring too early finds nothing
+HOST_INTERVAL_S = 30.0
+HOST_TTL_S = 90.0  # three intervals: two writes may fail before a live host is forgotten
+HOST_CHANGE_PAUSE_S = 5.0  # a changed pool is shown at most this often
+SWEEP_LIMIT = 1_000  # due runs looked at per sweep; more than the pool can have use for before the next
+WAKE_PAUSE_S = 0.002  # rings for one lane are told at once, then together: a flood costs 500 messages a second
+FACTS_FRESH_S = 5.0
+REMOVE_TIMEOUT_S = 1.0  # the host record expires by itself; leaving is not delayed for it
+SIGNAL_KINDS = ("due", "cancel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StewardBoot:
+    """What the steward is told at birth."""
+
+    host_id: str  # "host:pid:nonce" of the supervisor
+    host: str
+    pid: int  # of the supervisor
+    first: bool  # the pool is starting: report a missing database instead of waiting for it
+
+
+def run_steward(app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> int:
+    """The main function of the steward process; its exit code."""
+    return asyncio.run(_main(app, settings, env, boot, sock))
+
+
+async def _main(app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> int:
+    steward = _Steward(app, settings, env, boot, sock)
+    beats, closing = asyncio.create_task(steward.beat_forever()), asyncio.create_task(steward.closing.wait())
+    starting = asyncio.create_task(steward.start())
+    await asyncio.wait({beats, closing, starting}, return_when=asyncio.FIRST_COMPLETED)
+    if starting.done() and (failed := starting.result()) is not None:
+        steward.say(failed)
+        return BOOT_FAILED
+    duties = [asyncio.create_task(duty()) for duty in steward.duties] if starting.done() else [starting]
+    done, _ = await asyncio.wait({beats, closing, *duties}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (beats, *duties):
+        task.cancel()
+    await steward.leave()
+    for task in done:
+        task.result()  # a duty that failed ends the process with its traceback; the supervisor starts another
+    return 0
+
+
+class _Steward:
+    """The duties and what they share. Each duty is a coroutine that never ends by itself."""
+
+    def __init__(self, app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> None:
+        self.closing = asyncio.Event()
+        self.duties: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (
+            self._tail,
+            self._sweep,
+            self._release_dead,
+            self._answer_checks,
+            self._probe_when_doubtful,
+            self._keep_host_record,
+        )
+        self._settings = settings
+        self._env = env
+        self._boot = boot
+        self._loop = asyncio.get_running_loop()
+        self._store = app.store_async()
+        self._lanes = app.lanes(settings.queues)
+        self._link = Link(sock, TO_STEWARD, self._hear, self._orphaned)
+        self._ready = False
+        self._health: asyncio.Server | None = None
+        self._dead: asyncio.Queue[Died] = asyncio.Queue()  # bounded by the pool's restart budget
+        self._checks: asyncio.Queue[int] = asyncio.Queue()  # one at a time, by the supervisor's rules
+        self._facts: PoolFacts | None = None
+        self._facts_at = 0.0
+        self._pool_changed = asyncio.Event()
+        self._circuit: CircuitState = "closed"
+        self._doubtful = asyncio.Event()  # set: the database may be away, so probe it
+        self._timers = Timers()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._wakes: dict[str | None, tuple[str | None, int]] = {}  # lane -> (the run, if it is one; how many)
+        self._woken_at = 0.0
+
+    def say(self, message: FromSteward) -> None:
+        self._link.send(message)
+
+    async def beat_forever(self) -> None:
+        while True:
+            if not self._link.unsent_bytes:
+                self.say(StewardBeat(ready=self._ready))
+            await asyncio.sleep(self._settings.beat_interval_s)
+
+    async def start(self) -> BootFailed | None:
+        """Reach the database and make what the engine needs there. What is returned stops the pool."""
+        if self._settings.health_port is not None:
+            try:
+                self._health = await start_health_server(self._settings.health_port, self._fresh_facts)
+            except OSError as exc:
+                error = f"health port {HEALTH_HOST}:{self._settings.health_port}: {exc.strerror}; choose a free one with --health-port"
+                if self._boot.first:
+                    return BootFailed(exit_code=78, message=error)
+                log.error("health_port_taken", extra={"error": error})
+        failures = 0
+        while True:
+            try:
+                await self._store.run(ops.server_info())
+                await self._store.facts()
+                await self._store.ensure()
+                # A tail of an empty capped collection ends at once, again and again; one signal prevents that.
+                await self._store.run(ops.send_signal("host", self._store.now(), host=self._boot.host_id))
+            except StoreUnavailableError as exc:
+                if self._boot.first:
+                    return BootFailed(exit_code=3, message=exc.message)
+                failures += 1
+                await self._pause(failures)
+                continue
+            self._ready = True
+            self.say(StewardBeat(ready=True))
+            return None
+
+    async def leave(self) -> None:
+        """Forget this host in the database, if that is quickly done."""
+        try:
+            async with asyncio.timeout(REMOVE_TIMEOUT_S):
+                await self._store.run(ops.remove_host(self._boot.host_id))
+                await self._store.close()
+        except (StoreUnavailableError, TimeoutError) as exc:
+            log.warning("host_record_left", extra={"error": str(exc), "expires_s": HOST_TTL_S})
+
+    # ---- the supervisor speaks -------------------------------------------------------------------------------------
+
+    def _hear(self, message: ToSteward) -> None:
+        match message:
+            case Died():
+                self._dead.put_nowait(message)
+            case Parked(instants=instants):
+                for lane, at_ms in instants:
+                    self._timers.add(lane, at_ms)
+                self._set_alarm()
+            case Check(seq=seq):
+                self._checks.put_nowait(seq)
+            case Circuit(state=state):
+                self._circuit = state
+                if state != "closed":
+                    self._doubtful.set()
+            case PoolFacts() as facts:
+                if self._facts is None or _shape(facts) != _shape(self._facts):
+                    self._pool_changed.set()
+                self._facts, self._facts_at = facts, self._env.clock.monotonic()
+            case Close():
+                self.closing.set()
+            case _:
+                assert_never(message)
+
+    def _orphaned(self) -> None:
+        log.error("supervisor_gone")
+        arm_orphan_exit(self._loop)
+        self.closing.set()
+
+    def _fresh_facts(self) -> PoolFacts | None:
+        return self._facts if self._env.clock.monotonic() - self._facts_at < FACTS_FRESH_S else None
+
+    # ---- waking workers --------------------------------------------------------------------------------------------
+
+    def _wake(self, lane: str | None, run_id: str | None, count: int) -> None:
+        """Have workers rung: now, or together with what else comes in the next moments."""
+        if lane in self._wakes:
+            self._wakes[lane] = (None, self._wakes[lane][1] + count)
+            return
+        self._wakes[lane] = (run_id if count == 1 else None, count)
+        if len(self._wakes) == 1:
+            since = self._env.clock.monotonic() - self._woken_at
+            if since >= WAKE_PAUSE_S:
+                self._flush_wakes()
+            else:
+                self._loop.call_later(WAKE_PAUSE_S - since, self._flush_wakes)
+
+    def _flush_wakes(self) -> None:
+        self._woken_at = self._env.clock.monotonic()
+        wakes, self._wakes = self._wakes, {}
+        for lane, (run_id, count) in wakes.items():
+            self.say(Wake(lane=lane, run_id=run_id, count=count))
+
+    def _plan(self, lane: str, at: datetime, run_id: str | None) -> None:
+        """Wake somebody for a run at its instant, or now if that has come."""
+        if at <= self._store.now():
+            self._wake(lane, run_id, 1)
+        else:
+            self._timers.add(lane, _epoch_ms(at), run_id)
+
+    def _set_alarm(self) -> None:
+        """Have `_ring_due` called at the next instant."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        at_ms = self._timers.next_at_ms()
+        if at_ms is not None:
+            delay_s = at_ms / 1000 - self._store.now().timestamp() + TIMER_MARGIN_S
+            self._alarm = self._loop.call_later(max(0.0, delay_s), self._ring_due)
+
+    def _ring_due(self) -> None:
+        now_ms = _epoch_ms(self._store.now())
+        for due in self._timers.pop_due(now_ms):
+            self._wake(due.lane, due.run_id, due.runs)
+        self._set_alarm()
+
+    # ---- duties ----------------------------------------------------------------------------------------------------
+
+    async def _tail(self) -> None:
+        """Follow the signals. A broken tail is opened again where it broke; the sweep covers the gap."""
+        since = self._store.now()
+        failures = 0
+        while True:
+            try:
+                async for signal in self._store.tail(ops.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
+                    failures = 0
+                    if signal is not None:
+                        since = max(since, signal["at"])
+                        self._on_signal(signal)
+            except StoreUnavailableError as exc:
+                failures += 1
+                self._doubtful.set()
+                log.debug("tail_broken", extra={"error": exc.message})
+                await self._pause(failures)
+
+    def _on_signal(self, signal: dict[str, Any]) -> None:
+        lane = signal.get("lane")
+        if signal["kind"] == "cancel":
+            self.say(AbortHint(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
+        elif isinstance(lane, str) and lane in self._lanes:
+            self._plan(lane, signal.get("wakeAt") or signal["at"], signal.get("runId"))
+            self._set_alarm()
+
+    async def _sweep(self) -> None:
+        """Now and then: find what is due or will be soon, and take back expired leases."""
+        while True:
+            ok = await self._attempt(self._look_around)
+            interval = self._settings.sweep_interval_s
+            await asyncio.sleep(interval * (0.9 + 0.2 * self._env.random()) if ok else RETRY_MAX_S * (0.5 + self._env.random() / 2))
+
+    async def _look_around(self) -> None:
+        if self._store.clock.stale:
+            await self._store.sync_clock()
+        recovered = await self._store.run(ops.recover_expired(self._settings.max_crashes))
+        if recovered:
+            log.warning("leases_recovered", extra={"runs": recovered})
+        until = self._store.now() + timedelta(seconds=2 * self._settings.sweep_interval_s)
+        for found in await self._store.run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT)):
+            self._plan(found["lane"], found["wakeAt"], found["_id"])
+        self._set_alarm()
+
+    async def _release_dead(self) -> None:
+        """Give back what dead workers held. Each is tried until it succeeds: the runs wait for nothing else."""
+        while True:
+            died = await self._dead.get()
+            evidence = {name: value for name, value in asdict(died.evidence).items() if name != "dump"}
+            op = ops.release_owner(died.owner, self._settings.max_crashes, evidence)
+            failures = 0
+            while True:
+                try:
+                    runs = await self._store.run(op)
+                    break
+                except StoreUnavailableError as exc:
+                    failures += 1
+                    self._doubtful.set()
+                    log.debug("release_failed", extra={"owner": died.owner, "error": exc.message})
+                    await self._pause(failures)
+            self.say(Released(owner=died.owner, runs=runs))
+
+    async def _answer_checks(self) -> None:
+        """For `--burst`: is anything claimable at this moment?"""
+        while True:
+            seq = await self._checks.get()
+            failures = 0
+            while True:
+                try:
+                    found = await self._store.run(ops.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT))
+                    break
+                except StoreUnavailableError:
+                    failures += 1
+                    self._doubtful.set()
+                    await self._pause(failures)
+            self.say(Checked(seq=seq, due=len(found)))
+
+    async def _probe_when_doubtful(self) -> None:
+        """After a failed operation, and while the breaker is not closed: try one that costs nothing."""
+        while True:
+            await self._doubtful.wait()
+            self._doubtful.clear()
+            while True:
+                ok = await self._probe()
+                if ok and self._circuit == "closed":
+                    break
+                await asyncio.sleep(PROBE_PAUSE_S * (0.5 + self._env.random()))
+
+    async def _probe(self) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._store.run(ops.server_info())
+        except StoreUnavailableError as exc:
+            self.say(Probe(ok=False, error=exc.message))
+        except TimeoutError:
+            self.say(Probe(ok=False, error=f"no answer within {PROBE_TIMEOUT_S:g} s"))
+        else:
+            self.say(Probe(ok=True))
+            return True
+        return False
+
+    async def _keep_host_record(self) -> None:
+        """Say in the database what this pool is, on a change and every half minute."""
+        while True:
+            try:
+                async with asyncio.timeout(HOST_INTERVAL_S):
+                    await self._pool_changed.wait()
+            except TimeoutError:
+                pass
+            self._pool_changed.clear()
+            await self._attempt(self._put_host_record)
+            await asyncio.sleep(HOST_CHANGE_PAUSE_S)
+
+    async def _put_host_record(self) -> None:
+        if self._facts is not None:
+            await self._store.run(ops.put_host(host_record(self._boot, self._lanes, self._facts), HOST_TTL_S))
+
+    async def _attempt(self, act: Callable[[], Awaitable[None]]) -> bool:
+        """Do what will be done again anyway; a failure only raises doubt about the database."""
+        try:
+            await act()
+        except StoreUnavailableError as exc:
+            log.debug("steward_retries", extra={"error": exc.message})
+            self._doubtful.set()
+            return False
+        return True
+
+    async def _pause(self, failures: int) -> None:
+        """Exponential back-off with jitter, soon at its ceiling: an outage may end at any moment."""
+        ceiling = min(RETRY_MAX_S, 0.05 * 2.0 ** min(failures, 10))
+        await asyncio.sleep(ceiling * (0.5 + self._env.random() / 2))
+
+
+def host_record(boot: StewardBoot, lanes: Sequence[str], facts: PoolFacts) -> dict[str, Any]:
+    """What `streamline-pool workers` and `runs show` know of this pool."""
+    return {
+        "_id": boot.host_id,
+        "host": boot.host,
+        "pid": boot.pid,
+        "state": _pool_state(facts),
+        "lanes": list(lanes),
+        "circuit": facts.circuit,
+        "target": facts.target,
+        "restarts": facts.restarts,
+        "recycled": facts.recycled,
+        "runs_total": facts.runs_total,
+        "steps_total": facts.steps_total,
+        "workers": [asdict(worker) for worker in facts.workers],
+    }
+
+
+def _pool_state(facts: PoolFacts) -> str:
+    if facts.draining:
+        return "draining"
+    if facts.held:
+        return "holding"
+    return "ready" if facts.ready else "starting"
+
+
+def _shape(facts: PoolFacts) -> object:
+    """What of the pool's facts is worth a write when it changes; figures can wait for the next regular one."""
+    return _pool_state(facts), facts.target, facts.circuit, [(worker.pid, worker.state) for worker in facts.workers]
+
+
+def _epoch_ms(at: datetime) -> int:
+    return round(at.timestamp() * 1000)

@@ -1,0 +1,178 @@
+"""A worker process: carries messages between the pipe and `streamline_pool.worker.Worker`, which knows no pipes.
+
+Beats come from the event loop that does the work, so a blocked loop is a silent worker. When the supervisor is gone,
+the worker is told to drain, then to stop, and the process ends within `child.ORPHAN_LIFE_S` whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, assert_never
+
+from streamline_pool.env import Env
+from streamline_pool.errors import StoreUnavailableError, ValidationError
+from streamline_pool.settings import Settings
+from streamline_pool.supervisor.decide import BOOT_STORE_UNREACHABLE
+from streamline_pool.supervisor.link import Link
+from streamline_pool.supervisor.messages import (
+    TO_WORKER,
+    AbortRun,
+    Beat,
+    BootFailed,
+    Drain,
+    Gate,
+    Hold,
+    Poke,
+    Reslot,
+    Ring,
+    Stop,
+    ToWorker,
+)
+from streamline_pool.worker import Worker
+
+if TYPE_CHECKING:
+    from streamline_pool.client import Streamline
+
+__all__ = ["BOOT_FAILED", "WorkerBoot", "arm_orphan_exit", "run_worker"]
+
+log = logging.getLogger("streamline_pool")
+
+BOOT_FAILED = 64  # the process's exit code after a `BootFailed`; apart from 0, 1 and those of signals
+BEAT_PAUSE_S = 0.005  # a guess: a change is told at once, ten changes in a row are told as one
+PARKED_MAX = 500  # instants told per beat, the nearest ones; the steward's sweep finds the rest
+ORPHAN_DRAIN_S, ORPHAN_GRACE_S, ORPHAN_EXIT_S = 0.7, 0.3, 1.8  # within the 2 s that an orphan may live
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerBoot:
+    """What a worker is told at birth."""
+
+    nonce: str  # makes "host:pid:nonce" unique even when pids are used again
+    host: str
+    index: int
+    total: int
+
+
+def run_worker(app: Streamline, settings: Settings, env: Env, boot: WorkerBoot, sock: socket.socket) -> int:
+    """The main function of a worker process; its exit code."""
+    return asyncio.run(_WorkerProcess(app, settings, env, boot).run(sock))
+
+
+def arm_orphan_exit(loop: asyncio.AbstractEventLoop, code: int = 0) -> None:
+    """End this process soon, whatever still runs in it."""
+    loop.call_later(ORPHAN_EXIT_S, os._exit, code)
+
+
+class _WorkerProcess:
+    def __init__(self, app: Streamline, settings: Settings, env: Env, boot: WorkerBoot) -> None:
+        self._settings = settings
+        self._env = env
+        owner = f"{boot.host}:{os.getpid()}:{boot.nonce}"
+        self._worker = Worker(app, settings, owner=owner, index=boot.index, total=boot.total, env=env, notify=self._beat_soon)
+        self._poke = 0
+        self._beat_pending = False
+        self._beaten_at = 0.0
+        self._booted = False
+
+    async def run(self, sock: socket.socket) -> int:
+        self._loop = asyncio.get_running_loop()
+        self._link = Link(sock, TO_WORKER, self._obey, self._orphaned)
+        beats = asyncio.create_task(self._beat_forever())
+        try:
+            await self._worker.run()
+        except Exception as exc:
+            if self._booted:
+                raise
+            self._link.send(_boot_failed(exc))
+            return BOOT_FAILED
+        finally:
+            beats.cancel()
+        self._beat()
+        return 0
+
+    def _obey(self, message: ToWorker) -> None:
+        worker = self._worker
+        match message:
+            case Ring(lane=lane, run_id=run_id):
+                worker.ring(lane, run_id)
+            case AbortRun(run_id=run_id, reason=reason):
+                worker.abort_run(run_id, reason)
+            case Gate(state=state):
+                worker.set_gate(state)
+            case Hold(held=held):
+                worker.hold(held)
+            case Reslot(index=index, total=total):
+                worker.reslot(index, total)
+            case Drain():
+                worker.drain()
+            case Stop(grace_s=grace_s):
+                worker.stop(grace_s)
+            case Poke(seq=seq):
+                self._poke = seq
+                self._beat()
+            case _:
+                assert_never(message)
+
+    def _orphaned(self) -> None:
+        log.error("supervisor_gone")
+        self._worker.drain()
+        self._loop.call_later(ORPHAN_DRAIN_S, self._worker.stop, ORPHAN_GRACE_S)
+        arm_orphan_exit(self._loop)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            self._beat()
+            await asyncio.sleep(self._settings.beat_interval_s)
+
+    def _beat_soon(self) -> None:
+        """The worker's `notify`: news go out at once, a flood of them every few milliseconds."""
+        if not self._beat_pending:
+            self._beat_pending = True
+            since = self._env.clock.monotonic() - self._beaten_at
+            self._loop.call_later(max(0.0, BEAT_PAUSE_S - since), self._beat)
+
+    def _beat(self) -> None:
+        self._beat_pending = False
+        if self._link.unsent_bytes:
+            return  # the supervisor is slow or stopped: the next beat says more than this one
+        self._beaten_at = self._env.clock.monotonic()
+        status = self._worker.status()
+        self._booted = self._booted or status.state != "starting"
+        self._link.send(
+            Beat(
+                state=status.state,
+                hungry=status.hungry,
+                in_flight=status.in_flight,
+                runs_total=status.runs_total,
+                steps_total=status.steps_total,
+                ops_ok=status.ops_ok,
+                ops_failed=status.ops_failed,
+                consecutive_failures=status.consecutive_failures,
+                recycle=status.recycle,
+                running=tuple(status.running),
+                lru=dict(status.lru),
+                parked=_nearest(self._worker.take_parked()),
+                poke=self._poke,
+            )
+        )
+
+
+def _nearest(parked: list[tuple[str, datetime]]) -> tuple[tuple[str, int], ...]:
+    instants = {(lane, round(at.timestamp() * 1000)) for lane, at in parked}
+    return tuple(sorted(instants, key=lambda instant: instant[1])[:PARKED_MAX])
+
+
+def _boot_failed(exc: Exception) -> BootFailed:
+    match exc:
+        case StoreUnavailableError():
+            return BootFailed(exit_code=BOOT_STORE_UNREACHABLE, message=exc.message)
+        case ValidationError():
+            return BootFailed(exit_code=2, message=exc.message)
+        case _:
+            log.critical("worker_cannot_start", exc_info=exc)
+            return BootFailed(exit_code=1, message=f"{type(exc).__name__}: {exc}")

@@ -1,0 +1,171 @@
+"""One entry into a handler: run it on the loop or on a thread, and bring whatever it does to a closed set of outcomes.
+
+Owns timeouts, aborts and handlers that will not end. Knows nothing of storage: what an outcome means for the run is
+decided in engine.py and transitions.py (Oban normalises results in one place, too: `queues/executor.ex`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from enum import Enum
+from typing import Any, NamedTuple
+
+from .context import Context, Ending
+from .definition import Handler, StepDefinition
+from .errors import ErrorCode, NonRetriableError, ValidationError
+from .transitions import Failure
+
+__all__ = ["Attempt", "Kind", "Outcome", "failure_of", "timeout_failure"]
+
+ABORT_GRACE_S = 2.0
+"""How long an `async def` handler may clean up after its cancellation, before it counts as stuck. A guess."""
+
+_TRACEBACK_CHARS_MAX = 8_000
+_MESSAGE_CHARS_MAX = 2_000
+
+
+class Kind(Enum):
+    """How a handler ended."""
+
+    RETURNED = "returned"  # value: its output
+    RAISED = "raised"  # value: the exception, of any kind
+    ENDED = "ended"  # value: the `Ending` that ctx.sleep or its kin raised
+    ABANDONED = "abandoned"  # it was told to stop and has not; value: None
+
+
+class Outcome(NamedTuple):
+    """What came of one entry into a handler."""
+
+    kind: Kind
+    value: Any
+
+
+class Attempt:
+    """A handler at work. `outcome` is awaited by the run's driver; `abort` may be called at any moment from the loop."""
+
+    __slots__ = ("_context", "_loop", "_on_stuck", "_timers", "_work", "outcome")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: Context, on_stuck: Callable[[str], None]) -> None:
+        self._loop = loop
+        self._context = context
+        self._on_stuck = on_stuck
+        self._timers: list[asyncio.TimerHandle] = []
+        self._work: asyncio.Task[None] | Future[Outcome] | None = None
+        self.outcome: asyncio.Future[Outcome] = loop.create_future()
+
+    def start(self, step: StepDefinition, threads: Executor) -> None:
+        """Enter the handler."""
+        if step.timeout_s is not None:
+            self._timers.append(self._loop.call_later(step.timeout_s, self.abort, "timeout"))
+        if step.is_async:
+            self._work = self._loop.create_task(self._run_async(step.handler))
+        else:
+            self._work = threads.submit(_run_sync, step.handler, self._context, os.getpid())
+            self._work.add_done_callback(self._thread_done)
+
+    def abort(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
+        """Fire the handler's signal. Its outcome follows soon, whether it obeys or not.
+
+        A coroutine is cancelled, and has `grace_s` to clean up, so that it does not run beside its own retry. A thread
+        cannot be stopped: on a shutdown it has `grace_s`; otherwise its attempt is over at once. Either way a handler
+        that is still at work after the grace is reported as stuck.
+        """
+        if self.outcome.done():
+            return
+        self._context.signal._fire(reason)
+        if isinstance(self._work, asyncio.Task):
+            self._work.cancel()
+            self._timers.append(self._loop.call_later(grace_s, self._abandon))
+        elif reason == "shutdown":
+            self._timers.append(self._loop.call_later(grace_s, self._abandon))
+        else:
+            self._settle(Outcome(Kind.ABANDONED, None))
+            self._loop.call_later(grace_s, self._report_stuck)
+
+    def _abandon(self) -> None:
+        if not self.outcome.done():
+            self._settle(Outcome(Kind.ABANDONED, None))
+            self._report_stuck()
+
+    def _report_stuck(self) -> None:
+        if self._work is not None and not self._work.done():
+            self._on_stuck(f"run {self._context.run_id}: the handler of step {self._context.step_id} goes on after its attempt is over")
+
+    def _settle(self, outcome: Outcome) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    async def _run_async(self, handler: Handler) -> None:
+        try:
+            outcome = Outcome(Kind.RETURNED, await handler(self._context))
+        except Ending as ending:
+            outcome = Outcome(Kind.ENDED, ending)
+        except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
+            outcome = Outcome(Kind.RAISED, exc)
+        self._settle(outcome)
+
+    def _thread_done(self, work: Future[Outcome]) -> None:
+        outcome = Outcome(Kind.ABANDONED, None) if work.cancelled() else work.result()
+        try:
+            self._loop.call_soon_threadsafe(self._settle, outcome)
+        except RuntimeError:
+            pass  # the loop is closed: the process is leaving and has given the run back
+
+
+def _run_sync(handler: Handler, context: Context, pid: int) -> Outcome:
+    try:
+        value = handler(context)
+        outcome = Outcome(Kind.RETURNED, value)
+    except Ending as ending:
+        outcome = Outcome(Kind.ENDED, ending)
+    except BaseException as exc:  # noqa: BLE001 -- as above
+        outcome = Outcome(Kind.RAISED, exc)
+    if os.getpid() != pid:
+        # The handler forked, and this is the child coming back: the run belongs to the parent.
+        os._exit(0)
+    return outcome
+
+
+def failure_of(exc: BaseException) -> Failure:
+    """A raised exception in words that can be stored."""
+    code, retriable = ErrorCode.STEP_FAILED, True
+    if isinstance(exc, ValidationError):
+        code, retriable = exc.code, False
+    elif isinstance(exc, NonRetriableError):
+        retriable = False
+    message = exc.message if isinstance(exc, ValidationError) else _text_of(exc)
+    if isinstance(exc, SystemExit):
+        message = f"the handler called sys.exit({exc.code!r}); raise an exception or return instead"
+    elif isinstance(exc, asyncio.CancelledError):
+        message = message or "the handler was cancelled by its own code"
+    return Failure(code, message[:_MESSAGE_CHARS_MAX], type(exc).__name__, _traceback_of(exc), retriable)
+
+
+def timeout_failure(step: StepDefinition) -> Failure:
+    """The attempt ran longer than it may."""
+    return Failure(ErrorCode.STEP_TIMEOUT, f"step {step.id} ran longer than its timeout of {step.timeout_s} s", "StepTimeoutError", "", True)
+
+
+def _text_of(exc: BaseException) -> str:
+    try:
+        return _storable(str(exc))
+    except Exception:
+        return "(the exception's own __str__ failed)"
+
+
+def _traceback_of(exc: BaseException) -> str:
+    try:
+        return _storable("".join(traceback.format_exception(exc)))[-_TRACEBACK_CHARS_MAX:]
+    except Exception:
+        return "(the traceback could not be formatted)"
+
+
+def _storable(text: str) -> str:
+    # Lone surrogates come from undecodable bytes; BSON strings are UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode()

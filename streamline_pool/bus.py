@@ -1,0 +1,131 @@
+"""Events in process: who hears of which transition, off the hot path.
+
+Owns subscriptions and the one thread that runs subscribers. Publishing costs nothing while nobody listens. Events
+are published only after the write that they report is durable; engine.py and client.py see to that.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from .errors import ValidationError
+
+__all__ = ["ENGINE_EVENTS", "Event", "EventBus", "global_event_bus"]
+
+log = logging.getLogger("streamline_pool")
+
+ENGINE_EVENTS = frozenset(
+    [f"workflow:{what}" for what in "started completed failed waiting resumed cancelled recovered retry paused".split()]
+    + [f"step:{what}" for what in "started completed failed waiting skipped retry-scheduled".split()]
+    + ["engine:error", "scheduler:error", "scheduler:circuit-open", "scheduler:circuit-closed"]
+)
+"""Names that only the engine publishes."""
+
+_BACKLOG_MAX = 10_000  # events waiting for slow subscribers; beyond it the oldest are dropped and counted
+
+Subscriber = Callable[["Event"], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that has happened, durably."""
+
+    name: str
+    run_id: str | None
+    workflow_id: str | None
+    step_id: str | None
+    data: Any
+    at: datetime  # aware UTC
+
+
+class EventBus:
+    """Subscriptions by event name; `"*"` hears everything. Subscribers run one after another on one thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._subscribers: dict[str, list[tuple[Subscriber, bool]]] = {}
+        self._backlog: queue.Queue[Event | None] = queue.Queue(_BACKLOG_MAX)
+        self._thread: threading.Thread | None = None
+        self.dropped = 0
+
+    @property
+    def active(self) -> bool:
+        """True if anybody listens to anything; publishers ask first, so that silence is free."""
+        return bool(self._subscribers)
+
+    def on(self, name: str, subscriber: Subscriber) -> Subscriber:
+        """Call `subscriber(event)` for every event of that name (`"*"`: of any). Returns it, so it works as `off`'s handle."""
+        return self._add(name, subscriber, once=False)
+
+    def once(self, name: str, subscriber: Subscriber) -> Subscriber:
+        """Like `on`, for the first such event only."""
+        return self._add(name, subscriber, once=True)
+
+    def _add(self, name: str, subscriber: Subscriber, *, once: bool) -> Subscriber:
+        if not isinstance(name, str) or not name:
+            raise ValidationError(f"event name {name!r}: expected text such as 'workflow:completed' or '*'")
+        if not callable(subscriber):
+            raise ValidationError(f"events.on({name!r}): the subscriber must be a function of one argument, not {subscriber!r}")
+        with self._lock:
+            self._subscribers.setdefault(name, []).append((subscriber, once))
+        return subscriber
+
+    def off(self, name: str, subscriber: Subscriber) -> None:
+        """Undo `on` or `once`; does nothing if that was never said."""
+        with self._lock:
+            kept = [entry for entry in self._subscribers.get(name, []) if entry[0] is not subscriber]
+            if kept:
+                self._subscribers[name] = kept
+            else:
+                self._subscribers.pop(name, None)
+
+    def publish(self, event: Event) -> None:
+        """Hand an event to the subscribers' thread. Never blocks, never raises."""
+        if not self._subscribers:
+            return
+        self._ensure_thread()
+        while True:
+            try:
+                self._backlog.put_nowait(event)
+                return
+            except queue.Full:
+                try:
+                    self._backlog.get_nowait()
+                    self.dropped += 1
+                except queue.Empty:
+                    continue
+
+    def _ensure_thread(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._deliver, name="streamline-events", daemon=True)
+                self._thread.start()
+
+    def _deliver(self) -> None:
+        while (event := self._backlog.get()) is not None:
+            for name in (event.name, "*"):
+                for subscriber, once in list(self._subscribers.get(name, ())):
+                    if once:
+                        self.off(name, subscriber)
+                    try:
+                        subscriber(event)
+                    except Exception:
+                        # A subscriber is a guest: its failure is logged and is nobody else's.
+                        log.exception("subscriber_failed", extra={"event": event.name, "run_id": event.run_id})
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Deliver what waits, then end the thread. The bus can be used again afterwards."""
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            self._backlog.put(None)
+            thread.join(timeout_s)
+
+
+global_event_bus = EventBus()
+"""Hears the events of every `Streamline` in this process."""

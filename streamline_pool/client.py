@@ -1,0 +1,335 @@
+"""`Streamline`: the application object, through which programs define workflows and reach their runs.
+
+Owns the registry of workflows and the connections of this process; nothing is opened before first use, so a module can
+make an `app` at import and still be forked. What can be done with one workflow is in workflow.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, Self, TypeVar
+
+from . import ops
+from .bus import Event, EventBus, global_event_bus
+from .definition import Definition, check_id, make_steps
+from .documents import HOST_INDEXES, RUN_INDEXES
+from .engine import Engine, Observer
+from .env import Env, system_env
+from .errors import StoreUnavailableError, ValidationError
+from .local import LocalRunner, LoopThread
+from .model import Run
+from .settings import DEFAULT_MONGODB_URI, Settings
+from .store import AsyncStore, Procedure, Store, Where
+from .workflow import Workflow, cancelling_run, getting_run, twins
+
+__all__ = ["Streamline"]
+
+log = logging.getLogger("streamline_pool")
+
+T = TypeVar("T")
+
+
+class Streamline:
+    """Workflows on one MongoDB database, isolated from every other `Streamline` in the process.
+
+    `mongodb_uri` falls back to the environment's STREAMLINE_MONGODB_URI, then to a local server. `database` beats
+    the one in the URI. `settings` are the pool's (lease, concurrency, …), for `execute`.
+    """
+
+    def __init__(
+        self,
+        mongodb_uri: str | None = None,
+        *,
+        database: str | None = None,
+        collection_prefix: str = "workflow_",
+        settings: Settings | None = None,
+        env: Env | None = None,
+    ) -> None:
+        self.env = env or system_env()
+        self.settings = settings or Settings()
+        self.mongodb_uri = mongodb_uri  # as given in code; None: not given
+        self.database = database
+        self.collection_prefix = collection_prefix
+        self.events = EventBus()
+        self._workflows: dict[str, Workflow] = {}
+        self._where: Where | None = None
+        self._reset_connections()
+
+    def _reset_connections(self) -> None:
+        self._pid = os.getpid()
+        self._store: Store | None = None
+        self._async_stores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = weakref.WeakKeyDictionary()
+        self._runners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LocalRunner] = weakref.WeakKeyDictionary()
+        self._background: LoopThread | None = None
+
+    # --- workflows -------------------------------------------------------------------------------------------------
+
+    def workflow(
+        self,
+        workflow_id: str,
+        *,
+        steps: Mapping[str, Any] | None = None,
+        context: Callable[[Any], Any] | None = None,
+        version: str = "1.0.0",
+        defaults: Mapping[str, Any] | None = None,
+        queue: str = "default",
+    ) -> Workflow:
+        """Define and register a workflow. `steps` maps ids to handlers or `(handler, options)`; or add them with `@wf.step`.
+
+        `context` makes the first context from the input. Raises ValidationError for anything that cannot work.
+        """
+        check_id(workflow_id, "workflow id")
+        if workflow_id in self._workflows:
+            raise ValidationError(f"workflow {workflow_id!r} is defined twice in this app; give one of the two another id")
+        if context is not None and not callable(context):
+            raise ValidationError(f"workflow {workflow_id}: context= must be a function of the input, not {context!r}")
+        if steps is not None and not isinstance(steps, Mapping):
+            raise ValidationError(f"workflow {workflow_id}: steps= must map step ids to handlers, not {type(steps)}")
+        workflow = Workflow(
+            self,
+            workflow_id,
+            version=version,
+            queue=queue,
+            defaults=defaults or {},
+            make_context=context,
+            steps=make_steps(workflow_id, steps or {}, defaults or {}),
+        )
+        if steps is not None:
+            _ = workflow.definition  # a definition that cannot work is refused here, where it is written
+        self._workflows[workflow_id] = workflow
+        return workflow
+
+    @property
+    def workflows(self) -> Mapping[str, Workflow]:
+        """The registered workflows by id; read-only."""
+        return MappingProxyType(self._workflows)
+
+    def freeze(self) -> None:
+        """Fix the steps of every workflow, as a pool does; ValidationError for a workflow without steps."""
+        for workflow in self._workflows.values():
+            _ = workflow.definition
+
+    def lanes(self, queues: Sequence[str] = ()) -> tuple[str, ...]:
+        """What a worker of this app may claim: each workflow on its own queue, or on each of `queues` if any are named."""
+        return tuple(
+            workflow.definition.lane_of(queue) for workflow in self._workflows.values() for queue in (queues or [workflow.queue])
+        )
+
+    def definition_of(self, document: Mapping[str, Any]) -> Definition | None:
+        """The definition that a stored run was started with, if this app has that workflow and version."""
+        workflow = self._workflows.get(document.get("workflowId", ""))
+        return workflow.definition if workflow is not None and workflow.version == document.get("version") else None
+
+    # --- connections -----------------------------------------------------------------------------------------------
+
+    def configure(self, settings: Settings) -> None:
+        """Take over a pool's settings, URI and database included. Only before the first use of the database."""
+        if self._where is not None:
+            raise ValidationError("configure: this Streamline has used its database already; configure it before the first use")
+        self.settings = settings
+        self.mongodb_uri = settings.mongodb_uri
+        self.database = settings.database or self.database
+
+    @property
+    def where(self) -> Where:
+        """The server, database and collections in use."""
+        if self._where is None:
+            uri = self.mongodb_uri or os.environ.get("STREAMLINE_MONGODB_URI") or DEFAULT_MONGODB_URI
+            self._where = Where(uri, self.database or os.environ.get("STREAMLINE_DATABASE"), self.collection_prefix)
+        return self._where
+
+    def store(self) -> Store:
+        """The synchronous connection of this process; opened by its first operation."""
+        self._notice_fork()
+        if self._store is None:
+            self._store = Store(self.where, self.env)
+        return self._store
+
+    def store_async(self) -> AsyncStore:
+        """The connection of the running event loop; opened by its first operation."""
+        self._notice_fork()
+        loop = asyncio.get_running_loop()
+        store = self._async_stores.get(loop)
+        if store is None:
+            store = self._async_stores[loop] = AsyncStore(self.where, self.env)
+        return store
+
+    def _notice_fork(self) -> None:
+        if self._pid != os.getpid():
+            # Connections belong to the parent; using or even closing them here would disturb it.
+            self._reset_connections()
+
+    @property
+    def client(self) -> Any:
+        """The `MongoClient` in use, for sessions and transactions."""
+        return self.store().client
+
+    @property
+    def async_client(self) -> Any:
+        """The `AsyncMongoClient` of the running event loop."""
+        return self.store_async().client
+
+    @property
+    def runs(self) -> Any:
+        """The PyMongo `Collection` of run documents, for direct queries. Write to it at your own risk."""
+        return self.store().collection("runs")
+
+    def close(self) -> None:
+        """Release connections, threads and local executions. The app opens again on its next use."""
+        if self._background is not None:
+            self._background.call(self.close_async())
+            self._background.close()
+            self._background = None
+        if self._store is not None and self._pid == os.getpid():
+            self._store.close()
+            self._store = None
+        self._where = None
+        self.events.close()
+
+    async def close_async(self) -> None:
+        """Release what belongs to the running event loop. `close` releases the rest."""
+        loop = asyncio.get_running_loop()
+        runner = self._runners.pop(loop, None)
+        if runner is not None:
+            await runner.shutdown(5.0)
+        store = self._async_stores.pop(loop, None)
+        if store is not None:
+            await store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close_async()
+        await asyncio.to_thread(self.close)
+
+    # --- looking at the whole database -----------------------------------------------------------------------------
+
+    def _proc_get_run(self, run_id: str) -> Procedure[Run | None]:
+        """The run with that id, of whatever workflow; None if there is none."""
+        return (yield from getting_run(self, None, run_id))
+
+    get_run, get_run_async = twins(_proc_get_run)
+
+    def _proc_cancel_run(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
+        """Cancel a run of whatever workflow; see `Workflow.cancel`."""
+        return (yield from cancelling_run(self, None, run_id, reason))
+
+    cancel_run, cancel_run_async = twins(_proc_cancel_run)
+
+    def _proc_workers(self) -> Procedure[list[dict[str, Any]]]:
+        """What every pool that has spoken lately says of itself: one document per pool, with its workers."""
+        hosts: list[dict[str, Any]] = yield ops.list_hosts()
+        return hosts
+
+    workers, workers_async = twins(_proc_workers)
+
+    def _proc_server_info(self) -> Procedure[dict[str, Any]]:
+        """`{version, topology, database, uri}`. Raises StoreUnavailableError when unreachable or too old."""
+        store = self.store()
+        return (yield from store.reading_facts())
+
+    server_info, server_info_async = twins(_proc_server_info)
+
+    def _proc_init_db(self) -> Procedure[list[str]]:
+        """Create the engine's collections and indexes; idempotent. Yields the index names."""
+        yield from self._ensuring(None)
+        return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES)]
+
+    init_db, init_db_async = twins(_proc_init_db)
+
+    # --- for workflow.py, local.py and worker.py -------------------------------------------------------------------
+
+    def make_engine(self, store: AsyncStore, observer: Observer) -> Engine:
+        """An engine for the running loop, with this app's definitions, buses and settings."""
+        return Engine(
+            store=store,
+            blocking_store=self.store,
+            env=self.env,
+            definition_of=self.definition_of,
+            buses=(self.events, global_event_bus),
+            lease_s=self.settings.lease_s,
+            threads_max=self.settings.concurrency,
+            observer=observer,
+        )
+
+    def _runner(self) -> LocalRunner:
+        loop = asyncio.get_running_loop()
+        runner = self._runners.get(loop)
+        if runner is None:
+            runner = self._runners[loop] = LocalRunner(self.make_engine, self.store_async(), self.env, self.settings.lease_s)
+        return runner
+
+    def _loop_thread(self) -> LoopThread:
+        self._notice_fork()
+        if self._background is None:
+            self._background = LoopThread()
+        return self._background
+
+    def _shutdown(self, timeout_s: float) -> None:
+        if self._background is not None:
+            self._background.call(self._shutdown_async(timeout_s))
+
+    async def _shutdown_async(self, timeout_s: float) -> None:
+        runner = self._runners.pop(asyncio.get_running_loop(), None)
+        if runner is not None:
+            await runner.shutdown(timeout_s)
+
+    def _drive(self, procedure: Procedure[T], session: Any) -> T:
+        return self.store().drive(procedure, session)
+
+    async def _drive_async(self, procedure: Procedure[T], session: Any) -> T:
+        return await self.store_async().drive(procedure, session)
+
+    def _ensuring(self, session: Any) -> Procedure[None]:
+        """Indexes and clock, once per connection. Outside of a caller's transaction, which cannot create indexes."""
+        store = self._driving_store()
+        if session is not None and getattr(session, "in_transaction", False):
+            # Collections cannot be created within every transaction; what is missing is made beside it.
+            if not store._ensured or store.clock.stale:
+                self._ensure_beside()
+            return
+        yield from store.ensuring()
+
+    def _ensure_beside(self) -> None:
+        blocking = self.store()
+        blocking.drive(blocking.ensuring())
+        driving = self._driving_store()
+        driving._ensured, driving.clock = True, blocking.clock
+
+    def _driving_store(self) -> Store | AsyncStore:
+        """The store that drives the procedure under way: the running loop's if there is one and it has one."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return self.store()
+        return self._async_stores.get(loop) or self.store()
+
+    def _server_now(self) -> datetime:
+        return self._driving_store().now()
+
+    def _signalling(self, kind: str, **fields: Any) -> Procedure[None]:
+        """Send a signal; a failure costs latency only, so nobody is told."""
+        try:
+            yield ops.send_signal(kind, self._server_now(), **fields)
+        except StoreUnavailableError as exc:
+            log.debug("signal_lost", extra={"kind": kind, "error": str(exc)})
+
+    def _publish(self, document: Mapping[str, Any], name: str, data: Any) -> None:
+        event = Event(
+            name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=None, data=data, at=self._server_now()
+        )
+        self.events.publish(event)
+        global_event_bus.publish(event)

@@ -1,0 +1,234 @@
+"""What a handler sees: `ctx`, its abort signal, and the ways a handler may end other than by returning.
+
+Calls on `ctx` record intents and write nothing, except `checkpoint` and `heartbeat`; the engine stores what was
+recorded together with the step's result. Safe to use from the handler's own thread, task, or threads it starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Generator, Mapping
+from datetime import timedelta
+from typing import Any, Protocol
+
+from .bus import ENGINE_EVENTS
+from .documents import check_payload
+from .errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
+from .model import seconds
+
+__all__ = ["AbortSignal", "Context", "Ending", "SleepEnding"]
+
+log = logging.getLogger("streamline_pool.handler")
+
+SLEEP_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime` arithmetic is what ends
+
+
+class Ending(BaseException):
+    """Raised by `ctx.sleep` and its kin to leave the handler. Not an `Exception`, so `except Exception` lets it pass."""
+
+
+class SleepEnding(Ending):
+    """The handler is through; its step is done `seconds` from now."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+
+
+class AbortSignal:
+    """Tells a handler that its work is no longer wanted. Fires once, never resets.
+
+    `reason` is one of "cancelled", "timeout", "lease-lost", "shutdown". In `async def` handlers it can be awaited;
+    they are cancelled as well, so most never need to look.
+    """
+
+    __slots__ = ("_event", "_futures", "_reason")
+
+    _lazy_lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._event: threading.Event | None = None  # made when somebody waits: most attempts never do
+        self._futures: list[asyncio.Future[str]] = []
+
+    @property
+    def aborted(self) -> bool:
+        """True once the signal has fired."""
+        return self._reason is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why it fired, or None."""
+        return self._reason
+
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
+        """Block until it fires, at most `timeout` seconds; True if it has fired. For `def` handlers."""
+        with self._lazy_lock:
+            if self._event is None:
+                self._event = threading.Event()
+                if self._reason is not None:
+                    self._event.set()
+        return self._event.wait(None if timeout is None else seconds(timeout, "signal.wait: timeout", zero_ok=True))
+
+    def raise_if_aborted(self) -> None:
+        """Raise WorkflowCancelledError if the run was cancelled, LeaseLostError for any other reason."""
+        if self._reason == "cancelled":
+            raise WorkflowCancelledError("the run was cancelled")
+        if self._reason is not None:
+            raise LeaseLostError(f"this attempt is over: {self._reason}", reason=self._reason)
+
+    def __await__(self) -> Generator[Any, None, str]:
+        """Wait until it fires; the reason. For `async def` handlers."""
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if self._reason is not None:
+            future.set_result(self._reason)
+        else:
+            self._futures.append(future)
+        return (yield from future)
+
+    def _fire(self, reason: str) -> None:
+        """Fire, from the loop's thread. Only the first reason counts."""
+        with self._lazy_lock:
+            if self._reason is not None:
+                return
+            self._reason = reason
+            if self._event is not None:
+                self._event.set()
+        for future in self._futures:
+            if not future.done():
+                future.set_result(reason)
+
+
+class Port(Protocol):
+    """What `ctx` asks of the engine on behalf of one attempt."""
+
+    def save_checkpoint(self, value: Any, size: int) -> None:
+        """Store the checkpoint; durable on return. Raises LeaseLostError when the run is no longer ours."""
+
+    def heartbeat(self) -> None:
+        """Renew the lease soon."""
+
+    def emit(self, name: str, data: Any) -> None:
+        """Publish an event now."""
+
+
+class _Stored:
+    """What `checkpoint` returns: nothing to see, but `await` works, for handlers that are `async def`."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return
+        yield
+
+
+_STORED = _Stored()
+
+
+class Context:
+    """One attempt at one step, as its handler sees it."""
+
+    __slots__ = ("__weakref__", "_closed", "_document", "_ending", "_place", "_port", "_sets", "attempt", "context", "signal", "step_id")
+
+    def __init__(self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port) -> None:
+        step = document["steps"][place]
+        self._document = document
+        self._place = place
+        self._port = port
+        self._sets: dict[str, Any] = {}
+        self._ending: Ending | None = None
+        self._closed = False
+        self.step_id: str = step["stepId"]
+        self.attempt: int = step["attempts"]  # 1-based; counts entries into the handler, those of lost workers too
+        self.signal = signal
+        self.context: dict[str, Any] = dict(document.get("context") or {})  # this attempt's view; change it by `set`
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self._document["_id"])
+
+    @property
+    def workflow_id(self) -> str:
+        """The id of the run's workflow."""
+        return str(self._document["workflowId"])
+
+    @property
+    def input(self) -> Any:
+        """What the run was started with."""
+        return self._document.get("input")
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same in all attempts at this step of this run; another one after a rewind. For payment providers and the like."""
+        rewinds = self._document.get("rewinds", 0)
+        key = f"{self._document['_id']}:{self.step_id}"
+        return f"{key}:{rewinds}" if rewinds else key
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a context key: seen in `ctx.context` at once, stored with this step's result, dropped if the attempt fails."""
+        self._check_open()
+        if not isinstance(key, str) or not key or "\0" in key:
+            raise ValidationError(f"ctx.set: a key is non-empty text without NUL, not {key!r}")
+        check_payload(value, f"context.{key}")
+        self._sets[key] = value
+        self.context[key] = value
+
+    def get_output(self, step_id: str) -> Any:
+        """The output of an earlier step, or None when it has none."""
+        for step in self._document["steps"]:
+            if step["stepId"] == step_id:
+                return step.get("output")
+        return None
+
+    def sleep(self, delay: float | timedelta) -> None:
+        """End this handler; its step is done after that time, and the handler is not called again. Outlives every restart."""
+        delay_s = seconds(delay, "ctx.sleep", zero_ok=True)
+        if delay_s > SLEEP_MAX_S:
+            raise ValidationError(f"ctx.sleep: {delay_s} seconds is more than a hundred years")
+        self._end(SleepEnding(delay_s))
+
+    def _end(self, ending: Ending) -> None:
+        self._check_open()
+        self._ending = self._ending or ending
+        raise self._ending
+
+    def heartbeat(self) -> None:
+        """Renew the lease now. Never needed for a step to live long (renewal is automatic); a sign of life for `runs show`."""
+        self._check_open()
+        self._port.heartbeat()
+
+    def emit(self, event: str, data: Any = None) -> None:
+        """Publish an event of your own at once, to subscribers of `app.events`. It answers no `wait_for`."""
+        self._check_open()
+        if not isinstance(event, str) or not event or event == "*" or event in ENGINE_EVENTS:
+            raise ValidationError(f"ctx.emit: {event!r} is not a name for an event of your own")
+        check_payload(data, f"emit({event!r}).data")
+        self._port.emit(event, data)
+
+    def log(self, message: str, **data: Any) -> None:
+        """Log a line that names the run, the step and the attempt."""
+        fields = {"run_id": self.run_id, "workflow_id": self.workflow_id, "step_id": self.step_id, "attempt": self.attempt}
+        log.info("%s", message, extra={"data": data, **fields})
+
+    def checkpoint(self, value: Any) -> _Stored:
+        """Store how far this step has come; durable on return, kept across attempts, dropped when the step ends.
+
+        In `async def` handlers it may be awaited or not; the event loop stands still for one majority write.
+        """
+        self._check_open()
+        self._port.save_checkpoint(value, check_payload(value, "checkpoint"))
+        return _STORED
+
+    def get_checkpoint(self) -> Any:
+        """What the last `checkpoint` of this step stored, in this or an earlier attempt; None when there is none."""
+        return self._document["steps"][self._place].get("checkpoint")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidStateError(f"run {self.run_id}: this attempt at step {self.step_id} is over; its ctx can do nothing more")
+
+    def _close(self) -> None:
+        """No call has any effect from here on: the attempt's outcome is decided."""
+        self._closed = True
+
+

@@ -1,0 +1,160 @@
+"""Workflow and step declarations: checked when they are made, immutable afterwards.
+
+Owns the limits on ids, options and shapes; a definition that exists is sound. Knows nothing of storage.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from .errors import StepNotFoundError, ValidationError
+from .model import RetryPolicy, seconds
+
+__all__ = ["Definition", "Handler", "StepDefinition", "check_id", "check_queue", "make_step"]
+
+Handler = Callable[[Any], Any]
+"""A step's function: takes `ctx`, `def` or `async def`; what it returns is the step's output."""
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
+_RETRIES_MAX = 20
+_CONDITIONS = ("condition", "skip_if", "run_if")
+_OPTIONS = ("retries", "timeout", "retry_delay", "retry_backoff")
+
+
+def check_id(value: object, what: str) -> str:
+    """`value` if it matches `[A-Za-z0-9_-]{1,100}`; a ValidationError naming `what` otherwise."""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise ValidationError(f"{what} {value!r}: an id is 1 to 100 of the characters A-Z a-z 0-9 _ -", value=repr(value))
+    return value
+
+
+def check_queue(value: object) -> str:
+    """`value` if it can name a queue; a ValidationError otherwise."""
+    if not isinstance(value, str) or not _QUEUE.fullmatch(value):
+        raise ValidationError(f"queue {value!r}: a queue is 1 to 100 of the characters A-Z a-z 0-9 _ . : -", value=repr(value))
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDefinition:
+    """One step: its handler and how it is attempted."""
+
+    id: str
+    handler: Handler
+    is_async: bool  # an `async def`: runs on the worker's loop; otherwise on a thread
+    retry: RetryPolicy
+    timeout_s: float | None  # per attempt; None: no limit
+    condition: Callable[[Any, Any], Any] | None = None  # (ctx, run) -> truthy: enter the step
+    skip_if: Callable[[Any], Any] | None = None  # (ctx) -> truthy: skip the step
+    run_if: Callable[[Any], Any] | None = None  # (ctx) -> truthy: enter the step
+
+    @property
+    def is_conditional(self) -> bool:
+        """True if entering the step is to be decided first."""
+        return not (self.condition is None and self.skip_if is None and self.run_if is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """A whole workflow. `index` maps a step id to its place; steps run in the order of `steps`."""
+
+    workflow_id: str
+    version: str
+    queue: str  # where its runs go unless `start(queue=)` says otherwise
+    steps: tuple[StepDefinition, ...]
+    make_context: Callable[[Any], Any] | None  # input -> context; None: a mapping input is copied
+    index: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_id(self.workflow_id, "workflow id")
+        check_queue(self.queue)
+        if not isinstance(self.version, str) or not 1 <= len(self.version) <= 100:
+            raise ValidationError(f"workflow {self.workflow_id}: version {self.version!r} is not text of 1 to 100 characters")
+        if not self.steps:
+            raise ValidationError(f"workflow {self.workflow_id}: it has no steps; add at least one with @{self.workflow_id}.step or steps=")
+        object.__setattr__(self, "index", {step.id: place for place, step in enumerate(self.steps)})
+
+    @property
+    def lane(self) -> str:
+        """The lane of runs that stay on the workflow's own queue; see `lane_of`."""
+        return self.lane_of(self.queue)
+
+    def lane_of(self, queue: str) -> str:
+        """What a worker must have to claim a run: queue, workflow and version in one indexed value.
+
+        Neither a queue nor a workflow id can hold a slash, so the three parts stay apart.
+        """
+        return f"{queue}/{self.workflow_id}/{self.version}"
+
+    def step(self, step_id: str) -> StepDefinition:
+        """The step with that id; StepNotFoundError names the steps there are."""
+        place = self.index.get(step_id)
+        if place is None:
+            known = ", ".join(self.index)
+            raise StepNotFoundError(f"workflow {self.workflow_id}: no step {step_id!r}; its steps are {known}", step_id=step_id)
+        return self.steps[place]
+
+
+def make_step(workflow_id: str, step_id: str, handler: object, options: Mapping[str, Any]) -> StepDefinition:
+    """A checked step. `options` are CONTRACT's step options; any other name is a ValidationError."""
+    where = f"step {workflow_id}.{check_id(step_id, f'workflow {workflow_id}: step id')}"
+    for name in options:
+        if name not in _OPTIONS and name not in _CONDITIONS:
+            raise ValidationError(f"{where}: unknown option {name!r}; the options are {', '.join(_OPTIONS + _CONDITIONS)}")
+    if not callable(handler):
+        raise ValidationError(f"{where}: the handler must be a function of one argument (ctx), not {handler!r}")
+    _check_takes_one(where, handler)
+    for name in _CONDITIONS:
+        if options.get(name) is not None and not callable(options[name]):
+            raise ValidationError(f"{where}: {name} must be a function, not {options[name]!r}")
+    timeout = options.get("timeout")
+    return StepDefinition(
+        id=step_id,
+        handler=handler,
+        is_async=_is_async(handler),
+        retry=_retry_policy(where, options),
+        timeout_s=None if timeout is None else seconds(timeout, f"{where}: timeout"),
+        **{name: options.get(name) for name in _CONDITIONS},
+    )
+
+
+def _retry_policy(where: str, options: Mapping[str, Any]) -> RetryPolicy:
+    retries = options.get("retries", 3)
+    if isinstance(retries, bool) or not isinstance(retries, int) or not 1 <= retries <= _RETRIES_MAX:
+        raise ValidationError(f"{where}: retries counts attempts and is a whole number from 1 to {_RETRIES_MAX}, not {retries!r}")
+    backoff = options.get("retry_backoff", "exponential")
+    named = backoff in ("exponential", "linear", "fixed") if isinstance(backoff, str) else False
+    if not named and (isinstance(backoff, (bool, str)) or not isinstance(backoff, (int, float)) or not 0 < backoff < float("inf")):
+        raise ValidationError(f'{where}: retry_backoff is "exponential", "linear", "fixed" or a multiplier above 0, not {backoff!r}')
+    delay: float | timedelta = options.get("retry_delay", 1.0)
+    return RetryPolicy(attempts_max=retries, delay_s=seconds(delay, f"{where}: retry_delay", zero_ok=True), backoff=backoff)
+
+
+def _is_async(handler: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004 -- objects with an async __call__
+
+
+def _check_takes_one(where: str, handler: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(handler)
+    except (TypeError, ValueError):
+        return  # some built-ins have no signature to check
+    try:
+        signature.bind(object())
+    except TypeError:
+        raise ValidationError(f"{where}: the handler is called with one argument, ctx; its signature is {signature}") from None
+
+
+def make_steps(workflow_id: str, steps: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sequence[StepDefinition]:
+    """Steps from a mapping of id to handler or `(handler, options)`, in its order."""
+    made = []
+    for step_id, value in steps.items():
+        handler, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+        made.append(make_step(workflow_id, step_id, handler, {**defaults, **options}))
+    return made

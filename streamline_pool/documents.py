@@ -1,0 +1,328 @@
+"""The stored shape of a run: making one, reading one, what a payload may be, and the engine's indexes.
+
+Owns every field name and the limits on stored values. Does no I/O; `bson` is used as a codec only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import bson
+from bson.errors import BSONError
+
+from .definition import Definition
+from .errors import DataCorruptionError, PayloadTooLargeError, ValidationError
+from .model import Run, RunStatus, StepState, StepStatus
+
+__all__ = [
+    "CODEC",
+    "HOST_INDEXES",
+    "PAYLOAD_BYTES_MAX",
+    "RUN_INDEXES",
+    "SLOTS",
+    "as_stored",
+    "check_payload",
+    "make_context",
+    "misfit",
+    "new_run",
+    "parse_run",
+]
+
+Document = dict[str, Any]
+
+CODEC: bson.CodecOptions[Document] = bson.CodecOptions(tz_aware=True, tzinfo=UTC, uuid_representation=bson.binary.UuidRepresentation.STANDARD)
+"""How every document is written and read: instants aware in UTC, UUIDs as BSON subtype 4."""
+
+SLOTS = 16
+"""Runs are spread over this many slots, so that workers claim from different ends of the queue. Derived: a find
+merges one index scan per lane and slot, and MongoDB merges at most 200 of them; see DESIGN, "claim"."""
+
+PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
+"""The largest single payload; a document ends at 16 MiB and holds the other steps' outputs as well."""
+
+_SCALARS = (type(None), bool, float)
+_INT64 = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexDefinition:
+    """One index, as `createIndexes` takes it."""
+
+    name: str
+    key: Mapping[str, int]
+    partial: Mapping[str, Any] | None = None
+    unique: bool = False
+    expire_after_s: int | None = None
+
+    def spec(self) -> Document:
+        """The element of `createIndexes.indexes`."""
+        spec: Document = {"name": self.name, "key": dict(self.key)}
+        if self.partial is not None:
+            spec["partialFilterExpression"] = dict(self.partial)
+        if self.unique:
+            spec["unique"] = True
+        if self.expire_after_s is not None:
+            spec["expireAfterSeconds"] = self.expire_after_s
+        return spec
+
+
+RUN_INDEXES: tuple[IndexDefinition, ...] = (
+    # Claimable now or later. A lane is queue, workflow and version: runs that a pool cannot run are never looked at.
+    IndexDefinition(
+        name="streamline_due",
+        key={"lane": 1, "slot": 1, "priority": -1, "wakeAt": 1},
+        partial={"wakeAt": {"$exists": True}},
+    ),
+    # Runs in flight, few at any time; the owner is in the key so that releasing one worker's reads no documents.
+    IndexDefinition(
+        name="streamline_lease",
+        key={"lease.expiresAt": 1, "lease.owner": 1},
+        partial={"lease.expiresAt": {"$exists": True}},
+    ),
+    IndexDefinition(
+        name="streamline_idempotency",
+        key={"workflowId": 1, "idempotencyKey": 1},
+        partial={"idempotencyKey": {"$type": "string"}},
+        unique=True,
+    ),
+)
+"""The indexes that the engine itself needs. A step's commit touches none of their fields."""
+
+HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_expire", key={"expireAt": 1}, expire_after_s=0),)
+
+
+def check_payload(value: Any, where: str) -> int:
+    """The encoded size of `value` in bytes; a ValidationError with the path of the first value BSON cannot hold.
+
+    Raises PayloadTooLargeError above PAYLOAD_BYTES_MAX.
+    """
+    kind = type(value)
+    if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
+        return 16
+    try:
+        size = len(bson.encode({"": value}, codec_options=CODEC))
+    except (BSONError, OverflowError, ValueError, TypeError, RecursionError, AttributeError) as exc:
+        path, reason = _first_unstorable(value, where, set())
+        raise ValidationError(f"{path}: {reason or exc}", path=path) from None
+    if size > PAYLOAD_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"{where}: {size} bytes, and the limit is {PAYLOAD_BYTES_MAX}; store it elsewhere and pass a reference", path=where, size=size
+        )
+    return size
+
+
+def _first_unstorable(value: Any, path: str, above: set[int]) -> tuple[str, str]:
+    """Path and reason of the first value that cannot be stored; an empty reason when none is found."""
+    if id(value) in above:
+        return path, "refers to itself, and a document cannot"
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{path}.{key!r}", f"keys must be text, not {type(key)}"
+            if "\0" in key:
+                return f"{path}.{key!r}", "keys cannot hold a NUL character"
+            found = _first_unstorable(item, f"{path}.{key}", above | {id(value)})
+            if found[1]:
+                return found
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            found = _first_unstorable(item, f"{path}[{place}]", above | {id(value)})
+            if found[1]:
+                return found
+    else:
+        try:
+            bson.encode({"": value}, codec_options=CODEC)
+        except OverflowError:
+            return path, f"cannot store {value!r}: whole numbers end at 64 bits"
+        except (BSONError, ValueError, TypeError, AttributeError, RecursionError):
+            return path, f"cannot store {type(value)}"
+    return path, ""
+
+
+def new_run(
+    definition: Definition,
+    *,
+    run_id: str,
+    input: Any,
+    context: Any,
+    meta: Mapping[str, Any] | None,
+    idempotency_key: str | None,
+    priority: int,
+    queue: str,
+    due_at: datetime,
+    user_id: str | None,
+    tags: Sequence[str],
+    slot: int,
+    now: datetime,
+    act_id: str,
+) -> Document:
+    """The document of a run that nobody has touched: claimable from `due_at`, `draft` until then if that is later."""
+    document: Document = {
+        "_id": run_id,
+        "workflowId": definition.workflow_id,
+        "version": definition.version,
+        "status": (RunStatus.DRAFT if due_at > now else RunStatus.RUNNING).value,
+        "steps": [{"stepId": step.id, "status": StepStatus.PENDING.value, "attempts": 0} for step in definition.steps],
+        "currentStepId": definition.steps[0].id,
+        "context": context,
+        "input": input,
+        "output": None,
+        "error": None,
+        "createdAt": now,
+        "updatedAt": now,
+        "startedAt": None,
+        "endedAt": None,
+        "paused": False,
+        "userId": user_id,
+        "tags": list(tags),
+        "meta": dict(meta) if meta is not None else None,
+        "priority": priority,
+        "queue": queue,
+        # From here on: fields that the engine schedules by.
+        "lane": definition.lane_of(queue),
+        "slot": slot,
+        "wakeAt": due_at,
+        "token": 0,
+        "rev": 0,
+        "acts": 0,
+        "lastAct": act_id,
+        "waitGen": 0,
+        "crashes": 0,
+        "failures": 0,
+    }
+    if idempotency_key is not None:
+        document["idempotencyKey"] = idempotency_key
+    return document
+
+
+def misfit(document: Mapping[str, Any]) -> str | None:
+    """Why the engine cannot work with this document, or None: a field it relies on is missing or of another type.
+
+    Looked at once per claim, so that a document which some other program changed fails that run alone.
+    """
+    for name, kind in _RELIED_ON:
+        if not isinstance(document.get(name), kind):
+            return f"field {name!r} is {document.get(name)!r}, expected {kind.__name__}"
+    try:
+        RunStatus(document["status"])
+    except ValueError:
+        return f"field 'status' is {document['status']!r}, which is no status"
+    steps = document["steps"]
+    if not steps:
+        return "field 'steps' is empty"
+    for place, step in enumerate(steps):
+        reason = _step_misfit(step)
+        if reason:
+            return f"steps[{place}]: {reason}"
+    ids = [step["stepId"] for step in steps]
+    if len(set(ids)) != len(ids):
+        return f"two steps have one id: {', '.join(ids)}"
+    current = document.get("currentStepId")
+    if current is not None and current not in ids:
+        return f"field 'currentStepId' is {current!r}, which is none of the steps {', '.join(ids)}"
+    return None
+
+
+_RELIED_ON: tuple[tuple[str, type], ...] = (
+    ("workflowId", str),
+    ("version", str),
+    ("status", str),
+    ("steps", list),
+    ("rev", int),
+    ("token", int),
+    ("crashes", int),
+    ("failures", int),
+)
+_STEP_STATUSES = frozenset(status.value for status in StepStatus)
+
+
+def _step_misfit(step: Any) -> str | None:
+    if not isinstance(step, dict) or not isinstance(step.get("stepId"), str):
+        return f"{step!r} is not a step"
+    if step.get("status") not in _STEP_STATUSES:
+        return f"status {step.get('status')!r} is no status of a step"
+    if not isinstance(step.get("attempts"), int):
+        return f"attempts is {step.get('attempts')!r}, expected a whole number"
+    if step["status"] == StepStatus.WAITING and not isinstance(step.get("waitingFor"), dict):
+        return "waiting, but 'waitingFor' does not say for what"
+    return None
+
+
+def parse_run(document: Mapping[str, Any]) -> Run:
+    """The `Run` of a stored document. Raises DataCorruptionError naming the first field that does not fit."""
+    try:
+        return Run(
+            id=document["_id"],
+            workflow_id=_typed(document, "workflowId", str),
+            version=_typed(document, "version", str),
+            status=RunStatus(document["status"]),
+            steps=tuple(_parse_step(step) for step in _typed(document, "steps", list)),
+            current_step_id=document.get("currentStepId"),
+            input=document.get("input"),
+            context=document.get("context") or {},
+            output=document.get("output"),
+            error=document.get("error"),
+            meta=document.get("meta"),
+            user_id=document.get("userId"),
+            tags=tuple(document.get("tags") or ()),
+            priority=document.get("priority", 0),
+            queue=document.get("queue", "default"),
+            paused=bool(document.get("paused", False)),
+            created_at=_typed(document, "createdAt", datetime),
+            updated_at=_typed(document, "updatedAt", datetime),
+            started_at=document.get("startedAt"),
+            ended_at=document.get("endedAt"),
+            document=document,
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        run_id = document.get("_id")
+        raise DataCorruptionError(
+            f"run {run_id}: the stored document was changed by another program: {_describe(exc)}; mend it, or delete it", run_id=run_id
+        ) from exc
+
+
+def _describe(exc: Exception) -> str:
+    return f"field {exc.args[0]!r} is missing" if isinstance(exc, KeyError) else str(exc)
+
+
+def _typed(document: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = document[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"field {name!r} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _parse_step(step: Any) -> StepState:
+    if not isinstance(step, Mapping):
+        raise TypeError(f"{step!r} in 'steps' is not a step")
+    duration_ms = step.get("durationMs")
+    return StepState(
+        step_id=_typed(step, "stepId", str),
+        status=StepStatus(step["status"]),
+        attempts=_typed(step, "attempts", int),
+        output=step.get("output"),
+        error=step.get("error"),
+        waiting_for=step.get("waitingFor"),
+        retry_after=step.get("retryAfter"),
+        started_at=step.get("startedAt"),
+        ended_at=step.get("endedAt"),
+        duration=None if duration_ms is None else duration_ms / 1000,
+    )
+
+
+def as_stored(document: Document) -> Document:
+    """What a reader will find after this document has been written: tuples are lists, instants are whole milliseconds."""
+    return bson.decode(bson.encode(document, codec_options=CODEC), codec_options=CODEC)
+
+
+def make_context(make: Callable[[Any], Any] | None, input: Any, where: str) -> Any:
+    """The first context of a run: what `context=` makes of the input, else a copy of a mapping input, else empty."""
+    if make is None:
+        return dict(input) if isinstance(input, Mapping) else {}
+    context = make(input)
+    if not isinstance(context, Mapping):
+        raise ValidationError(f"{where}: context= must return a mapping, not {type(context)}")
+    return dict(context)

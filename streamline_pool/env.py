@@ -1,0 +1,101 @@
+"""The outside world as arguments: clock, ids, randomness and named crash points.
+
+Owns every read of a clock or of entropy in this package, so that tests can jump time and repeat chance.
+Made once at an entry point and handed down (River's `baseservice` does the same).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+__all__ = ["PROBE_POINTS", "Clock", "Env", "system_env"]
+
+PROBE_POINTS = ("claim.before", "claim.after", "handler.after", "commit.before", "commit.after")
+"""The named points of the commit path at which a test may stop the world (DBOS calls these debug triggers)."""
+
+
+class Clock(Protocol):
+    """Wall and monotonic time of this host."""
+
+    def now(self) -> datetime:
+        """Aware UTC, whole milliseconds: what BSON can hold, so that what is written is what is read back."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never go back; deadlines inside a process are counted in it."""
+        ...
+
+
+class SystemClock:
+    """The clock of the operating system."""
+
+    def now(self) -> datetime:
+        moment = datetime.now(UTC)
+        return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Env:
+    """What a program may not make up for itself."""
+
+    clock: Clock
+    new_id: Callable[[], str]  # 32 hex digits: 48 bits of time, 80 random bits
+    random: Callable[[], float]  # uniform in [0, 1)
+    sleep: Callable[[float], None]  # seconds
+    async_sleep: Callable[[float], Awaitable[None]]  # seconds
+    probe: Callable[[str], None]  # called at each of PROBE_POINTS; does nothing unless armed
+
+
+def _time_ordered_id() -> str:
+    """Ids made later sort later, as in UUID version 7, so that inserts into the `_id` index touch its right edge only."""
+    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+
+
+def _no_probe(point: str) -> None:
+    return None
+
+
+def _armed_probe(spec: str) -> Callable[[str], None]:
+    """`point=kill` dies by SIGKILL at the point, `point=stop` freezes there (SIGSTOP); once per `once=FILE`.
+
+    The file makes the act happen in one process only: whoever creates it acts.
+    """
+    point, _, rest = spec.partition("=")
+    act, _, once_path = rest.partition("@")
+    signum = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[act]
+
+    def probe(reached: str) -> None:
+        if reached != point:
+            return
+        if once_path:
+            try:
+                os.close(os.open(once_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                return
+        os.kill(os.getpid(), signum)
+
+    return probe
+
+
+def system_env() -> Env:
+    """The real world. `STREAMLINE_PROBE=point=kill@FILE` arms a crash point, for tests of recovery only."""
+    spec = os.environ.get("STREAMLINE_PROBE", "")
+    return Env(
+        clock=SystemClock(),
+        new_id=_time_ordered_id,
+        random=random.SystemRandom().random,
+        sleep=time.sleep,
+        async_sleep=asyncio.sleep,
+        probe=_armed_probe(spec) if spec else _no_probe,
+    )

@@ -1,0 +1,112 @@
+"""Executes single runs inside the calling program: `Workflow.execute`, with the same engine that workers use.
+
+Owns the engine of an event loop, and the background loop that lends one to synchronous callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from datetime import datetime
+from typing import Any, TypeVar
+
+from . import ops
+from .engine import Engine
+from .env import Env
+from .store import AsyncStore
+
+__all__ = ["LocalRunner", "LoopThread", "make_owner"]
+
+T = TypeVar("T")
+
+
+def make_owner(env: Env) -> str:
+    """The identity of one incarnation of a process that holds leases: `host:pid:nonce`, never reused."""
+    return f"{socket.gethostname()}:{os.getpid()}:{env.new_id()[-8:]}"
+
+
+class _Quiet:
+    """Nobody schedules around a program's own executions."""
+
+    def parked(self, lane: str, wake_at: datetime) -> None:
+        """See engine.Observer."""
+
+    def landed(self, run_id: str, status: str) -> None:
+        """See engine.Observer."""
+
+    def store_answered(self, ok: bool) -> None:
+        """See engine.Observer."""
+
+    def stuck(self, what: str) -> None:
+        """See engine.Observer."""
+
+
+class LocalRunner:
+    """Claims and drives runs in one event loop, one call at a time each."""
+
+    def __init__(self, make_engine: Callable[[AsyncStore, _Quiet], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
+        self._engine = make_engine(store, _Quiet())
+        self._store = store
+        self._env = env
+        self._lease_s = lease_s
+        self._owner = make_owner(env)
+        self._engine.start()
+
+    async def execute(self, run_id: str) -> bool:
+        """Claim a run by name and drive it to its next stop. False if it could not be claimed now."""
+        deadline = self._engine.lease_deadline()
+        lease_id = self._env.new_id()
+        document = await self._store.run(ops.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
+        if document is None:
+            return False
+        await self._engine.admit(document, deadline)
+        if document["status"] in ("done", "failed"):
+            await _ring(self._store, ops.send_signal("ended", self._store.now(), runs=[run_id]))
+        return True
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """Let steps in flight end, for `timeout_s` seconds; then stop them. Their runs are given back either way."""
+        self._engine.drain()
+        try:
+            await asyncio.wait_for(self._engine.emptied(), timeout_s)
+        except TimeoutError:
+            self._engine.stop(grace_s=1.0)
+            try:
+                await asyncio.wait_for(self._engine.emptied(), 5.0)
+            except TimeoutError:
+                pass  # the leases run out by themselves
+        await self._engine.close()
+
+
+async def _ring(store: AsyncStore, signal: ops.Command) -> None:
+    try:
+        await store.run(signal)
+    except Exception:
+        return  # a hint: those who wait look by themselves a little later
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for synchronous callers of asynchronous code."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="streamline-loop", daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for it. An interrupted wait cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End the loop and its thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,489 @@
+"""Every query and update of this package, named, as data. Does no I/O: store.py runs them.
+
+Owns every filter and every update operator. All writes are `w: majority, j: true`, all reads that decide are
+majority reads on the primary (store.py sees to both). Filters of states are derived from model.py's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from .documents import HOST_INDEXES, RUN_INDEXES, SLOTS
+from .errors import ErrorCode
+from .model import NON_TERMINAL, TERMINAL, RunStatus, StepStatus
+from .transitions import Change
+
+__all__ = ["Command", "Fence", "Find", "Op", "Statement", "Tail"]
+
+Document = dict[str, Any]
+Reply = Mapping[str, Any]
+
+_TERMINAL = sorted(status.value for status in TERMINAL)
+_NON_TERMINAL = sorted(status.value for status in NON_TERMINAL)
+_NOT_PAUSED = {"$ne": True}
+_DUE = {"$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
+
+SIGNALS_BYTES = 16 * 1024 * 1024
+"""Size of the capped collection of signals: about half a minute of them at full load, which a tail must not fall behind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One database command. `verb` names the command and takes the collection; `parse` makes the result of the reply."""
+
+    name: str  # how logs, errors and fault injection call it
+    collection: str  # without the prefix; "" for a command of the database itself
+    verb: str
+    body: Mapping[str, Any]
+    parse: Callable[[Reply], Any] = lambda reply: None
+    writes: bool = True
+    durable: bool = True  # False: a hint; not majority, not repeated, never part of a transaction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Find:
+    """One query; yields a list of documents."""
+
+    name: str
+    collection: str
+    filter: Mapping[str, Any]
+    projection: Mapping[str, Any] | None = None
+    sort: Sequence[tuple[str, int]] = field(default_factory=tuple)
+    limit: int = 0
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """A tailing read of the signals written from `since` on; for store.py's `tail`."""
+
+    filter: Mapping[str, Any]
+
+
+Op = Command | Find
+
+
+class Fence(NamedTuple):
+    """What a holder's write must find unchanged: the run, its own claim, and the count of its writes."""
+
+    run_id: str
+    lease_id: str  # the claim id; new at every claim attempt, so no other holder ever has it
+    rev: int
+    token: int  # unchanged for as long as nobody else has claimed, recovered or acted on the run
+
+
+class Statement(NamedTuple):
+    """One fenced write of a holder, as the group committer sends it together with others."""
+
+    fence: Fence
+    update: Document  # {"q", "u"}: an element of the `update` command
+    size: int  # estimated bytes
+
+
+# --- starting ------------------------------------------------------------------------------------------------------
+
+
+def ensure_indexes(collection: str = "runs") -> Command:
+    """Create the engine's indexes; does nothing when they exist."""
+    made = RUN_INDEXES if collection == "runs" else HOST_INDEXES
+    return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body={"indexes": [i.spec() for i in made]})
+
+
+def ensure_signals() -> Command:
+    """Create the capped collection of signals; the reply's code 48 (exists) counts as success."""
+    body = {"capped": True, "size": SIGNALS_BYTES}
+    return Command(name="ensure_signals", collection="signals", verb="create", body=body)
+
+
+def server_info() -> Command:
+    """`hello`: version of the protocol, topology and the server's clock."""
+    return Command(name="server_info", collection="", verb="hello", body={}, parse=dict, writes=False)
+
+
+def build_info() -> Command:
+    """`buildInfo`: the server's version."""
+    return Command(name="build_info", collection="", verb="buildInfo", body={}, parse=dict, writes=False)
+
+
+def insert_runs(documents: Sequence[Document]) -> Command:
+    """Store new runs. Yields the errors `[{index, code, keyPattern, …}]` of those that were refused."""
+    return Command(
+        name="insert_runs",
+        collection="runs",
+        verb="insert",
+        body={"documents": documents, "ordered": False},
+        parse=lambda reply: list(reply.get("writeErrors", ())),
+    )
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def get_run(workflow_id: str | None, run_id: str) -> Find:
+    """The run with that id, if it is of that workflow; None: of any."""
+    query: Document = {"_id": run_id} if workflow_id is None else {"_id": run_id, "workflowId": workflow_id}
+    return Find(name="get_run", collection="runs", filter=query, limit=1)
+
+
+def get_runs_by_key(workflow_id: str, keys: Sequence[str]) -> Find:
+    """The runs that own these idempotency keys of that workflow."""
+    query = {"workflowId": workflow_id, "idempotencyKey": {"$in": list(keys)}}
+    return Find(name="get_runs_by_key", collection="runs", filter=query)
+
+
+# --- claiming ------------------------------------------------------------------------------------------------------
+
+
+def find_due(lanes: Sequence[str], slots: Sequence[int] | None, due_at: datetime, limit: int, crashes_below: int | None) -> Find:
+    """Ids of runs that look claimable, highest priority first, then longest due.
+
+    Index streamline_due: one scan per lane and slot, merged. `slots` None means all of them. `crashes_below` leaves
+    out runs whose next lost worker would convict them, for a worker that has one of those already.
+    """
+    query: Document = {
+        "lane": {"$in": list(lanes)},
+        "slot": {"$in": list(range(SLOTS)) if slots is None else list(slots)},
+        "wakeAt": {"$lte": due_at},
+    }
+    if crashes_below is not None:
+        query["crashes"] = {"$lt": crashes_below}
+    return Find(
+        name="find_due",
+        collection="runs",
+        filter=query,
+        projection={"_id": 1, "crashes": 1},
+        sort=(("priority", -1), ("wakeAt", 1)),
+        limit=limit,
+        hint="streamline_due",
+    )
+
+
+def claim_runs(run_ids: Sequence[str], lease_id: str, owner: str, lease_s: float) -> Command:
+    """Take the lease of those runs that are still due and not paused. Yields how many.
+
+    The attempt is counted here, so that a crash before the first write still costs one (River counts it in the
+    same place). Times are the server's.
+    """
+    query = {"_id": {"$in": list(run_ids)}, "paused": _NOT_PAUSED, **_DUE}
+    return Command(
+        name="claim_runs",
+        collection="runs",
+        verb="update",
+        body={"updates": [{"q": query, "u": _claim_update(lease_id, owner, lease_s), "multi": True}]},
+        parse=lambda reply: int(reply["n"]),
+    )
+
+
+def claim_run(run_id: str, lanes: Sequence[str] | None, lease_id: str, owner: str, lease_s: float) -> Command:
+    """Claim one named run in one round trip. Yields the claimed document or None.
+
+    The document is the one that the majority-acknowledged write has made, hence as good as a majority read.
+    """
+    query: Document = {"_id": run_id, "paused": _NOT_PAUSED, **_DUE}
+    if lanes is not None:
+        query["lane"] = {"$in": list(lanes)}
+    return Command(
+        name="claim_run",
+        collection="runs",
+        verb="findAndModify",
+        body={"query": query, "update": _claim_update(lease_id, owner, lease_s), "new": True},
+        parse=lambda reply: reply.get("value"),
+    )
+
+
+def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
+    enterable = {"$in": ["$$step.status", [StepStatus.PENDING.value, StepStatus.RUNNING.value]]}
+    entry = {"status": StepStatus.RUNNING.value, "attempts": _plus_one("$$step.attempts"), "startedAt": "$$NOW"}
+    step = {"$cond": [{"$and": [_IS_CURRENT, enterable]}, {"$mergeObjects": ["$$step", entry]}, "$$step"]}
+    # A run whose current step waits stays `waiting` until its holder has ended that wait.
+    waits = {"$and": [_IS_CURRENT, {"$eq": ["$$step.status", StepStatus.WAITING.value]}]}
+    some_wait = {"$anyElementTrue": [{"$map": {"input": _STEPS, "as": "step", "in": waits}}]}
+    return [
+        {
+            "$set": {
+                "wakeAt": "$$REMOVE",
+                "token": _plus_one("$token"),
+                "lease": {"id": lease_id, "owner": owner, "token": _plus_one("$token"), "expiresAt": _server_time_in(lease_s)},
+                "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
+                "status": {"$cond": [some_wait, "$status", RunStatus.RUNNING.value]},
+                "steps": _map_steps(step),
+            }
+        }
+    ]
+
+
+# A pipeline that meets a value of the wrong type fails as a whole, and with it every other run of the batch.
+# These expressions hold whatever another program did to a document; documents.misfit then reports it.
+
+_IS_CURRENT: Document = {"$eq": ["$$step.stepId", "$currentStepId"]}
+_STEPS: Document = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
+
+
+def _map_steps(expression: Document) -> Document:
+    return {"$cond": [{"$isArray": ["$steps"]}, {"$map": {"input": _STEPS, "as": "step", "in": expression}}, "$steps"]}
+
+
+def _plus_one(path: str) -> Document:
+    return {"$add": [{"$cond": [{"$isNumber": path}, path, 0]}, 1]}
+
+
+def _text(path: str) -> Document:
+    return {"$cond": [{"$eq": [{"$type": path}, "string"]}, path, "(unknown)"]}
+
+
+def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
+    """Those of the runs that carry this claim's id: what was really won."""
+    return Find(name="read_claimed", collection="runs", filter={"_id": {"$in": list(run_ids)}, "lease.id": lease_id})
+
+
+# --- holding -------------------------------------------------------------------------------------------------------
+
+
+def commit(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
+    """Store one transition of a run that is not paused."""
+    query = _fenced(fence, paused=False)
+    if change.not_before is not None:
+        query["$expr"] = {"$lte": [change.not_before, "$$NOW"]}
+    return Statement(fence, {"q": query, "u": _commit_update(fence, change, now, "wakeAt")}, size)
+
+
+def commit_under_pause(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
+    """Store what `transitions.under_pause` left of a transition, on a run that is paused."""
+    return Statement(fence, {"q": _fenced(fence, paused=True), "u": _commit_update(fence, change, now, "pausedWakeAt")}, size)
+
+
+def _fenced(fence: Fence, *, paused: bool) -> Document:
+    return {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev, "paused": True if paused else _NOT_PAUSED}
+
+
+def _commit_update(fence: Fence, change: Change, now: datetime, wake_field: str) -> Document:
+    sets: Document = {"rev": fence.rev + 1, "updatedAt": now, **change.fields}
+    for place, step in change.steps.items():
+        sets[f"steps.{place}"] = step
+    if not change.releases:
+        return {"$set": sets}
+    if change.wake_at is not None:
+        sets[wake_field] = change.wake_at
+    return {"$set": sets, "$unset": {"lease": ""}}
+
+
+def save_checkpoint(fence: Fence, place: int, value: Any, now: datetime, size: int) -> Statement:
+    """Store a step's checkpoint; the lease stays, also under pause."""
+    query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
+    sets = {"rev": fence.rev + 1, "updatedAt": now, f"steps.{place}.checkpoint": value}
+    return Statement(fence, {"q": query, "u": {"$set": sets}}, size)
+
+
+def write_statements(statements: Sequence[Statement]) -> Command:
+    """Send fenced writes of many runs in one command. Yields the reply: `n` matched, and `writeErrors` by index."""
+    return Command(
+        name="commit_runs",
+        collection="runs",
+        verb="update",
+        body={"updates": [statement.update for statement in statements], "ordered": False},
+        parse=lambda reply: reply,
+    )
+
+
+def read_fences(run_ids: Sequence[str]) -> Find:
+    """What decides the fate of fenced writes that did not all match: lease, rev and pause of each run."""
+    projection = {"lease.id": 1, "rev": 1, "token": 1, "paused": 1, "status": 1, "cancelReason": 1}
+    return Find(name="read_fences", collection="runs", filter={"_id": {"$in": list(run_ids)}}, projection=projection)
+
+
+def read_held(run_id: str, lease_id: str) -> Find:
+    """The whole document of a run, if this claim still holds it."""
+    return Find(name="read_held", collection="runs", filter={"_id": run_id, "lease.id": lease_id}, limit=1)
+
+
+def renew(run_ids: Sequence[str], lease_ids: Sequence[str], lease_s: float) -> Command:
+    """Extend the leases of runs that have a live task, never "all of this worker". Yields how many matched."""
+    query = {"_id": {"$in": list(run_ids)}, "lease.id": {"$in": list(lease_ids)}}
+    update = [{"$set": {"lease.expiresAt": _server_time_in(lease_s)}}]
+    return Command(
+        name="renew",
+        collection="runs",
+        verb="update",
+        body={"updates": [{"q": query, "u": update, "multi": True}]},
+        parse=lambda reply: int(reply["n"]),
+    )
+
+
+# --- recovering ----------------------------------------------------------------------------------------------------
+
+
+def release_owner(owner: str, max_crashes: int, evidence: Mapping[str, Any]) -> Command:
+    """Take back the leases of one dead incarnation of a worker. Yields how many.
+
+    Each run is claimable at once and its current step has one more lost worker on record; at `max_crashes` the run
+    fails with WORKER_CRASHED and the evidence. Idempotent, like `recover_expired`.
+    """
+    query = {"lease.expiresAt": {"$exists": True}, "lease.owner": owner}
+    return _recover("release_owner", query, max_crashes, _describe_death(evidence))
+
+
+def recover_expired(max_crashes: int) -> Command:
+    """Take back every lease that has run out by the server's clock. Yields how many. Any number of hosts may sweep."""
+    query = {"lease.expiresAt": {"$exists": True}, "$expr": {"$lte": ["$lease.expiresAt", "$$NOW"]}}
+    return _recover("recover_expired", query, max_crashes, "it stopped renewing its lease")
+
+
+def _describe_death(evidence: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in evidence.items() if value not in (None, "", [], ())) or "it died"
+
+
+def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Command:
+    crashes = _plus_one("$crashes")
+    convicted = {"$gte": [crashes, max_crashes]}
+    message = {
+        "$concat": [
+            {"$toString": crashes},
+            " workers were lost while they ran step ",
+            _text("$currentStepId"),
+            "; the last one, ",
+            _text("$lease.owner"),
+            ": ",
+            {"$literal": evidence},
+        ]
+    }
+    error = {"code": ErrorCode.WORKER_CRASHED.value, "message": message, "type": "WorkerCrashed"}
+    was_running = {"$eq": ["$$step.status", StepStatus.RUNNING.value]}
+    failed = {"$mergeObjects": ["$$step", {"status": StepStatus.FAILED.value, "error": error, "endedAt": "$$NOW"}]}
+    pending = {"$mergeObjects": ["$$step", {"status": StepStatus.PENDING.value}]}
+    step = {
+        "$cond": [{"$and": [_IS_CURRENT, convicted]}, failed, {"$cond": [{"$and": [_IS_CURRENT, was_running]}, pending, "$$step"]}],
+    }
+    paused = {"$eq": ["$paused", True]}
+    alive = {
+        "lease": "$$REMOVE",
+        "token": _plus_one("$token"),
+        "updatedAt": "$$NOW",
+        "crashes": crashes,
+        "steps": _map_steps(step),
+        "wakeAt": {"$cond": [{"$or": [convicted, paused]}, "$$REMOVE", "$$NOW"]},
+        "pausedWakeAt": {"$cond": [{"$and": [paused, {"$not": [convicted]}]}, "$$NOW", "$$REMOVE"]},
+        "status": {"$cond": [convicted, RunStatus.FAILED.value, "$status"]},
+        "error": {"$cond": [convicted, {**error, "stepId": "$currentStepId", "traceback": ""}, "$error"]},
+        "endedAt": {"$cond": [convicted, "$$NOW", "$endedAt"]},
+    }
+    return Command(
+        name=name,
+        collection="runs",
+        verb="update",
+        body={"updates": [{"q": query, "u": [{"$set": alive}], "multi": True}]},
+        parse=lambda reply: int(reply["n"]),
+    )
+
+
+def find_due_before(lanes: Sequence[str], until: datetime, limit: int) -> Find:
+    """Runs due by `until`, in no particular order: for the steward's timers and for the fallback sweep."""
+    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": {"$lte": until}}
+    return Find(
+        name="find_due_before",
+        collection="runs",
+        filter=query,
+        projection={"lane": 1, "wakeAt": 1},
+        limit=limit,
+        hint="streamline_due",
+    )
+
+
+def mark_corrupt(run_id: str, reason: str, now: datetime) -> Command:
+    """Fail a run whose document does not have the shape this package writes. Yields how many matched (0 or 1).
+
+    The one update that cannot rely on any field but `_id`; a terminal run is left as it is.
+    """
+    error = {
+        "code": ErrorCode.DATA_CORRUPTION.value,
+        "message": f"the stored document was changed by another program: {reason}; mend it and rewind, or delete it",
+        "type": "DataCorruptionError",
+        "stepId": None,
+        "traceback": "",
+    }
+    update = {
+        "$set": {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now},
+        "$unset": {"lease": "", "wakeAt": "", "pausedWakeAt": ""},
+    }
+    query = {"_id": run_id, "status": {"$nin": _TERMINAL}}
+    return Command(
+        name="mark_corrupt", collection="runs", verb="update", body={"updates": [{"q": query, "u": update}]}, parse=lambda reply: int(reply["n"])
+    )
+
+
+# --- outside acts --------------------------------------------------------------------------------------------------
+
+
+def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id: str) -> Command:
+    """Cancel a run that has not ended, whoever holds it. Yields the cancelled document or None.
+
+    Takes the lease away (token + 1), so the holder's next write misses: a cancel that won has won for good.
+    """
+    query: Document = {"_id": run_id, "status": {"$in": _NON_TERMINAL}}
+    if workflow_id is not None:
+        query["workflowId"] = workflow_id
+    update = [
+        {
+            "$set": {
+                "status": RunStatus.CANCELLED.value,
+                "cancelReason": {"$literal": reason},
+                "endedAt": "$$NOW",
+                "updatedAt": "$$NOW",
+                "lease": "$$REMOVE",
+                "wakeAt": "$$REMOVE",
+                "pausedWakeAt": "$$REMOVE",
+                "token": _plus_one("$token"),
+                "acts": _plus_one("$acts"),
+                "lastAct": {"$literal": act_id},
+            }
+        }
+    ]
+    return Command(
+        name="cancel_run",
+        collection="runs",
+        verb="findAndModify",
+        body={"query": query, "update": update, "new": True},
+        parse=lambda reply: reply.get("value"),
+    )
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def send_signal(kind: str, at: datetime, **fields: Any) -> Command:
+    """Write one signal: "due" {lane, runId}, "ended" {runs}, "cancel" {runId}. Losing it costs latency, never correctness."""
+    document = {"kind": kind, "at": at, **fields}
+    return Command(name=f"signal_{kind}", collection="signals", verb="insert", body={"documents": [document]}, durable=False)
+
+
+def signals_since(since: datetime, **match: Any) -> Tail:
+    """Signals written from about `since` on that match."""
+    return Tail(filter={"at": {"$gte": since}, **match})
+
+
+# --- hosts ---------------------------------------------------------------------------------------------------------
+
+
+def put_host(record: Mapping[str, Any], ttl_s: float) -> Command:
+    """Store what a pool on some host says of itself; it vanishes `ttl_s` seconds after its last word."""
+    fields = {name: {"$literal": value} for name, value in record.items() if name != "_id"}
+    update = [{"$set": {**fields, "seenAt": "$$NOW", "expireAt": _server_time_in(ttl_s)}}]
+    return Command(
+        name="put_host", collection="hosts", verb="update", body={"updates": [{"q": {"_id": record["_id"]}, "u": update, "upsert": True}]}
+    )
+
+
+def remove_host(host_id: str) -> Command:
+    """The pool is gone in good order."""
+    return Command(name="remove_host", collection="hosts", verb="delete", body={"deletes": [{"q": {"_id": host_id}, "limit": 1}]})
+
+
+def list_hosts() -> Find:
+    """Every pool that has spoken lately."""
+    return Find(name="list_hosts", collection="hosts", filter={}, sort=(("_id", 1),))
+
+
+def _server_time_in(seconds: float) -> Document:
+    return {"$dateAdd": {"startDate": "$$NOW", "unit": "millisecond", "amount": round(seconds * 1000)}}

@@ -1,0 +1,275 @@
+"""What may happen to a run that a worker holds: pure functions from (document, event, now) to a `Change`.
+
+Owns every decision about a run's next state; ops.py turns a `Change` into one fenced write, engine.py
+performs it. No clock, no I/O, nothing of MongoDB. `document` is always the holder's copy and is never changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from .definition import Definition, StepDefinition
+from .errors import ErrorCode
+from .model import RUN_MOVES, RunStatus, StepStatus
+
+__all__ = [
+    "Change",
+    "Failure",
+    "advance",
+    "apply",
+    "current_place",
+    "decide_entry",
+    "fail_run",
+    "finish",
+    "give_back",
+    "park_timer",
+    "skip",
+    "sleep",
+    "step_failed",
+    "under_pause",
+    "without_grant",
+    "wake",
+]
+
+Document = dict[str, Any]
+
+# Enum look-ups cost on the hot path; these are the stored texts.
+_RUNNING, _WAITING, _DONE, _FAILED = (RunStatus.RUNNING.value, RunStatus.WAITING.value, RunStatus.DONE.value, RunStatus.FAILED.value)
+_S_PENDING, _S_RUNNING, _S_WAITING = (StepStatus.PENDING.value, StepStatus.RUNNING.value, StepStatus.WAITING.value)
+_S_DONE, _S_FAILED, _S_SKIPPED = (StepStatus.DONE.value, StepStatus.FAILED.value, StepStatus.SKIPPED.value)
+
+
+class Change(NamedTuple):
+    """One transition, as data: what one fenced write stores.
+
+    `wake_at` and the lease: exactly one of (lease kept), (`releases` with `wake_at`), (`releases`, terminal or
+    waiting for an outside act) holds, which is invariant 4 at the place where it is made.
+    """
+
+    name: str  # for logs and for the pause rule: "advance", "retry", …
+    fields: Mapping[str, Any]  # top-level fields to set
+    steps: Mapping[int, Document]  # whole steps to set, by place
+    events: tuple[tuple[str, str | None, Any], ...] = ()  # (name, step id, data), published once the write is durable
+    wake_at: datetime | None = None  # from when the run may be claimed again
+    releases: bool = False  # the lease is given up with this write
+    not_before: datetime | None = None  # the server's clock must have passed this instant, else nothing is written
+
+
+class Failure(NamedTuple):
+    """A failed attempt, normalised: whatever a handler raised or did, in words that can be stored."""
+
+    code: ErrorCode
+    message: str
+    type: str  # bare class name of what was raised
+    traceback: str
+    retriable: bool
+
+
+def current_place(document: Mapping[str, Any]) -> int | None:
+    """The place of the step to work on, or None when every step has ended."""
+    current = document["currentStepId"]
+    if current is None:
+        return None
+    for place, step in enumerate(document["steps"]):
+        if step["stepId"] == current:
+            return place
+    raise AssertionError(f"currentStepId {current!r} is no step: documents.misfit was not asked")
+
+
+def advance(document: Document, definition: Definition, place: int, output: Any, sets: Mapping[str, Any], now: datetime) -> Change:
+    """The step is done: its result, the cursor and the next step's grant (or the run's end) in one write."""
+    step = document["steps"][place]
+    started = step.get("startedAt") or now
+    done: Document = {
+        "stepId": step["stepId"],
+        "status": _S_DONE,
+        "attempts": step["attempts"],
+        "startedAt": started,
+        "endedAt": now,
+        "durationMs": _milliseconds(started, now),
+        "output": output,
+    }
+    return _next_step(document, definition, place, done, ("step:completed", step["stepId"], output), sets, now)
+
+
+def skip(document: Document, definition: Definition, place: int, sets: Mapping[str, Any], now: datetime) -> Change:
+    """The step's condition said no: it ends without having been entered, and the run moves on."""
+    step = document["steps"][place]
+    skipped: Document = {"stepId": step["stepId"], "status": _S_SKIPPED, "attempts": 0, "endedAt": now, "output": None}
+    return _next_step(document, definition, place, skipped, ("step:skipped", step["stepId"], None), sets, now)
+
+
+def _next_step(
+    document: Document,
+    definition: Definition,
+    place: int,
+    ended: Document,
+    event: tuple[str, str | None, Any],
+    sets: Mapping[str, Any],
+    now: datetime,
+) -> Change:
+    following = place + 1
+    if following == len(document["steps"]):
+        fields = {
+            "status": _DONE,
+            "currentStepId": None,
+            "output": ended["output"],
+            "endedAt": now,
+            "crashes": 0,
+            "failures": 0,
+            **_context_fields(document, sets),
+        }
+        return Change("finish", fields, {place: ended}, (event, ("workflow:completed", None, ended["output"])), releases=True)
+    upcoming = document["steps"][following]
+    grant: Document = {
+        "stepId": upcoming["stepId"],
+        "status": _S_RUNNING,
+        "attempts": upcoming["attempts"] + 1,
+        "startedAt": now,
+    }
+    fields = {"currentStepId": grant["stepId"]}
+    if document["status"] != _RUNNING:
+        fields["status"] = _RUNNING
+    if document["crashes"] or document["failures"]:
+        # Lost workers and failed attempts are counted per step: a result ends the count.
+        fields["crashes"] = fields["failures"] = 0
+    if sets:
+        fields.update(_context_fields(document, sets))
+    return Change("advance", fields, {place: ended, following: grant}, (event,))
+
+
+def _context_fields(document: Document, sets: Mapping[str, Any]) -> Document:
+    """Context keys one by one where a path can name them; otherwise the whole context, which only the holder writes."""
+    if not sets:
+        return {}
+    if all(key and not key.startswith("$") and "." not in key for key in sets):
+        return {f"context.{key}": value for key, value in sets.items()}
+    return {"context": {**document["context"], **sets}}
+
+
+def finish(document: Document, now: datetime) -> Change:
+    """Every step has ended but the run has not: the last result was stored while the run was paused."""
+    output = document["steps"][-1].get("output")
+    fields = {"status": _DONE, "output": output, "endedAt": now}
+    return Change("finish", fields, {}, (("workflow:completed", None, output),), releases=True)
+
+
+def decide_entry(document: Document, place: int) -> Change:
+    """The step's condition said yes: kept with the step, so that no later attempt decides anew."""
+    return Change("decide", {}, {place: {**document["steps"][place], "decided": True}})
+
+
+def sleep(document: Document, place: int, until: datetime, sets: Mapping[str, Any], now: datetime) -> Change:
+    """The handler ended in `ctx.sleep`: the step waits for an instant, and is done when that has come."""
+    step = document["steps"][place]
+    waiting_for = {"type": "timer", "reason": "sleep", "resumeAt": until}
+    waiting = {**_entered(step), "status": _S_WAITING, "waitingFor": waiting_for}
+    fields: Document = {"status": _WAITING, "waitGen": document.get("waitGen", 0) + 1, "crashes": 0, "failures": 0, **_context_fields(document, sets)}
+    events = (("step:waiting", step["stepId"], waiting_for), ("workflow:waiting", step["stepId"], waiting_for))
+    return Change("sleep", fields, {place: waiting}, events, wake_at=until, releases=True)
+
+
+def wake(document: Document, definition: Definition, place: int, now: datetime) -> Change:
+    """The sleep is over: its step is done, provided that the server's clock agrees."""
+    change = advance(document, definition, place, None, {}, now)
+    events = (*change.events[:1], ("workflow:resumed", document["steps"][place]["stepId"], None), *change.events[1:])
+    return change._replace(name="wake", events=events, not_before=document["steps"][place]["waitingFor"]["resumeAt"])
+
+
+def park_timer(document: Document, place: int) -> Change:
+    """Claimed before its instant (an outside act did that): back to waiting for its own `wakeAt`."""
+    return Change("park", {"status": _WAITING}, {}, wake_at=document["steps"][place]["waitingFor"]["resumeAt"], releases=True)
+
+
+def step_failed(document: Document, step: StepDefinition, place: int, failure: Failure, now: datetime, retry_at: datetime) -> Change:
+    """One attempt failed: wait for the next, or end the run when there is none."""
+    failures = document["failures"] + 1
+    stored = document["steps"][place]
+    if not failure.retriable or failures >= step.retry.attempts_max:
+        used_up = failure.retriable and step.retry.attempts_max > 1
+        return fail_run(document, place, failure, now, failures=failures, code=ErrorCode.MAX_RETRIES_EXCEEDED if used_up else failure.code)
+    error = _error(failure)
+    pending = {**_entered(stored), "status": _S_PENDING, "error": error, "retryAfter": retry_at}
+    data = {"error": error, "retryAfter": retry_at, "attempt": stored["attempts"]}
+    events = (("step:retry-scheduled", stored["stepId"], data), ("workflow:retry", stored["stepId"], data))
+    return Change("retry", {"status": _WAITING, "failures": failures}, {place: pending}, events, wake_at=retry_at, releases=True)
+
+
+def fail_run(document: Document, place: int, failure: Failure, now: datetime, *, failures: int, code: ErrorCode) -> Change:
+    """The run ends here: the step keeps its own cause, the run says what it means for it."""
+    stored = document["steps"][place]
+    step_error = _error(failure)
+    message = failure.message
+    if code is ErrorCode.MAX_RETRIES_EXCEEDED:
+        message = f"step {stored['stepId']} failed {failures} times, the last time with {failure.code}: {failure.message}"
+    run_error = {"code": code.value, "message": message, "type": failure.type, "stepId": stored["stepId"], "traceback": failure.traceback}
+    started = stored.get("startedAt") or now
+    failed = {**_entered(stored), "status": _S_FAILED, "error": step_error, "endedAt": now, "durationMs": _milliseconds(started, now)}
+    fields = {"status": _FAILED, "error": run_error, "endedAt": now, "failures": failures}
+    events = (("step:failed", stored["stepId"], step_error), ("workflow:failed", None, run_error))
+    return Change("fail", fields, {place: failed}, events, releases=True)
+
+
+def give_back(document: Document, place: int, now: datetime, *, entered: bool) -> Change:
+    """Nothing is known to have failed: claimable again at once, by anyone, uncounted (drain, second INT).
+
+    Not `entered`: the attempt that the claim counted has not taken place.
+    """
+    step = document["steps"][place]
+    steps: dict[int, Document] = {}
+    if step["status"] == _S_RUNNING:
+        steps = {place: {**step, "status": _S_PENDING, "attempts": step["attempts"] - (0 if entered else 1)}}
+    return Change("release", {}, steps, wake_at=now, releases=True)
+
+
+def without_grant(change: Change, now: datetime) -> Change:
+    """A step's result without the start of the next one: whoever claims the run grants and counts that."""
+    ended = dict(list(change.steps.items())[:1])
+    return Change("advance", change.fields, ended, change.events, wake_at=now, releases=True)
+
+
+def under_pause(change: Change, now: datetime) -> Change:
+    """The same result for a run that turned out to be paused: stored, but nothing is started or ended by it.
+
+    `wake_at` of what this returns goes to `pausedWakeAt`. Only a handler's result is stored; ending a sleep
+    is left to the holder after resume.
+    """
+    if change.name in ("wake", "decide", "park", "release") or (change.name == "finish" and not change.steps):
+        kept_steps = {} if change.name == "wake" else change.steps
+        return Change("release", {}, kept_steps, wake_at=change.wake_at if change.name == "park" else now, releases=True)
+    if change.name == "finish":
+        kept = {name: value for name, value in change.fields.items() if name not in ("status", "output", "endedAt")}
+        return Change("advance", kept, change.steps, change.events[:1], wake_at=now, releases=True)
+    return without_grant(change, now) if change.name == "advance" and not change.releases else change
+
+
+def apply(document: Document, change: Change) -> None:
+    """Bring the holder's copy to what the write has stored. The one function here that changes its argument."""
+    for name, value in change.fields.items():
+        if name.startswith("context."):
+            document["context"][name[len("context.") :]] = value
+        else:
+            document[name] = value
+    for place, step in change.steps.items():
+        document["steps"][place] = step
+    document["rev"] += 1
+
+
+def _entered(step: Document) -> Document:
+    """What a step keeps from its entry, without what belonged to an earlier wait or failure."""
+    return {key: value for key, value in step.items() if key in ("stepId", "attempts", "startedAt", "checkpoint", "decided", "error")}
+
+
+def _error(failure: Failure) -> Document:
+    return {"code": failure.code.value, "message": failure.message, "type": failure.type}
+
+
+def _milliseconds(start: datetime, end: datetime) -> int:
+    return max(0, round((end - start).total_seconds() * 1000))
+
+
+def check_move(before: str, after: str) -> None:
+    """An illegal run transition is a defect of this package: stop it where it is made."""
+    assert RunStatus(after) in RUN_MOVES[RunStatus(before)], f"no way leads from {before} to {after}"  # an impossible state

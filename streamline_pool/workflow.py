@@ -1,0 +1,415 @@
+"""A workflow as its users hold it: declare steps, start runs, look at them, act on them from outside.
+
+Owns the client's procedures, each written once as a generator of operations and driven by PyMongo's synchronous or
+asyncio API (store.py); `x` and `x_async` are twins of one procedure.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+
+from . import ops
+from .definition import Definition, Handler, StepDefinition, check_id, check_queue, make_step
+from .documents import SLOTS, as_stored, check_payload, make_context, new_run, parse_run
+from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
+from .model import TERMINAL, Run, seconds
+from .store import Listen, Procedure
+
+if TYPE_CHECKING:
+    from .client import Streamline
+
+__all__ = ["Workflow", "getting_run", "cancelling_run", "twins"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S", bound="Driven")
+
+_DUPLICATE_KEY = 11000
+_INSERT_MAX = 1_000  # runs in one command; measured: no gain beyond
+_INSERT_BYTES_MAX = 8 * 1024 * 1024
+_COMMIT_GUESS_S = 0.3  # when a run that was started in a transaction is looked for; the sweep finds it if that was too early
+
+
+class Driven(Protocol):
+    """Something whose procedures can be driven both ways."""
+
+    def _drive(self, procedure: Procedure[T], session: Any) -> T: ...
+
+    async def _drive_async(self, procedure: Procedure[T], session: Any) -> T: ...
+
+
+def twins(
+    procedure: Callable[Concatenate[S, P], Procedure[T]],
+) -> tuple[Callable[Concatenate[S, P], T], Callable[Concatenate[S, P], Awaitable[T]]]:
+    """The synchronous and the asyncio method of one procedure."""
+
+    @functools.wraps(procedure)
+    def call(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._drive(procedure(self, *args, **kwargs), kwargs.get("session"))
+
+    @functools.wraps(procedure)
+    async def call_async(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._drive_async(procedure(self, *args, **kwargs), kwargs.get("session"))
+
+    call.__name__ = procedure.__name__.removeprefix("_proc_")
+    call_async.__name__ = f"{call.__name__}_async"
+    return cast("tuple[Callable[Concatenate[S, P], T], Callable[Concatenate[S, P], Awaitable[T]]]", (call, call_async))
+
+
+class Workflow:
+    """A named sequence of steps. Made by `app.workflow(...)`; frozen by the first `start` or by a pool."""
+
+    def __init__(
+        self,
+        app: Streamline,
+        workflow_id: str,
+        *,
+        version: str,
+        queue: str,
+        defaults: Mapping[str, Any],
+        make_context: Callable[[Any], Any] | None,
+        steps: Sequence[StepDefinition],
+    ) -> None:
+        self.app = app
+        self.id = check_id(workflow_id, "workflow id")
+        self.version = version
+        self.queue = check_queue(queue)
+        self._defaults = dict(defaults)
+        self._make_context = make_context
+        self._steps: list[StepDefinition] = list(steps)
+        self._definition: Definition | None = None
+        make_step(self.id, "defaults", lambda ctx: None, self._defaults)  # the defaults are checked here, not at the first step
+
+    def __repr__(self) -> str:
+        return f"<Workflow {self.id} {self.version}: {', '.join(step.id for step in self._steps)}>"
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The step ids, in order."""
+        return tuple(step.id for step in self._steps)
+
+    @property
+    def definition(self) -> Definition:
+        """The frozen definition. No step can be added once it has been asked for; ValidationError if there is none."""
+        if self._definition is None:
+            self._definition = Definition(
+                workflow_id=self.id, version=self.version, queue=self.queue, steps=tuple(self._steps), make_context=self._make_context
+            )
+        return self._definition
+
+    @overload
+    def step(self, handler: Handler, /) -> Handler: ...
+
+    @overload
+    def step(self, step_id: str | None = None, /, **options: Any) -> Callable[[Handler], Handler]: ...
+
+    def step(self, target: Any = None, /, **options: Any) -> Any:
+        """Add a step: `@wf.step`, `@wf.step("id", retries=5)` or `@wf.step(retries=5)`. The id defaults to the function's name."""
+        if callable(target):
+            self._add(target.__name__, target, {})
+            return target
+
+        def decorate(handler: Handler) -> Handler:
+            self._add(target if target is not None else getattr(handler, "__name__", None), handler, options)
+            return handler
+
+        return decorate
+
+    def _add(self, step_id: Any, handler: Handler, options: Mapping[str, Any]) -> None:
+        if self._definition is not None:
+            raise ValidationError(f"workflow {self.id}: step {step_id!r} comes too late; steps are frozen by the first start or by a pool")
+        step = make_step(self.id, step_id, handler, {**self._defaults, **options})
+        if step.id in self.steps:
+            raise ValidationError(f"workflow {self.id}: two steps have the id {step.id!r}; give one of them another")
+        self._steps.append(step)
+
+    # --- starting --------------------------------------------------------------------------------------------------
+
+    def _proc_start(
+        self,
+        input: Any = None,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        run_id: str | None = None,
+        idempotency_key: str | None = None,
+        priority: int = 0,
+        queue: str | None = None,
+        start_at: datetime | timedelta | float | None = None,
+        user_id: str | None = None,
+        tags: Sequence[str] = (),
+        session: Any = None,
+    ) -> Procedure[Run]:
+        """Store a run and make it claimable; durable on return.
+
+        `start_at`: an aware instant, or a delay in seconds or as a timedelta. With an `idempotency_key` that this
+        workflow has used already, the stored run is returned, whoever stored it. With a `session` in a transaction,
+        the run exists only if that commits. Raises ValidationError before anything is stored, InvalidStateError when
+        `run_id` exists.
+        """
+        yield from self.app._ensuring(session)
+        make = self._maker(meta, priority, queue, start_at, user_id, tags)
+        document = make(input, run_id, idempotency_key)
+        runs = yield from self._insert([document], looked_up=session is not None)
+        return runs[0]
+
+    start, start_async = twins(_proc_start)
+
+    def _proc_start_many(
+        self,
+        inputs: Sequence[Any],
+        meta: Mapping[str, Any] | None = None,
+        *,
+        idempotency_keys: Sequence[str] | None = None,
+        priority: int = 0,
+        queue: str | None = None,
+        start_at: datetime | timedelta | float | None = None,
+        user_id: str | None = None,
+        tags: Sequence[str] = (),
+        session: Any = None,
+    ) -> Procedure[list[Run]]:
+        """`start` for each input, in few commands. Every input is checked before the first is stored."""
+        inputs = list(inputs)
+        keys: Sequence[str | None] = [None] * len(inputs) if idempotency_keys is None else list(idempotency_keys)
+        if len(keys) != len(inputs):
+            raise ValidationError(f"start_many: {len(inputs)} inputs, but {len(keys)} idempotency_keys; give one for each input")
+        yield from self.app._ensuring(session)
+        make = self._maker(meta, priority, queue, start_at, user_id, tags)
+        documents = [make(input, None, key) for input, key in zip(inputs, keys, strict=True)]
+        return (yield from self._insert(documents, looked_up=session is not None))
+
+    start_many, start_many_async = twins(_proc_start_many)
+
+    def _maker(
+        self,
+        meta: Mapping[str, Any] | None,
+        priority: int,
+        queue: str | None,
+        start_at: datetime | timedelta | float | None,
+        user_id: str | None,
+        tags: Sequence[str],
+    ) -> Callable[[Any, str | None, str | None], dict[str, Any]]:
+        """Check what all runs of a call share; yields a function that makes one document."""
+        definition, env = self.definition, self.app.env
+        if type(priority) is not int or not -1_000_000 <= priority <= 1_000_000:
+            raise ValidationError(f"start: priority {priority!r} is not a whole number within ±1 000 000")
+        if meta is not None and not isinstance(meta, Mapping):
+            raise ValidationError(f"start: meta must be a mapping, not {type(meta)}")
+        check_payload(meta, "meta")
+        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+            raise ValidationError(f"start: tags must be a sequence of texts, not {tags!r}")
+        if user_id is not None and not isinstance(user_id, str):
+            raise ValidationError(f"start: user_id must be text, not {type(user_id)}")
+        queue = self.queue if queue is None else check_queue(queue)
+        now = self.app._server_now()
+        due_at = _due_at(start_at, now)
+
+        def make(input: Any, run_id: str | None, key: str | None) -> dict[str, Any]:
+            check_payload(input, "input")
+            context = make_context(definition.make_context, input, f"workflow {self.id}")
+            check_payload(context, "context")
+            document = new_run(
+                definition,
+                run_id=_check_run_id(run_id) if run_id is not None else env.new_id(),
+                input=input,
+                context=context,
+                meta=meta,
+                idempotency_key=None if key is None else _check_key(key),
+                priority=priority,
+                queue=queue,
+                due_at=due_at,
+                user_id=user_id,
+                tags=tags,
+                slot=int(env.random() * SLOTS),
+                now=now,
+                act_id=env.new_id(),
+            )
+            return as_stored(document)
+
+        return make
+
+    def _insert(self, documents: list[dict[str, Any]], *, looked_up: bool) -> Procedure[list[Run]]:
+        """Insert documents; those whose key or id is taken are replaced by what is stored.
+
+        `looked_up`: ask for taken keys first, because a duplicate key would abort the caller's transaction.
+        """
+        stored: dict[int, dict[str, Any]] = {}
+        if looked_up:
+            stored = yield from self._find_by_key(dict(enumerate(documents)))
+        missing = [(index, document) for index, document in enumerate(documents) if index not in stored]
+        for chunk in _chunks(missing):
+            errors = yield ops.insert_runs([document for _, document in chunk])
+            taken: dict[int, dict[str, Any]] = {}
+            for error in errors:
+                if error.get("code") != _DUPLICATE_KEY:
+                    raise StoreUnavailableError(f"insert_runs: MongoDB refuses: {error.get('errmsg')}", transient=False)
+                index, document = chunk[error["index"]]
+                taken[index] = document
+            stored.update((yield from self._resolve_taken(taken)))
+            lane = chunk[0][1]["lane"]
+            at = chunk[0][1]["wakeAt"] + timedelta(seconds=_COMMIT_GUESS_S if looked_up else 0)
+            run_id = chunk[0][1]["_id"] if len(chunk) == 1 else None
+            yield from self.app._signalling("due", wakeAt=at, lane=lane, runId=run_id, count=len(chunk))
+        return [parse_run(stored.get(index, document)) for index, document in enumerate(documents)]
+
+    def _find_by_key(self, documents: Mapping[int, dict[str, Any]]) -> Procedure[dict[int, dict[str, Any]]]:
+        keys = [document["idempotencyKey"] for document in documents.values() if "idempotencyKey" in document]
+        if not keys:
+            return {}
+        found = {document["idempotencyKey"]: document for document in (yield ops.get_runs_by_key(self.id, keys))}
+        return {index: found[doc["idempotencyKey"]] for index, doc in documents.items() if doc.get("idempotencyKey") in found}
+
+    def _resolve_taken(self, taken: Mapping[int, dict[str, Any]]) -> Procedure[dict[int, dict[str, Any]]]:
+        """The stored documents behind refused inserts: the key's owner, or our own insert whose reply was lost."""
+        if not taken:
+            return {}
+        resolved = yield from self._find_by_key(taken)
+        for index, document in taken.items():
+            if index in resolved:
+                continue
+            found = yield ops.get_run(None, document["_id"])
+            if not found or found[0].get("lastAct") != document["lastAct"]:
+                run_id = document["_id"]
+                raise InvalidStateError(f"start: a run with id {run_id!r} exists already; leave run_id out or use an idempotency_key", run_id=run_id)
+            resolved[index] = found[0]
+        return resolved
+
+    # --- reading and acting ----------------------------------------------------------------------------------------
+
+    def _proc_get(self, run_id: str) -> Procedure[Run | None]:
+        """The run as stored now, or None. Another workflow's run is as if it did not exist."""
+        return (yield from getting_run(self.app, self.id, run_id))
+
+    get, get_async = twins(_proc_get)
+
+    def _proc_cancel(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
+        """Refuse all further progress, wherever the run is; its handler's `ctx.signal` fires. A terminal run is returned unchanged."""
+        return (yield from cancelling_run(self.app, self.id, run_id, reason))
+
+    cancel, cancel_async = twins(_proc_cancel)
+
+    def _proc_wait_for(
+        self, run_id: str, *, timeout: float | timedelta | None = None, poll_interval: float | timedelta = 1.0
+    ) -> Procedure[Run]:
+        """The run once it is terminal; the built-in TimeoutError otherwise. Woken by push; `poll_interval` is the ceiling."""
+        clock = self.app.env.clock
+        until = None if timeout is None else clock.monotonic() + seconds(timeout, "wait_for: timeout", zero_ok=True)
+        poll_s = seconds(poll_interval, "wait_for: poll_interval")
+        if until is not None:
+            poll_s = max(0.001, min(poll_s, until - clock.monotonic()))
+        yield from self.app._ensuring(None)
+        tail = ops.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
+        while True:
+            run = yield from getting_run(self.app, self.id, run_id)
+            if run is None:
+                raise WorkflowNotFoundError(f"workflow {self.id}: no run {run_id!r}", run_id=run_id)
+            if run.status in TERMINAL:
+                return run
+            if until is not None and clock.monotonic() >= until:
+                raise TimeoutError(f"run {run_id} is still {run.status} after {timeout} s, at step {run.current_step_id}")
+            yield Listen(tail, poll_s)
+
+    wait_for, wait_for_async = twins(_proc_wait_for)
+
+    def execute(self, run_id: str) -> Run:
+        """Claim the run and drive it here to its next stop: terminal, wait, sleep, back-off or pause.
+
+        A run that cannot be claimed now is returned as stored, at once.
+        """
+        return self.app._loop_thread().call(self.execute_async(run_id))
+
+    async def execute_async(self, run_id: str) -> Run:
+        """See `execute`."""
+        store = self.app.store_async()
+        await store.ensure()
+        run = await self.get_async(run_id)
+        if run is None:
+            raise WorkflowNotFoundError(f"workflow {self.id}: no run {run_id!r}", run_id=run_id)
+        if run.version != self.version or not await self.app._runner().execute(run_id):
+            return run
+        return await self.get_async(run_id) or run
+
+    def shutdown(self, *, timeout: float | timedelta = 30.0) -> None:
+        """Let local executions finish their steps in flight, for `timeout` seconds, then stop them. All runs are given back."""
+        self.app._shutdown(seconds(timeout, "shutdown: timeout", zero_ok=True))
+
+    async def shutdown_async(self, *, timeout: float | timedelta = 30.0) -> None:
+        """See `shutdown`."""
+        await self.app._shutdown_async(seconds(timeout, "shutdown: timeout", zero_ok=True))
+
+    def _drive(self, procedure: Procedure[T], session: Any) -> T:
+        return self.app._drive(procedure, session)
+
+    async def _drive_async(self, procedure: Procedure[T], session: Any) -> T:
+        return await self.app._drive_async(procedure, session)
+
+
+def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run | None]:
+    """The run with that id, of that workflow or (None) of any."""
+    _check_run_id(run_id)
+    found = yield ops.get_run(workflow_id, run_id)
+    return parse_run(found[0]) if found else None
+
+
+def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
+    """Cancel a run; see `Workflow.cancel`."""
+    _check_run_id(run_id)
+    if reason is not None and not isinstance(reason, str):
+        raise ValidationError(f"cancel: reason must be text, not {type(reason)}")
+    act_id = app.env.new_id()
+    while True:
+        document = yield ops.cancel_run(workflow_id, run_id, reason, act_id)
+        if document is None:
+            found = yield ops.get_run(workflow_id, run_id)
+            if not found:
+                raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
+            if found[0].get("status") not in TERMINAL:
+                continue  # it changed between the two reads: decide again
+            if found[0].get("lastAct") != act_id:
+                return parse_run(found[0])
+            document = found[0]  # our own write had landed, its reply was lost
+        yield from app._signalling("cancel", runId=run_id)
+        yield from app._signalling("ended", runs=[run_id])
+        app._publish(document, "workflow:cancelled", reason)
+        return parse_run(document)
+
+
+def _check_run_id(run_id: object) -> str:
+    if not isinstance(run_id, str) or not 1 <= len(run_id) <= 100:
+        raise ValidationError(f"run_id {run_id!r}: a run id is text of 1 to 100 characters")
+    return run_id
+
+
+def _check_key(key: object) -> str:
+    if not isinstance(key, str) or not 1 <= len(key) <= 500:
+        raise ValidationError(f"idempotency_key {key!r}: a key is text of 1 to 500 characters")
+    return key
+
+
+def _due_at(start_at: datetime | timedelta | float | None, now: datetime) -> datetime:
+    if start_at is None:
+        return now
+    if isinstance(start_at, datetime):
+        if start_at.tzinfo is None:
+            raise ValidationError(f"start: start_at {start_at!r} has no time zone; use an aware datetime such as datetime.now(UTC)")
+        moment = start_at.astimezone(UTC)
+        return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+    return now + timedelta(milliseconds=round(seconds(start_at, "start: start_at", zero_ok=True) * 1000))
+
+
+def _chunks(items: list[tuple[int, dict[str, Any]]]) -> list[list[tuple[int, dict[str, Any]]]]:
+    """Split for `insert`, by count and by an estimate of bytes."""
+    chunks: list[list[tuple[int, dict[str, Any]]]] = []
+    room = 0
+    for item in items:
+        size = 1_000 + check_payload(item[1]["input"], "input") + check_payload(item[1]["context"], "context")
+        if not chunks or len(chunks[-1]) >= _INSERT_MAX or size > room:
+            chunks.append([])
+            room = _INSERT_BYTES_MAX
+        chunks[-1].append(item)
+        room -= size
+    return chunks
+
+

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamline_pool import embedded
+from streamline_pool import embedded, ops
 from streamline_pool.client import Streamline
 from streamline_pool.errors import StoreUnavailableError, ValidationError
 from streamline_pool.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
@@ -25,7 +25,7 @@ from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import Invocation, pick
 
-__all__ = ["load_app", "opened", "served", "settle"]
+__all__ = ["adopt", "blamed_on", "load_app", "opened", "reach", "served", "settle"]
 
 _log = logging.getLogger("streamline_pool.command")
 
@@ -45,7 +45,7 @@ def settle(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
     return resolved
 
 
-def load_app(resolved: Resolved, *, needed_for: str = "") -> tuple[Streamline | None, Resolved]:
+def load_app(resolved: Resolved, *, needed_for: str = "", tell_threads: bool = True) -> tuple[Streamline | None, Resolved]:
     """The application, if one is named, and the settings with what it says in code. `needed_for`: refuse to go on without.
 
     A sub-command that only reads runs does without an application.
@@ -60,15 +60,20 @@ def load_app(resolved: Resolved, *, needed_for: str = "") -> tuple[Streamline | 
             ExitCode.USAGE,
         )
     try:
-        app = import_app(path, warn=lambda text: _log.warning("import_started_threads", extra={"advice": text}))
+        app, threads = import_app(path)
     except AppImportError as exc:
         raise CommandError(f"cannot load the application {path}: {exc}", ExitCode.USAGE) from None
+    if threads and tell_threads:
+        advice = "worker processes will not have them: start them in a step, or on first use"
+        _log.warning("import_started_threads", extra={"threads": threads, "advice": advice})
     return app, resolved.with_code(_said_in_code(app), path)
 
 
 def _said_in_code(app: Streamline) -> dict[str, Any]:
     """What the application's constructor was given, by option name; None for what it was not."""
-    return {"mongodb-uri": app.mongodb_uri, "database": app.database, "collection-prefix": app.collection_prefix}
+    prefix = app.collection_prefix
+    said = {"mongodb-uri": app.mongodb_uri, "database": app.database}
+    return {**said, "collection-prefix": prefix if prefix != Settings().collection_prefix else None}
 
 
 @contextlib.contextmanager
@@ -117,12 +122,29 @@ def opened(values: Mapping[str, Any], *, needed_for: str = "") -> Iterator[Strea
     """An application for one sub-command, connected at its first use and closed at the end."""
     app, resolved = load_app(settle(values, quiet=True), needed_for=needed_for)
     with served(resolved) as settings, blamed_on(resolved):
-        used = app or Streamline(settings.mongodb_uri, database=settings.database, collection_prefix=settings.collection_prefix)
-        used.configure(settings)
+        used = adopt(app or Streamline(), settings)
         try:
+            reach(used)
             yield used
         finally:
             used.close()
+
+
+def reach(app: Streamline) -> None:
+    """One round trip to the database, which also reads its clock. StoreUnavailableError if there is no answer.
+
+    Without the engine's repeats: a person is waiting, and an address that is wrong stays wrong.
+    """
+    store, asked_at = app.store(), app.env.clock.monotonic()
+    store.clock.read(store.run(ops.server_info())["localTime"], asked_at)
+
+
+def adopt(app: Streamline, settings: Settings) -> Streamline:
+    """The application on the server of `settings`. A URI that the driver cannot read is a ValidationError here, not in a worker."""
+    app.configure(settings)
+    app.collection_prefix = settings.collection_prefix
+    _ = app.where
+    return app
 
 
 @contextlib.contextmanager

@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
+from streamline_pool.client import Streamline
 from streamline_pool.env import system_env
 from streamline_pool.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
-from streamline_pool.settings import OPTIONS, Resolved, SettingError, read_files, redact_uri
+from streamline_pool.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.supervisor import commands, runs
-from streamline_pool.supervisor.application import blamed_on, load_app, served, settle
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, say_error
+from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle
+from streamline_pool.supervisor.console import ADVICE, CommandError, ExitCode, package_version, print_json, say_error, unreachable
+from streamline_pool.supervisor.doctor import doctor
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.options import Invocation, pick, setting_options
+from streamline_pool.supervisor.systemd import systemd
 
 __all__ = ["cli", "main"]
 
@@ -39,9 +42,9 @@ _log = logging.getLogger("streamline_pool.command")
     "--print-config", is_flag=True, envvar="STREAMLINE_PRINT_CONFIG", help="Print every setting and where it came from, then stop."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print answers as one JSON document.")
-@click.version_option(metadata.version("streamline-pool"), "-V", "--version", message="%(prog)s %(version)s")
+@click.version_option(package_version(), "-V", "--version", message="%(prog)s %(version)s")
 @click.pass_context
-def cli(context: click.Context, print_config: bool, as_json: bool, **values: Any) -> int:
+def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: Any) -> int:
     """Run durable workflows from MongoDB with a pool of worker processes.
 
     Without a COMMAND: start the pool and work until told to stop (Ctrl-C or TERM). With one: look at runs or operate them.
@@ -60,7 +63,7 @@ def cli(context: click.Context, print_config: bool, as_json: bool, **values: Any
     return _run_the_pool()
 
 
-for command in (*commands.ALL, runs.runs):
+for command in (*commands.ALL, doctor, runs.runs, systemd):
     cli.add_command(command)
 
 
@@ -68,17 +71,26 @@ def _run_the_pool() -> int:
     """The pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
     from streamline_pool.supervisor import pool
 
-    app, resolved = load_app(settle({}), needed_for="the pool")
+    app, resolved = load_app(settle({}), needed_for="the pool", tell_threads=False)  # run_pool tells of them
     assert app is not None, "load_app refuses to go on without an application"
     with served(resolved) as settings, blamed_on(resolved):
-        app.configure(settings)
-        app.freeze()
+        adopt(app, settings).freeze()
         code: int = pool.run_pool(app, settings, system_env(), banner=_banner(app, settings))
-        return code
+    if code == ExitCode.UNREACHABLE:
+        _log.error("database_unreachable", extra={"advice": ADVICE})
+    return code
 
 
-def _banner(app: Any, settings: Any) -> list[str]:
-    return []
+def _banner(app: Streamline, settings: Settings) -> list[str]:
+    """One line per fact that matters. The steward adds the server's version and topology once it is connected."""
+    flows = ", ".join(f"{flow.id} {flow.version}" for flow in app.workflows.values()) or "none: there will be nothing to do"
+    queues = ", ".join(settings.queues) or "all of the application's"
+    return [
+        f"streamline-pool {package_version()}, Python {platform.python_version()}, pid {os.getpid()}",
+        f"application {settings.app}, workflows: {flows}",
+        f"workers: {settings.workers}, each with up to {settings.concurrency} runs in flight; queues: {queues}",
+        f"database: {redact_uri(settings.mongodb_uri)}{f', database {settings.database}' if settings.database else ''}",
+    ]
 
 
 def _print_config(resolved: Resolved, as_json: bool) -> int:
@@ -120,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # The reader has gone, as in `runs list | head`. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.BROKEN_PIPE
-    except Exception as exc:
+        code = ExitCode.CRASH  # as click has it where it notices first
+    except Exception as exc:  # noqa: BLE001 -- the last frame: what nobody else could mend is told and becomes an exit code
         code = _say(exc, log_format)
     sys.exit(int(code or 0))
 
@@ -141,7 +153,7 @@ def _say(exc: Exception, log_format: str) -> ExitCode:
         case SettingError():
             message, code = exc.message, ExitCode.USAGE if exc.origin in ("flag", "code") else ExitCode.CONFIG
         case StoreUnavailableError():
-            message, code = exc.message, ExitCode.UNREACHABLE
+            message, code = unreachable(exc), ExitCode.UNREACHABLE
         case WorkflowNotFoundError():
             message, code = exc.message, ExitCode.NOT_FOUND
         case ValidationError():

@@ -17,8 +17,9 @@ import streamline_pool
 from streamline_pool.client import Streamline
 from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.model import Run, RunStatus
-from streamline_pool.supervisor.application import blamed_on, load_app, opened, served, settle
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span
+from streamline_pool.supervisor.application import adopt, blamed_on, load_app, opened, reach, served, settle
+from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span, unreachable
+from streamline_pool.supervisor.explain import seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
 __all__ = ["ALL", "ended_well", "print_end"]
@@ -36,13 +37,17 @@ def check(as_json: bool, **values: Any) -> int:
     app, resolved = load_app(resolved, needed_for="check")
     assert app is not None, "load_app refuses to go on without an application"
     with served(resolved) as settings, blamed_on(resolved):
-        app.configure(settings)
-        app.freeze()
-        report = {"app": settings.app, "workflows": _described(app), "queues": sorted({flow.queue for flow in app.workflows.values()})}
+        adopt(app, settings).freeze()
+        report: dict[str, Any] = {
+            "app": settings.app,
+            "workflows": _described(app),
+            "queues": sorted({flow.queue for flow in app.workflows.values()}),
+        }
         try:
+            reach(app)
             facts, fault = dict(app.server_info()), None
         except StoreUnavailableError as exc:
-            facts, fault = {}, exc.message
+            facts, fault = {}, unreachable(exc)
         finally:
             app.close()
     report |= {"ok": fault is None, "database": facts | {"ok": fault is None} | ({"error": fault} if fault else {})}
@@ -54,14 +59,7 @@ def check(as_json: bool, **values: Any) -> int:
 
 
 def _described(app: Streamline) -> list[dict[str, Any]]:
-    return [
-        {"id": flow.id, "version": flow.version, "queue": flow.queue, "steps": [_step_id(step) for step in flow.steps]}
-        for flow in app.workflows.values()
-    ]
-
-
-def _step_id(step: Any) -> str:
-    return step if isinstance(step, str) else str(step.id)
+    return [{"id": flow.id, "version": flow.version, "queue": flow.queue, "steps": list(flow.steps)} for flow in app.workflows.values()]
 
 
 def _print_check(report: Mapping[str, Any], log_format: str) -> None:
@@ -178,7 +176,7 @@ def print_end(run: Run) -> None:
 def workers(as_json: bool, **values: Any) -> int:
     """List the worker processes of every pool that has been seen in the last minute."""
     with opened(values) as app:
-        found = list(app.workers())
+        found = [worker for host in seen_lately(app.workers(), app.store().now()) for worker in _workers_of(host)]
     if as_json:
         print_json(found)
         return ExitCode.OK
@@ -188,6 +186,12 @@ def workers(as_json: bool, **values: Any) -> int:
     columns = {"HOST": "host", "PID": "pid", "STATE": "state", "IN FLIGHT": "in_flight", "RUNS": "runs_total", "STEPS": "steps_total"}
     print_table(list(columns), [[str(worker.get(key, "-")) for key in columns.values()] for worker in found])
     return ExitCode.OK
+
+
+def _workers_of(host: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A pool's workers, each with its host and the pool it belongs to. A pool that is not ready has no ready workers."""
+    told = {"host": host.get("host"), "pool": host.get("_id"), "pool_pid": host.get("pid"), "pool_state": host.get("state")}
+    return [{**told, **worker} for worker in host.get("workers") or ()]
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

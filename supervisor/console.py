@@ -10,14 +10,28 @@ import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import IntEnum
+from importlib import metadata
 from typing import Any
 
 import click
 import orjson
 
+from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.settings import redact_text
 
-__all__ = ["CommandError", "ExitCode", "ago", "print_json", "print_table", "say_error", "short", "span"]
+__all__ = [
+    "ADVICE",
+    "CommandError",
+    "ExitCode",
+    "ago",
+    "package_version",
+    "print_json",
+    "print_table",
+    "say_error",
+    "short",
+    "span",
+    "unreachable",
+]
 
 _log = logging.getLogger("streamline_pool.command")
 
@@ -33,7 +47,6 @@ class ExitCode(IntEnum):
     NOT_FOUND = 5  # no such run
     CONFIG = 78  # EX_CONFIG of sysexits.h: a value in a file or the environment
     INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-    BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class CommandError(Exception):
@@ -43,6 +56,26 @@ class CommandError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
+
+
+def package_version() -> str:
+    """Our version; a source tree that was never installed has none."""
+    try:
+        return metadata.version("streamline-pool")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+ADVICE = (
+    "Check that MongoDB runs there and that this machine may reach it; name another one with --mongodb-uri, "
+    "or start a private one with --embedded."
+)
+"""What to do when the database does not answer."""
+
+
+def unreachable(error: StoreUnavailableError) -> str:
+    """The message of `error`, with advice unless the error itself knows what is wrong."""
+    return f"{error.message}\n{ADVICE}" if error.context.get("transient") else error.message
 
 
 def say_error(message: str, log_format: str) -> None:

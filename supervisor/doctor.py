@@ -15,8 +15,8 @@ from streamline_pool.client import Streamline
 from streamline_pool.documents import RUN_INDEXES
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.settings import Resolved
-from streamline_pool.supervisor.application import blamed_on, load_app, served, settle
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, span
+from streamline_pool.supervisor.application import adopt, blamed_on, load_app, reach, served, settle
+from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, span, unreachable
 from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
@@ -56,8 +56,9 @@ def doctor(as_json: bool, **values: Any) -> int:
 def _machine() -> Iterator[Finding]:
     version = platform.python_version()
     yield Finding("ok", "python", f"{version} at {sys.executable} on {platform.system()} {platform.machine()}")
-    packages = ("streamline-pool", "pymongo", "multiprocess", "psutil", "click", "orjson")
-    yield Finding("ok", "packages", ", ".join(f"{name} {metadata.version(name)}" for name in packages))
+    packages = ("pymongo", "multiprocess", "psutil", "click", "orjson")
+    versions = [f"streamline-pool {package_version()}", *(f"{name} {metadata.version(name)}" for name in packages)]
+    yield Finding("ok", "packages", ", ".join(versions))
     yield Finding("ok", "cpus", f"{usable_cpus()} usable: that is what --workers auto means here")
     try:
         yield Finding("ok", "mongod", f"{embedded.find_mongod()} (used by --embedded only)")
@@ -78,11 +79,11 @@ def _application_and_database(resolved: Resolved) -> Iterator[Finding]:
         with served(resolved) as settings, blamed_on(resolved):
             if app is not None:
                 yield _workflows(app)
-            used = app or Streamline(settings.mongodb_uri, database=settings.database, collection_prefix=settings.collection_prefix)
-            used.configure(settings)
-            with used:
+            with adopt(app or Streamline(), settings) as used:
                 yield from _database(used)
-    except (StoreUnavailableError, CommandError) as exc:
+    except StoreUnavailableError as exc:
+        yield Finding("fail", "database", unreachable(exc))
+    except CommandError as exc:
         yield Finding("fail", "database", exc.message)
 
 
@@ -97,11 +98,12 @@ def _workflows(app: Streamline) -> Finding:
 
 
 def _database(app: Streamline) -> Iterator[Finding]:
+    reach(app)
     facts = app.server_info()
     alone = facts["topology"] == "standalone"
     advice = "; not a replica set: sessions do not work, and one lost machine loses acknowledged work" if alone else ""
     yield Finding("warn" if alone else "ok", "database", f"{facts['database']} on MongoDB {facts['version']}, {facts['topology']}{advice}")
-    offset_s = float(facts.get("offset_s", 0.0))
+    offset_s = app.store().clock.offset_s
     yield Finding("ok" if abs(offset_s) < _OFFSET_WARN_S else "warn", "clock", f"differs from the server's by {span(abs(offset_s))}")
     present = set(app.runs.index_information())
     missing = [index.name for index in RUN_INDEXES if index.name not in present]

@@ -7,12 +7,14 @@ a run that is ready but not taken, what the pools that are alive lack.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from streamline_pool.supervisor.console import ago, short, span
 
-__all__ = ["explain"]
+__all__ = ["explain", "seen_lately"]
+
+_LATELY = timedelta(seconds=65)  # pools speak every 30 s; two words may be late before "the last minute" becomes untrue
 
 Document = Mapping[str, Any]
 
@@ -30,6 +32,11 @@ def explain(run: Document, hosts: Sequence[Document], now: datetime) -> str:
     if status == "waiting" and step.get("status") == "waiting":
         return _waiting(step, run, now)
     return _claimable(run, step, hosts, now)
+
+
+def seen_lately(hosts: Sequence[Document], now: datetime) -> list[Document]:
+    """Those pools that have spoken in the last minute. One that was killed leaves a record, which the server removes later."""
+    return [host for host in hosts if not isinstance(host.get("seenAt"), datetime) or host["seenAt"] >= now - _LATELY]
 
 
 def _ended(run: Document, now: datetime) -> str:

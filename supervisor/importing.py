@@ -18,9 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from streamline_pool.client import Streamline, Workflow
+from streamline_pool.client import Streamline
 from streamline_pool.errors import WorkflowError
 from streamline_pool.settings import redact_text
+from streamline_pool.workflow import Workflow
 
 __all__ = ["AppImportError", "import_app"]
 
@@ -32,37 +33,30 @@ class AppImportError(Exception):
     """The application cannot be loaded; the text is for the user, who can mend it."""
 
 
-def import_app(path: str, *, warn: Callable[[str], None]) -> Streamline:
-    """The application at `path` ("shop.flows:app"), with the current folder first on `sys.path`.
+def import_app(path: str) -> tuple[Streamline, list[str]]:
+    """The application at `path` ("shop.flows:app"), and the names of the threads that importing it started.
 
-    `:attribute` may be dotted, may name a function without arguments that returns the application, and may be left
-    out when the module has exactly one. `warn` is told of threads that the import started: they do not survive a fork.
-    Raises AppImportError.
+    The current folder is first on `sys.path`. `:attribute` may be dotted, may name a function without arguments that
+    returns the application, and may be left out when the module has exactly one. Raises AppImportError.
     """
     module_name, _, attribute = path.partition(":")
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
     threads_before = set(threading.enumerate())
-    module = _import_module(module_name, Path(folder))
+    module = _import_module(module_name, attribute, Path(folder))
     found = _attribute(module, attribute, path) if attribute else _only_app(module)
     app = found if isinstance(found, Streamline) else _from_factory(found, module, path)
-    started = [thread.name for thread in threading.enumerate() if thread not in threads_before]
-    if started:
-        warn(
-            f"importing {module_name} started threads that worker processes will not have: {', '.join(sorted(started))}. "
-            "Start them in a step, or on first use."
-        )
-    return app
+    return app, sorted(thread.name for thread in threading.enumerate() if thread not in threads_before)
 
 
-def _import_module(name: str, folder: Path) -> ModuleType:
+def _import_module(name: str, attribute: str, folder: Path) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         missing = exc.name or ""
         if name == missing or name.startswith(missing + "."):
-            raise AppImportError(_no_such_module(name, missing, folder)) from None
+            raise AppImportError(_no_such_module(name, attribute, missing, folder)) from None
         where = _user_frames(exc)
         raise AppImportError(
             f"{name} needs the module {missing!r}, which is not installed here.\n{where}"
@@ -75,11 +69,11 @@ def _import_module(name: str, folder: Path) -> ModuleType:
             f"{name} called sys.exit({exc.code!r}) while it was imported.\n{_user_frames(exc)}"
             'Put what runs the program under: if __name__ == "__main__":'
         ) from None
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 -- the user's module may raise anything
         raise AppImportError(_raised(f"importing {name}", exc)) from None
 
 
-def _no_such_module(name: str, missing: str, folder: Path) -> str:
+def _no_such_module(name: str, attribute: str, missing: str, folder: Path) -> str:
     local = sorted(
         {entry.stem for entry in folder.glob("*.py") if entry.stem.isidentifier() and not entry.stem.startswith("__")}
         | {entry.name for entry in folder.iterdir() if entry.is_dir() and (entry / "__init__.py").exists()}
@@ -88,7 +82,7 @@ def _no_such_module(name: str, missing: str, folder: Path) -> str:
     lines = [f"there is no module {missing!r} (looked in {folder} first, then where Python looks)."]
     near = difflib.get_close_matches(top, local, n=1)
     if near and near[0] != top:
-        lines.append(f"Did you mean {near[0]}{name[len(top) :]}?")
+        lines.append(f"Did you mean {near[0]}{name[len(top) :]}{':' + attribute if attribute else ''}?")
     elif (folder / top).is_dir() and missing != top:
         lines.append(f"The folder {top} is there, but it has no {missing.rpartition('.')[2]}.py.")
     elif local:
@@ -130,7 +124,7 @@ def _from_factory(found: Any, module: ModuleType, path: str) -> Streamline:
         raise AppImportError(f"{path} is a function that needs arguments ({', '.join(_required(found))}); a factory is called without any.")
     try:
         made = found()
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 -- so may the user's factory
         raise AppImportError(_raised(f"calling {path}()", exc)) from None
     except SystemExit as exc:
         raise AppImportError(f"{path}() called sys.exit({exc.code!r}).\n{_user_frames(exc)}") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import click
 
+from streamline_pool import ops
 from streamline_pool.client import Streamline
 from streamline_pool.env import Env, system_env
 from streamline_pool.errors import WorkflowNotFoundError
@@ -15,7 +16,7 @@ from streamline_pool.model import Run, RunStatus
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.commands import ended_well, print_end
 from streamline_pool.supervisor.console import ExitCode, ago, print_json, print_table, short, span
-from streamline_pool.supervisor.explain import explain
+from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
 __all__ = ["changes", "runs"]
@@ -50,7 +51,9 @@ def list_runs(status: str | None, workflow: str | None, queue: str | None, limit
 
 
 def _find(app: Streamline, query: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    return list(app.runs.find(query).sort("createdAt", -1).limit(limit))
+    op = ops.Find(name="list_runs", collection="runs", filter=query, sort=(("createdAt", -1),), limit=limit)
+    found: list[dict[str, Any]] = app.store().run(op)
+    return found
 
 
 def _print_list(found: list[dict[str, Any]], now: datetime) -> None:
@@ -80,11 +83,12 @@ def show(run_id: str, as_json: bool, **values: Any) -> int:
     """Show one run: its steps, its data, and why it is where it is."""
     with opened(values) as app:
         run = _get(app, run_id)
-        hosts = [] if as_json or run.is_terminal else list(app.hosts())
+        now = app.store().now()
+        hosts = [] if as_json or run.is_terminal else seen_lately(app.workers(), now)
     if as_json:
         print_json(run.to_dict())
     else:
-        _print_run(run, hosts, system_env().clock.now())
+        _print_run(run, hosts, now)
     return ExitCode.OK
 
 
@@ -95,7 +99,7 @@ def _get(app: Streamline, run_id: str) -> Run:
     return run
 
 
-def _print_run(run: Run, hosts: list[dict[str, Any]], now: datetime) -> None:
+def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> None:
     click.echo(f"Run {run.id} of {run.workflow_id} {run.version}: {run.status}{', paused' if run.paused else ''}")
     click.echo(explain(run.to_dict(), hosts, now))
     click.echo()

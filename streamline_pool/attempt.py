@@ -45,70 +45,89 @@ class Outcome(NamedTuple):
 
 
 class Attempt:
-    """A handler at work. `outcome` is awaited by the run's driver; `abort` may be called at any moment from the loop."""
+    """A handler at work. `abort` may be called at any moment from the loop.
 
-    __slots__ = ("_context", "_loop", "_on_stuck", "_timers", "_work", "outcome")
+    An `async def` handler runs in its driver's own task (a task apiece would cost a sixth of a short step's time), a
+    `def` handler on a thread. Either may refuse to end: then `on_stuck` is told, and the driver goes on without it.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, context: Context, on_stuck: Callable[[str], None]) -> None:
+    __slots__ = ("_loop", "_on_stuck", "_task", "_timers", "_work", "context", "over", "settled")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: Context, on_stuck: Callable[[Attempt, str], None]) -> None:
         self._loop = loop
-        self._context = context
+        self.context = context
         self._on_stuck = on_stuck
         self._timers: list[asyncio.TimerHandle] = []
-        self._work: asyncio.Task[None] | Future[Outcome] | None = None
-        self.outcome: asyncio.Future[Outcome] = loop.create_future()
+        self._task: asyncio.Task[Any] | None = None  # the driver, while a coroutine handler runs in it
+        self._work: Future[Outcome] | None = None  # what a thread is working on
+        self.settled: asyncio.Future[Outcome] | None = None  # a thread's outcome
+        self.over = False  # the outcome is decided; what the handler does from here on counts for nothing
 
-    def start(self, step: StepDefinition, threads: Executor) -> None:
-        """Enter the handler."""
+    async def run(self, step: StepDefinition, threads: Executor) -> Outcome:
+        """Enter the handler and bring back what came of it. Raises nothing that the handler raises."""
         if step.timeout_s is not None:
             self._timers.append(self._loop.call_later(step.timeout_s, self.abort, "timeout"))
         if step.is_async:
-            self._work = self._loop.create_task(self._run_async(step.handler))
+            outcome = await self._run_async(step.handler)
         else:
-            self._work = threads.submit(_run_sync, step.handler, self._context, os.getpid())
+            self.settled = self._loop.create_future()
+            self._work = threads.submit(_run_sync, step.handler, self.context, os.getpid())
             self._work.add_done_callback(self._thread_done)
+            outcome = await self.settled
+        self._finish()
+        return outcome
+
+    async def _run_async(self, handler: Handler) -> Outcome:
+        task = self._task = asyncio.current_task()
+        assert task is not None, "drivers are tasks"
+        try:
+            outcome = Outcome(Kind.RETURNED, await handler(self.context))
+        except Ending as ending:
+            outcome = Outcome(Kind.ENDED, ending)
+        except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
+            outcome = Outcome(Kind.RAISED, exc)
+        if task.cancelling():
+            # A cancellation that was meant for the handler must not hit the driver's next await.
+            while task.uncancel():
+                pass
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                pass
+        return outcome
 
     def abort(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
         """Fire the handler's signal. Its outcome follows soon, whether it obeys or not.
 
         A coroutine is cancelled, and has `grace_s` to clean up, so that it does not run beside its own retry. A thread
         cannot be stopped: on a shutdown it has `grace_s`; otherwise its attempt is over at once. Either way a handler
-        that is still at work after the grace is reported as stuck.
+        that is still at work after the grace is stuck.
         """
-        if self.outcome.done():
+        if self.over:
             return
-        self._context.signal._fire(reason)
-        if isinstance(self._work, asyncio.Task):
-            self._work.cancel()
-            self._timers.append(self._loop.call_later(grace_s, self._abandon))
-        elif reason == "shutdown":
-            self._timers.append(self._loop.call_later(grace_s, self._abandon))
-        else:
+        self.context.signal._fire(reason)
+        if self._task is not None:
+            self._task.cancel()
+        elif reason != "shutdown":
             self._settle(Outcome(Kind.ABANDONED, None))
-            self._loop.call_later(grace_s, self._report_stuck)
+        self._timers.append(self._loop.call_later(grace_s, self._out_of_grace))
 
-    def _abandon(self) -> None:
-        if not self.outcome.done():
-            self._settle(Outcome(Kind.ABANDONED, None))
-            self._report_stuck()
+    def _out_of_grace(self) -> None:
+        if self._work is not None and self._work.done():
+            return
+        self._settle(Outcome(Kind.ABANDONED, None))
+        self.over = True
+        self._on_stuck(self, f"run {self.context.run_id}: the handler of step {self.context.step_id} goes on after its attempt is over")
 
-    def _report_stuck(self) -> None:
-        if self._work is not None and not self._work.done():
-            self._on_stuck(f"run {self._context.run_id}: the handler of step {self._context.step_id} goes on after its attempt is over")
+    def _finish(self) -> None:
+        self.over = True
+        if self._work is None or self._work.done():  # else the timer of the grace is still wanted
+            for timer in self._timers:
+                timer.cancel()
 
     def _settle(self, outcome: Outcome) -> None:
-        for timer in self._timers:
-            timer.cancel()
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
-
-    async def _run_async(self, handler: Handler) -> None:
-        try:
-            outcome = Outcome(Kind.RETURNED, await handler(self._context))
-        except Ending as ending:
-            outcome = Outcome(Kind.ENDED, ending)
-        except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
-            outcome = Outcome(Kind.RAISED, exc)
-        self._settle(outcome)
+        if self.settled is not None and not self.settled.done():
+            self.settled.set_result(outcome)
 
     def _thread_done(self, work: Future[Outcome]) -> None:
         outcome = Outcome(Kind.ABANDONED, None) if work.cancelled() else work.result()

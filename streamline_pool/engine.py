@@ -7,6 +7,7 @@ Owns leases while they are held: renewal, self-fencing, giving back. Which runs 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import threading
@@ -36,6 +37,10 @@ log = logging.getLogger("streamline_pool")
 _SAFETY = 0.9  # a lease counts as over after this part of it, so that no handler outlives it by a slow clock
 _RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before anyone may take the run
 _STATEMENT_BYTES = 600  # of a commit without payloads
+
+
+class _SupersededError(Exception):
+    """A driver whose handler was given up on, and has ended after all, has nothing left to do."""
 
 
 class Observer(Protocol):
@@ -150,6 +155,7 @@ class Engine:
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
         self._threads = ThreadPoolExecutor(max_workers=2 * threads_max + 8, thread_name_prefix="streamline-handler")
         self._keeper: asyncio.Task[None] | None = None
+        self._closed = False
         self._renew_wanted = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -163,6 +169,7 @@ class Engine:
 
     async def close(self) -> None:
         """Stop. Runs still in flight are left to the expiry of their leases; drain first to give them back."""
+        self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -203,28 +210,51 @@ class Engine:
 
     # --- driving ---------------------------------------------------------------------------------------------------
 
-    async def _fly(self, flight: Flight) -> None:
+    async def _fly(self, flight: Flight, change: Change | None = None) -> None:
         try:
-            await self._drive(flight)
+            if change is None or await self._store(flight, change):
+                await self._drive(flight, resumed=change is not None)
+        except _SupersededError:
+            return
         except asyncio.CancelledError:
             raise
         except Exception:
             # A defect of ours: the run is not wedged by it, since a lease that is not renewed expires.
             log.exception("drive_failed", extra={"run_id": flight.run_id})
             self.publish(flight.document, (("engine:error", None, {"run_id": flight.run_id}),))
-        finally:
-            self.flights.pop(flight.run_id, None)
-            self.cache.put(flight.run_id, RunNote(flight.document["version"], flight.document["token"], flight.deadline, False))
-            if not self.flights:
-                self._empty.set()
-            self._observer.landed(flight.run_id, flight.document["status"] if flight.lost is None else "lost")
+        self._leave(flight)
 
-    async def _drive(self, flight: Flight) -> None:
-        if self._listening():
+    def _leave(self, flight: Flight) -> None:
+        self.flights.pop(flight.run_id, None)
+        self.cache.put(flight.run_id, RunNote(flight.document["version"], flight.document["token"], flight.deadline, False))
+        if not self.flights:
+            self._empty.set()
+        self._observer.landed(flight.run_id, flight.document["status"] if flight.lost is None else "lost")
+
+    def _stuck(self, flight: Flight, step: StepDefinition, attempt: Attempt, what: str) -> None:
+        """A handler does not end. A thread leaves its driver free; a coroutine holds its driver, so a new one goes on."""
+        self._observer.stuck(what)
+        if attempt.settled is not None or flight.attempt is not attempt:
+            return
+        attempt.context._close()
+        flight.attempt = None
+        change, _ = self._change_after(flight, step, flight.place, attempt.context, Outcome(Kind.ABANDONED, None))
+        if change is None:
+            self._leave(flight)
+        else:
+            flight.task = self.loop.create_task(self._fly(flight, change))
+
+    async def _drive(self, flight: Flight, resumed: bool) -> None:
+        if not resumed and self._listening():
             self._publish_claimed(flight)
         misplaced = _version_mismatch(flight)
         if misplaced is not None:
             await self._store(flight, misplaced(self.store.now()))
+            return
+        if flight.document.get("paused") is True:
+            # Paused between the claim's update and its read-back: given up at once.
+            place = transitions.current_place(flight.document) or 0
+            await self._store(flight, transitions.give_back(flight.document, place, self.store.now(), entered=False))
             return
         while True:
             change, size = await self._next_change(flight)
@@ -266,11 +296,12 @@ class Engine:
 
     async def _attempt(self, flight: Flight, step: StepDefinition, place: int) -> tuple[Change | None, int]:
         context = Context(flight.document, place, AbortSignal(), flight)
-        attempt = flight.attempt = Attempt(self.loop, context, self._observer.stuck)
+        attempt = flight.attempt = Attempt(self.loop, context, functools.partial(self._stuck, flight, step))
         if self._listening():
             self.publish(flight.document, (("step:started", step.id, {"attempt": context.attempt}),))
-        attempt.start(step, self._threads)
-        outcome = await attempt.outcome
+        outcome = await attempt.run(step, self._threads)
+        if flight.attempt is not attempt:
+            raise _SupersededError  # the run went on without this handler, and with another driver
         context._close()
         flight.attempt = None
         self.steps_total += 1
@@ -283,7 +314,7 @@ class Engine:
         """What an attempt's outcome means for the run."""
         reason = context.signal.reason
         document, now = flight.document, self.store.now()
-        if flight.lost is not None or reason in ("cancelled", "lease-lost"):
+        if flight.lost is not None or reason in ("cancelled", "lease-lost") or self._closed:
             return None, 0
         if reason == "timeout":
             return self._failed(flight, step, place, timeout_failure(step)), 0
@@ -448,7 +479,10 @@ class Engine:
     # --- events ----------------------------------------------------------------------------------------------------
 
     def _listening(self) -> bool:
-        return any(bus.active for bus in self._buses)
+        for bus in self._buses:  # asked several times per step, hence no generator
+            if bus.active:
+                return True
+        return False
 
     def _publish_claimed(self, flight: Flight) -> None:
         document = flight.document

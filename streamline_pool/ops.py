@@ -177,7 +177,9 @@ def claim_runs(run_ids: Sequence[str], lease_id: str, owner: str, lease_s: float
     )
 
 
-def claim_run(run_id: str, lanes: Sequence[str] | None, lease_id: str, owner: str, lease_s: float) -> Command:
+def claim_run(
+    run_id: str, lanes: Sequence[str] | None, lease_id: str, owner: str, lease_s: float, crashes_below: int | None = None
+) -> Command:
     """Claim one named run in one round trip. Yields the claimed document or None.
 
     The document is the one that the majority-acknowledged write has made, hence as good as a majority read.
@@ -185,6 +187,8 @@ def claim_run(run_id: str, lanes: Sequence[str] | None, lease_id: str, owner: st
     query: Document = {"_id": run_id, "paused": _NOT_PAUSED, **_DUE}
     if lanes is not None:
         query["lane"] = {"$in": list(lanes)}
+    if crashes_below is not None:
+        query["crashes"] = {"$lt": crashes_below}
     return Command(
         name="claim_run",
         collection="runs",

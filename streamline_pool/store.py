@@ -94,14 +94,18 @@ class ServerClock:
         self._env = env
         self._base: datetime | None = None
         self._read_at = 0.0
+        self._shown_ms = -1
         self.offset_s = 0.0  # server minus host, at the last reading
 
     def now(self) -> datetime:
         """Aware UTC, whole milliseconds; this host's clock before the first reading."""
         if self._base is None:
             return self._env.clock.now()
-        moment = self._base + timedelta(seconds=self._env.clock.monotonic() - self._read_at)
-        return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+        elapsed_ms = int((self._env.clock.monotonic() - self._read_at) * 1000)
+        if elapsed_ms != self._shown_ms:  # asked several times per step; a `datetime` is made once per millisecond
+            self._shown_ms = elapsed_ms
+            self._shown = self._base + timedelta(milliseconds=elapsed_ms)
+        return self._shown
 
     @property
     def stale(self) -> bool:
@@ -111,8 +115,9 @@ class ServerClock:
     def read(self, server_time: datetime, asked_at: float) -> None:
         """Take over a reading that was asked for at `asked_at` (monotonic) and has arrived now."""
         arrived_at = self._env.clock.monotonic()
-        self._base = server_time + timedelta(seconds=(arrived_at - asked_at) / 2)
+        self._base = server_time + timedelta(milliseconds=round((arrived_at - asked_at) * 500))
         self._read_at = arrived_at
+        self._shown_ms = -1
         self.offset_s = (self._base - self._env.clock.now()).total_seconds()
 
 

@@ -1,0 +1,392 @@
+"""One worker: claims runs for an engine, as many as it has room for, and says how it fares.
+
+Owns when and what is claimed. Pipes, processes and signals are the supervisor's business: here are plain methods,
+called in the worker's event loop, so a worker runs as well inside a test as under a supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from . import ops
+from .client import Streamline
+from .documents import SLOTS
+from .engine import Engine
+from .env import Env
+from .errors import StoreUnavailableError, WorkflowError
+from .settings import Settings
+from .store import AsyncStore
+
+__all__ = ["Gate", "Worker", "WorkerStatus", "slots_of"]
+
+log = logging.getLogger("streamline_pool")
+
+Gate = Literal["open", "closed", "one"]
+"""The circuit breaker's word: claim freely, not at all, or one batch to see whether it works."""
+
+_CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first of them wait
+_RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
+_SCANS_MAX = 190  # lanes times slots in one find; MongoDB merges at most 200 index scans
+_RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
+_STOP_MARGIN_S = 3.0  # beyond the handlers' grace, for giving the runs back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """How a worker fares; counters are cumulative."""
+
+    state: str  # "starting" | "ready" | "holding" | "draining" | "stopped"
+    hungry: bool  # it has room, and found nothing when it last looked
+    in_flight: int
+    runs_total: int  # runs that are through with this worker
+    steps_total: int  # handlers entered
+    ops_ok: int  # commands answered by the database
+    ops_failed: int
+    consecutive_failures: int  # since the last answer
+    recycle: str | None  # why this worker should be replaced; None: no reason
+    running: tuple[tuple[str, str], ...]  # up to five (run id, step id) in flight
+    lru: Mapping[str, int] = field(default_factory=dict)  # counters of the run cache
+
+
+def slots_of(index: int, total: int) -> tuple[int, ...]:
+    """The slots that worker `index` of `total` claims from first; together the workers cover them all."""
+    if total >= SLOTS:
+        return (index % SLOTS,)
+    return tuple(slot for slot in range(SLOTS) if slot % total == index)
+
+
+class Worker:
+    """Claims and drives runs in the running event loop until told to leave."""
+
+    def __init__(
+        self,
+        app: Streamline,
+        settings: Settings,
+        *,
+        owner: str,
+        index: int,
+        total: int,
+        env: Env | None = None,
+        notify: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._env = env or app.env
+        self._owner = owner
+        self._notify = notify  # "my status has changed": a beat should go out soon
+        self._lanes = app.lanes(settings.queues)
+        self._lane_set = frozenset(self._lanes)
+        self._suspect_from = max(1, settings.max_crashes - 1)  # crashes after which the next lost worker convicts
+        self._state = "starting"
+        self._gate: Gate = "open"
+        self._held = False
+        self._leaving = False
+        self._backlog = True  # there may be due runs that this worker has not seen
+        self._turn = 0  # rotates the lanes when there are too many for one find
+        self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
+        self._wanted = asyncio.Event()
+        self._parked: list[tuple[str, datetime]] = []
+        self._ended: list[str] = []
+        self._telling: asyncio.Task[None] | None = None
+        self._runs_total = 0
+        self._ops_ok = 0
+        self._ops_failed = 0
+        self._consecutive_failures = 0
+        self._recycle: str | None = None
+        self._was_hungry = False
+        self._engine: Engine | None = None
+        self._stop_grace_s: float | None = None
+        self.reslot(index, total)
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until `drain` or `stop`, then give everything back and return."""
+        store = self._app.store_async()
+        engine = self._engine = self._app.make_engine(store, self)
+        engine.start()
+        try:
+            await self._connect(store)
+            self._state = "ready"
+            self._notify()
+            self._wanted.set()
+            while not self._leaving:
+                await self._wanted.wait()
+                self._wanted.clear()
+                if not self._leaving:
+                    await self._claim_round(store, engine)
+            await self._give_back(engine)
+            await self._tell_ended(store)
+        finally:
+            self._state = "stopped"
+            await engine.close()
+
+    async def _connect(self, store: AsyncStore) -> None:
+        failures = 0
+        while not self._leaving:
+            try:
+                await store.ensure()
+                return
+            except StoreUnavailableError as exc:
+                failures += 1
+                self.store_answered(False)
+                log.warning("store_unavailable", extra={"error": str(exc)})
+                await self._env.async_sleep(min(0.1 * 2**failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2))
+
+    async def _give_back(self, engine: Engine) -> None:
+        if self._stop_grace_s is None:
+            await engine.emptied()
+            return
+        try:
+            await asyncio.wait_for(engine.emptied(), self._stop_grace_s + _STOP_MARGIN_S)
+        except TimeoutError:
+            log.warning("runs_left_to_expiry", extra={"runs": len(engine.flights)})
+
+    # --- orders ----------------------------------------------------------------------------------------------------
+
+    def ring(self, lane: str | None = None, run_id: str | None = None) -> None:
+        """There may be work: this run, or something in this lane, or anything at all."""
+        if lane is not None and lane not in self._lane_set:
+            return
+        note = None if run_id is None or self._engine is None else self._engine.cache.get(run_id)
+        if note is not None and note.in_flight:
+            return
+        if run_id is None or len(self._rings) >= _RINGS_MAX:
+            self._backlog = True
+        else:
+            self._rings.append(run_id)
+        self._wanted.set()
+
+    def abort_run(self, run_id: str, reason: str) -> None:
+        """Somebody says that this run was cancelled (or paused): look at the database, and act on what it says."""
+        if self._engine is not None:
+            self._engine.check(run_id)
+
+    def set_gate(self, gate: Gate) -> None:
+        """The circuit breaker's word on claiming; runs in flight go on."""
+        self._gate = gate
+        if gate != "closed":
+            self._backlog = True
+            self._wanted.set()
+
+    def hold(self, held: bool) -> None:
+        """Stop claiming (True), or claim again (False)."""
+        self._held = held
+        if self._state in ("ready", "holding"):
+            self._state = "holding" if held else "ready"
+        self._backlog = True
+        self._wanted.set()
+        self._notify()
+
+    def reslot(self, index: int, total: int) -> None:
+        """This worker's place among the workers of its host has changed."""
+        self._slots = slots_of(index, total)
+
+    def drain(self) -> None:
+        """Finish the steps in flight, give the runs back, return from `run`."""
+        self._leaving = True
+        self._state = "draining"
+        if self._engine is not None:
+            self._engine.drain()
+        self._wanted.set()
+        self._notify()
+
+    def stop(self, grace_s: float) -> None:
+        """Drain at once: signals fire, handlers have `grace_s` seconds, then their runs are given back."""
+        self._stop_grace_s = grace_s
+        self.drain()
+        if self._engine is not None:
+            self._engine.stop(grace_s)
+
+    # --- claiming --------------------------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        """How many runs may be claimed now."""
+        if self._engine is None or self._leaving or self._held or self._gate == "closed":
+            return 0
+        return max(0, self._settings.concurrency - len(self._engine.flights))
+
+    async def _claim_round(self, store: AsyncStore, engine: Engine) -> None:
+        """Claim what there is room for: runs that were named first, then whatever is due."""
+        try:
+            if store.clock.stale:
+                await store.sync_clock()
+            if self._rings and self._room():
+                await self._claim_named(store, engine)
+            while self._backlog and (room := self._room()):
+                await self._claim_due(store, engine, min(room, _CLAIM_MAX))
+                if self._gate == "one":
+                    self._gate = "closed"  # one batch was let through; the breaker says what comes next
+        except StoreUnavailableError as exc:
+            # A claim of unknown outcome is forgotten: it is never renewed, and recovered when it expires.
+            self.store_answered(False)
+            log.warning("claim_failed", extra={"error": str(exc)})
+            self._backlog = True
+            delay_s = min(0.1 * 2**self._consecutive_failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2)
+            engine.loop.call_later(delay_s, self._wanted.set)
+        self._report_hunger()
+
+    async def _claim_named(self, store: AsyncStore, engine: Engine) -> None:
+        room = self._room()
+        run_ids = [self._rings.popleft() for _ in range(min(room, _CLAIM_MAX, len(self._rings)))]
+        if self._rings:
+            self._wanted.set()
+        if len(run_ids) > 1:
+            await self._claim(store, engine, run_ids)
+            return
+        lease_id, deadline = self._env.new_id(), engine.lease_deadline()
+        crashes_below = self._suspect_from if self._holds_suspect(engine) else None
+        self._env.probe("claim.before")
+        document = await store.run(
+            ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
+        )
+        self._env.probe("claim.after")
+        self.store_answered(True)
+        self._admit(engine, [] if document is None else [document], deadline)
+
+    async def _claim_due(self, store: AsyncStore, engine: Engine, limit: int) -> None:
+        """One look, in this worker's slots first and then in everybody's; claims what it finds."""
+        complete = True
+        found: list[str] = []
+        lanes_done = 0
+        while lanes_done < len(self._lanes) and not found:
+            lanes, slots, whole = self._scan(lanes_done)
+            crashes_below = self._suspect_from if self._holds_suspect(engine) else None
+            rows = await store.run(ops.find_due(lanes, slots, store.now(), limit, crashes_below))
+            if len(rows) < limit and slots is not None:
+                rows = await store.run(ops.find_due(lanes, None, store.now(), limit, crashes_below))
+            found = self._one_suspect_at_most(rows)
+            complete = complete and len(rows) < limit
+            lanes_done += len(lanes)
+        self.store_answered(True)
+        if not found:
+            self._backlog = False
+            return
+        self._turn += 1
+        # Something was found: look again afterwards unless this look has seen the end of every lane.
+        self._backlog = not complete or lanes_done < len(self._lanes)
+        await self._claim(store, engine, found)
+
+    def _scan(self, offset: int) -> tuple[Sequence[str], Sequence[int] | None, bool]:
+        """Lanes and slots of one find, rotating the lanes when there are too many for the server to merge."""
+        per_find = max(1, _SCANS_MAX // SLOTS)
+        if len(self._lanes) <= per_find:
+            return self._lanes, self._slots if len(self._slots) < SLOTS else None, True
+        start = (self._turn * per_find + offset) % len(self._lanes)
+        lanes = (self._lanes + self._lanes)[start : start + min(per_find, len(self._lanes) - offset)]
+        return lanes, self._slots if len(self._slots) < SLOTS else None, False
+
+    def _holds_suspect(self, engine: Engine) -> bool:
+        return any(flight.document["crashes"] >= self._suspect_from for flight in engine.flights.values())
+
+    def _one_suspect_at_most(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Runs that lost workers before share a worker with none of their like, so that the last death convicts one run."""
+        chosen: list[str] = []
+        suspects = 0
+        for row in rows:
+            crashes = row.get("crashes")
+            suspects += isinstance(crashes, int) and crashes >= self._suspect_from
+            if suspects <= 1 or not (isinstance(crashes, int) and crashes >= self._suspect_from):
+                chosen.append(row["_id"])
+        return chosen
+
+    async def _claim(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str]) -> None:
+        lease_id, deadline = self._env.new_id(), engine.lease_deadline()
+        self._env.probe("claim.before")
+        won = await store.run(ops.claim_runs(run_ids, lease_id, self._owner, self._settings.lease_s))
+        self._env.probe("claim.after")
+        documents = await store.run(ops.read_claimed(run_ids, lease_id)) if won else []
+        self.store_answered(True)
+        self._admit(engine, documents, deadline)
+
+    def _admit(self, engine: Engine, documents: Sequence[dict[str, Any]], deadline: float) -> None:
+        for document in documents:
+            engine.admit(document, deadline)
+
+    def _report_hunger(self) -> None:
+        hungry = self._hungry()
+        if hungry != self._was_hungry:
+            self._was_hungry = hungry
+            self._notify()
+
+    def _hungry(self) -> bool:
+        return not self._backlog and not self._rings and self._room() > 0
+
+    # --- what the engine tells (engine.Observer) -------------------------------------------------------------------
+
+    def parked(self, lane: str, wake_at: datetime) -> None:
+        """See engine.Observer."""
+        self._parked.append((lane, wake_at))
+        self._notify()
+
+    def landed(self, run_id: str, status: str) -> None:
+        """See engine.Observer."""
+        self._runs_total += 1
+        if status in ("done", "failed"):
+            self._ended.append(run_id)
+            if self._telling is None and self._engine is not None:
+                self._telling = self._engine.loop.create_task(self._tell_ended(self._engine.store))
+        if self._backlog or self._rings:
+            self._wanted.set()
+        if self._engine is not None and not self._engine.flights:
+            self._notify()
+        self._report_hunger()
+
+    async def _tell_ended(self, store: AsyncStore) -> None:
+        """Wake those who wait for runs to end; everything that ends meanwhile goes into the next signal."""
+        try:
+            while self._ended:
+                run_ids, self._ended = self._ended, []
+                try:
+                    await store.run(ops.send_signal("ended", store.now(), runs=run_ids))
+                except WorkflowError:
+                    return  # a hint; those who wait look by themselves
+        finally:
+            self._telling = None
+
+    def store_answered(self, ok: bool) -> None:
+        """See engine.Observer."""
+        if ok:
+            self._ops_ok += 1
+            self._consecutive_failures = 0
+        else:
+            self._ops_failed += 1
+            self._consecutive_failures += 1
+            self._notify()
+
+    def stuck(self, what: str) -> None:
+        """See engine.Observer. Threads cannot be stopped, so the whole worker is to be replaced."""
+        log.error("handler_stuck", extra={"what": what})
+        self._recycle = what
+        self._notify()
+
+    # --- reporting -------------------------------------------------------------------------------------------------
+
+    def status(self) -> WorkerStatus:
+        """How this worker fares now."""
+        engine = self._engine
+        flights = list(engine.flights.values()) if engine is not None else []
+        return WorkerStatus(
+            state=self._state,
+            hungry=self._hungry(),
+            in_flight=len(flights),
+            runs_total=self._runs_total,
+            steps_total=engine.steps_total if engine is not None else 0,
+            ops_ok=self._ops_ok,
+            ops_failed=self._ops_failed,
+            consecutive_failures=self._consecutive_failures,
+            recycle=self._recycle,
+            running=tuple((flight.run_id, str(flight.document["currentStepId"])) for flight in flights[:5]),
+            lru=engine.cache.counters() if engine is not None else {},
+        )
+
+    def take_parked(self) -> list[tuple[str, datetime]]:
+        """Instants newly stored as `wakeAt`, with their lanes; each is told once."""
+        parked, self._parked = self._parked, []
+        return parked

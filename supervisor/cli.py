@@ -23,7 +23,7 @@ from streamline_pool.errors import StoreUnavailableError, ValidationError, Workf
 from streamline_pool.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.supervisor import commands, runs
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle
-from streamline_pool.supervisor.console import ADVICE, CommandError, ExitCode, package_version, print_json, say_error, unreachable
+from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
 from streamline_pool.supervisor.doctor import doctor
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.options import Invocation, pick, setting_options
@@ -77,7 +77,9 @@ def _run_the_pool() -> int:
         adopt(app, settings).freeze()
         code: int = pool.run_pool(app, settings, system_env(), banner=_banner(app, settings))
     if code == ExitCode.UNREACHABLE:
-        _log.error("database_unreachable", extra={"advice": ADVICE})
+        # The reason stands in the log already; this is the last line, where people look.
+        advice = "mend what boot_failed says; if you have no MongoDB yet, --embedded starts a private one"
+        _log.error("database_unusable", extra={"advice": advice})
     return code
 
 

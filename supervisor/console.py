@@ -20,7 +20,6 @@ from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.settings import redact_text
 
 __all__ = [
-    "ADVICE",
     "CommandError",
     "ExitCode",
     "ago",
@@ -66,7 +65,7 @@ def package_version() -> str:
         return "(not installed)"
 
 
-ADVICE = (
+_ADVICE = (
     "Check that MongoDB runs there and that this machine may reach it; name another one with --mongodb-uri, "
     "or start a private one with --embedded."
 )
@@ -75,13 +74,13 @@ ADVICE = (
 
 def unreachable(error: StoreUnavailableError) -> str:
     """The message of `error`, with advice unless the error itself knows what is wrong."""
-    return f"{error.message}\n{ADVICE}" if error.context.get("transient") else error.message
+    return f"{error.message}\n{_ADVICE}" if error.context.get("transient") else error.message
 
 
 def say_error(message: str, log_format: str) -> None:
     """One error on standard error, in the form of the log lines around it."""
     if log_format == "json":
-        _log.error("error", extra={"message_text": redact_text(message)})
+        _log.error("command_failed", extra={"error": redact_text(message)})
     else:
         click.echo(f"Error: {redact_text(message)}", err=True)
 

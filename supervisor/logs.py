@@ -28,7 +28,7 @@ _NOISY = ("pymongo", "asyncio")  # at their INFO and DEBUG they describe themsel
 
 
 class TextFormatter(logging.Formatter):
-    """`12:00:01 INFO run_claimed run_id=r-17 token=3`; local time. Lines of child processes end with `pid=`."""
+    """`12:00:01 INFO run_claimed run_id=r-17 token=3`; local time. Lines of child processes end with `process=`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class TextFormatter(logging.Formatter):
         parts = [datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S"), record.levelname, _message(record)]
         parts += [f"{key}={_word(value)}" for key, value in fields_of(record).items()]
         if record.process is not None and record.process != self._first_pid:
-            parts.append(f"pid={record.process}")
+            parts.append(f"process={record.process}")
         line = " ".join(parts)
         trace = _trace(record)
         return redact_text(f"{line}\n{trace}" if trace else line)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: `time` (ISO, UTC), `level`, `event`, `logger`, `pid`, then the event's own fields."""
+    """One JSON object per line: `time` (ISO, UTC), `level`, `event`, `logger`, `process` (id of who says it), then its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -53,7 +53,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "event": _message(record),
             "logger": record.name,
-            "pid": record.process,
+            "process": record.process,
         }
         entry |= {(key if key not in entry else f"{key}_"): value for key, value in fields_of(record).items()}
         trace = _trace(record)

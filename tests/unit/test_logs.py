@@ -37,7 +37,7 @@ def test_a_field_cannot_forge_a_line_or_another_field() -> None:
 def test_lines_of_children_name_their_process() -> None:
     made = record("run_claimed")
     made.process = 4711
-    assert TextFormatter().format(made).endswith("run_claimed pid=4711")
+    assert TextFormatter().format(made).endswith("run_claimed process=4711")
 
 
 def test_json_is_one_object_with_utc_time() -> None:

@@ -212,8 +212,10 @@ def _on_checked(state: State, seq: int, due: int, now: float) -> Decision:
 
 def _on_boot_failed(state: State, member: Member, failed: BootFailed, now: float) -> Decision:
     """A child that cannot start stops the pool, unless all it lacks is a database that had been there."""
+    member = replace(member, excused=True)
     if state.ready and failed.exit_code == BOOT_STORE_UNREACHABLE:
-        return put(state, replace(member, excused=True)), []
+        return put(state, member), []
+    state = put(state, replace(member, leaving=member.leaving or "boot failed"))
     if state.ending is not None:
         return state, []
     fields = {"pid": member.pid, "role": member.role, "error": failed.message}

@@ -7,7 +7,7 @@ link.py move the bytes. No pickle: a frame can only become one of the records be
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -109,7 +109,7 @@ class Beat:
     consecutive_failures: int  # failures since the last success
     recycle: str | None = None  # why this worker wishes to be replaced; None: it does not
     running: tuple[tuple[str, str], ...] = ()  # sample of (run id, step id) in flight
-    lru: Mapping[str, int]  # counters of the run cache
+    lru: dict[str, int]  # counters of the run cache
     parked: tuple[tuple[str, int], ...] = ()  # (lane, wakeAt in epoch ms) written since the last beat
     poke: int = 0  # the highest `Poke.seq` received
 
@@ -178,7 +178,7 @@ class WorkerFacts:
     steps_total: int
     rss_bytes: int | None
     uptime_s: float
-    lru: Mapping[str, int]
+    lru: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,7 +313,7 @@ def decode(body: bytes, direction: Direction[M_co]) -> M_co:
         if version != VERSION:
             raise MessageError(f"message version {version}, expected {VERSION}")
         return direction[name](values)
-    except (ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise MessageError(f"not a message: {body[:80]!r} ({type(exc).__name__}: {exc})") from exc
 
 

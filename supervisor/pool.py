@@ -146,7 +146,7 @@ class Pool:
         self._env = env
         self._json_log = json_log
         self._host = socket.gethostname()
-        self._nonce = env.new_id()[:12]
+        self._nonce = env.new_id()[-12:]
         self._children: dict[int, Child] = {}
         self._events: deque[Event] = deque()
         self._exit_code: int | None = None
@@ -218,7 +218,7 @@ class Pool:
     # ---- children --------------------------------------------------------------------------------------------------
 
     def _spawn(self, order: Spawn) -> None:
-        nonce = self._nonce if order.role == "steward" else self._env.new_id()[:12]
+        nonce = self._nonce if order.role == "steward" else self._env.new_id()[-12:]
         birth = Birth(
             role=order.role,
             nonce=nonce,

@@ -52,7 +52,7 @@ class Member:
     rung_at: float = 0.0  # when it was last rung
     leaving: str | None = None  # why it was told to go; its death is then no crash and its place is already refilled
     deadline: float | None = None  # when the next harder measure is due; None: never in this phase
-    excused: bool = False  # it says that it cannot start because the database is away: no crash either
+    excused: bool = False  # it has said why it cannot start: its exit is no crash either
     stalled: bool = False
     rss_bytes: int | None = None
 

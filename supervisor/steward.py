@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, assert_never
 
 from streamline_pool import ops
+from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.settings import Settings
@@ -78,7 +79,7 @@ class StewardBoot:
 
 def run_steward(app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> int:
     """The main function of the steward process; its exit code."""
-    return asyncio.run(_main(app, settings, env, boot, sock))
+    return asyncio.Runner().run(_main(app, settings, env, boot, sock))  # as in worker_main: nothing may delay the exit
 
 
 async def _main(app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> int:
@@ -112,6 +113,7 @@ class _Steward:
             self._probe_when_doubtful,
             self._keep_host_record,
         )
+        self._app = app
         self._settings = settings
         self._env = env
         self._boot = boot
@@ -195,6 +197,8 @@ class _Steward:
                 self._circuit = state
                 if state != "closed":
                     self._doubtful.set()
+                if state != "half-open":
+                    self._publish(f"scheduler:circuit-{state}")
             case PoolFacts() as facts:
                 if self._facts is None or _shape(facts) != _shape(self._facts):
                     self._pool_changed.set()
@@ -211,6 +215,12 @@ class _Steward:
 
     def _fresh_facts(self) -> PoolFacts | None:
         return self._facts if self._env.clock.monotonic() - self._facts_at < FACTS_FRESH_S else None
+
+    def _publish(self, name: str) -> None:
+        """Tell subscribers. Here and not in the supervisor, which must not have their thread."""
+        event = Event(name=name, run_id=None, workflow_id=None, step_id=None, data=None, at=self._store.now())
+        self._app.events.publish(event)
+        global_event_bus.publish(event)
 
     # ---- waking workers --------------------------------------------------------------------------------------------
 
@@ -233,10 +243,10 @@ class _Steward:
         for lane, (run_id, count) in wakes.items():
             self.say(Wake(lane=lane, run_id=run_id, count=count))
 
-    def _plan(self, lane: str, at: datetime, run_id: str | None) -> None:
-        """Wake somebody for a run at its instant, or now if that has come."""
+    def _plan(self, lane: str, at: datetime, run_id: str | None, count: int = 1) -> None:
+        """Wake somebody for a run (or so many) at its instant, or now if that has come."""
         if at <= self._store.now():
-            self._wake(lane, run_id, 1)
+            self._wake(lane, run_id, count)
         else:
             self._timers.add(lane, _epoch_ms(at), run_id)
 
@@ -280,7 +290,7 @@ class _Steward:
         if signal["kind"] == "cancel":
             self.say(AbortHint(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
         elif isinstance(lane, str) and lane in self._lanes:
-            self._plan(lane, signal.get("wakeAt") or signal["at"], signal.get("runId"))
+            self._plan(lane, signal.get("wakeAt") or signal["at"], signal.get("runId"), signal.get("count", 1))
             self._set_alarm()
 
     async def _sweep(self) -> None:

@@ -19,7 +19,8 @@ __all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "Decision", "ask_idle", "begin_endi
 
 Decision = tuple[State, list[Action]]
 
-KILL_AFTER_S = 2.0  # from SIGABRT, or the end of a grace, to SIGKILL: time to write stacks and to release leases
+KILL_AFTER_S = 2.0  # from SIGABRT, or the steward's last order, to SIGKILL: time to write stacks
+RELEASE_MARGIN_S = 3.5  # from the end of a grace to SIGKILL; derived: a worker gives up releasing after 3 s
 RELEASE_GRACE_S = 1.0  # after the drain deadline: for signals to fire and leases to be released, not for more work
 CANCEL_GRACE_S = 5.0  # what the contract gives handlers after a second INT
 SETTLE_S = 3.0  # a guess: ten retries of one update; what is not released by then expires by itself
@@ -69,7 +70,8 @@ def begin_ending(state: State, now: float, code: int, reason: str, *, grace_s: f
             state = put(state, replace(member, phase="draining", leaving=leaving, deadline=deadline))
             actions.append(Send(pid=member.pid, message=Drain()))
         else:
-            deadline = now + grace_s + KILL_AFTER_S
+            # One that has not even started holds nothing, and may be waiting for a database that is not there.
+            deadline = now + grace_s + (0.0 if member.phase == "starting" else RELEASE_MARGIN_S)
             state = put(state, replace(member, phase="stopping", leaving=leaving, deadline=deadline))
             actions.append(Send(pid=member.pid, message=Stop(grace_s=grace_s)))
     kept = tuple(v for v in state.vacancies if v.role == "steward")
@@ -86,7 +88,7 @@ def _overdue(state: State, now: float) -> Decision:
     for member in [m for m in state.members.values() if m.deadline is not None and m.deadline <= now]:
         fields = {"pid": member.pid, "role": member.role, "reason": member.leaving}
         if member.phase == "draining":
-            deadline = now + RELEASE_GRACE_S + KILL_AFTER_S
+            deadline = now + RELEASE_GRACE_S + RELEASE_MARGIN_S
             state = put(state, replace(member, phase="stopping", deadline=deadline))
             actions.append(Log(level=logging.WARNING, event="drain_timeout", fields=fields))
             actions.append(Send(pid=member.pid, message=Stop(grace_s=RELEASE_GRACE_S)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, assert_never
 
+from streamline_pool.bus import global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError, ValidationError
 from streamline_pool.settings import Settings
@@ -45,6 +46,7 @@ log = logging.getLogger("streamline_pool")
 BOOT_FAILED = 64  # the process's exit code after a `BootFailed`; apart from 0, 1 and those of signals
 BEAT_PAUSE_S = 0.005  # a guess: a change is told at once, ten changes in a row are told as one
 PARKED_MAX = 500  # instants told per beat, the nearest ones; the steward's sweep finds the rest
+SUBSCRIBERS_S = 1.0  # a guess: for subscribers to hear the last events
 ORPHAN_DRAIN_S, ORPHAN_GRACE_S, ORPHAN_EXIT_S = 0.7, 0.3, 1.8  # within the 2 s that an orphan may live
 
 
@@ -60,7 +62,8 @@ class WorkerBoot:
 
 def run_worker(app: Streamline, settings: Settings, env: Env, boot: WorkerBoot, sock: socket.socket) -> int:
     """The main function of a worker process; its exit code."""
-    return asyncio.run(_WorkerProcess(app, settings, env, boot).run(sock))
+    # Not `asyncio.run`: its clean-up waits for threads, of which a handler may have stuck one.
+    return asyncio.Runner().run(_WorkerProcess(app, settings, env, boot).run(sock))
 
 
 def arm_orphan_exit(loop: asyncio.AbstractEventLoop, code: int = 0) -> None:
@@ -70,6 +73,7 @@ def arm_orphan_exit(loop: asyncio.AbstractEventLoop, code: int = 0) -> None:
 
 class _WorkerProcess:
     def __init__(self, app: Streamline, settings: Settings, env: Env, boot: WorkerBoot) -> None:
+        self._app = app
         self._settings = settings
         self._env = env
         owner = f"{boot.host}:{os.getpid()}:{boot.nonce}"
@@ -92,7 +96,9 @@ class _WorkerProcess:
             return BOOT_FAILED
         finally:
             beats.cancel()
-        self._beat()
+        self._beat()  # the last figures
+        self._app.events.close(SUBSCRIBERS_S)
+        global_event_bus.close(SUBSCRIBERS_S)
         return 0
 
     def _obey(self, message: ToWorker) -> None:
@@ -138,6 +144,7 @@ class _WorkerProcess:
 
     def _beat(self) -> None:
         self._beat_pending = False
+        parked = _nearest(self._worker.take_parked())
         if self._link.unsent_bytes:
             return  # the supervisor is slow or stopped: the next beat says more than this one
         self._beaten_at = self._env.clock.monotonic()
@@ -156,7 +163,7 @@ class _WorkerProcess:
                 recycle=status.recycle,
                 running=tuple(status.running),
                 lru=dict(status.lru),
-                parked=_nearest(self._worker.take_parked()),
+                parked=parked,
                 poke=self._poke,
             )
         )

@@ -1,0 +1,104 @@
+"""What crosses the pipes between the supervisor and its children."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamline_pool.supervisor import messages
+from streamline_pool.supervisor.messages import (
+    FROM_STEWARD,
+    FROM_WORKER,
+    TO_STEWARD,
+    TO_WORKER,
+    Direction,
+    Drain,
+    FrameReader,
+    FromSteward,
+    FromWorker,
+    MessageError,
+    Ring,
+    ToSteward,
+    ToWorker,
+    decode,
+    encode,
+)
+
+UNIONS = ((ToWorker, TO_WORKER), (FromWorker, FROM_WORKER), (ToSteward, TO_STEWARD), (FromSteward, FROM_STEWARD))
+EVERY_MESSAGE = [pytest.param(cls, direction, id=cls.__name__) for union, direction in UNIONS for cls in get_args(union)]
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+PLAIN = {bool: st.booleans(), int: st.integers(-(2**53), 2**53), float: st.floats(allow_nan=False, allow_infinity=False), str: texts}
+
+
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of a field of that type, as far as messages use types."""
+    if hint in PLAIN:
+        return PLAIN[hint]
+    if is_dataclass(hint) and isinstance(hint, type):
+        return st.builds(hint, **{name: values_of(inner) for name, inner in get_type_hints(hint).items()})
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple and args[-1] is Ellipsis:
+        return st.lists(values_of(args[0]), max_size=2).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values_of, args))
+    if origin is dict:
+        return st.dictionaries(values_of(args[0]), values_of(args[1]), max_size=2)
+    return st.sampled_from(args) if origin is Literal else st.one_of(st.none(), values_of(args[0]))
+
+
+@pytest.mark.parametrize(("cls", "direction"), EVERY_MESSAGE)
+def test_every_message_arrives_as_it_was_sent(cls: type, direction: Direction[Any]) -> None:
+    """JSON turns tuples into lists and records into mappings; a decision on such a thing would differ from its test."""
+
+    @settings(max_examples=50)
+    @given(values_of(cls))
+    def check(message: Any) -> None:
+        (body,) = FrameReader().feed(encode(message))
+        assert decode(body, direction) == message
+
+    check()
+
+
+@given(st.lists(st.builds(Ring, lane=st.text(max_size=5), run_id=st.none())), st.data())
+def test_frames_cut_anywhere_come_out_whole(sent: list[Ring], data: st.DataObject) -> None:
+    """A stream socket cuts where it likes, also within the length."""
+    stream = b"".join(map(encode, sent))
+    reader, heard, at = FrameReader(), [], 0
+    while at < len(stream):
+        size = data.draw(st.integers(1, len(stream)))
+        heard += [decode(body, TO_WORKER) for body in reader.feed(stream[at : at + size])]
+        at += size
+    assert heard == sent
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b"[1]",
+        b"{}",
+        orjson.dumps([messages.VERSION, "Explode", {}]),
+        orjson.dumps([messages.VERSION, "Ring", {"colour": "red"}]),
+        orjson.dumps([messages.VERSION, "Ring", [1]]),
+        orjson.dumps([messages.VERSION + 1, "Drain", {}]),
+        encode(messages.StewardBeat(ready=True))[4:],
+    ],
+)
+def test_anything_else_is_refused(body: bytes) -> None:
+    """A worker that writes nonsense, another version's words or another role's must not be half understood."""
+    with pytest.raises(MessageError):
+        decode(body, TO_WORKER)
+
+
+def test_an_absurd_length_is_refused_before_it_is_waited_for() -> None:
+    """A corrupted length would otherwise be a frame that never ends, and a buffer that grows for ever."""
+    with pytest.raises(MessageError, match="above"):
+        FrameReader().feed(b"\xff\xff\xff\xff" + encode(Drain()))

@@ -1,12 +1,12 @@
 """MongoDB-native durable workflows, run by a pool of worker processes.
 
-    from streamline_pool import Streamline
+from streamline_pool import Streamline
 
-    app = Streamline("mongodb://localhost:27017/myapp")
-    orders = app.workflow("orders")
+app = Streamline("mongodb://localhost:27017/myapp")
+orders = app.workflow("orders")
 
-    @orders.step
-    def reserve(ctx): ...
+@orders.step
+def reserve(ctx): ...
 """
 
 from .bus import Event, EventBus, global_event_bus

@@ -7,6 +7,7 @@ decided in engine.py and transitions.py (Oban normalises results in one place, t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import traceback
 from collections.abc import Callable
@@ -90,10 +91,8 @@ class Attempt:
             # A cancellation that was meant for the handler must not hit the driver's next await.
             while task.uncancel():
                 pass
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                pass
         return outcome
 
     def abort(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
@@ -131,10 +130,8 @@ class Attempt:
 
     def _thread_done(self, work: Future[Outcome]) -> None:
         outcome = Outcome(Kind.ABANDONED, None) if work.cancelled() else work.result()
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is leaving and has given the run back
             self._loop.call_soon_threadsafe(self._settle, outcome)
-        except RuntimeError:
-            pass  # the loop is closed: the process is leaving and has given the run back
 
 
 def _run_sync(handler: Handler, context: Context, pid: int) -> Outcome:
@@ -168,20 +165,22 @@ def failure_of(exc: BaseException) -> Failure:
 
 def timeout_failure(step: StepDefinition) -> Failure:
     """The attempt ran longer than it may."""
-    return Failure(ErrorCode.STEP_TIMEOUT, f"step {step.id} ran longer than its timeout of {step.timeout_s} s", "StepTimeoutError", "", True)
+    return Failure(
+        ErrorCode.STEP_TIMEOUT, f"step {step.id} ran longer than its timeout of {step.timeout_s} s", "StepTimeoutError", "", True
+    )
 
 
 def _text_of(exc: BaseException) -> str:
     try:
         return _storable(str(exc))
-    except Exception:
+    except Exception:  # noqa: BLE001 -- user code: it may raise anything
         return "(the exception's own __str__ failed)"
 
 
 def _traceback_of(exc: BaseException) -> str:
     try:
         return _storable("".join(traceback.format_exception(exc)))[-_TRACEBACK_CHARS_MAX:]
-    except Exception:
+    except Exception:  # noqa: BLE001 -- formatting calls user code, too
         return "(the traceback could not be formatted)"
 
 

@@ -21,8 +21,8 @@ __all__ = ["ENGINE_EVENTS", "Event", "EventBus", "global_event_bus"]
 log = logging.getLogger("streamline_pool")
 
 ENGINE_EVENTS = frozenset(
-    [f"workflow:{what}" for what in "started completed failed waiting resumed cancelled recovered retry paused".split()]
-    + [f"step:{what}" for what in "started completed failed waiting skipped retry-scheduled".split()]
+    [f"workflow:{what}" for what in ["started", "completed", "failed", "waiting", "resumed", "cancelled", "recovered", "retry", "paused"]]
+    + [f"step:{what}" for what in ["started", "completed", "failed", "waiting", "skipped", "retry-scheduled"]]
     + ["engine:error", "scheduler:error", "scheduler:circuit-open", "scheduler:circuit-closed"]
 )
 """Names that only the engine publishes."""

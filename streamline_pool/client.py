@@ -24,8 +24,9 @@ from .env import Env, system_env
 from .errors import StoreUnavailableError, ValidationError
 from .local import LocalRunner, LoopThread
 from .model import Run
+from .procedures import Procedure
 from .settings import DEFAULT_MONGODB_URI, Settings
-from .store import AsyncStore, Procedure, Store, Where
+from .store import AsyncStore, Store, Where
 from .workflow import Workflow, cancelling_run, getting_run, twins
 
 __all__ = ["Streamline"]
@@ -117,9 +118,7 @@ class Streamline:
 
     def lanes(self, queues: Sequence[str] = ()) -> tuple[str, ...]:
         """What a worker of this app may claim: each workflow on its own queue, or on each of `queues` if any are named."""
-        return tuple(
-            workflow.definition.lane_of(queue) for workflow in self._workflows.values() for queue in (queues or [workflow.queue])
-        )
+        return tuple(workflow.definition.lane_of(queue) for workflow in self._workflows.values() for queue in (queues or [workflow.queue]))
 
     def definition_of(self, document: Mapping[str, Any]) -> Definition | None:
         """The definition that a stored run was started with, if this app has that workflow and version."""
@@ -259,7 +258,7 @@ class Streamline:
             blocking_store=self.store,
             env=self.env,
             definition_of=self.definition_of,
-            buses=(self.events, global_event_bus),
+            events=self.events,
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
             observer=observer,
@@ -328,8 +327,6 @@ class Streamline:
             log.debug("signal_lost", extra={"kind": kind, "error": str(exc)})
 
     def _publish(self, document: Mapping[str, Any], name: str, data: Any) -> None:
-        event = Event(
-            name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=None, data=data, at=self._server_now()
-        )
+        event = Event(name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=None, data=data, at=self._server_now())
         self.events.publish(event)
         global_event_bus.publish(event)

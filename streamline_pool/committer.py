@@ -127,9 +127,7 @@ class GroupCommitter:
         self._on_outcome(True)
         return reply
 
-    def _refuse(
-        self, batch: _Batch, errors: Any
-    ) -> _Batch:
+    def _refuse(self, batch: _Batch, errors: Any) -> _Batch:
         """Take out statements that the server can never store; one run's trouble is not its neighbours'."""
         refused = {error["index"]: error for error in errors if error.get("code") in _TOO_LARGE_CODES}
         for index, error in refused.items():
@@ -139,9 +137,7 @@ class GroupCommitter:
                 future.set_exception(PayloadTooLargeError(message, run_id=statement.fence.run_id))
         return [item for index, item in enumerate(batch) if index not in refused]
 
-    async def _judge(
-        self, batch: _Batch, doubtful: bool
-    ) -> _Batch:
+    async def _judge(self, batch: _Batch, doubtful: bool) -> _Batch:
         """One majority read tells what became of each statement. Returns those that must be sent again."""
         found = await self._store.run(ops.read_fences([statement.fence.run_id for statement, _ in batch]))
         documents = {document["_id"]: document for document in found}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -230,5 +230,3 @@ class Context:
     def _close(self) -> None:
         """No call has any effect from here on: the attempt's outcome is decided."""
         self._closed = True
-
-

@@ -33,7 +33,9 @@ __all__ = [
 
 Document = dict[str, Any]
 
-CODEC: bson.CodecOptions[Document] = bson.CodecOptions(tz_aware=True, tzinfo=UTC, uuid_representation=bson.binary.UuidRepresentation.STANDARD)
+CODEC: bson.CodecOptions[Document] = bson.CodecOptions(
+    tz_aware=True, tzinfo=UTC, uuid_representation=bson.binary.UuidRepresentation.STANDARD
+)
 """How every document is written and read: instants aware in UTC, UUIDs as BSON subtype 4."""
 
 SLOTS = 16

@@ -7,6 +7,7 @@ Owns leases while they are held: renewal, self-fencing, giving back. Which runs 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 from . import ops, transitions
 from .attempt import Attempt, Kind, Outcome, failure_of, timeout_failure
-from .bus import Event, EventBus
+from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict, judge
 from .context import AbortSignal, Context, SleepEnding
@@ -27,7 +28,8 @@ from .documents import check_payload, misfit, parse_run
 from .env import Env
 from .errors import ErrorCode, LeaseLostError, PayloadTooLargeError, StoreUnavailableError, WorkflowError
 from .model import StepStatus
-from .store import AsyncStore, Procedure, Store
+from .procedures import Procedure
+from .store import AsyncStore, Store
 from .transitions import Change, Failure
 
 __all__ = ["Engine", "Flight", "Observer"]
@@ -62,7 +64,19 @@ class Observer(Protocol):
 class Flight:
     """A run in flight: the holder's copy of its document, its lease, and the attempt under way."""
 
-    __slots__ = ("_checkpoint_lock", "attempt", "deadline", "definition", "document", "engine", "lease_id", "lost", "place", "renew_now", "task")
+    __slots__ = (
+        "_checkpoint_lock",
+        "attempt",
+        "deadline",
+        "definition",
+        "document",
+        "engine",
+        "lease_id",
+        "lost",
+        "place",
+        "renew_now",
+        "task",
+    )
 
     def __init__(self, engine: Engine, definition: Definition, document: dict[str, Any], lease_id: str, deadline: float) -> None:
         self.engine = engine
@@ -135,7 +149,7 @@ class Engine:
         blocking_store: Callable[[], Store],
         env: Env,
         definition_of: Callable[[Mapping[str, Any]], Definition | None],
-        buses: tuple[EventBus, ...],
+        events: EventBus,
         lease_s: float,
         threads_max: int,
         observer: Observer,
@@ -148,7 +162,7 @@ class Engine:
         self.draining = False
         self.steps_total = 0
         self._definition_of = definition_of
-        self._buses = buses
+        self._own_events = events
         self._lease_s = lease_s
         self._observer = observer
         self._committer = GroupCommitter(store, env, observer.store_answered)
@@ -287,7 +301,9 @@ class Engine:
         context = Context(flight.document, place, AbortSignal(), flight)
         try:
             enter = await _allowed(step, context, flight.document)
-        except Exception as exc:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:  # noqa: BLE001 -- a predicate is user code: what it raises is a failed attempt
             return self._failed(flight, step, place, failure_of(exc))
         now = self.store.now()
         if enter:
@@ -415,10 +431,8 @@ class Engine:
     async def _keep_leases(self) -> None:
         tick_s = min(1.0, self._lease_s / 20)
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._renew_wanted.wait(), tick_s)
-            except TimeoutError:
-                pass
             self._renew_wanted.clear()
             now = self.env.clock.monotonic()
             renew_before = now + self._lease_s * (_SAFETY - _RENEW_AFTER)
@@ -479,10 +493,7 @@ class Engine:
     # --- events ----------------------------------------------------------------------------------------------------
 
     def _listening(self) -> bool:
-        for bus in self._buses:  # asked several times per step, hence no generator
-            if bus.active:
-                return True
-        return False
+        return self._own_events.active or global_event_bus.active
 
     def _publish_claimed(self, flight: Flight) -> None:
         document = flight.document
@@ -497,8 +508,8 @@ class Engine:
             event = Event(
                 name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=step_id, data=data, at=self.store.now()
             )
-            for bus in self._buses:
-                bus.publish(event)
+            self._own_events.publish(event)
+            global_event_bus.publish(event)
 
 
 async def _allowed(step: StepDefinition, context: Context, document: Mapping[str, Any]) -> bool:

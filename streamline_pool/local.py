@@ -6,6 +6,7 @@ Owns the engine of an event loop, and the background loop that lends one to sync
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from . import ops
 from .engine import Engine
 from .env import Env
+from .errors import WorkflowError
 from .store import AsyncStore
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]
@@ -74,18 +76,14 @@ class LocalRunner:
             await asyncio.wait_for(self._engine.emptied(), timeout_s)
         except TimeoutError:
             self._engine.stop(grace_s=1.0)
-            try:
+            with contextlib.suppress(TimeoutError):  # then the leases run out by themselves
                 await asyncio.wait_for(self._engine.emptied(), 5.0)
-            except TimeoutError:
-                pass  # the leases run out by themselves
         await self._engine.close()
 
 
 async def _ring(store: AsyncStore, signal: ops.Command) -> None:
-    try:
+    with contextlib.suppress(WorkflowError):  # a hint: those who wait look by themselves a little later
         await store.run(signal)
-    except Exception:
-        return  # a hint: those who wait look by themselves a little later
 
 
 class LoopThread:

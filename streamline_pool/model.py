@@ -77,7 +77,9 @@ def seconds(value: float | timedelta, where: str, *, zero_ok: bool = False) -> f
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValidationError(f"{where}: a duration is a number of seconds or a timedelta, not {value!r}", where=where)
     if value < 0 or (value == 0 and not zero_ok) or value == float("inf"):
-        raise ValidationError(f"{where}: a duration must be finite and {'at least 0' if zero_ok else 'above 0'}, not {value!r}", where=where)
+        raise ValidationError(
+            f"{where}: a duration must be finite and {'at least 0' if zero_ok else 'above 0'}, not {value!r}", where=where
+        )
     return float(value)
 
 

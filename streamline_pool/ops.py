@@ -56,7 +56,7 @@ class Find:
     hint: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tail:
     """A tailing read of the signals written from `since` on; for store.py's `tail`."""
 
@@ -89,7 +89,9 @@ class Statement(NamedTuple):
 def ensure_indexes(collection: str = "runs") -> Command:
     """Create the engine's indexes; does nothing when they exist."""
     made = RUN_INDEXES if collection == "runs" else HOST_INDEXES
-    return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body={"indexes": [i.spec() for i in made]})
+    return Command(
+        name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body={"indexes": [i.spec() for i in made]}
+    )
 
 
 def ensure_signals() -> Command:
@@ -413,7 +415,11 @@ def mark_corrupt(run_id: str, reason: str, now: datetime) -> Command:
     }
     query = {"_id": run_id, "status": {"$nin": _TERMINAL}}
     return Command(
-        name="mark_corrupt", collection="runs", verb="update", body={"updates": [{"q": query, "u": update}]}, parse=lambda reply: int(reply["n"])
+        name="mark_corrupt",
+        collection="runs",
+        verb="update",
+        body={"updates": [{"q": query, "u": update}]},
+        parse=lambda reply: int(reply["n"]),
     )
 
 

@@ -7,9 +7,9 @@ which of theirs may be repeated.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pymongo
 import pymongo.errors
@@ -25,9 +25,10 @@ from . import ops
 from .documents import CODEC
 from .env import Env
 from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError, WorkflowError
+from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
 from .setting_values import redact_text, redact_uri
 
-__all__ = ["AsyncStore", "Listen", "Nap", "Procedure", "ServerClock", "Store", "Where", "open_clients"]
+__all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -42,7 +43,6 @@ _SELECTION_TIMEOUT_MS = 5_000  # how long one operation looks for a primary; cal
 _SOCKET_TIMEOUT_MS = 20_000  # above the longest await of a tail, below the lease
 TAIL_AWAIT_S = 15.0  # four getMore a minute while idle
 _DEAD_CURSOR_PAUSE_S = 0.5  # a tail of an empty capped collection ends at once
-_REPEAT_S = 10.0  # a fail-over of a replica set takes some seconds
 _CLOCK_STALE_S = 300.0  # quartz drifts some 15 ms in this time
 
 _TOO_LARGE = frozenset({10334, 17419, 17420})
@@ -185,23 +185,6 @@ def server_facts(hello: Mapping[str, Any], build: Mapping[str, Any], where: Wher
     return {"version": version, "topology": topology, "database": where.database, "uri": where.shown}
 
 
-class Nap(NamedTuple):
-    """An effect of a procedure: wait this long."""
-
-    seconds: float
-
-
-class Listen(NamedTuple):
-    """An effect of a procedure: wait for a signal that matches, at most this long. A hint, never a promise."""
-
-    tail: ops.Tail
-    seconds: float
-
-
-Procedure = Generator["ops.Op | Nap | Listen", Any, T]
-"""Client code written once, without I/O: yields operations and is sent their results (or thrown their errors)."""
-
-
 class _StoreBase:
     """What both stores know, and the procedures that both drive."""
 
@@ -260,48 +243,36 @@ class Store(_StoreBase):
             raise _refusal(op.name, exc, self.where) from exc
 
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
-        """Run a procedure to its end, repeating operations that failed for a passing reason."""
-        tails: dict[int, Iterator[Document | None]] = {}
-        answer: Any = None
-        error: WorkflowError | None = None
-        tries = _Tries(self._env)
+        """Run a procedure to its end. Inside of a transaction nothing is repeated: its owner decides about that."""
+        effects = procedure if _in_transaction(session) else repeating(procedure, self._env)
+        tails: dict[ops.Tail, Generator[Document | None, None, None]] = {}
         try:
+            effect = next(effects)
             while True:
-                effect = procedure.throw(error) if error is not None else procedure.send(answer)
-                answer = error = None
-                while True:
-                    try:
-                        answer = self._perform(effect, session, tails)
-                    except WorkflowError as exc:
-                        pause_s = None if _in_transaction(session) or _is_hint(effect) else tries.pause_after(exc)
-                        if pause_s is None:
-                            error = exc
-                            break
-                        self._env.sleep(pause_s)
-                        continue
-                    break
+                try:
+                    answer = self._perform(effect, session, tails)
+                except WorkflowError as exc:
+                    effect = effects.throw(exc)
+                else:
+                    effect = effects.send(answer)
         except StopIteration as stop:
             return cast(T, stop.value)
         finally:
-            procedure.close()
+            effects.close()
             for tail in tails.values():
-                cast("Generator[Any, Any, Any]", tail).close()
+                tail.close()
 
-    def _perform(self, effect: ops.Op | Nap | Listen, session: ClientSession | None, tails: dict[int, Iterator[Document | None]]) -> Any:
+    def _perform(self, effect: Effect, session: ClientSession | None, tails: dict[ops.Tail, Generator[Document | None, None, None]]) -> Any:
         match effect:
             case Nap():
                 return self._env.sleep(effect.seconds)
             case Listen():
-                key = id(effect.tail)
-                if key not in tails:
-                    tails[key] = self.tail(effect.tail, effect.seconds)
-                try:
-                    return next(tails[key])
-                except StoreUnavailableError:
-                    del tails[key]
-                    raise
+                tail = tails.pop(effect.tail, None) or self.tail(effect.tail, effect.seconds)
+                heard = next(tail)
+                tails[effect.tail] = tail  # not reached by a tail that has failed: the next one is a new one
+                return heard
             case _:
-                return self.run(effect, None if _is_hint(effect) else session)
+                return self.run(effect, None if is_hint(effect) else session)
 
     def _cursor(self, op: ops.Find, session: ClientSession | None) -> Any:
         concern = None if _in_transaction(session) else ReadConcern("majority")
@@ -313,7 +284,7 @@ class Store(_StoreBase):
         """PyMongo's own collection, for users' direct queries."""
         return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(**WRITE_CONCERN))
 
-    def tail(self, tail: ops.Tail, wait_s: float) -> Iterator[Document | None]:
+    def tail(self, tail: ops.Tail, wait_s: float) -> Generator[Document | None, None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         try:
             while True:
@@ -350,48 +321,38 @@ class AsyncStore(_StoreBase):
             raise _refusal(op.name, exc, self.where) from exc
 
     async def drive(self, procedure: Procedure[T], session: AsyncClientSession | None = None) -> T:
-        """Run a procedure to its end, repeating operations that failed for a passing reason."""
-        tails: dict[int, AsyncIterator[Document | None]] = {}
-        answer: Any = None
-        error: WorkflowError | None = None
-        tries = _Tries(self._env)
+        """Run a procedure to its end. Inside of a transaction nothing is repeated: its owner decides about that."""
+        effects = procedure if _in_transaction(session) else repeating(procedure, self._env)
+        tails: dict[ops.Tail, AsyncGenerator[Document | None, None]] = {}
         try:
+            effect = next(effects)
             while True:
-                effect = procedure.throw(error) if error is not None else procedure.send(answer)
-                answer = error = None
-                while True:
-                    try:
-                        answer = await self._perform(effect, session, tails)
-                    except WorkflowError as exc:
-                        pause_s = None if _in_transaction(session) or _is_hint(effect) else tries.pause_after(exc)
-                        if pause_s is None:
-                            error = exc
-                            break
-                        await self._env.async_sleep(pause_s)
-                        continue
-                    break
+                try:
+                    answer = await self._perform(effect, session, tails)
+                except WorkflowError as exc:
+                    effect = effects.throw(exc)
+                else:
+                    effect = effects.send(answer)
         except StopIteration as stop:
             return cast(T, stop.value)
         finally:
-            procedure.close()
+            effects.close()
             for tail in tails.values():
-                await cast("AsyncGenerator[Any, Any]", tail).aclose()
+                await tail.aclose()
 
-    async def _perform(self, effect: ops.Op | Nap | Listen, session: AsyncClientSession | None, tails: dict[int, AsyncIterator[Document | None]]) -> Any:
+    async def _perform(
+        self, effect: Effect, session: AsyncClientSession | None, tails: dict[ops.Tail, AsyncGenerator[Document | None, None]]
+    ) -> Any:
         match effect:
             case Nap():
                 return await self._env.async_sleep(effect.seconds)
             case Listen():
-                key = id(effect.tail)
-                if key not in tails:
-                    tails[key] = self.tail(effect.tail, effect.seconds)
-                try:
-                    return await anext(tails[key])
-                except StoreUnavailableError:
-                    del tails[key]
-                    raise
+                tail = tails.pop(effect.tail, None) or self.tail(effect.tail, effect.seconds)
+                heard = await anext(tail)
+                tails[effect.tail] = tail  # not reached by a tail that has failed: the next one is a new one
+                return heard
             case _:
-                return await self.run(effect, None if _is_hint(effect) else session)
+                return await self.run(effect, None if is_hint(effect) else session)
 
     def _cursor(self, op: ops.Find, session: AsyncClientSession | None) -> Any:
         concern = None if _in_transaction(session) else ReadConcern("majority")
@@ -399,7 +360,7 @@ class AsyncStore(_StoreBase):
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
         return collection.find(op.filter, op.projection, sort=op.sort or None, limit=op.limit, hint=op.hint, session=session)
 
-    async def tail(self, tail: ops.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncIterator[Document | None]:
+    async def tail(self, tail: ops.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         signals = self._database.get_collection(self.where.collection("signals"))
         try:
@@ -430,26 +391,6 @@ class AsyncStore(_StoreBase):
         await self.client.close()
 
 
-class _Tries:
-    """How long a procedure repeats what failed for a passing reason: the budget is for the whole procedure.
-
-    Repeating is safe because every operation that a procedure yields either reads, or names the call that made it.
-    """
-
-    def __init__(self, env: Env) -> None:
-        self._env = env
-        self._failures = 0
-        self._until = env.clock.monotonic() + _REPEAT_S
-
-    def pause_after(self, error: WorkflowError) -> float | None:
-        """Seconds to wait before the next try, or None to give up."""
-        if not error.context.get("transient") or self._env.clock.monotonic() > self._until:
-            return None
-        self._failures += 1
-        ceiling_s: float = min(0.05 * 2**self._failures, 1.0)
-        return ceiling_s * (0.5 + self._env.random() / 2)
-
-
 _ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_signals())
 
 
@@ -459,10 +400,6 @@ def _milliseconds(wait_s: float) -> int:
 
 def _in_transaction(session: ClientSession | AsyncClientSession | None) -> bool:
     return session is not None and session.in_transaction
-
-
-def _is_hint(effect: object) -> bool:
-    return isinstance(effect, ops.Command) and not effect.durable
 
 
 def _already_there(exc: StoreUnavailableError) -> bool:

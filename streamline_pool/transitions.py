@@ -29,8 +29,8 @@ __all__ = [
     "sleep",
     "step_failed",
     "under_pause",
-    "without_grant",
     "wake",
+    "without_grant",
 ]
 
 Document = dict[str, Any]
@@ -166,7 +166,13 @@ def sleep(document: Document, place: int, until: datetime, sets: Mapping[str, An
     step = document["steps"][place]
     waiting_for = {"type": "timer", "reason": "sleep", "resumeAt": until}
     waiting = {**_entered(step), "status": _S_WAITING, "waitingFor": waiting_for}
-    fields: Document = {"status": _WAITING, "waitGen": document.get("waitGen", 0) + 1, "crashes": 0, "failures": 0, **_context_fields(document, sets)}
+    fields: Document = {
+        "status": _WAITING,
+        "waitGen": document.get("waitGen", 0) + 1,
+        "crashes": 0,
+        "failures": 0,
+        **_context_fields(document, sets),
+    }
     events = (("step:waiting", step["stepId"], waiting_for), ("workflow:waiting", step["stepId"], waiting_for))
     return Change("sleep", fields, {place: waiting}, events, wake_at=until, releases=True)
 

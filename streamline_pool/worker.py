@@ -243,9 +243,7 @@ class Worker:
         lease_id, deadline = self._env.new_id(), engine.lease_deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
         self._env.probe("claim.before")
-        document = await store.run(
-            ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
-        )
+        document = await store.run(ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below))
         self._env.probe("claim.after")
         self.store_answered(True)
         self._admit(engine, [] if document is None else [document], deadline)
@@ -256,7 +254,7 @@ class Worker:
         found: list[str] = []
         lanes_done = 0
         while lanes_done < len(self._lanes) and not found:
-            lanes, slots, whole = self._scan(lanes_done)
+            lanes, slots = self._scan(lanes_done)
             crashes_below = self._suspect_from if self._holds_suspect(engine) else None
             rows = await store.run(ops.find_due(lanes, slots, store.now(), limit, crashes_below))
             if len(rows) < limit and slots is not None:
@@ -273,14 +271,14 @@ class Worker:
         self._backlog = not complete or lanes_done < len(self._lanes)
         await self._claim(store, engine, found)
 
-    def _scan(self, offset: int) -> tuple[Sequence[str], Sequence[int] | None, bool]:
+    def _scan(self, offset: int) -> tuple[Sequence[str], Sequence[int] | None]:
         """Lanes and slots of one find, rotating the lanes when there are too many for the server to merge."""
         per_find = max(1, _SCANS_MAX // SLOTS)
+        slots = self._slots if len(self._slots) < SLOTS else None
         if len(self._lanes) <= per_find:
-            return self._lanes, self._slots if len(self._slots) < SLOTS else None, True
+            return self._lanes, slots
         start = (self._turn * per_find + offset) % len(self._lanes)
-        lanes = (self._lanes + self._lanes)[start : start + min(per_find, len(self._lanes) - offset)]
-        return lanes, self._slots if len(self._slots) < SLOTS else None, False
+        return (self._lanes + self._lanes)[start : start + min(per_find, len(self._lanes) - offset)], slots
 
     def _holds_suspect(self, engine: Engine) -> bool:
         return any(flight.document["crashes"] >= self._suspect_from for flight in engine.flights.values())

@@ -16,12 +16,12 @@ from .definition import Definition, Handler, StepDefinition, check_id, check_que
 from .documents import SLOTS, as_stored, check_payload, make_context, new_run, parse_run
 from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from .model import TERMINAL, Run, seconds
-from .store import Listen, Procedure
+from .procedures import Listen, Procedure
 
 if TYPE_CHECKING:
     from .client import Streamline
 
-__all__ = ["Workflow", "getting_run", "cancelling_run", "twins"]
+__all__ = ["Workflow", "cancelling_run", "getting_run", "twins"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -272,7 +272,9 @@ class Workflow:
             found = yield ops.get_run(None, document["_id"])
             if not found or found[0].get("lastAct") != document["lastAct"]:
                 run_id = document["_id"]
-                raise InvalidStateError(f"start: a run with id {run_id!r} exists already; leave run_id out or use an idempotency_key", run_id=run_id)
+                raise InvalidStateError(
+                    f"start: a run with id {run_id!r} exists already; leave run_id out or use an idempotency_key", run_id=run_id
+                )
             resolved[index] = found[0]
         return resolved
 
@@ -411,5 +413,3 @@ def _chunks(items: list[tuple[int, dict[str, Any]]]) -> list[list[tuple[int, dic
         chunks[-1].append(item)
         room -= size
     return chunks
-
-

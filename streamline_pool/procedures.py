@@ -1,0 +1,72 @@
+"""Client code written once, without I/O: generators that yield operations and are sent their results.
+
+Owns what such a procedure may ask for and how often it is repeated; store.py performs it by PyMongo's synchronous or
+its asyncio API (the idea is "sans-IO", as in h11 and hyper-h2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeVar
+
+from . import ops
+from .env import Env
+from .errors import WorkflowError
+
+__all__ = ["Effect", "Listen", "Nap", "Procedure", "is_hint", "repeating"]
+
+T = TypeVar("T")
+
+_REPEAT_S = 10.0  # a fail-over of a replica set takes some seconds
+_PAUSE_MAX_S = 1.0
+
+
+class Nap(NamedTuple):
+    """An effect: wait this long."""
+
+    seconds: float
+
+
+class Listen(NamedTuple):
+    """An effect: wait for a signal that matches, at most this long. A hint, never a promise."""
+
+    tail: ops.Tail
+    seconds: float
+
+
+Effect = ops.Op | Nap | Listen
+Procedure = Generator[Effect, Any, T]
+"""Yields effects, is sent their results or thrown their errors, and returns a T."""
+
+
+def is_hint(effect: Effect) -> bool:
+    """True for an operation that nobody relies on: sent once, outside of any transaction."""
+    return isinstance(effect, ops.Command) and not effect.durable
+
+
+def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
+    """The same procedure, in which what fails for a passing reason is tried again; ten seconds for all of it.
+
+    Repeating is safe because every operation that a procedure yields either reads, or names the call that made it.
+    """
+    until = env.clock.monotonic() + _REPEAT_S
+    failures = 0
+    answer: Any = None
+    try:
+        effect = next(procedure)
+        while True:
+            try:
+                answer = yield effect
+            except WorkflowError as exc:
+                if is_hint(effect) or not exc.context.get("transient") or env.clock.monotonic() > until:
+                    effect = procedure.throw(exc)
+                    continue
+                failures += 1
+                yield Nap(min(0.05 * 2**failures, _PAUSE_MAX_S) * (0.5 + env.random() / 2))
+                continue
+            effect = procedure.send(answer)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        procedure.close()

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from pool_process import PoolProcess, running
 
-from streamline_pool import Run, Streamline
+from streamline_pool import Run, Streamline, embedded
 from support import eventually
 
 APP = '''
@@ -461,3 +461,23 @@ def test_logs_are_json_to_the_last_line(start: Start) -> None:
         assert pool.exit_code() == 0
         for line in pool.log_text.splitlines():
             assert "event" in json.loads(line)
+
+
+# ---- the database goes away ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("outage", ["kill", "suspend"])
+def test_work_resumes_by_itself_after_an_outage(app: Streamline, start: Start, mongod: embedded.EmbeddedServer, outage: str) -> None:
+    """Nobody restarts anything: not the pool, not a worker, and no run is lost."""
+    with start("--workers", "2") as pool:
+        pool.ready()
+        before = begin(app, "slow", seconds=1.0)
+        held_by(app, before)
+        mongod.kill() if outage == "kill" else mongod.suspend()
+        eventually(lambda: pool.logged("scheduler:circuit-open"), timeout=30)
+        mongod.restart() if outage == "kill" else mongod.resume()
+        assert finish(app, begin(app, "quick"), timeout=5.0).status == "done", "measured: under 2 s"
+        eventually(lambda: pool.logged("scheduler:circuit-closed"))
+        assert finish(app, before, timeout=45.0).status == "done"
+        assert not pool.logged("child_died")

@@ -1,0 +1,134 @@
+"""A pool whose children follow a script: `python scripted_pool.py SCRIPT`. For misbehaviour that real children are free of.
+
+The supervisor, the forks, the pipes and the signals are the real ones; only what a child says and does is made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from streamline_pool.env import system_env
+from streamline_pool.supervisor.link import Link
+from streamline_pool.supervisor.logs import setup_logging
+from streamline_pool.supervisor.messages import (
+    TO_STEWARD,
+    TO_WORKER,
+    Beat,
+    BootFailed,
+    Close,
+    Died,
+    Drain,
+    Released,
+    Ring,
+    StewardBeat,
+    Stop,
+    Wake,
+)
+from streamline_pool.supervisor.pool import Birth, Pool
+from streamline_pool.supervisor.state import Limits
+
+LIMITS = Limits(drain_timeout_s=2.0, stall_timeout_s=1.5, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
+FLOOD = 20_000  # messages; their bytes are several times what a socket buffer holds
+IDLE = Beat(state="ready", hungry=True, in_flight=0, runs_total=0, steps_total=0, ops_ok=0, ops_failed=0, consecutive_failures=0, lru={})
+
+log = logging.getLogger("streamline_pool")
+
+
+class Actor:
+    """A child that does what is expected of it: beats, answers, and goes when told."""
+
+    def __init__(self, birth: Birth, sock: socket.socket) -> None:
+        self.birth = birth
+        self.sock = sock
+        self.rings = 0
+        self.done = asyncio.get_running_loop().create_future()
+        self.link: Link[Any] = Link(sock, TO_STEWARD if birth.role == "steward" else TO_WORKER, self.hear, lambda: self.end(0))
+
+    def end(self, code: int) -> None:
+        if not self.done.done():
+            self.done.set_result(code)
+
+    def hear(self, message: Any) -> None:
+        match message:
+            case Drain() | Stop() | Close():
+                self.end(0)
+            case Died(owner=owner):
+                self.link.send(Released(owner=owner, runs=0))
+            case Ring():
+                self.rings += 1
+                if self.rings == FLOOD // 4:
+                    log.info("rung", extra={"rings": self.rings})
+
+    async def play(self) -> int:
+        while not self.done.done():
+            self.link.send(StewardBeat(ready=True) if self.birth.role == "steward" else IDLE)
+            await asyncio.wait([self.done], timeout=0.1)
+        return int(self.done.result())
+
+
+async def obedient(actor: Actor) -> int:
+    return await actor.play()
+
+
+async def deaf(actor: Actor) -> int:
+    """Worker 0 stops to read after its first beat; the steward rings far more than fits into a pipe."""
+    if actor.birth.role == "steward":
+        asyncio.get_running_loop().call_later(0.3, lambda: [actor.link.send(Wake(lane="l", run_id="r", count=1)) for _ in range(FLOOD)])
+    elif actor.birth.index == 0 and actor.birth.first:
+        actor.link.send(IDLE)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return await actor.play()
+
+
+async def garbled(actor: Actor) -> int:
+    if actor.birth.role == "worker" and actor.birth.first:
+        actor.link.send(IDLE)
+        await asyncio.sleep(0.3)
+        actor.sock.send(b"\0\0\0\5hello")
+    return await actor.play()
+
+
+async def cannot_start(actor: Actor) -> int:
+    if actor.birth.role == "worker":
+        actor.link.send(BootFailed(exit_code=78, message="this cannot work"))
+        return 64
+    return await actor.play()
+
+
+async def crash_loop(actor: Actor) -> int:
+    if actor.birth.role == "worker":
+        return 1
+    return await actor.play()
+
+
+async def never_ready(actor: Actor) -> int:
+    if actor.birth.role == "worker" and actor.birth.index == 0:
+        await asyncio.Event().wait()
+    return await actor.play()
+
+
+SCRIPTS: dict[str, Callable[[Actor], Coroutine[Any, Any, int]]] = {
+    script.__name__: script for script in (obedient, deaf, garbled, cannot_start, crash_loop, never_ready)
+}
+
+
+def main(script: str) -> int:
+    def main_of(birth: Birth) -> Callable[[socket.socket], int]:
+        async def play(sock: socket.socket) -> int:
+            return await SCRIPTS[script](Actor(birth, sock))
+
+        return lambda sock: asyncio.run(play(sock))
+
+    setup_logging("json", "debug")
+    return Pool(main_of, LIMITS, 2, system_env(), json_log=True).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,91 @@
+"""The supervisor among children that misbehave: real processes, scripted lines (scripted_pool.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import psutil
+import pytest
+from pool_process import PoolProcess, running
+
+from support import eventually
+
+SCRIPTED = Path(__file__).with_name("scripted_pool.py")
+Start = Callable[[str], AbstractContextManager[PoolProcess]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    return lambda script: running(tmp_path, "", "", command=[sys.executable, str(SCRIPTED), script])
+
+
+def test_a_child_that_does_not_listen_stalls_nobody_else(start: Start) -> None:
+    """Its pipe is full; a supervisor that waits for room waits for ever, and no signal would reach it."""
+    with start("deaf") as pool:
+        eventually(lambda: pool.logged("rung"))
+        assert not pool.logged("child_stalled"), "while the deaf one was still there"
+        eventually(lambda: pool.logged("child_stalled"))
+        eventually(lambda: pool.logged("child_died"))
+        pool.signal(signal.SIGTERM)
+        assert pool.exit_code() == 0
+
+
+def test_a_child_that_writes_nonsense_is_replaced(start: Start) -> None:
+    with start("garbled") as pool:
+        eventually(lambda: pool.logged("child_garbled"))
+        eventually(lambda: len(pool.logged("child_died")) == 2)
+        eventually(lambda: len(pool.children()) == 3)
+        pool.signal(signal.SIGTERM)
+        assert pool.exit_code() == 0
+
+
+def test_a_boot_failure_stops_the_pool_with_its_own_exit_code(start: Start) -> None:
+    with start("cannot_start") as pool:
+        assert pool.exit_code() == 78
+        assert pool.logged("boot_failed")[0]["error"] == "this cannot work"
+        assert not pool.logged("child_died")
+
+
+def test_a_crash_loop_ends_within_its_budget(start: Start) -> None:
+    with start("crash_loop") as pool:
+        assert pool.exit_code() == 1
+        assert len(pool.logged("child_died")) in (4, 5), "three restarts, and what had been started beside the fourth"
+        assert pool.logged("restart_budget_exceeded")
+
+
+def test_a_child_that_never_gets_ready_is_no_reason_to_wait_for_ever(start: Start) -> None:
+    with start("never_ready") as pool:
+        assert pool.exit_code(timeout=30) == 1
+        assert len(pool.logged("child_stalled")) == 4
+
+
+def test_a_signal_to_the_whole_group_is_taken_once(start: Start) -> None:
+    """A terminal sends ^C to all: children that obeyed it would die in the middle of their steps."""
+    with start("obedient") as pool:
+        pool.ready()
+        for pid in (*(child.pid for child in pool.children()), pool.pid):
+            os.kill(pid, signal.SIGINT)
+        assert pool.exit_code() == 0
+        assert not pool.logged("child_died")
+        assert len(pool.logged("pool_ends")) == 1
+
+
+def test_children_hold_only_their_own_end_of_their_own_pipe(start: Start) -> None:
+    """A sibling that keeps a copy keeps the pipe open, and a death on it silent."""
+    with start("obedient") as pool:
+        pool.ready()
+        pool.signal(signal.SIGTTIN)
+        eventually(lambda: len(pool.children()) == 4)
+        for child in pool.children():
+            # Its own end, and the two of the event loop's self-pipe.
+            eventually(lambda child=child: len(unix_sockets(child)) == 3)
+
+
+def unix_sockets(process: psutil.Process) -> list[str]:
+    folder = Path(f"/proc/{process.pid}/fd")
+    return [target for fd in folder.iterdir() if (target := os.readlink(fd)).startswith("socket:")]

@@ -6,6 +6,7 @@ commands.py and runs.py, what options mean in settings.py and options.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -123,7 +124,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # TOML's basic strings escape as JSON's do
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point. Every way to end goes through here, so that none shows a traceback for what a user can mend."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     log_format = _log_format(typed)
@@ -131,13 +132,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(args=typed, prog_name="streamline-pool", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone, as in `runs list | head`. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as in `runs list | head`
         code = ExitCode.CRASH  # as click has it where it notices first
     except Exception as exc:  # noqa: BLE001 -- the last frame: what nobody else could mend is told and becomes an exit code
         code = _say(exc, log_format)
-    sys.exit(int(code or 0))
+    _end(int(code or 0))
+
+
+def _end(code: int) -> NoReturn:
+    """Leave at once. Everything of ours is closed by now; a normal exit would wait half a second for PyMongo's threads to
+    notice, and for ever for a thread that the user's module has started and that is no daemon.
+    """
+    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _say(exc: Exception, log_format: str) -> ExitCode:

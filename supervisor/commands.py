@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import orjson
@@ -196,7 +196,7 @@ def _workers_of(host: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def demo(arguments: tuple[str, ...]) -> int:
+def demo(arguments: tuple[str, ...]) -> NoReturn:
     """See the pool at work on the example in examples/stdlib_index.py; ARGUMENTS are the example's own."""
     path = next((path for path in _example_places() if path.is_file()), None)
     if path is None:
@@ -205,7 +205,7 @@ def demo(arguments: tuple[str, ...]) -> int:
             "Get the repository, change to its folder and call: streamline-pool demo",
             ExitCode.USAGE,
         )
-    return int(_module_at(path).main(list(arguments)) or 0)
+    sys.exit(_module_at(path).main(list(arguments)))  # a whole program of its own, with its own clean-up at exit
 
 
 def _example_places() -> list[Path]:

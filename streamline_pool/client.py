@@ -19,9 +19,10 @@ from . import ops
 from .bus import Event, EventBus, global_event_bus
 from .definition import Definition, check_id, make_steps
 from .documents import HOST_INDEXES, RUN_INDEXES
-from .engine import Engine, Observer
+from .engine import Engine
 from .env import Env, system_env
 from .errors import StoreUnavailableError, ValidationError
+from .flight import Observer
 from .local import LocalRunner, LoopThread
 from .model import Run
 from .procedures import Procedure

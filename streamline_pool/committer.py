@@ -163,7 +163,7 @@ def judge(statement: Statement, document: Mapping[str, Any] | None) -> Verdict |
         # Nobody has claimed, released or acted since (the token stands): the lease went with this very write.
         gave_up = lease_id is None and landed and document.get("token") == fence.token and "$unset" in statement.update["u"]
         return Verdict.LANDED_BY_READ if gave_up else Verdict.FENCED
-    if landed:
+    if landed and "$unset" not in statement.update["u"]:
         return Verdict.LANDED_BY_READ
     if document.get("rev") != fence.rev:
         return Verdict.FENCED

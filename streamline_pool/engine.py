@@ -1,13 +1,12 @@
 """Drives the runs that this process holds: next step, handler, commit, until a run must stop or is no longer ours.
 
-Owns leases while they are held: renewal, self-fencing, giving back. Which runs are claimed is the caller's business
-(worker.py, or client.py for `execute`); what may follow what is decided in transitions.py.
+Owns the order of things for a run that is held. Which runs are claimed is the caller's business (worker.py, or local.py
+for `execute`), what may follow what is decided in transitions.py, leases are kept by leases.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import inspect
 import logging
@@ -15,128 +14,31 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from . import ops, transitions
 from .attempt import Attempt, Kind, Outcome, failure_of, timeout_failure
 from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
-from .committer import GroupCommitter, Verdict, judge
+from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context, SleepEnding
 from .definition import Definition, StepDefinition
 from .documents import check_payload, misfit, parse_run
 from .env import Env
-from .errors import ErrorCode, LeaseLostError, PayloadTooLargeError, StoreUnavailableError, WorkflowError
+from .errors import ErrorCode, PayloadTooLargeError, StoreUnavailableError, WorkflowError
+from .flight import STATEMENT_BYTES, Flight, Observer
+from .leases import LeaseKeeper
 from .model import StepStatus
-from .procedures import Procedure
 from .store import AsyncStore, Store
 from .transitions import Change, Failure
 
-__all__ = ["Engine", "Flight", "Observer"]
+__all__ = ["Engine"]
 
 log = logging.getLogger("streamline_pool")
-
-_SAFETY = 0.9  # a lease counts as over after this part of it, so that no handler outlives it by a slow clock
-_RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before anyone may take the run
-_STATEMENT_BYTES = 600  # of a commit without payloads
 
 
 class _SupersededError(Exception):
     """A driver whose handler was given up on, and has ended after all, has nothing left to do."""
-
-
-class Observer(Protocol):
-    """Who is told what happens to the runs in flight, in the loop's thread."""
-
-    def parked(self, lane: str, wake_at: datetime) -> None:
-        """A run was given up, to be claimed again from that instant on."""
-
-    def landed(self, run_id: str, status: str) -> None:
-        """A run is through with this process; its stored status as far as known here."""
-
-    def store_answered(self, ok: bool) -> None:
-        """A command to the database succeeded or failed."""
-
-    def stuck(self, what: str) -> None:
-        """A handler goes on after its attempt is over and cannot be stopped."""
-
-
-class Flight:
-    """A run in flight: the holder's copy of its document, its lease, and the attempt under way."""
-
-    __slots__ = (
-        "_checkpoint_lock",
-        "attempt",
-        "deadline",
-        "definition",
-        "document",
-        "engine",
-        "lease_id",
-        "lost",
-        "place",
-        "renew_now",
-        "task",
-    )
-
-    def __init__(self, engine: Engine, definition: Definition, document: dict[str, Any], lease_id: str, deadline: float) -> None:
-        self.engine = engine
-        self.definition = definition
-        self.document = document
-        self.lease_id = lease_id
-        self.deadline = deadline  # monotonic seconds; past it no handler is entered and nothing goes on
-        self.lost: str | None = None  # why the run is no longer ours, once that is known
-        self.attempt: Attempt | None = None
-        self.place = 0
-        self.renew_now = False
-        self.task: asyncio.Task[None] | None = None
-        self._checkpoint_lock = threading.Lock()
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return str(self.document["_id"])
-
-    def fence(self) -> ops.Fence:
-        """What the next write must find unchanged."""
-        document = self.document
-        return ops.Fence(document["_id"], self.lease_id, document["rev"], document["token"])
-
-    # What `ctx` asks for (context.Port).
-
-    def save_checkpoint(self, value: Any, size: int) -> None:
-        """See context.Port. On the loop's own thread only a blocking write can be durable on return."""
-        with self._checkpoint_lock:
-            statement = ops.save_checkpoint(self.fence(), self.place, value, self.engine.store.now(), size + _STATEMENT_BYTES)
-            if threading.get_ident() == self.engine.loop_thread:
-                verdict = self.engine.blocking_store().drive(_write_alone(statement))
-            else:
-                verdict = asyncio.run_coroutine_threadsafe(self.engine.write(statement), self.engine.loop).result()
-            if verdict not in (Verdict.LANDED, Verdict.LANDED_BY_READ):
-                self.engine.loop.call_soon_threadsafe(self.engine.abort, self, "lease-lost")
-                raise LeaseLostError(f"run {self.run_id}: another worker owns it by now; the checkpoint was not stored", run_id=self.run_id)
-            self.document["rev"] += 1
-            self.document["steps"][self.place]["checkpoint"] = value
-
-    def heartbeat(self) -> None:
-        """See context.Port."""
-        self.renew_now = True
-        self.engine.loop.call_soon_threadsafe(self.engine.renew_soon)
-
-    def emit(self, name: str, data: Any) -> None:
-        """See context.Port."""
-        self.engine.publish(self.document, ((name, self.document["currentStepId"], data),))
-
-
-def _write_alone(statement: ops.Statement) -> Procedure[Verdict]:
-    """One fenced write outside the group, with its verdict; unknown outcomes are read, then repeated."""
-    while True:
-        reply = yield ops.write_statements([statement])
-        if reply["n"] == 1:
-            return Verdict.LANDED
-        found = yield ops.read_fences([statement.fence.run_id])
-        verdict = judge(statement, found[0] if found else None)
-        if verdict is not None:
-            return verdict
 
 
 class Engine:
@@ -163,14 +65,12 @@ class Engine:
         self.steps_total = 0
         self._definition_of = definition_of
         self._own_events = events
-        self._lease_s = lease_s
         self._observer = observer
         self._committer = GroupCommitter(store, env, observer.store_answered)
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
         self._threads = ThreadPoolExecutor(max_workers=2 * threads_max + 8, thread_name_prefix="streamline-handler")
-        self._keeper: asyncio.Task[None] | None = None
+        self.leases = LeaseKeeper(store, env, self.flights, lease_s, observer)
         self._closed = False
-        self._renew_wanted = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -179,14 +79,12 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self._committer.start()
-        self._keeper = self.loop.create_task(self._keep_leases(), name="lease-keeper")
+        self.leases.start()
 
     async def close(self) -> None:
         """Stop. Runs still in flight are left to the expiry of their leases; drain first to give them back."""
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self.leases.close()
         for flight in list(self.flights.values()):
             if flight.task is not None:
                 flight.task.cancel()
@@ -194,10 +92,6 @@ class Engine:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- admission -------------------------------------------------------------------------------------------------
-
-    def lease_deadline(self) -> float:
-        """The monotonic deadline of a lease that is requested now; take it *before* sending the request."""
-        return self.env.clock.monotonic() + self._lease_s * _SAFETY
 
     def admit(self, document: dict[str, Any], deadline: float) -> asyncio.Task[None]:
         """Drive a claimed run. The task ends when the run is parked, terminal, given back or lost; it never raises."""
@@ -288,10 +182,13 @@ class Engine:
             return transitions.wake(document, flight.definition, place, now), 0
         if self.draining:
             return transitions.give_back(document, place, now, entered=False), 0
-        if flight.lost is not None or self.env.clock.monotonic() >= flight.deadline:
-            # Looked at immediately before a handler may be entered: past the deadline another worker may hold the run.
-            flight.lost = flight.lost or "lease-lost"
+        if flight.lost is not None:
             return None, 0
+        if self.env.clock.monotonic() >= flight.deadline:
+            # Looked at immediately before a handler may be entered: past the deadline another worker may hold the run.
+            # If nobody does, it is given back; the write's fence sees to that.
+            log.warning("lease_ran_out", extra={"run_id": flight.run_id})
+            return transitions.give_back(document, place, now, entered=False), 0
         step = flight.definition.steps[place]
         if step.is_conditional and not stored.get("decided"):
             return await self._decide_entry(flight, step, place), 0
@@ -330,7 +227,7 @@ class Engine:
         """What an attempt's outcome means for the run."""
         reason = context.signal.reason
         document, now = flight.document, self.store.now()
-        if flight.lost is not None or reason in ("cancelled", "lease-lost") or self._closed:
+        if flight.lost is not None or self._closed:
             return None, 0
         if reason == "timeout":
             return self._failed(flight, step, place, timeout_failure(step)), 0
@@ -346,7 +243,7 @@ class Engine:
             except WorkflowError as exc:
                 return self._failed(flight, step, place, failure_of(exc)), 0
             return transitions.advance(document, flight.definition, place, outcome.value, context._sets, now), size
-        if reason == "shutdown":
+        if reason in ("shutdown", "lease-lost"):
             return transitions.give_back(document, place, now, entered=True), 0
         return self._failed(flight, step, place, failure_of(outcome.value)), 0
 
@@ -358,22 +255,20 @@ class Engine:
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
-    async def write(self, statement: ops.Statement) -> Verdict:
-        """Hand a fenced write to the group, and wait for its verdict."""
-        return await self._committer.write(statement)
-
     async def _store(self, flight: Flight, change: Change, size: int = 0) -> bool:
         """Make a transition durable. True if the run is still ours and goes on."""
         if self.draining and change.name == "advance":
             # The next step would not be entered here: leave it to whoever claims the run, in this same write.
             change = transitions.without_grant(change, self.store.now())
         first, twin = change, False
+        while flight.checkpointing is not None:
+            await flight.checkpointing
         while True:
             now = self.store.now()
             make = ops.commit_under_pause if twin else ops.commit
             self.env.probe("commit.before")
             try:
-                verdict = await self._committer.write(make(flight.fence(), change, now, size + _STATEMENT_BYTES))
+                verdict = await self._committer.write(make(flight.fence(), change, now, size + STATEMENT_BYTES))
             except PayloadTooLargeError as exc:
                 step = flight.definition.steps[flight.place]
                 change = first = self._failed(flight, step, flight.place, failure_of(exc))
@@ -415,63 +310,26 @@ class Engine:
             except StoreUnavailableError:
                 await self.env.async_sleep(0.2)
 
-    # --- leases ----------------------------------------------------------------------------------------------------
-
-    def renew_soon(self) -> None:
-        """Look at the leases now instead of at the next tick."""
-        self._renew_wanted.set()
-
     def check(self, run_id: str) -> None:
         """Somebody says that something was done to this run from outside: find out, if it is in flight here."""
         flight = self.flights.get(run_id)
         if flight is not None:
             flight.renew_now = True
-            self.renew_soon()
+            self.leases.renew_soon()
 
-    async def _keep_leases(self) -> None:
-        tick_s = min(1.0, self._lease_s / 20)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._renew_wanted.wait(), tick_s)
-            self._renew_wanted.clear()
-            now = self.env.clock.monotonic()
-            renew_before = now + self._lease_s * (_SAFETY - _RENEW_AFTER)
-            due = [flight for flight in self.flights.values() if flight.deadline <= renew_before or flight.renew_now]
-            for flight in due:
-                if flight.deadline <= now + tick_s:
-                    self.abort(flight, "lease-lost")  # before the lease can expire: nobody else holds the run yet
-            if due:
-                await self._renew([flight for flight in due if flight.lost is None])
+    # --- flight.Ground ---------------------------------------------------------------------------------------------
 
-    async def _renew(self, flights: list[Flight]) -> None:
-        if not flights:
-            return
-        run_ids = [flight.run_id for flight in flights]
-        deadline = self.lease_deadline()
-        for flight in flights:
-            flight.renew_now = False
-        try:
-            renewed = await self.store.run(ops.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s))
-            missed = {} if renewed == len(flights) else {doc["_id"]: doc for doc in await self.store.run(ops.read_fences(run_ids))}
-            self._observer.store_answered(True)
-        except StoreUnavailableError as exc:
-            self._observer.store_answered(False)
-            log.warning("renew_failed", extra={"runs": len(flights), "error": str(exc)})
-            return
-        for flight in flights:
-            found = missed.get(flight.run_id, {}) if renewed != len(flights) else {"lease": {"id": flight.lease_id}}
-            if (found.get("lease") or {}).get("id") == flight.lease_id:
-                flight.deadline = deadline
-            elif flight.run_id in self.flights:
-                self.abort(flight, "cancelled" if found.get("status") == "cancelled" else "lease-lost")
+    async def write(self, statement: ops.Statement) -> Verdict:
+        """Hand a fenced write to the group, and wait for its verdict."""
+        return await self._committer.write(statement)
 
-    def abort(self, flight: Flight, reason: str) -> None:
-        """The run is no longer ours: stop its handler, store nothing more."""
-        if flight.lost is None and self.flights.get(flight.run_id) is flight:
-            flight.lost = reason
-            log.info("run_aborted", extra={"run_id": flight.run_id, "reason": reason})
-            if flight.attempt is not None:
-                flight.attempt.abort(reason)
+    def now(self) -> datetime:
+        """The server's time, as known here."""
+        return self.store.now()
+
+    def renew_soon(self) -> None:
+        """A handler has sent a heartbeat."""
+        self.leases.renew_soon()
 
     # --- stopping --------------------------------------------------------------------------------------------------
 

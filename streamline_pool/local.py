@@ -59,7 +59,7 @@ class LocalRunner:
 
     async def execute(self, run_id: str) -> bool:
         """Claim a run by name and drive it to its next stop. False if it could not be claimed now."""
-        deadline = self._engine.lease_deadline()
+        deadline = self._engine.leases.deadline()
         lease_id = self._env.new_id()
         document = await self._store.run(ops.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:

@@ -199,7 +199,11 @@ class _StoreBase:
         return self.clock.now()
 
     def syncing_clock(self) -> Procedure[float]:
-        """Read the server's clock; seconds that it is ahead of this host's."""
+        """Read the server's clock; seconds that it is ahead of this host's.
+
+        Asked twice, because the first question may have to wait for a connection, which would count as its way there.
+        """
+        yield ops.server_info()
         asked_at = self._env.clock.monotonic()
         hello = yield ops.server_info()
         self.clock.read(hello["localTime"], asked_at)

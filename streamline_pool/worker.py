@@ -240,7 +240,7 @@ class Worker:
         if len(run_ids) > 1:
             await self._claim(store, engine, run_ids)
             return
-        lease_id, deadline = self._env.new_id(), engine.lease_deadline()
+        lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
         self._env.probe("claim.before")
         document = await store.run(ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below))
@@ -295,7 +295,7 @@ class Worker:
         return chosen
 
     async def _claim(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str]) -> None:
-        lease_id, deadline = self._env.new_id(), engine.lease_deadline()
+        lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
         won = await store.run(ops.claim_runs(run_ids, lease_id, self._owner, self._settings.lease_s))
         self._env.probe("claim.after")

@@ -1,0 +1,161 @@
+"""A run in flight: the holder's copy of its document, its lease, and what is under way with it.
+
+Owns nothing that is stored: engine.py drives flights, leases.py keeps their leases alive. Also what `ctx` asks for
+while a handler is at work (context.Port).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from datetime import datetime
+from typing import Any, Protocol
+
+from . import ops
+from .attempt import Attempt
+from .committer import Verdict, judge
+from .definition import Definition
+from .errors import InvalidStateError, LeaseLostError, StoreUnavailableError
+from .procedures import Procedure
+from .store import Store
+from .transitions import Document
+
+__all__ = ["STATEMENT_BYTES", "Flight", "Observer"]
+
+STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: some 450
+
+
+class Observer(Protocol):
+    """Who is told what happens to the runs in flight, in the loop's thread."""
+
+    def parked(self, lane: str, wake_at: datetime) -> None:
+        """A run was given up, to be claimed again from that instant on."""
+
+    def landed(self, run_id: str, status: str) -> None:
+        """A run is through with this process; its stored status as far as known here."""
+
+    def store_answered(self, ok: bool) -> None:
+        """A command to the database succeeded or failed."""
+
+    def stuck(self, what: str) -> None:
+        """A handler goes on after its attempt is over and cannot be stopped."""
+
+
+class Ground(Protocol):
+    """What a flight needs of its engine."""
+
+    loop: asyncio.AbstractEventLoop
+    loop_thread: int
+
+    def blocking_store(self) -> Store: ...
+
+    async def write(self, statement: ops.Statement) -> Verdict: ...
+
+    def now(self) -> datetime: ...
+
+    def renew_soon(self) -> None: ...
+
+    def publish(self, document: Document, events: tuple[tuple[str, str | None, Any], ...]) -> None: ...
+
+
+class Flight:
+    """One claimed run, from the claim's read-back to the write that gives it up."""
+
+    __slots__ = (
+        "_ground",
+        "attempt",
+        "checkpointing",
+        "deadline",
+        "definition",
+        "document",
+        "lease_id",
+        "lost",
+        "place",
+        "renew_now",
+        "task",
+    )
+
+    def __init__(self, ground: Ground, definition: Definition, document: Document, lease_id: str, deadline: float) -> None:
+        self._ground = ground
+        self.definition = definition
+        self.document = document
+        self.lease_id = lease_id
+        self.deadline = deadline  # monotonic seconds; past it no handler is entered
+        self.lost: str | None = None  # why the run is known to be no longer ours; None while it may be
+        self.attempt: Attempt | None = None  # while a handler is at work
+        self.place = 0  # of the step at hand
+        self.renew_now = False
+        self.task: asyncio.Task[None] | None = None  # its driver
+        self.checkpointing: asyncio.Future[None] | None = None  # a checkpoint under way: no other write may be sent
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self.document["_id"])
+
+    def fence(self) -> ops.Fence:
+        """What the next write must find unchanged."""
+        document = self.document
+        return ops.Fence(document["_id"], self.lease_id, document["rev"], document["token"])
+
+    def abort(self, reason: str) -> None:
+        """Stop the handler, if one is at work."""
+        if self.attempt is not None:
+            self.attempt.abort(reason)
+
+    # --- context.Port ----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, value: Any, size: int) -> None:
+        """See context.Port. On the loop's own thread only a blocking write can be durable on return."""
+        if threading.get_ident() != self._ground.loop_thread:
+            asyncio.run_coroutine_threadsafe(self._save_checkpoint(value, size), self._ground.loop).result()
+            return
+        statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
+        try:
+            verdict = self._ground.blocking_store().drive(_write_alone(statement))
+        except StoreUnavailableError:
+            self.lost = "lease-lost"  # whether it landed is unknown, so nothing more may be sent for this run
+            raise
+        self._checkpoint_landed(verdict, value)
+
+    async def _save_checkpoint(self, value: Any, size: int) -> None:
+        while self.checkpointing is not None:
+            await self.checkpointing
+        if self.attempt is None:
+            raise InvalidStateError(f"run {self.run_id}: this attempt is over; the checkpoint was not stored", run_id=self.run_id)
+        done = self.checkpointing = self._ground.loop.create_future()
+        try:
+            statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
+            self._checkpoint_landed(await self._ground.write(statement), value)
+        finally:
+            self.checkpointing = None
+            done.set_result(None)
+
+    def _checkpoint_landed(self, verdict: Verdict, value: Any) -> None:
+        if verdict not in (Verdict.LANDED, Verdict.LANDED_BY_READ):
+            self.lost = self.lost or "lease-lost"
+            self._ground.loop.call_soon_threadsafe(self.abort, "lease-lost")
+            raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; the checkpoint was not stored", run_id=self.run_id)
+        self.document["rev"] += 1
+        self.document["steps"][self.place]["checkpoint"] = value
+
+    def heartbeat(self) -> None:
+        """See context.Port."""
+        self.renew_now = True
+        self._ground.loop.call_soon_threadsafe(self._ground.renew_soon)
+
+    def emit(self, name: str, data: Any) -> None:
+        """See context.Port."""
+        self._ground.publish(self.document, ((name, self.document["currentStepId"], data),))
+
+
+def _write_alone(statement: ops.Statement) -> Procedure[Verdict]:
+    """One fenced write outside the group, with its verdict; unknown outcomes are read, then repeated."""
+    while True:
+        reply = yield ops.write_statements([statement])
+        if reply["n"] == 1:
+            return Verdict.LANDED
+        found = yield ops.read_fences([statement.fence.run_id])
+        verdict = judge(statement, found[0] if found else None)
+        if verdict is not None:
+            return verdict

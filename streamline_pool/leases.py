@@ -1,0 +1,103 @@
+"""Keeps the leases of runs in flight alive, and stops their handlers before a lease can run out.
+
+Owns renewal and self-fencing, apart from each other: fencing looks at the clock only, so that a database which does
+not answer cannot delay it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+
+from . import ops
+from .env import Env
+from .errors import StoreUnavailableError
+from .flight import Flight, Observer
+from .store import AsyncStore
+
+__all__ = ["LeaseKeeper"]
+
+log = logging.getLogger("streamline_pool")
+
+_SAFETY = 0.9  # a lease counts as over after this part of it, so that no handler outlives it by a slow clock
+_RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before anyone may take the run
+
+
+class LeaseKeeper:
+    """Watches over the flights of one engine, which adds and removes them."""
+
+    def __init__(self, store: AsyncStore, env: Env, flights: Mapping[str, Flight], lease_s: float, observer: Observer) -> None:
+        self._store = store
+        self._env = env
+        self._flights = flights
+        self._lease_s = lease_s
+        self._observer = observer
+        self._wanted = asyncio.Event()
+        self._tick_s = min(1.0, lease_s / 20)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin, in the running loop."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._renew_forever(), name="renew"), loop.create_task(self._fence_forever(), name="self-fence")]
+
+    async def close(self) -> None:
+        """Stop."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def deadline(self) -> float:
+        """The monotonic deadline of a lease that is requested now; taken *before* the request is sent."""
+        return self._env.clock.monotonic() + self._lease_s * _SAFETY
+
+    def renew_soon(self) -> None:
+        """Look at the leases now instead of at the next tick."""
+        self._wanted.set()
+
+    async def _fence_forever(self) -> None:
+        while True:
+            await self._env.async_sleep(self._tick_s)
+            too_late = self._env.clock.monotonic() + self._tick_s
+            for flight in list(self._flights.values()):
+                if flight.deadline <= too_late and flight.attempt is not None:
+                    # Nobody else holds the run yet: its handler stops, and it is given back if that can still be written.
+                    log.warning("lease_running_out", extra={"run_id": flight.run_id})
+                    flight.abort("lease-lost")
+
+    async def _renew_forever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), self._tick_s)
+            self._wanted.clear()
+            renew_before = self._env.clock.monotonic() + self._lease_s * (_SAFETY - _RENEW_AFTER)
+            due = [flight for flight in self._flights.values() if flight.deadline <= renew_before or flight.renew_now]
+            if due:
+                await self._renew(due)
+
+    async def _renew(self, flights: list[Flight]) -> None:
+        """Extend these leases, each by run and claim; a shortfall says that some are gone, a read says which."""
+        run_ids = [flight.run_id for flight in flights]
+        deadline = self.deadline()
+        for flight in flights:
+            flight.renew_now = False
+        try:
+            renewed = await self._store.run(ops.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s))
+            found = [] if renewed == len(flights) else await self._store.run(ops.read_fences(run_ids))
+        except StoreUnavailableError as exc:
+            self._observer.store_answered(False)
+            log.warning("renew_failed", extra={"runs": len(flights), "error": str(exc)})
+            return
+        self._observer.store_answered(True)
+        documents = {document["_id"]: document for document in found}
+        for flight in flights:
+            document = documents.get(flight.run_id, {})
+            if renewed == len(flights) or (document.get("lease") or {}).get("id") == flight.lease_id:
+                flight.deadline = max(flight.deadline, deadline)
+            elif flight.attempt is not None and self._flights.get(flight.run_id) is flight:
+                # Only while a handler is at work: otherwise it is our own write that gave the lease up.
+                flight.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
+                log.info("run_lost", extra={"run_id": flight.run_id, "reason": flight.lost})
+                flight.abort(flight.lost)

@@ -24,7 +24,8 @@ Reply = Mapping[str, Any]
 _TERMINAL = sorted(status.value for status in TERMINAL)
 _NON_TERMINAL = sorted(status.value for status in NON_TERMINAL)
 _NOT_PAUSED = {"$ne": True}
-_DUE = {"$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
+# In an expression a missing field is less than any date, so the first half is what keeps leased and ended runs out.
+_DUE = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
 
 SIGNALS_BYTES = 16 * 1024 * 1024
 """Size of the capped collection of signals: about half a minute of them at full load, which a tail must not fall behind."""

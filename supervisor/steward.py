@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from streamline_pool import ops
 from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.env import Env
-from streamline_pool.errors import StoreUnavailableError
+from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.settings import Settings
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
@@ -54,8 +54,11 @@ __all__ = ["StewardBoot", "run_steward"]
 log = logging.getLogger("streamline_pool")
 
 RETRY_MAX_S = 1.0  # between tries while the database is away, so that work resumes within 3 s of its return
+TAIL_RETRY_MAX_S = 30.0
 PROBE_TIMEOUT_S = 2.0  # a guess: a database that takes longer for a ping is not one to claim from
 PROBE_PAUSE_S = 0.5
+READ_TIMEOUT_S = 5.0  # a guess; the first of these to pass in an idle pool is how a frozen server is noticed
+WRITE_TIMEOUT_S = 15.0  # taking back ten thousand leases takes a while
 TIMER_MARGIN_S = 0.002  # `wakeAt` is judged in whole milliseconds by the server; a ring too early finds nothing
 HOST_INTERVAL_S = 30.0
 HOST_TTL_S = 90.0  # three intervals: two writes may fail before a live host is forgotten
@@ -63,6 +66,7 @@ HOST_CHANGE_PAUSE_S = 5.0  # a changed pool is shown at most this often
 SWEEP_LIMIT = 1_000  # due runs looked at per sweep; more than the pool can have use for before the next
 WAKE_PAUSE_S = 0.002  # rings for one lane are told at once, then together: a flood costs 500 messages a second
 FACTS_FRESH_S = 5.0
+HINT_BYTES_MAX = 64 * 1024
 REMOVE_TIMEOUT_S = 1.0  # the host record expires by itself; leaving is not delayed for it
 SIGNAL_KINDS = ("due", "cancel")
 
@@ -168,6 +172,8 @@ class _Steward:
                 failures += 1
                 await self._pause(failures)
                 continue
+            except WorkflowError as exc:
+                return BootFailed(exit_code=2, message=exc.message)
             self._ready = True
             self.say(StewardBeat(ready=True))
             return None
@@ -178,7 +184,7 @@ class _Steward:
             async with asyncio.timeout(REMOVE_TIMEOUT_S):
                 await self._store.run(ops.remove_host(self._boot.host_id))
                 await self._store.close()
-        except (StoreUnavailableError, TimeoutError) as exc:
+        except (WorkflowError, TimeoutError) as exc:
             log.warning("host_record_left", extra={"error": str(exc), "expires_s": HOST_TTL_S})
 
     # ---- the supervisor speaks -------------------------------------------------------------------------------------
@@ -241,7 +247,12 @@ class _Steward:
         self._woken_at = self._env.clock.monotonic()
         wakes, self._wakes = self._wakes, {}
         for lane, (run_id, count) in wakes.items():
-            self.say(Wake(lane=lane, run_id=run_id, count=count))
+            self._hint(Wake(lane=lane, run_id=run_id, count=count))
+
+    def _hint(self, message: FromSteward) -> None:
+        """Say what may be lost. A supervisor that is stopped takes nothing, and signals may come by the thousand."""
+        if self._link.unsent_bytes < HINT_BYTES_MAX:
+            self.say(message)
 
     def _plan(self, lane: str, at: datetime, run_id: str | None, count: int = 1) -> None:
         """Wake somebody for a run (or so many) at its instant, or now if that has come."""
@@ -279,16 +290,19 @@ class _Steward:
                     if signal is not None:
                         since = max(since, signal["at"])
                         self._on_signal(signal)
-            except StoreUnavailableError as exc:
+            except WorkflowError as exc:
                 failures += 1
-                self._doubtful.set()
-                log.debug("tail_broken", extra={"error": exc.message})
-                await self._pause(failures)
+                passing = bool(exc.context.get("transient"))
+                log.log(logging.DEBUG if passing else logging.WARNING, "tail_broken", extra={"error": exc.message})
+                if passing:
+                    self._doubtful.set()
+                # A server that cannot do this at all is asked again now and then; until then the sweep does its work.
+                await self._pause(failures, RETRY_MAX_S if passing else TAIL_RETRY_MAX_S)
 
     def _on_signal(self, signal: dict[str, Any]) -> None:
         lane = signal.get("lane")
         if signal["kind"] == "cancel":
-            self.say(AbortHint(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
+            self._hint(AbortHint(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
         elif isinstance(lane, str) and lane in self._lanes:
             self._plan(lane, signal.get("wakeAt") or signal["at"], signal.get("runId"), signal.get("count", 1))
             self._set_alarm()
@@ -303,45 +317,28 @@ class _Steward:
     async def _look_around(self) -> None:
         if self._store.clock.stale:
             await self._store.sync_clock()
-        recovered = await self._store.run(ops.recover_expired(self._settings.max_crashes))
-        if recovered:
-            log.warning("leases_recovered", extra={"runs": recovered})
         until = self._store.now() + timedelta(seconds=2 * self._settings.sweep_interval_s)
-        for found in await self._store.run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT)):
+        for found in await self._run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT), READ_TIMEOUT_S):
             self._plan(found["lane"], found["wakeAt"], found["_id"])
         self._set_alarm()
+        recovered = await self._run(ops.recover_expired(self._settings.max_crashes), WRITE_TIMEOUT_S)
+        if recovered:
+            log.warning("leases_recovered", extra={"runs": recovered})
+            self._wake(None, None, recovered)
 
     async def _release_dead(self) -> None:
         """Give back what dead workers held. Each is tried until it succeeds: the runs wait for nothing else."""
         while True:
             died = await self._dead.get()
             evidence = {name: value for name, value in asdict(died.evidence).items() if name != "dump"}
-            op = ops.release_owner(died.owner, self._settings.max_crashes, evidence)
-            failures = 0
-            while True:
-                try:
-                    runs = await self._store.run(op)
-                    break
-                except StoreUnavailableError as exc:
-                    failures += 1
-                    self._doubtful.set()
-                    log.debug("release_failed", extra={"owner": died.owner, "error": exc.message})
-                    await self._pause(failures)
+            runs = await self._insist(ops.release_owner(died.owner, self._settings.max_crashes, evidence), WRITE_TIMEOUT_S)
             self.say(Released(owner=died.owner, runs=runs))
 
     async def _answer_checks(self) -> None:
         """For `--burst`: is anything claimable at this moment?"""
         while True:
             seq = await self._checks.get()
-            failures = 0
-            while True:
-                try:
-                    found = await self._store.run(ops.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT))
-                    break
-                except StoreUnavailableError:
-                    failures += 1
-                    self._doubtful.set()
-                    await self._pause(failures)
+            found = await self._insist(ops.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT), READ_TIMEOUT_S)
             self.say(Checked(seq=seq, due=len(found)))
 
     async def _probe_when_doubtful(self) -> None:
@@ -357,16 +354,12 @@ class _Steward:
 
     async def _probe(self) -> bool:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._store.run(ops.server_info())
-        except StoreUnavailableError as exc:
+            await self._run(ops.server_info(), PROBE_TIMEOUT_S)
+        except WorkflowError as exc:
             self.say(Probe(ok=False, error=exc.message))
-        except TimeoutError:
-            self.say(Probe(ok=False, error=f"no answer within {PROBE_TIMEOUT_S:g} s"))
-        else:
-            self.say(Probe(ok=True))
-            return True
-        return False
+            return False
+        self.say(Probe(ok=True))
+        return True
 
     async def _keep_host_record(self) -> None:
         """Say in the database what this pool is, on a change and every half minute."""
@@ -382,21 +375,44 @@ class _Steward:
 
     async def _put_host_record(self) -> None:
         if self._facts is not None:
-            await self._store.run(ops.put_host(host_record(self._boot, self._lanes, self._facts), HOST_TTL_S))
+            await self._run(ops.put_host(host_record(self._boot, self._lanes, self._facts), HOST_TTL_S), READ_TIMEOUT_S)
+
+    # ---- operations ------------------------------------------------------------------------------------------------
+
+    async def _run(self, op: ops.Op, timeout_s: float) -> Any:
+        """One operation with a deadline: a frozen server keeps connections open and answers nothing."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._store.run(op)
+        except TimeoutError:
+            raise StoreUnavailableError(f"{op.name}: no answer within {timeout_s:g} s", transient=True) from None
 
     async def _attempt(self, act: Callable[[], Awaitable[None]]) -> bool:
         """Do what will be done again anyway; a failure only raises doubt about the database."""
         try:
             await act()
-        except StoreUnavailableError as exc:
+        except WorkflowError as exc:
             log.debug("steward_retries", extra={"error": exc.message})
             self._doubtful.set()
             return False
         return True
 
-    async def _pause(self, failures: int) -> None:
-        """Exponential back-off with jitter, soon at its ceiling: an outage may end at any moment."""
-        ceiling = min(RETRY_MAX_S, 0.05 * 2.0 ** min(failures, 10))
+    async def _insist(self, op: ops.Op, timeout_s: float) -> Any:
+        """Run an operation until it succeeds."""
+        failures = 0
+        while True:
+            try:
+                return await self._run(op, timeout_s)
+            except WorkflowError as exc:
+                failures += 1
+                self._doubtful.set()
+                if failures == 1:
+                    log.warning("steward_retries", extra={"error": exc.message})
+                await self._pause(failures)
+
+    async def _pause(self, failures: int, longest_s: float = RETRY_MAX_S) -> None:
+        """Exponential back-off with jitter."""
+        ceiling = min(longest_s, 0.05 * 2.0 ** min(failures, 20))
         await asyncio.sleep(ceiling * (0.5 + self._env.random() / 2))
 
 

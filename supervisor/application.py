@@ -25,7 +25,7 @@ from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import Invocation, pick
 
-__all__ = ["adopt", "blamed_on", "load_app", "opened", "reach", "served", "settle"]
+__all__ = ["adopt", "blamed_on", "load_app", "opened", "prove_rights", "reach", "served", "settle"]
 
 _log = logging.getLogger("streamline_pool.command")
 
@@ -137,6 +137,15 @@ def reach(app: Streamline) -> None:
     """
     store, asked_at = app.store(), app.env.clock.monotonic()
     store.clock.read(store.run(ops.server_info())["localTime"], asked_at)
+
+
+def prove_rights(app: Streamline) -> None:
+    """A read and a write that changes nothing. StoreUnavailableError says which right the user of the URI lacks.
+
+    Reaching a server proves little: it greets everybody, and tells nobody's rights but by refusing.
+    """
+    app.store().run(ops.list_hosts())
+    app.store().run(ops.remove_host("(no pool has this id)"))
 
 
 def adopt(app: Streamline, settings: Settings) -> Streamline:

@@ -17,7 +17,7 @@ import streamline_pool
 from streamline_pool.client import Streamline
 from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.model import Run, RunStatus
-from streamline_pool.supervisor.application import adopt, blamed_on, load_app, opened, reach, served, settle
+from streamline_pool.supervisor.application import adopt, blamed_on, load_app, opened, prove_rights, reach, served, settle
 from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span, unreachable
 from streamline_pool.supervisor.explain import seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
@@ -45,6 +45,7 @@ def check(as_json: bool, **values: Any) -> int:
         }
         try:
             reach(app)
+            prove_rights(app)
             facts, fault = dict(app.server_info()), None
         except StoreUnavailableError as exc:
             facts, fault = {}, unreachable(exc)

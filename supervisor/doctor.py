@@ -15,7 +15,7 @@ from streamline_pool.client import Streamline
 from streamline_pool.documents import RUN_INDEXES
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.settings import Resolved
-from streamline_pool.supervisor.application import adopt, blamed_on, load_app, reach, served, settle
+from streamline_pool.supervisor.application import adopt, blamed_on, load_app, prove_rights, reach, served, settle
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, span, unreachable
 from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
@@ -103,6 +103,8 @@ def _database(app: Streamline) -> Iterator[Finding]:
     alone = facts["topology"] == "standalone"
     advice = "; not a replica set: sessions do not work, and one lost machine loses acknowledged work" if alone else ""
     yield Finding("warn" if alone else "ok", "database", f"{facts['database']} on MongoDB {facts['version']}, {facts['topology']}{advice}")
+    prove_rights(app)
+    yield Finding("ok", "rights", "the user may read and write")
     offset_s = app.store().clock.offset_s
     yield Finding("ok" if abs(offset_s) < _OFFSET_WARN_S else "warn", "clock", f"differs from the server's by {span(abs(offset_s))}")
     present = set(app.runs.index_information())

@@ -66,7 +66,10 @@ def load_app(resolved: Resolved, *, needed_for: str = "", tell_threads: bool = T
     if threads and tell_threads:
         advice = "worker processes will not have them: start them in a step, or on first use"
         _log.warning("import_started_threads", extra={"threads": threads, "advice": advice})
-    return app, resolved.with_code(_said_in_code(app), path)
+    try:
+        return app, resolved.with_code(_said_in_code(app), path)
+    except SettingError as exc:
+        raise CommandError(f"{path}: {exc.message}", ExitCode.USAGE) from None
 
 
 def _said_in_code(app: Streamline) -> dict[str, Any]:
@@ -80,11 +83,9 @@ def _said_in_code(app: Streamline) -> dict[str, Any]:
 def served(resolved: Resolved) -> Iterator[Settings]:
     """The settings with the URI to use: that of a private server, running for as long as the block, if `--embedded`."""
     settings = resolved.settings
-    if not settings.embedded:
+    if not _wants_private_server(resolved):
         yield settings
         return
-    if resolved.source("mongodb-uri").kind == "flag":
-        raise CommandError("--embedded and --mongodb-uri each name a server; give one of them.", ExitCode.USAGE)
     try:
         server = embedded.start()
     except StoreUnavailableError as exc:
@@ -99,6 +100,18 @@ def served(resolved: Resolved) -> Iterator[Settings]:
         address.write_text(json.dumps({"uri": server.uri, "pid": server.pid}))
         _log.info("embedded_server_started", extra={"uri": server.uri, "data_dir": str(server.data_dir), "version": server.version})
         yield _on(settings, server.uri)
+
+
+def _wants_private_server(resolved: Resolved) -> bool:
+    """Whether `--embedded` is in force: a URI from a stronger source beats it, one from the same place contradicts it."""
+    if not resolved.settings.embedded:
+        return False
+    embedded_from, uri_from = resolved.source("embedded"), resolved.source("mongodb-uri")
+    strength = ("default", "code", "file", "environment", "flag").index
+    if uri_from.kind == embedded_from.kind != "default":
+        code = ExitCode.USAGE if uri_from.kind == "flag" else ExitCode.CONFIG
+        raise CommandError(f"{embedded_from.where} and {uri_from.where} each name a server; keep one of them.", code)
+    return strength(uri_from.kind) < strength(embedded_from.kind)
 
 
 def _running_elsewhere(refusal: StoreUnavailableError) -> str | None:

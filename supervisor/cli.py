@@ -7,6 +7,7 @@ commands.py and runs.py, what options mean in settings.py and options.py.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -129,11 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     log_format = _log_format(typed)
     setup_logging(log_format, "info")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an arrow that the terminal cannot show is no reason to crash
     try:
         code = cli.main(args=typed, prog_name="streamline-pool", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has gone, as in `runs list | head`
-        code = ExitCode.CRASH  # as click has it where it notices first
     except Exception as exc:  # noqa: BLE001 -- the last frame: what nobody else could mend is told and becomes an exit code
         code = _say(exc, log_format)
     _end(int(code or 0))
@@ -144,10 +144,15 @@ def _end(code: int) -> NoReturn:
     notice, and for ever for a thread that the user's module has started and that is no daemon.
     """
     logging.shutdown()
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+    _flush_output()
     os._exit(code)
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # Nobody may be reading any more, and a process started without standard output has None for it.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 def _say(exc: Exception, log_format: str) -> ExitCode:

@@ -126,7 +126,11 @@ BROKEN_APPS = {
     "factory-result": ("bad:make", "def make(): return None", "bad:make() returned a NoneType, not a Streamline object"),
     "factory-async": ("bad:make", "async def make(): ...", "is an async function"),
     "no-steps": ("bad:app", "from shop import app\napp.workflow('empty')", "workflow empty: it has no steps"),
-    "bad-uri-in-code": ("bad:app", "from streamline_pool import Streamline\napp = Streamline('http://x')", "mongodb://"),
+    "bad-uri-in-code": (
+        "bad:app",
+        "from streamline_pool import Streamline\napp = Streamline('http://x')",
+        "bad:app: mongodb_uri: expected a URI",
+    ),
 }
 
 

@@ -157,6 +157,9 @@ def test_embedded_needs_no_server_and_keeps_its_data(offline: Shell) -> None:
     shown = offline(*words, "runs", "show", "o-1", "--json", STREAMLINE_MONGODB_URI="")
     assert json.loads(shown.stdout)["status"] == "done"
     assert offline(*words, "--mongodb-uri", NOWHERE).returncode == 2, "two servers named by flags"
+    assert offline(*words[1:], "--burst", STREAMLINE_EMBEDDED="1").returncode == 78, "two servers named by variables"
+    stronger = offline("runs", "list", "--mongodb-uri", NOWHERE, STREAMLINE_EMBEDDED="1", STREAMLINE_MONGODB_URI="")
+    assert stronger.returncode == 3, "a flag beats a variable, so the address where nothing listens was tried"
 
 
 def test_a_second_command_finds_the_private_server_of_the_first(offline: Shell) -> None:

@@ -364,14 +364,16 @@ def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Com
         "$cond": [{"$and": [_IS_CURRENT, convicted]}, failed, {"$cond": [{"$and": [_IS_CURRENT, was_running]}, pending, "$$step"]}],
     }
     paused = {"$eq": ["$paused", True]}
+    # Due since it was created, so that it goes before younger runs and does not wait behind a whole backlog once more.
+    due_at = {"$cond": [{"$eq": [{"$type": "$createdAt"}, "date"]}, {"$min": ["$createdAt", "$$NOW"]}, "$$NOW"]}
     alive = {
         "lease": "$$REMOVE",
         "token": _plus_one("$token"),
         "updatedAt": "$$NOW",
         "crashes": crashes,
         "steps": _map_steps(step),
-        "wakeAt": {"$cond": [{"$or": [convicted, paused]}, "$$REMOVE", "$$NOW"]},
-        "pausedWakeAt": {"$cond": [{"$and": [paused, {"$not": [convicted]}]}, "$$NOW", "$$REMOVE"]},
+        "wakeAt": {"$cond": [{"$or": [convicted, paused]}, "$$REMOVE", due_at]},
+        "pausedWakeAt": {"$cond": [{"$and": [paused, {"$not": [convicted]}]}, due_at, "$$REMOVE"]},
         "status": {"$cond": [convicted, RunStatus.FAILED.value, "$status"]},
         "error": {"$cond": [convicted, {**error, "stepId": "$currentStepId", "traceback": ""}, "$error"]},
         "endedAt": {"$cond": [convicted, "$$NOW", "$endedAt"]},

@@ -46,3 +46,14 @@ def test_an_ended_run_is_claimed_by_nobody(flow: Workflow) -> None:
     run = flow.execute(flow.start().id)
     assert claimed(flow, run, "again") == (None, 0)
     assert flow.execute(run.id) == run
+
+
+def test_a_run_of_a_dead_worker_keeps_its_place_in_the_queue(flow: Workflow) -> None:
+    """A worker dies with a long backlog behind it: its runs must not wait until all of that is done."""
+    store, lanes = flow.app.store(), [flow.definition.lane]
+    old = flow.start()
+    assert store.run(ops.claim_runs([old.id], "first", "dead", LEASE_S)) == 1
+    flow.start_many([None] * 20)
+    assert store.run(ops.release_owner("dead", 3, {})) == 1
+    first, *_ = store.run(ops.find_due(lanes, None, store.now(), 1, None))
+    assert first["_id"] == old.id

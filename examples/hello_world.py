@@ -1,0 +1,46 @@
+"""The shortest useful workflow: two steps, the second of which uses what the first returned.
+
+    python examples/hello_world.py                              # one run, driven in this process
+    streamline-pool --app examples.hello_world:app --embedded   # a pool that works on such runs
+
+Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from streamline_pool import Context, Settings, Streamline, embedded
+
+__all__ = ["app", "hello", "main"]
+
+app = Streamline()
+hello = app.workflow("hello")
+
+
+@hello.step
+def compose(ctx: Context) -> str:
+    return f"Hello, {ctx.input['name']}!"
+
+
+@hello.step
+async def measure(ctx: Context) -> dict[str, object]:
+    greeting = ctx.get_output("compose")
+    return {"greeting": greeting, "characters": len(greeting)}
+
+
+def main() -> int:
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get("STREAMLINE_MONGODB_URI"):
+            server = stack.enter_context(embedded.start(None))
+            app.configure(Settings(mongodb_uri=server.uri))
+        stack.enter_context(app)
+        run = hello.start({"name": "world"})  # stored: from here on any pool could take it
+        run = hello.execute(run.id)  # or drive it right here
+        print(f"run {run.id} is {run.status}: {run.output}")
+        return 0 if run.status == "done" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,364 @@
+"""Indexes every Python file of this machine's standard library, one run per file, while a worker is killed.
+
+    python examples/stdlib_index.py              # or: make demo, or: streamline-pool demo
+    python examples/stdlib_index.py --limit 200  # a sample of the files, evenly spread
+
+Each run is `read` -> `parse` -> `save`. The program starts a private MongoDB and the real pool as a child process,
+kills one worker with SIGKILL half-way, and compares what was stored in the end with its own count of the same files,
+made in one process without the engine. Exit code 0: equal, nothing twice, no process left; 1: not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+import streamline_pool
+from streamline_pool import Context, Settings, Streamline, embedded
+
+__all__ = ["app", "count_source", "index", "main"]
+
+warnings.filterwarnings("ignore", category=SyntaxWarning)  # the library's own tests hold doubtful code on purpose
+
+app = Streamline()
+# One attempt: a lost worker uses up none, and nothing else may fail here without being seen.
+index = app.workflow("stdlib-index", defaults={"retries": 1})
+
+parsing = threading.Lock()  # in CPython 3.11 `ast.parse` fails when several threads are in it; the GIL lets one work anyway
+
+COUNTED = ("files", "bytes", "lines", "functions", "classes", "imports", "unparsable")
+"""What is counted per file and compared in total."""
+
+DATABASE = "stdlib_index"
+READY_TIMEOUT_S = 30.0  # a guess: half a second is usual
+STEADY_TIMEOUT_S = 120.0  # no run has ended for so long: something is wrong
+DRAIN_TIMEOUT_S = 30.0
+POLL_S = 0.1
+RECOVERY_POLL_S = 0.02
+
+
+# --- the workflow ------------------------------------------------------------------------------------------------------
+
+
+@index.step
+def read(ctx: Context) -> bytes:
+    """The file as it is. The bytes themselves are stored, not just the path: a `parse` that is repeated elsewhere after
+    a crash then works on what was read, whatever has become of the file. They come to some 30 MB in all."""
+    return Path(ctx.input["path"]).read_bytes()
+
+
+@index.step
+def parse(ctx: Context) -> dict[str, int]:
+    """CPU-bound, hence a `def`: it runs on a thread and does not hold the worker's event loop up."""
+    return count_source(ctx.get_output("read"))
+
+
+@index.step
+def save(ctx: Context) -> None:
+    """One document per run, whoever saves it and how often: a crash between this write and the engine's makes the next
+    worker save again, under the same key."""
+    document = {"path": ctx.input["path"], "run": ctx.run_id, **ctx.get_output("parse")}
+    saved().update_one({"_id": ctx.idempotency_key}, {"$setOnInsert": document}, upsert=True)
+
+
+def count_source(source: bytes) -> dict[str, int]:
+    """What one file holds. The library contains files that are no Python 3 on purpose; they count as unparsable."""
+    counts = dict.fromkeys(COUNTED, 0) | {"files": 1, "bytes": len(source), "lines": len(source.splitlines())}
+    try:
+        with parsing:
+            tree = ast.parse(source)  # finds the encoding itself
+    except (SyntaxError, ValueError):
+        return counts | {"unparsable": 1}
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                counts["functions"] += 1
+            case ast.ClassDef():
+                counts["classes"] += 1
+            case ast.Import() | ast.ImportFrom():
+                counts["imports"] += len(node.names)
+    return counts
+
+
+def saved() -> Any:
+    """The collection of results, beside the engine's own."""
+    return app.runs.database["files"]
+
+
+# --- the demonstration -------------------------------------------------------------------------------------------------
+
+
+class Kill(NamedTuple):
+    """What became of the runs that the killed worker held."""
+
+    pid: int
+    runs: int
+    recovery_s: float  # from the kill until the last of them had got a step further, or had ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parsed(argv)
+    # The pool is drained and the server stopped on the way out, whatever the way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return demonstrate(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def demonstrate(options: argparse.Namespace) -> int:
+    files = _sample(library_files(), options.limit)
+    library = sysconfig.get_path("stdlib")
+    print(f"{len(files)} Python files in {library}: one run of three steps each, {options.workers} workers", flush=True)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stdlib-index-")))
+        server = stack.enter_context(embedded.start(None))
+        app.configure(Settings(mongodb_uri=server.uri, database=DATABASE))
+        stack.enter_context(app)
+        pool = Pool(server.uri, options.workers, options.concurrency, folder / "pool.log")
+        stack.enter_context(pool)
+        print(f"MongoDB {server.version} and the pool (pid {pool.pid}) are ready", flush=True)
+
+        began = time.monotonic()
+        index.start_many([{"path": str(path)} for path in files])
+        kill = None
+        for ended in progress(len(files)):
+            if kill is None and ended >= len(files) // 2:
+                kill = kill_one_worker()  # tried again at the next look if nobody holds a run just now
+        took_s = time.monotonic() - began
+
+        left = pool.drain()
+        print("counting the same files in this process, without the engine", flush=True)
+        direct = total(count_source(path.read_bytes()) for path in files)
+        stored = total(saved().find())
+        duplicates, again = count_duplicates()
+        report(len(files), took_s, kill, duplicates, again, stored, direct)
+        faults = []
+        if kill is None:
+            faults.append("no worker was killed: none held a run when half of them had ended")
+        if failed := app.runs.find_one({"status": "failed"}, {"error": 1, "input": 1}):
+            faults.append(f"a run failed: {failed}")
+        if pool.returncode != 0 or left:
+            faults.append(f"the pool ended with code {pool.returncode}, processes left: {left}; it said:\n{pool.last_words()}")
+        for fault in faults:
+            print(fault, file=sys.stderr)
+        return int(stored != direct or duplicates > 0 or bool(faults))
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="streamline-pool demo", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--limit", type=int, metavar="N", help="index about N of the files only, evenly spread")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="worker processes (default: 4)")
+    # Parsing is pure CPU work: more of it at once per process would only make its threads wait for each other.
+    parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="runs in flight per worker (default: 16)")
+    return parser.parse_args(argv)
+
+
+def library_files() -> list[Path]:
+    """Every `.py` file of the standard library, its tests included; what was installed besides it is not."""
+    found = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__"))
+        found += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    return found
+
+
+def _sample(files: list[Path], limit: int | None) -> list[Path]:
+    return files if limit is None else files[:: max(1, len(files) // max(1, limit))]
+
+
+def progress(runs: int) -> Iterator[int]:
+    """How many runs have ended, again and again until all have; shown as one line that changes, or as lines in a log."""
+    tty = sys.stdout.isatty()
+    ended, ended_at, shown = 0, time.monotonic(), -1
+    while ended < runs:
+        counts = {row["_id"]: row["n"] for row in app.runs.aggregate([{"$group": {"_id": "$status", "n": {"$sum": 1}}}])}
+        now_ended = counts.get("done", 0) + counts.get("failed", 0)
+        if now_ended > ended:
+            ended, ended_at = now_ended, time.monotonic()
+        elif time.monotonic() - ended_at > STEADY_TIMEOUT_S:
+            raise TimeoutError(f"no run has ended for {STEADY_TIMEOUT_S:g} s; {ended} of {runs} had: {counts}")
+        tenth = 10 * ended // runs
+        if tty:
+            print(f"\r{ended:6} of {runs} runs have ended, {_in_flight():4} are in flight ", end="", flush=True)
+        elif tenth > shown:
+            shown = tenth
+            _say(f"{ended:6} of {runs} runs have ended, {_in_flight():4} are in flight")
+        yield ended
+        time.sleep(POLL_S)
+    if tty:
+        print()
+
+
+def _say(line: str) -> None:
+    """A line of its own, also where the last one was left open by `progress`."""
+    print(f"\r{line:60}" if sys.stdout.isatty() else line, flush=True)
+
+
+def _in_flight() -> int:
+    return int(app.runs.count_documents({"lease.expiresAt": {"$exists": True}}))
+
+
+def kill_one_worker() -> Kill | None:
+    """SIGKILL the worker that holds the most runs, and see how long they stand still. None if nobody holds any."""
+    held: dict[str, list[str]] = {}
+    for run in app.runs.find({"lease.expiresAt": {"$exists": True}}, {"lease.owner": 1}):
+        held.setdefault(run["lease"]["owner"], []).append(run["_id"])
+    if not held:
+        return None
+    owner, run_ids = max(held.items(), key=lambda item: len(item[1]))
+    pid = int(owner.split(":")[1])  # an owner is host:pid:nonce
+    os.kill(pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    # Where they stood when it died: the dead write nothing more. Those that ended just before are not its loss.
+    query = {"_id": {"$in": run_ids}, "status": {"$nin": ["done", "failed", "cancelled"]}}
+    stood = {run["_id"]: run["rev"] for run in app.runs.find(query, {"rev": 1})}
+    _say(f"killed worker {pid} with SIGKILL; it held {len(stood)} runs")
+    still = dict(stood)
+    recovered_at = killed_at
+    while still:
+        time.sleep(RECOVERY_POLL_S)
+        now = {run["_id"]: run["rev"] for run in app.runs.find({"_id": {"$in": list(still)}}, {"rev": 1})}
+        moved = [run_id for run_id, rev in now.items() if rev > still[run_id]]
+        for run_id in moved:
+            del still[run_id]
+        if moved:
+            recovered_at = time.monotonic()
+        elif time.monotonic() - recovered_at > STEADY_TIMEOUT_S:
+            raise TimeoutError(f"{len(still)} runs of the killed worker {pid} do not go on: {sorted(still)[:5]}")
+    _say(f"all {len(stood)} have moved on after {recovered_at - killed_at:.2f} s")
+    return Kill(pid, len(stood), recovered_at - killed_at)
+
+
+def count_duplicates() -> tuple[int, int]:
+    """Results that were accepted more than once, and entries into handlers beyond the first.
+
+    Accepted twice would be: a step's result (`rev` grows by one at every accepted write of a run's holder, whoever that
+    is, so a run of three steps and no failures ends at 3), or a save (a second document for one file). Handlers entered
+    again are no duplicates: a step that was under way in the killed worker is entered again, hence the key of the saves.
+    """
+    runs = list(app.runs.find({}, {"rev": 1, "steps.attempts": 1}))
+    results = sum(run["rev"] - 3 for run in runs)
+    paths = [row["_id"] for row in saved().aggregate([{"$group": {"_id": "$path"}}])]
+    saves = saved().count_documents({}) - len(paths)
+    again = sum(step["attempts"] - 1 for run in runs for step in run["steps"])
+    return results + saves, again
+
+
+def total(counts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    totals = dict.fromkeys(COUNTED, 0)
+    for count in counts:
+        for name in COUNTED:
+            totals[name] += count[name]
+    return totals
+
+
+def report(
+    runs: int,
+    took_s: float,
+    kill: Kill | None,
+    duplicates: int,
+    again: int,
+    stored: Mapping[str, int],
+    direct: Mapping[str, int],
+) -> None:
+    rows = [
+        ("runs", f"{runs} in {took_s:.1f} s"),
+        ("steps per second", f"{3 * runs / took_s:.0f}"),
+        ("recovery time", f"{kill.recovery_s:.2f} s for the {kill.runs} runs of the killed worker" if kill else "-"),
+        ("duplicates accepted", str(duplicates)),
+        ("handlers entered again", str(again)),
+    ]
+    print()
+    for name, value in rows:
+        print(f"{name:24}{value}")
+    print(f"\n{'':16}{'stored':>14}{'counted directly':>20}")
+    for name in COUNTED:
+        print(f"{name:16}{stored[name]:14}{direct[name]:20}{'' if stored[name] == direct[name] else '   DIFFERENT'}")
+    print("\nequal" if stored == direct else "\nNOT EQUAL", flush=True)
+
+
+# --- the pool as a child process ---------------------------------------------------------------------------------------
+
+
+class Pool:
+    """`streamline-pool --app examples.stdlib_index:app`, as anyone would start it, with its log in a file."""
+
+    def __init__(self, uri: str, workers: int, concurrency: int, log_path: Path) -> None:
+        repository = Path(__file__).resolve().parents[1]
+        places = [str(Path(streamline_pool.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
+        command = [sys.executable, "-m", "streamline_pool.supervisor.cli", "--app", "examples.stdlib_index:app"]
+        command += ["--mongodb-uri", uri, "--database", DATABASE, "--workers", str(workers), "--concurrency", str(concurrency)]
+        self._log_path = log_path
+        with log_path.open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, "--log-format", "json"],
+                cwd=repository,
+                env={**environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.pid = self._process.pid
+
+    def __enter__(self) -> Pool:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not any(self._is_ready(line) for line in self._log_path.read_text().splitlines()):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError(f"the pool did not get ready; it said:\n{self.last_words()}")
+            time.sleep(POLL_S)
+        return self
+
+    @staticmethod
+    def _is_ready(line: str) -> bool:
+        try:
+            return bool(json.loads(line)["event"] == "ready")
+        except (ValueError, TypeError, KeyError):
+            return False  # half a line, or something that is no log line
+
+    def drain(self) -> list[int]:
+        """End it as a service manager does. The pids that are still there when it has gone; there should be none."""
+        family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(DRAIN_TIMEOUT_S)
+        _, alive = psutil.wait_procs(family[1:], timeout=1.0)
+        return [process.pid for process in alive]
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def last_words(self) -> str:
+        return "\n".join(self._log_path.read_text().splitlines()[-30:])
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(DRAIN_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()  # its children notice, and go too
+                self._process.wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

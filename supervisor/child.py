@@ -206,7 +206,7 @@ def _run_child(main: Main, sock: socket.socket, dump: IO[bytes], parent: int, to
         _take_own_signals(dump)
         for fd in to_close:
             os.close(fd)
-        os.register_at_fork(after_in_child=lambda: _release_in_grandchild(sock.fileno()))
+        os.register_at_fork(after_in_child=lambda: _leave_pool(sock, dump))
         _die_with_parent(parent)
         code = main(sock)
     except BaseException:  # noqa: BLE001 -- the outermost frame: whatever it was, it is shown and ends here
@@ -233,13 +233,18 @@ def _take_no_notice(signum: int, frame: object) -> None:
     return None
 
 
-def _release_in_grandchild(fd: int) -> None:
-    """In a process that a handler has forked: it is an ordinary process, not a member of the pool."""
-    with suppress(OSError):
-        os.close(fd)
+def _leave_pool(sock: socket.socket, dump: IO[bytes]) -> None:
+    """In a process that a handler has forked: it is an ordinary process, not a member of the pool.
+
+    The objects are closed, not their numbers: a process forked by this one comes here again, and the numbers may
+    have been given to something else by then.
+    """
+    faulthandler.disable()
+    faulthandler.unregister(signal.SIGUSR1)
+    sock.close()
+    dump.close()
     for signum in (*HANDLED_SIGNALS, PARENT_DEATH_SIGNAL):
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    faulthandler.unregister(signal.SIGUSR1)
 
 
 def _die_with_parent(parent: int) -> None:

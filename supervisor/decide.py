@@ -12,6 +12,7 @@ from typing import assert_never
 
 from streamline_pool.supervisor.breaker import Breaker, Tally, after_probe, after_tally, trial_lost
 from streamline_pool.supervisor.messages import (
+    STORE_UNREACHABLE_EXIT,
     AbortHint,
     AbortRun,
     Beat,
@@ -68,9 +69,8 @@ from streamline_pool.supervisor.upkeep import (
     settle,
 )
 
-__all__ = ["BOOT_STORE_UNREACHABLE", "decide", "initial", "pause_s", "pool_facts"]
+__all__ = ["decide", "initial", "pause_s", "pool_facts"]
 
-BOOT_STORE_UNREACHABLE = 3  # the command's exit code for "database unreachable at start"
 CRASH_WINDOW_S = 60.0  # `restart_budget` is crashes per minute
 RESTART_FIRST_S, RESTART_MAX_S = 0.05, 5.0  # back-off doubles between them: a lone crash costs nothing, a loop no CPU
 RESTART_STORE_AWAY_S = 0.5  # a guess: work must resume within 3 s of the database's return
@@ -213,7 +213,7 @@ def _on_checked(state: State, seq: int, due: int, now: float) -> Decision:
 def _on_boot_failed(state: State, member: Member, failed: BootFailed, now: float) -> Decision:
     """A child that cannot start stops the pool, unless all it lacks is a database that had been there."""
     member = replace(member, excused=True)
-    if state.ready and failed.exit_code == BOOT_STORE_UNREACHABLE:
+    if state.ready and failed.exit_code == STORE_UNREACHABLE_EXIT:
         return put(state, member), []
     state = put(state, replace(member, leaving=member.leaving or "boot failed"))
     if state.ending is not None:

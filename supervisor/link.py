@@ -7,14 +7,16 @@ The supervisor's end is in child.py. When the supervisor dies, by whatever signa
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 from typing import Generic
 
-from streamline_pool.supervisor.messages import Direction, FrameReader, FromSteward, FromWorker, M_co, decode, encode
+from streamline_pool.supervisor.messages import Direction, FrameReader, FromSteward, FromWorker, M_co, MessageError, decode, encode
 
-__all__ = ["Link"]
+__all__ = ["ORPHAN_EXIT_S", "Link", "arm_orphan_exit"]
 
+ORPHAN_EXIT_S = 1.8  # an orphan may live for 2 s
 _READ_BYTES = 64 * 1024
 
 
@@ -74,8 +76,12 @@ class Link(Generic[M_co]):
         if not data:
             self._end()
             return
-        for body in self._frames.feed(data):
-            self._heard(decode(body, self._direction))
+        try:
+            for body in self._frames.feed(data):
+                self._heard(decode(body, self._direction))
+        except MessageError:
+            self._end()  # orders that cannot be understood are as good as none: go, as if the supervisor were gone
+            raise
 
     def _end(self) -> None:
         if self._open:
@@ -84,3 +90,8 @@ class Link(Generic[M_co]):
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
             self._lost()
+
+
+def arm_orphan_exit(loop: asyncio.AbstractEventLoop) -> None:
+    """End this process soon, whatever still runs in it. For the time after `lost`."""
+    loop.call_later(ORPHAN_EXIT_S, os._exit, 0)

@@ -14,13 +14,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import orjson
 
 __all__ = [
-    "FROM_STEWARD", "FROM_WORKER", "TO_STEWARD", "TO_WORKER",
+    "BOOT_FAILED_EXIT", "FROM_STEWARD", "FROM_WORKER", "STORE_UNREACHABLE_EXIT", "TO_STEWARD", "TO_WORKER",
     "AbortHint", "AbortRun", "Beat", "BootFailed", "Check", "Checked", "Circuit", "CircuitState", "Close", "Died", "Drain", "Evidence",
     "FrameReader", "FromSteward", "FromWorker", "Gate", "GateState", "Hold", "MessageError", "Parked", "Poke", "PoolFacts", "Probe",
     "Released", "Reslot", "Ring", "StewardBeat", "Stop", "ToSteward", "ToWorker", "Wake", "WorkerFacts", "decode", "encode",
 ]  # fmt: skip
 
 VERSION = 1  # raised with every incompatible change; both ends are one fork of one program, so a mismatch is a bug
+BOOT_FAILED_EXIT = 64  # a child's own exit code after a `BootFailed`; apart from 0, 1 and those of signals
+STORE_UNREACHABLE_EXIT = 3  # the command's, for "database unreachable at start"
 FRAME_BYTES_MAX = 8 << 20  # a guess, far above any real message: a larger length means a corrupted stream
 _HEADER_BYTES = 4
 

@@ -23,8 +23,10 @@ from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.settings import Settings
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
-from streamline_pool.supervisor.link import Link
+from streamline_pool.supervisor.link import Link, arm_orphan_exit
 from streamline_pool.supervisor.messages import (
+    BOOT_FAILED_EXIT,
+    STORE_UNREACHABLE_EXIT,
     TO_STEWARD,
     AbortHint,
     BootFailed,
@@ -44,7 +46,6 @@ from streamline_pool.supervisor.messages import (
     Wake,
 )
 from streamline_pool.supervisor.timers import Timers
-from streamline_pool.supervisor.worker_main import BOOT_FAILED, arm_orphan_exit
 
 if TYPE_CHECKING:
     from streamline_pool.client import Streamline
@@ -93,7 +94,7 @@ async def _main(app: Streamline, settings: Settings, env: Env, boot: StewardBoot
     await asyncio.wait({beats, closing, starting}, return_when=asyncio.FIRST_COMPLETED)
     if starting.done() and (failed := starting.result()) is not None:
         steward.say(failed)
-        return BOOT_FAILED
+        return BOOT_FAILED_EXIT
     duties = [asyncio.create_task(duty()) for duty in steward.duties] if starting.done() else [starting]
     done, _ = await asyncio.wait({beats, closing, *duties}, return_when=asyncio.FIRST_COMPLETED)
     for task in (beats, *duties):
@@ -168,7 +169,7 @@ class _Steward:
                 await self._store.run(ops.send_signal("host", self._store.now(), host=self._boot.host_id))
             except StoreUnavailableError as exc:
                 if self._boot.first:
-                    return BootFailed(exit_code=3, message=exc.message)
+                    return BootFailed(exit_code=STORE_UNREACHABLE_EXIT, message=exc.message)
                 failures += 1
                 await self._pause(failures)
                 continue

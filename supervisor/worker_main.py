@@ -18,9 +18,10 @@ from streamline_pool.bus import global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError, ValidationError
 from streamline_pool.settings import Settings
-from streamline_pool.supervisor.decide import BOOT_STORE_UNREACHABLE
-from streamline_pool.supervisor.link import Link
+from streamline_pool.supervisor.link import Link, arm_orphan_exit
 from streamline_pool.supervisor.messages import (
+    BOOT_FAILED_EXIT,
+    STORE_UNREACHABLE_EXIT,
     TO_WORKER,
     AbortRun,
     Beat,
@@ -39,15 +40,14 @@ from streamline_pool.worker import Worker
 if TYPE_CHECKING:
     from streamline_pool.client import Streamline
 
-__all__ = ["BOOT_FAILED", "WorkerBoot", "arm_orphan_exit", "run_worker"]
+__all__ = ["WorkerBoot", "run_worker"]
 
 log = logging.getLogger("streamline_pool")
 
-BOOT_FAILED = 64  # the process's exit code after a `BootFailed`; apart from 0, 1 and those of signals
-BEAT_PAUSE_S = 0.005  # a guess: a change is told at once, ten changes in a row are told as one
+BEAT_PAUSE_S = 0.01  # a guess: a change is told at once, ten changes in a row are told as one
 PARKED_MAX = 500  # instants told per beat, the nearest ones; the steward's sweep finds the rest
 SUBSCRIBERS_S = 1.0  # a guess: for subscribers to hear the last events
-ORPHAN_DRAIN_S, ORPHAN_GRACE_S, ORPHAN_EXIT_S = 0.7, 0.3, 1.8  # within the 2 s that an orphan may live
+ORPHAN_DRAIN_S, ORPHAN_GRACE_S = 0.7, 0.3  # leaves as much again for releasing, see link.ORPHAN_EXIT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +64,6 @@ def run_worker(app: Streamline, settings: Settings, env: Env, boot: WorkerBoot, 
     """The main function of a worker process; its exit code."""
     # Not `asyncio.run`: its clean-up waits for threads, of which a handler may have stuck one.
     return asyncio.Runner().run(_WorkerProcess(app, settings, env, boot).run(sock))
-
-
-def arm_orphan_exit(loop: asyncio.AbstractEventLoop, code: int = 0) -> None:
-    """End this process soon, whatever still runs in it."""
-    loop.call_later(ORPHAN_EXIT_S, os._exit, code)
 
 
 class _WorkerProcess:
@@ -93,7 +88,7 @@ class _WorkerProcess:
             if self._booted:
                 raise
             self._link.send(_boot_failed(exc))
-            return BOOT_FAILED
+            return BOOT_FAILED_EXIT
         finally:
             beats.cancel()
         self._beat()  # the last figures
@@ -177,7 +172,7 @@ def _nearest(parked: list[tuple[str, datetime]]) -> tuple[tuple[str, int], ...]:
 def _boot_failed(exc: Exception) -> BootFailed:
     match exc:
         case StoreUnavailableError():
-            return BootFailed(exit_code=BOOT_STORE_UNREACHABLE, message=exc.message)
+            return BootFailed(exit_code=STORE_UNREACHABLE_EXIT, message=exc.message)
         case ValidationError():
             return BootFailed(exit_code=2, message=exc.message)
         case _:

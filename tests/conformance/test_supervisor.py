@@ -54,6 +54,13 @@ def deaf(ctx):
     """A thread that no signal and no drain can stop."""
     time.sleep(ctx.input["seconds"])
 
+stuck = app.workflow("stuck")
+
+@stuck.step(timeout=0.3, retries=1)
+def sticks(ctx):
+    """Its thread goes on after the timeout: threads cannot be stopped."""
+    time.sleep(60)
+
 blocking = app.workflow("blocking")
 
 @blocking.step(retries=1)
@@ -395,6 +402,18 @@ def test_a_worker_is_replaced_after_its_runs(app: Streamline, start: Start) -> N
         pids = {finish(app, begin(app, "quick")).steps[0].output for _ in range(12)}
         assert len(pids) >= 2
         assert not pool.logged("child_died")
+
+
+def test_a_worker_with_a_stuck_thread_is_replaced_and_goes(app: Streamline, start: Start) -> None:
+    """The thread holds a place in the worker's pool for as long as it likes; a normal exit would wait for it."""
+    with start("--workers", "1") as pool:
+        pool.ready()
+        (worker,) = pool.workers()
+        run = finish(app, begin(app, "stuck"))
+        assert run.error is not None
+        assert run.error["code"] == "STEP_TIMEOUT"
+        eventually(lambda: gone(worker))
+        assert finish(app, begin(app, "quick")).status == "done"
 
 
 def test_a_worker_above_its_memory_is_replaced(start: Start) -> None:

@@ -121,7 +121,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, int | float):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return str(value)
     return json.dumps(value, ensure_ascii=False)  # TOML's basic strings escape as JSON's do
 
 

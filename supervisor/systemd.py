@@ -125,7 +125,7 @@ def _plain(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return ",".join(value)
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else str(value)
 
 
 def _escaped(text: str) -> str:

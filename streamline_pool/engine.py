@@ -259,7 +259,7 @@ class Engine:
         """Make a transition durable. True if the run is still ours and goes on."""
         if self.draining and change.name == "advance":
             # The next step would not be entered here: leave it to whoever claims the run, in this same write.
-            change = transitions.without_grant(change, self.store.now())
+            change = transitions.without_grant(flight.document, change, self.store.now())
         first, twin = change, False
         while flight.checkpointing is not None:
             await flight.checkpointing
@@ -284,7 +284,7 @@ class Engine:
                 change = first = transitions.park_timer(flight.document, flight.place)
             else:
                 twin = verdict is Verdict.PAUSED
-                change = transitions.under_pause(first, self.store.now()) if twin else first
+                change = transitions.under_pause(flight.document, first, self.store.now()) if twin else first
 
     async def _landed(self, flight: Flight, change: Change, verdict: Verdict) -> bool:
         if verdict is Verdict.LANDED_BY_READ and not change.releases:

@@ -227,16 +227,22 @@ def give_back(document: Document, place: int, now: datetime, *, entered: bool) -
     steps: dict[int, Document] = {}
     if step["status"] == _S_RUNNING:
         steps = {place: {**step, "status": _S_PENDING, "attempts": step["attempts"] - (0 if entered else 1)}}
-    return Change("release", {}, steps, wake_at=now, releases=True)
+    return Change("release", {}, steps, wake_at=_in_turn(document, now), releases=True)
 
 
-def without_grant(change: Change, now: datetime) -> Change:
+def without_grant(document: Document, change: Change, now: datetime) -> Change:
     """A step's result without the start of the next one: whoever claims the run grants and counts that."""
     ended = dict(list(change.steps.items())[:1])
-    return Change("advance", change.fields, ended, change.events, wake_at=now, releases=True)
+    return Change("advance", change.fields, ended, change.events, wake_at=_in_turn(document, now), releases=True)
 
 
-def under_pause(change: Change, now: datetime) -> Change:
+def _in_turn(document: Document, now: datetime) -> datetime:
+    """A `wakeAt` that is due at once and keeps the run's place: it queues by its age, not behind all who came meanwhile."""
+    created_at = document.get("createdAt")
+    return created_at if isinstance(created_at, datetime) and created_at < now else now
+
+
+def under_pause(document: Document, change: Change, now: datetime) -> Change:
     """The same result for a run that turned out to be paused: stored, but nothing is started or ended by it.
 
     `wake_at` of what this returns goes to `pausedWakeAt`. Only a handler's result is stored; ending a sleep
@@ -248,7 +254,7 @@ def under_pause(change: Change, now: datetime) -> Change:
     if change.name == "finish":
         kept = {name: value for name, value in change.fields.items() if name not in ("status", "output", "endedAt")}
         return Change("advance", kept, change.steps, change.events[:1], wake_at=now, releases=True)
-    return without_grant(change, now) if change.name == "advance" and not change.releases else change
+    return without_grant(document, change, now) if change.name == "advance" and not change.releases else change
 
 
 def apply(document: Document, change: Change) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pool_script import LIMITS, STEWARD, Script, beat
 
-from streamline_pool.supervisor.decide import decide, initial, pause_s, pool_facts
+from streamline_pool.supervisor.decide import decide
 from streamline_pool.supervisor.messages import (
     AbortHint,
     AbortRun,
-    Beat,
     BootFailed,
-    Check,
-    Checked,
     Circuit,
     Close,
     Died,
@@ -26,7 +22,6 @@ from streamline_pool.supervisor.messages import (
     Hold,
     Parked,
     Poke,
-    PoolFacts,
     Probe,
     Released,
     Reslot,
@@ -36,110 +31,18 @@ from streamline_pool.supervisor.messages import (
     Wake,
 )
 from streamline_pool.supervisor.state import (
-    Action,
     Dump,
     Event,
     Exit,
-    Exited,
-    Forked,
     ForkFailed,
     Garbled,
     Heard,
     Kill,
-    Limits,
     Log,
     Measured,
-    Send,
-    Signalled,
     Spawn,
-    State,
     Tick,
 )
-
-LIMITS = Limits(drain_timeout_s=30.0, stall_timeout_s=10.0, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
-STEWARD = 100
-A = TypeVar("A")
-
-
-class Script:
-    """Tells `decide` what happens and plays the part of a system in which every fork succeeds at once."""
-
-    def __init__(self, workers: int = 2, **limits: Any) -> None:
-        self.now = 1000.0
-        self.state: State = initial(workers, replace(LIMITS, **limits), self.now)
-        self.actions: list[Action] = []  # of the last call
-        self.alive: set[int] = set()
-        self._next_pid = STEWARD
-
-    def tell(self, *events: Event) -> list[Action]:
-        """All that is done about these events and the forks that follow from them."""
-        self.actions, queue = [], list(events)
-        while queue:
-            self.state, actions = decide(self.state, queue.pop(0), self.now)
-            self.actions += actions
-            for spawn in (action for action in actions if isinstance(action, Spawn)):
-                queue.append(Forked(pid=self._next_pid, owner=f"h:{self._next_pid}:n", role=spawn.role, index=spawn.index))
-                self.alive.add(self._next_pid)
-                self._next_pid += 1
-        return self.actions
-
-    def wait(self, seconds: float) -> list[Action]:
-        """Time passes in which every living child beats and nothing else happens."""
-        actions = []
-        for _ in range(round(seconds / 0.5) or 1):
-            self.now += seconds if seconds < 0.5 else 0.5
-            self.state = replace(
-                self.state,
-                members={pid: replace(m, heard_at=self.now) for pid, m in self.state.members.items() if m.phase != "dying"}
-                | {pid: m for pid, m in self.state.members.items() if m.phase == "dying"},
-            )
-            actions += self.tell(Tick())
-        self.actions = actions
-        return actions
-
-    def hear(self, pid: int, message: Any) -> list[Action]:
-        return self.tell(Heard(pid=pid, message=message))
-
-    def beat(self, pid: int, **fields: Any) -> list[Action]:
-        return self.hear(pid, beat(**fields))
-
-    def dies(self, pid: int, exit_code: int | None = None, signal: str | None = "SIGKILL") -> list[Action]:
-        self.alive.discard(pid)
-        return self.tell(Exited(pid=pid, exit_code=exit_code, signal=None if exit_code is not None else signal, dump=None, jitter=0.5))
-
-    def signal(self, signum: signal.Signals) -> list[Action]:
-        return self.tell(Signalled(signum=signum))
-
-    def started(self) -> Script:
-        self.tell(Tick())
-        self.hear(STEWARD, StewardBeat(ready=True))
-        for pid in self.workers:
-            self.beat(pid)
-        assert self.state.ready
-        return self
-
-    @property
-    def workers(self) -> list[int]:
-        return [m.pid for m in self.state.workers]
-
-    def sent(self, kind: type[A]) -> list[tuple[int, A]]:
-        """Who was sent messages of that kind by the last call."""
-        return [(a.pid, a.message) for a in self.actions if isinstance(a, Send) and isinstance(a.message, kind)]
-
-    def did(self, kind: type[A]) -> list[A]:
-        return [action for action in self.actions if isinstance(action, kind)]
-
-    def logged(self) -> list[str]:
-        return [action.event for action in self.did(Log)]
-
-
-def beat(**fields: Any) -> Beat:
-    usual: dict[str, Any] = {
-        "state": "ready", "hungry": True, "in_flight": 0, "runs_total": 0, "steps_total": 0, "ops_ok": 0, "ops_failed": 0,
-        "consecutive_failures": 0, "lru": {},
-    }  # fmt: skip
-    return Beat(**{**usual, **fields})
-
 
 # ---- starting ------------------------------------------------------------------------------------------------------
 
@@ -524,273 +427,3 @@ def test_a_trial_worker_that_dies_is_followed_by_another() -> None:
     assert script.state.breaker.state == "open"
     script.hear(STEWARD, Probe(ok=True))
     assert script.sent(Gate) == [(102, Gate(state="one"))]
-
-
-# ---- endings -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_term_and_int_drain_then_close_the_steward_then_exit_0(signum: signal.Signals) -> None:
-    script = Script(workers=2).started()
-    script.signal(signum)
-    assert [pid for pid, _ in script.sent(Drain)] == [101, 102]
-    script.dies(101, exit_code=0)
-    assert not script.did(Spawn)
-    script.dies(102, exit_code=0)
-    assert script.sent(Close) == [(STEWARD, Close())]
-    script.dies(STEWARD, exit_code=0)
-    assert script.did(Exit) == [Exit(code=0)]
-
-
-def test_a_drain_that_takes_too_long_releases_and_exits_4() -> None:
-    script = Script(workers=1).started()
-    script.signal(signal.SIGTERM)
-    script.wait(LIMITS.drain_timeout_s - 0.5)
-    assert not script.sent(Stop)
-    script.wait(0.5)
-    assert script.sent(Stop) == [(101, Stop(grace_s=1.0))]
-    script.dies(101, exit_code=0)
-    script.dies(STEWARD, exit_code=0)
-    assert script.did(Exit) == [Exit(code=4)]
-
-
-def test_a_worker_that_cannot_even_stop_is_killed_and_released_by_the_steward() -> None:
-    script = Script(workers=1).started()
-    script.signal(signal.SIGTERM)
-    script.wait(LIMITS.drain_timeout_s + 4.5)
-    assert Kill(pid=101, signum=signal.SIGKILL) in script.did(Kill)
-    script.dies(101)
-    assert [pid for pid, _ in script.sent(Died)] == [STEWARD]
-    assert not script.sent(Close), "the steward still has something to release"
-    script.hear(STEWARD, Released(owner="h:101:n", runs=1))
-    assert script.sent(Close)
-    script.dies(STEWARD, exit_code=0)
-    assert script.did(Exit) == [Exit(code=4)]
-
-
-def test_leases_that_cannot_be_released_do_not_delay_the_end_for_ever() -> None:
-    """The database may be away for good; the leases expire by themselves."""
-    script = Script(workers=1).started()
-    script.dies(101)
-    script.signal(signal.SIGTERM)
-    assert not script.sent(Close)
-    script.wait(3.5)
-    assert script.sent(Close)
-
-
-def test_a_steward_that_dies_during_the_drain_is_replaced_while_it_is_needed() -> None:
-    script = Script(workers=1).started()
-    script.signal(signal.SIGTERM)
-    script.dies(STEWARD)
-    script.wait(0.5)
-    assert [s.role for s in script.did(Spawn)] == ["steward"]
-    script.dies(101)
-    assert script.sent(Died)
-
-
-def test_the_second_int_cancels_and_the_third_kills() -> None:
-    script = Script(workers=2).started()
-    script.signal(signal.SIGINT)
-    script.signal(signal.SIGINT)
-    assert script.sent(Stop) == [(101, Stop(grace_s=5.0)), (102, Stop(grace_s=5.0))]
-    script.dies(101, exit_code=0)
-    assert script.state.ending is not None
-    assert script.state.ending.code == 4
-    script.signal(signal.SIGINT)
-    assert {kill.pid for kill in script.did(Kill)} == {STEWARD, 102}
-    script.dies(STEWARD)
-    assert not script.did(Spawn)
-    script.dies(102)
-    script.wait(0.1)
-    assert Exit(code=137) in script.actions or script.state.members == {}
-
-
-def test_an_int_after_term_is_the_first_one() -> None:
-    script = Script(workers=1).started()
-    script.signal(signal.SIGTERM)
-    script.signal(signal.SIGINT)
-    assert not script.sent(Stop)
-    script.signal(signal.SIGINT)
-    assert script.sent(Stop)
-
-
-# ---- burst ---------------------------------------------------------------------------------------------------------
-
-
-def burst_until_check(script: Script) -> int:
-    """Everybody answers the first question as idle; the number of the check that follows."""
-    assert script.state.burst is not None
-    seq = script.state.burst.seq
-    for pid in script.workers:
-        script.beat(pid, poke=seq, runs_total=3)
-    ((to, check),) = script.sent(Check)
-    assert to == STEWARD
-    return check.seq
-
-
-def test_burst_ends_when_idle_nothing_due_and_still_idle() -> None:
-    script = Script(workers=2, burst=True).started()
-    script.hear(STEWARD, Checked(seq=burst_until_check(script), due=0))
-    seq = script.sent(Poke)[0][1].seq
-    script.beat(101, poke=seq, runs_total=3)
-    assert script.state.ending is None, "one worker has not confirmed"
-    script.beat(102, poke=seq, runs_total=3)
-    assert [pid for pid, _ in script.sent(Drain)] == [101, 102]
-    for pid in (101, 102, STEWARD):
-        script.dies(pid, exit_code=0)
-    assert script.did(Exit) == [Exit(code=0)]
-
-
-def test_burst_does_not_end_when_a_run_passed_between_the_questions() -> None:
-    """It was claimed before the check and has ended since: it may have started another one in between."""
-    script = Script(workers=2, burst=True).started()
-    script.hear(STEWARD, Checked(seq=burst_until_check(script), due=0))
-    seq = script.sent(Poke)[0][1].seq
-    script.beat(101, poke=seq, runs_total=3)
-    script.beat(102, poke=seq, runs_total=4)
-    assert script.state.ending is None
-
-
-def test_burst_goes_on_while_something_is_due() -> None:
-    script = Script(workers=2, burst=True).started()
-    script.hear(STEWARD, Checked(seq=burst_until_check(script), due=1))
-    assert len(script.sent(Ring)) == 1
-    assert script.state.burst is None
-    assert not script.sent(Poke), "not at once again"
-
-
-def test_burst_waits_for_the_release_of_a_dead_workers_runs() -> None:
-    script = Script(workers=1, burst=True)
-    script.tell(Tick())
-    script.hear(STEWARD, StewardBeat(ready=True))
-    script.beat(101, in_flight=1, hungry=False)
-    script.dies(101)
-    script.wait(0.5)
-    script.beat(102)
-    script.wait(5.0)
-    assert script.state.burst is None
-
-
-def test_work_that_appears_during_the_check_starts_the_proof_again() -> None:
-    script = Script(workers=2, burst=True).started()
-    seq = burst_until_check(script)
-    script.beat(101, in_flight=1, hungry=False, runs_total=4)
-    script.hear(STEWARD, Checked(seq=seq, due=0))
-    assert script.state.burst is None
-    assert script.state.ending is None
-
-
-# ---- facts and pauses ----------------------------------------------------------------------------------------------
-
-
-def test_facts_count_what_gone_workers_did() -> None:
-    """A counter that drops at every restart is useless to Prometheus."""
-    script = Script(workers=1).started()
-    script.beat(101, runs_total=5, steps_total=9)
-    script.dies(101)
-    script.wait(0.5)
-    script.beat(102, runs_total=1, steps_total=2)
-    facts = pool_facts(script.state, script.now)
-    assert (facts.runs_total, facts.steps_total, facts.restarts) == (6, 11, 1)
-    assert [worker.pid for worker in facts.workers] == [102]
-
-
-def test_facts_are_sent_each_second() -> None:
-    script = Script().started()
-    script.wait(10.0)
-    assert 9 <= len(script.sent(PoolFacts)) <= 11
-
-
-def test_an_idle_pool_sleeps_longer_than_a_busy_supervisor() -> None:
-    script = Script(workers=1).started()
-    assert pause_s(script.state) == 0.5
-    script.dies(101)
-    assert pause_s(script.state) < 0.05
-
-
-# ---- anything ------------------------------------------------------------------------------------------------------
-
-pids = st.integers(STEWARD, STEWARD + 8)
-counters = {name: st.integers(0, 9) for name in ("in_flight", "runs_total", "steps_total", "ops_ok", "ops_failed", "consecutive_failures")}
-beats = st.builds(
-    Beat,
-    state=st.sampled_from(["starting", "ready", "holding", "draining"]),
-    hungry=st.booleans(),
-    recycle=st.sampled_from([None, None, "stuck"]),
-    lru=st.just({}),
-    parked=st.just((("l", 1),)),
-    poke=st.integers(0, 9),
-    **counters,
-)
-words = st.one_of(
-    st.just(StewardBeat(ready=True)),
-    st.builds(Wake, lane=st.just("l"), run_id=st.none(), count=st.integers(0, 3)),
-    st.builds(AbortHint, run_id=st.just("r"), owner=st.none(), reason=st.just("cancelled")),
-    st.builds(Released, owner=st.builds("h:{}:n".format, pids), runs=st.integers(0, 2)),
-    st.builds(Checked, seq=st.integers(0, 9), due=st.integers(0, 1)),
-    st.builds(Probe, ok=st.booleans()),
-)
-SIGNALS = [signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGCONT, signal.SIGUSR1]
-happenings = st.one_of(
-    st.tuples(st.just("beat"), pids, beats),
-    st.tuples(st.just("word"), pids, words),
-    st.tuples(st.just("dies"), pids, st.sampled_from([None, 0, 1, 64])),
-    st.tuples(st.just("wait"), st.sampled_from([0.1, 1.0, 40.0]), st.none()),
-    st.tuples(st.just("signal"), st.sampled_from(SIGNALS), st.none()),
-    st.tuples(st.just("rss"), pids, st.integers(0, 200)),
-)
-
-
-def play(script: Script, kind: str, what: Any, more: Any) -> None:
-    match kind:
-        case "beat" if what in script.state.members and script.state.members[what].role == "worker":
-            script.hear(what, more)
-        case "word" if script.state.steward is not None:
-            script.hear(script.state.steward.pid, more)
-        case "dies" if what in script.alive:
-            script.dies(what, exit_code=more)
-        case "wait":
-            script.wait(what)
-        case "signal":
-            script.signal(what)
-        case "rss":
-            script.tell(Measured(rss_bytes={what: more}))
-
-
-def check_invariants(script: Script) -> None:
-    state = script.state
-    assert set(state.members) == script.alive
-    for action in script.actions:
-        if isinstance(action, Send | Kill):
-            assert action.pid >= STEWARD, "only children are spoken to"
-    if state.ending is None:
-        places = sorted([m.index for m in state.staying] + [v.index for v in state.vacancies if v.role == "worker"])
-        assert places == list(range(state.target)), "every place is taken or about to be, once"
-        stewards = [m for m in state.members.values() if m.role == "steward"] + [v for v in state.vacancies if v.role == "steward"]
-        assert len(stewards) == 1
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(happenings, max_size=30), st.booleans())
-def test_whatever_happens_the_pool_stays_whole_and_can_be_ended(story: list[tuple[str, Any, Any]], burst: bool) -> None:
-    """No order of deaths, signals and messages may lose a place, start two for one, or leave a pool that cannot end."""
-    script = Script(workers=3, burst=burst, max_rss_bytes=100, restart_budget=20)
-    script.tell(Tick())
-    for kind, what, more in story:
-        play(script, kind, what, more)
-        check_invariants(script)
-        if not script.alive and script.state.ending is not None:
-            return
-    script.signal(signal.SIGTERM)
-    exits: list[Exit] = []
-    for _ in range(100):
-        for kill in script.did(Kill):
-            if kill.signum == signal.SIGKILL and kill.pid in script.alive:
-                script.dies(kill.pid)
-                exits += script.did(Exit)
-        script.wait(1.0)
-        exits += script.did(Exit)
-        if exits:
-            break
-    assert exits, "children that obey nothing are killed in the end"
-    assert not script.alive

@@ -1,0 +1,111 @@
+"""For tests of the supervisor's decisions: a system without processes, in which every fork succeeds at once."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from streamline_pool.supervisor.decide import decide, initial
+from streamline_pool.supervisor.messages import (
+    Beat,
+    StewardBeat,
+)
+from streamline_pool.supervisor.state import (
+    Action,
+    Event,
+    Exited,
+    Forked,
+    Heard,
+    Limits,
+    Log,
+    Send,
+    Signalled,
+    Spawn,
+    State,
+    Tick,
+)
+
+LIMITS = Limits(drain_timeout_s=30.0, stall_timeout_s=10.0, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
+STEWARD = 100
+A = TypeVar("A")
+
+
+class Script:
+    """Tells `decide` what happens and plays the part of a system in which every fork succeeds at once."""
+
+    def __init__(self, workers: int = 2, **limits: Any) -> None:
+        self.now = 1000.0
+        self.state: State = initial(workers, replace(LIMITS, **limits), self.now)
+        self.actions: list[Action] = []  # of the last call
+        self.alive: set[int] = set()
+        self._next_pid = STEWARD
+
+    def tell(self, *events: Event) -> list[Action]:
+        """All that is done about these events and the forks that follow from them."""
+        self.actions, queue = [], list(events)
+        while queue:
+            self.state, actions = decide(self.state, queue.pop(0), self.now)
+            self.actions += actions
+            for spawn in (action for action in actions if isinstance(action, Spawn)):
+                queue.append(Forked(pid=self._next_pid, owner=f"h:{self._next_pid}:n", role=spawn.role, index=spawn.index))
+                self.alive.add(self._next_pid)
+                self._next_pid += 1
+        return self.actions
+
+    def wait(self, seconds: float) -> list[Action]:
+        """Time passes in which every living child beats and nothing else happens."""
+        actions = []
+        for _ in range(round(seconds / 0.5) or 1):
+            self.now += seconds if seconds < 0.5 else 0.5
+            self.state = replace(
+                self.state,
+                members={pid: replace(m, heard_at=self.now) for pid, m in self.state.members.items() if m.phase != "dying"}
+                | {pid: m for pid, m in self.state.members.items() if m.phase == "dying"},
+            )
+            actions += self.tell(Tick())
+        self.actions = actions
+        return actions
+
+    def hear(self, pid: int, message: Any) -> list[Action]:
+        return self.tell(Heard(pid=pid, message=message))
+
+    def beat(self, pid: int, **fields: Any) -> list[Action]:
+        return self.hear(pid, beat(**fields))
+
+    def dies(self, pid: int, exit_code: int | None = None, signal: str | None = "SIGKILL") -> list[Action]:
+        self.alive.discard(pid)
+        return self.tell(Exited(pid=pid, exit_code=exit_code, signal=None if exit_code is not None else signal, dump=None, jitter=0.5))
+
+    def signal(self, signum: signal.Signals) -> list[Action]:
+        return self.tell(Signalled(signum=signum))
+
+    def started(self) -> Script:
+        self.tell(Tick())
+        self.hear(STEWARD, StewardBeat(ready=True))
+        for pid in self.workers:
+            self.beat(pid)
+        assert self.state.ready
+        return self
+
+    @property
+    def workers(self) -> list[int]:
+        return [m.pid for m in self.state.workers]
+
+    def sent(self, kind: type[A]) -> list[tuple[int, A]]:
+        """Who was sent messages of that kind by the last call."""
+        return [(a.pid, a.message) for a in self.actions if isinstance(a, Send) and isinstance(a.message, kind)]
+
+    def did(self, kind: type[A]) -> list[A]:
+        return [action for action in self.actions if isinstance(action, kind)]
+
+    def logged(self) -> list[str]:
+        return [action.event for action in self.did(Log)]
+
+
+def beat(**fields: Any) -> Beat:
+    usual: dict[str, Any] = {
+        "state": "ready", "hungry": True, "in_flight": 0, "runs_total": 0, "steps_total": 0, "ops_ok": 0, "ops_failed": 0,
+        "consecutive_failures": 0, "lru": {},
+    }  # fmt: skip
+    return Beat(**{**usual, **fields})

@@ -115,11 +115,13 @@ class Kill(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parsed(argv)
     # The pool is drained and the server stopped on the way out, whatever the way.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return demonstrate(options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def demonstrate(options: argparse.Namespace) -> int:

@@ -1,0 +1,73 @@
+"""The examples work as they stand: alone as programs, and as applications of the command."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from streamline_pool.supervisor.importing import import_app
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(*words: str, folder: Path = REPOSITORY) -> str:
+    """What the program prints; it must end with 0 and leave no process behind."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
+    environ["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=55)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def processes_of(word: str) -> list[int]:
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if any(word in part for part in process.info["cmdline"] or ())]
+
+
+@pytest.mark.parametrize("name", ["hello_world", "stdlib_index", "web_scraper"])
+def test_each_is_an_application(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    app, threads = import_app(f"examples.{name}:app")
+    assert len(app.workflows) == 1
+    assert threads == []
+
+
+def test_hello_world_runs_alone(tmp_path: Path) -> None:
+    said = run(str(REPOSITORY / "examples" / "hello_world.py"), folder=tmp_path)
+    assert "is done: {'greeting': 'Hello, world!', 'characters': 13}" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_web_scraper_saves_every_page_of_a_real_site() -> None:
+    said = run("examples/web_scraper.py")
+    assert "19 of 19 runs are done, 19 pages are saved" in said
+    assert re.search(r"^ +\d{4,} bytes +\d+ links +Python: package json$", said, re.MULTILINE)
+
+
+def test_the_demo_loses_a_worker_and_nothing_else() -> None:
+    """`streamline-pool demo` on a sample of the files: a worker is killed, totals are equal, nothing is accepted twice."""
+    said = run("-m", "streamline_pool.supervisor.cli", "demo", "--limit", "300")
+    table = dict(re.findall(r"^(\S[a-z ]+?)  +(.+)$", said, re.MULTILINE))
+    assert re.search(r"killed worker \d+ with SIGKILL; it held \d+ runs", said)
+    assert re.fullmatch(r"\d+\.\d\d s for the \d+ runs of the killed worker", table["recovery time"])
+    assert table["duplicates accepted"] == "0"
+    stored, directly = table["functions"].split()
+    assert int(stored) == int(directly) > 1000
+    assert said.endswith("\nequal\n")
+    assert processes_of("examples.stdlib_index:app") == []
+
+
+def test_the_demo_fails_when_the_totals_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A comparison that cannot fail proves nothing: here the direct count is made wrong."""
+    from examples import stdlib_index
+
+    count = stdlib_index.count_source
+    monkeypatch.setattr(stdlib_index, "count_source", lambda source: count(source) | {"lines": 1})  # here, not in the workers
+    assert stdlib_index.main(["--limit", "100"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out

@@ -228,7 +228,7 @@ def kill_one_worker() -> Kill | None:
     pid = int(owner.split(":")[1])  # an owner is host:pid:nonce
     os.kill(pid, signal.SIGKILL)
     killed_at = time.monotonic()
-    # Where they stood when it died: the dead write nothing more. Those that ended just before are not its loss.
+    # Where they stood when it died, but for writes that were on their way. Those that had ended by then are not its loss.
     query = {"_id": {"$in": run_ids}, "status": {"$nin": ["done", "failed", "cancelled"]}}
     stood = {run["_id"]: run["rev"] for run in app.runs.find(query, {"rev": 1})}
     _say(f"killed worker {pid} with SIGKILL; it held {len(stood)} runs")

@@ -250,6 +250,7 @@ class Worker:
 
     async def _claim_due(self, store: AsyncStore, engine: Engine, limit: int) -> None:
         """One look, in this worker's slots first and then in everybody's; claims what it finds."""
+        self._backlog = False  # before the look: a ring that comes during it may be for a run that it has just missed
         complete = True
         found: list[str] = []
         lanes_done = 0
@@ -264,11 +265,10 @@ class Worker:
             lanes_done += len(lanes)
         self.store_answered(True)
         if not found:
-            self._backlog = False
             return
         self._turn += 1
-        # Something was found: look again afterwards unless this look has seen the end of every lane.
-        self._backlog = not complete or lanes_done < len(self._lanes)
+        if not complete or lanes_done < len(self._lanes):
+            self._backlog = True  # there is more than this look could take
         await self._claim(store, engine, found)
 
     def _scan(self, offset: int) -> tuple[Sequence[str], Sequence[int] | None]:

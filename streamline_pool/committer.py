@@ -8,6 +8,7 @@ logs), so a busy worker pays one round trip for hundreds of steps and an idle on
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -15,17 +16,22 @@ from typing import Any
 
 from . import ops
 from .env import Env
-from .errors import PayloadTooLargeError, StoreUnavailableError
+from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from .ops import Statement
 from .store import AsyncStore
 
-__all__ = ["GroupCommitter", "Verdict"]
+__all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
+
+log = logging.getLogger("streamline_pool")
 
 _PUMPS = 2  # commands under way at once: one is prepared here while the server works on the other; measured: 3 gain nothing
 _BATCH_MAX = 100  # statements in one; measured: larger ones make the pumps take turns instead of overlapping
 _BATCH_BYTES_MAX = 8 * 1024 * 1024  # MongoDB takes 48 MB in a message; smaller ones keep others from waiting
 _BACKOFF_MAX_S = 1.0  # so that work resumes within moments of the database's return
 _TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
+# What the server will say of this document again: a bad value or type, too deep, a path through something else than a document,
+# a validator or a unique index that users have put on the collection.
+_REFUSED_CODES = frozenset({2, 9, 14, 15, 22, 28, 52, 55, 56, 57, 121, 11000})
 
 
 class Verdict(Enum):
@@ -72,7 +78,8 @@ class GroupCommitter:
     def write(self, statement: Statement) -> asyncio.Future[Verdict]:
         """Hand in a statement. Its verdict comes when the database has shown it, however long that takes.
 
-        The future raises PayloadTooLargeError when the document would outgrow MongoDB's limit.
+        The future raises PayloadTooLargeError when the document would outgrow MongoDB's limit, ValidationError when
+        the server refuses it for another reason that lies in the document.
         """
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._queue.append((statement, future))
@@ -86,7 +93,12 @@ class GroupCommitter:
                 await self._filled.wait()
             batch = self._next_batch()
             try:
-                await self._settle(batch)
+                await self._settle(batch, doubtful=False)
+            except Exception as exc:
+                # A defect of ours: it ends the drivers of these runs, whose leases run out, and nobody else's.
+                log.exception("commit_failed", extra={"runs": len(batch)})
+                for _, future in batch:
+                    _fail(future, exc)
             except BaseException:
                 for _, future in batch:
                     future.cancel()
@@ -100,10 +112,9 @@ class GroupCommitter:
             size += batch[-1][0].size
         return batch
 
-    async def _settle(self, batch: _Batch) -> None:
+    async def _settle(self, batch: _Batch, *, doubtful: bool) -> None:
         """Repeat a batch until every statement in it has its verdict. Repeating is safe: each names the `rev` it follows."""
         failures = 0
-        doubtful = False
         while batch:
             try:
                 reply = await self._send([statement for statement, _ in batch])
@@ -113,12 +124,21 @@ class GroupCommitter:
                     return
                 batch = self._refuse(batch, reply.get("writeErrors", ()))
                 batch = await self._judge(batch, doubtful)
-                failures = 0
+                if not batch:
+                    return
+            except ValidationError as exc:
+                if len(batch) == 1:
+                    _fail(batch[0][1], exc)
+                    return
+                # The command as a whole was refused for one of its statements: each goes alone.
+                for item in batch:
+                    await self._settle([item], doubtful=doubtful)
+                return
             except StoreUnavailableError:
                 self._on_outcome(False)
                 doubtful = True
-                failures += 1
-                await self._env.async_sleep(min(0.02 * 2**failures, _BACKOFF_MAX_S) * (0.5 + self._env.random() / 2))
+            failures += 1
+            await self._env.async_sleep(min(0.02 * 2**failures, _BACKOFF_MAX_S) * (0.5 + self._env.random() / 2))
 
     async def _send(self, statements: list[Statement]) -> Mapping[str, Any]:
         self.commands += 1
@@ -129,12 +149,10 @@ class GroupCommitter:
 
     def _refuse(self, batch: _Batch, errors: Any) -> _Batch:
         """Take out statements that the server can never store; one run's trouble is not its neighbours'."""
-        refused = {error["index"]: error for error in errors if error.get("code") in _TOO_LARGE_CODES}
+        refused = {error["index"]: error for error in errors if error.get("code") in _TOO_LARGE_CODES | _REFUSED_CODES}
         for index, error in refused.items():
             statement, future = batch[index]
-            message = f"run {statement.fence.run_id}: the run would grow above MongoDB's 16 MiB: {error.get('errmsg')}"
-            if not future.done():
-                future.set_exception(PayloadTooLargeError(message, run_id=statement.fence.run_id))
+            _fail(future, refusal(statement, error))
         return [item for index, item in enumerate(batch) if index not in refused]
 
     async def _judge(self, batch: _Batch, doubtful: bool) -> _Batch:
@@ -157,7 +175,7 @@ def judge(statement: Statement, document: Mapping[str, Any] | None) -> Verdict |
     fence = statement.fence
     if document is None:
         return Verdict.FENCED
-    lease_id = (document.get("lease") or {}).get("id")
+    lease_id = lease_id_of(document)
     landed = document.get("rev") == fence.rev + 1
     if lease_id != fence.lease_id:
         # Nobody has claimed, released or acted since (the token stands): the lease went with this very write.
@@ -178,3 +196,22 @@ def judge(statement: Statement, document: Mapping[str, Any] | None) -> Verdict |
 def _resolve(future: asyncio.Future[Verdict], verdict: Verdict) -> None:
     if not future.done():
         future.set_result(verdict)
+
+
+def _fail(future: asyncio.Future[Verdict], exc: Exception) -> None:
+    if not future.done():
+        future.set_exception(exc)
+
+
+def lease_id_of(document: Mapping[str, Any]) -> Any:
+    """The claim id of whoever holds the run, or None; whatever another program has made of the field."""
+    lease = document.get("lease")
+    return lease.get("id") if isinstance(lease, Mapping) else None
+
+
+def refusal(statement: Statement, error: Mapping[str, Any]) -> ValidationError:
+    """What it means that the server refused one statement of a command."""
+    run_id, said = statement.fence.run_id, str(error.get("errmsg"))[:500]
+    if error.get("code") in _TOO_LARGE_CODES:
+        return PayloadTooLargeError(f"run {run_id}: it would grow above MongoDB's 16 MiB: {said}", run_id=run_id)
+    return ValidationError(f"run {run_id}: MongoDB refuses to store it: {said}", run_id=run_id)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from .bus import ENGINE_EVENTS
-from .documents import check_payload
+from .documents import as_payload, check_payload
 from .errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
 from .model import seconds
 
@@ -127,7 +127,20 @@ _STORED = _Stored()
 class Context:
     """One attempt at one step, as its handler sees it."""
 
-    __slots__ = ("__weakref__", "_closed", "_document", "_ending", "_place", "_port", "_sets", "attempt", "context", "signal", "step_id")
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_document",
+        "_ending",
+        "_place",
+        "_port",
+        "_sets",
+        "_sets_bytes",
+        "attempt",
+        "context",
+        "signal",
+        "step_id",
+    )
 
     def __init__(self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port) -> None:
         step = document["steps"][place]
@@ -135,6 +148,7 @@ class Context:
         self._place = place
         self._port = port
         self._sets: dict[str, Any] = {}
+        self._sets_bytes = 0  # an upper bound: a key set twice counts twice
         self._ending: Ending | None = None
         self._closed = False
         self.step_id: str = step["stepId"]
@@ -169,7 +183,8 @@ class Context:
         self._check_open()
         if not isinstance(key, str) or not key or "\0" in key:
             raise ValidationError(f"ctx.set: a key is non-empty text without NUL, not {key!r}")
-        check_payload(value, f"context.{key}")
+        value, size = as_payload(value, f"context.{key}")
+        self._sets_bytes += size + len(key)
         self._sets[key] = value
         self.context[key] = value
 
@@ -216,7 +231,7 @@ class Context:
         In `async def` handlers it may be awaited or not; the event loop stands still for one majority write.
         """
         self._check_open()
-        self._port.save_checkpoint(value, check_payload(value, "checkpoint"))
+        self._port.save_checkpoint(*as_payload(value, "checkpoint"))
         return _STORED
 
     def get_checkpoint(self) -> Any:

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import bson
-from bson.errors import BSONError
 
 from .definition import Definition
 from .errors import DataCorruptionError, PayloadTooLargeError, ValidationError
@@ -21,8 +20,10 @@ __all__ = [
     "CODEC",
     "HOST_INDEXES",
     "PAYLOAD_BYTES_MAX",
+    "PAYLOAD_DEPTH_MAX",
     "RUN_INDEXES",
     "SLOTS",
+    "as_payload",
     "as_stored",
     "check_payload",
     "make_context",
@@ -45,7 +46,14 @@ merges one index scan per lane and slot, and MongoDB merges at most 200 of them;
 PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
 """The largest single payload; a document ends at 16 MiB and holds the other steps' outputs as well."""
 
+PAYLOAD_DEPTH_MAX = 100
+"""Levels of a payload. MongoDB stores 180 and takes 200 in a command, which wraps a payload in some of its own."""
+
+NEW_RUN_BYTES_MAX = 15 * 1024 * 1024
+"""The largest run that can be started. A document ends at 16 MiB; one that is full could not even be claimed."""
+
 _SCALARS = (type(None), bool, float)
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes, datetime})
 _INT64 = 2**63
 
 
@@ -104,43 +112,77 @@ def check_payload(value: Any, where: str) -> int:
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return 16
+    return len(_encode(value, where))
+
+
+def as_payload(value: Any, where: str) -> tuple[Any, int]:
+    """`value` as a reader will find it, and its size: a later step sees the same here as it would after a crash.
+
+    Tuples are lists, instants are aware and have whole milliseconds, and what a handler does to the original
+    afterwards changes nothing. Raises as `check_payload` does.
+    """
+    kind = type(value)
+    if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
+        return value, 16
+    encoded = _encode(value, where)
+    return (value if kind is str else bson.decode(encoded, codec_options=CODEC)[""]), len(encoded)
+
+
+def _encode(value: Any, where: str) -> bytes:
     try:
-        size = len(bson.encode({"": value}, codec_options=CODEC))
-    except (BSONError, OverflowError, ValueError, TypeError, RecursionError, AttributeError) as exc:
-        path, reason = _first_unstorable(value, where, set())
+        encoded = bson.encode({"": value}, codec_options=CODEC)
+    except Exception as exc:  # noqa: BLE001 -- encoding calls user code: a mapping's own methods may raise anything
+        path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
+    size = len(encoded)
     if size > PAYLOAD_BYTES_MAX:
         raise PayloadTooLargeError(
             f"{where}: {size} bytes, and the limit is {PAYLOAD_BYTES_MAX}; store it elsewhere and pass a reference", path=where, size=size
         )
-    return size
+    if size > 7 * PAYLOAD_DEPTH_MAX and _is_too_deep(value):  # the shortest level takes seven bytes
+        raise ValidationError(f"{where}: nested more than {PAYLOAD_DEPTH_MAX} levels deep", path=where)
+    return encoded
 
 
-def _first_unstorable(value: Any, path: str, above: set[int]) -> tuple[str, str]:
+def _is_too_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, (Mapping, list, tuple)) else []
+    for _ in range(PAYLOAD_DEPTH_MAX + 1):
+        items = (item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer))
+        level = [item for item in items if type(item) not in _LEAVES and isinstance(item, (Mapping, list, tuple))]
+        if not level:
+            return False
+    return True
+
+
+def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[str, str]:
     """Path and reason of the first value that cannot be stored; an empty reason when none is found."""
     if id(value) in above:
         return path, "refers to itself, and a document cannot"
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                return f"{path}.{key!r}", f"keys must be text, not {type(key)}"
-            if "\0" in key:
-                return f"{path}.{key!r}", "keys cannot hold a NUL character"
-            found = _first_unstorable(item, f"{path}.{key}", above | {id(value)})
-            if found[1]:
-                return found
-    elif isinstance(value, (list, tuple)):
-        for place, item in enumerate(value):
-            found = _first_unstorable(item, f"{path}[{place}]", above | {id(value)})
-            if found[1]:
-                return found
-    else:
-        try:
+    if len(above) > PAYLOAD_DEPTH_MAX:
+        return path, f"nested more than {PAYLOAD_DEPTH_MAX} levels deep"
+    try:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    return f"{path}.{key!r}", f"keys must be text, not {type(key)}"
+                if "\0" in key:
+                    return f"{path}.{key!r}", "keys cannot hold a NUL character"
+                found = _first_unstorable(item, f"{path}.{key}", (*above, id(value)))
+                if found[1]:
+                    return found
+        elif isinstance(value, (list, tuple)):
+            for place, item in enumerate(value):
+                found = _first_unstorable(item, f"{path}[{place}]", (*above, id(value)))
+                if found[1]:
+                    return found
+        else:
             bson.encode({"": value}, codec_options=CODEC)
-        except OverflowError:
-            return path, f"cannot store {value!r}: whole numbers end at 64 bits"
-        except (BSONError, ValueError, TypeError, AttributeError, RecursionError):
-            return path, f"cannot store {type(value)}"
+    except OverflowError:
+        return path, f"cannot store {value!r}: whole numbers end at 64 bits, and dates at the year 9999"
+    except UnicodeError:
+        return path, "cannot store this text: it holds a lone surrogate, which UTF-8 cannot"
+    except Exception:  # noqa: BLE001 -- as above
+        return path, f"cannot store {type(value)}"
     return path, ""
 
 
@@ -215,6 +257,8 @@ def misfit(document: Mapping[str, Any]) -> str | None:
     steps = document["steps"]
     if not steps:
         return "field 'steps' is empty"
+    if not isinstance(document.get("waitGen", 0), int):
+        return f"field 'waitGen' is {document['waitGen']!r}, expected a whole number"
     for place, step in enumerate(steps):
         reason = _step_misfit(step)
         if reason:
@@ -225,6 +269,9 @@ def misfit(document: Mapping[str, Any]) -> str | None:
     current = document.get("currentStepId")
     if current is not None and current not in ids:
         return f"field 'currentStepId' is {current!r}, which is none of the steps {', '.join(ids)}"
+    for step in steps:
+        if (step["stepId"] == current) if step["status"] in _ENDED else (current is None):
+            return f"field 'currentStepId' is {current!r}, but step {step['stepId']} is {step['status']}"
     return None
 
 
@@ -233,23 +280,32 @@ _RELIED_ON: tuple[tuple[str, type], ...] = (
     ("version", str),
     ("status", str),
     ("steps", list),
+    ("context", dict),
+    ("lane", str),
     ("rev", int),
     ("token", int),
     ("crashes", int),
     ("failures", int),
 )
 _STEP_STATUSES = frozenset(status.value for status in StepStatus)
+_ENDED = frozenset(status.value for status in (StepStatus.DONE, StepStatus.FAILED, StepStatus.SKIPPED))
 
 
 def _step_misfit(step: Any) -> str | None:
     if not isinstance(step, dict) or not isinstance(step.get("stepId"), str):
         return f"{step!r} is not a step"
-    if step.get("status") not in _STEP_STATUSES:
+    if not isinstance(step.get("status"), str) or step["status"] not in _STEP_STATUSES:
         return f"status {step.get('status')!r} is no status of a step"
     if not isinstance(step.get("attempts"), int):
         return f"attempts is {step.get('attempts')!r}, expected a whole number"
-    if step["status"] == StepStatus.WAITING and not isinstance(step.get("waitingFor"), dict):
-        return "waiting, but 'waitingFor' does not say for what"
+    if not isinstance(step.get("startedAt"), (datetime, type(None))):
+        return f"startedAt is {step['startedAt']!r}, expected a date"
+    if step["status"] == StepStatus.WAITING:
+        waiting_for = step.get("waitingFor")
+        if not isinstance(waiting_for, dict) or not isinstance(waiting_for.get("type"), str):
+            return "waiting, but 'waitingFor' does not say for what"
+        if waiting_for["type"] == "timer" and not isinstance(waiting_for.get("resumeAt"), datetime):
+            return f"waitingFor.resumeAt is {waiting_for.get('resumeAt')!r}, expected a date"
     return None
 
 
@@ -315,16 +371,26 @@ def _parse_step(step: Any) -> StepState:
     )
 
 
-def as_stored(document: Document) -> Document:
-    """What a reader will find after this document has been written: tuples are lists, instants are whole milliseconds."""
-    return bson.decode(bson.encode(document, codec_options=CODEC), codec_options=CODEC)
+def as_stored(document: Document) -> tuple[Document, int]:
+    """What a reader will find after this new run has been written, and its size in bytes.
+
+    Raises PayloadTooLargeError when it could not grow any more.
+    """
+    encoded = bson.encode(document, codec_options=CODEC)
+    if len(encoded) > NEW_RUN_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"start: the run would take {len(encoded)} bytes (a mapping input counts twice: it is the context as well), and the limit is "
+            f"{NEW_RUN_BYTES_MAX}; store the bulk elsewhere and pass a reference",
+            size=len(encoded),
+        )
+    return bson.decode(encoded, codec_options=CODEC), len(encoded)
 
 
 def make_context(make: Callable[[Any], Any] | None, input: Any, where: str) -> Any:
     """The first context of a run: what `context=` makes of the input, else a copy of a mapping input, else empty."""
-    if make is None:
-        return dict(input) if isinstance(input, Mapping) else {}
-    context = make(input)
+    context = make(input) if make is not None else input if isinstance(input, Mapping) else {}
     if not isinstance(context, Mapping):
         raise ValidationError(f"{where}: context= must return a mapping, not {type(context)}")
+    if "$ref" in context and "$id" in context:
+        raise ValidationError(f"{where}: BSON reads a context with both $ref and $id as a database reference; rename one of the keys")
     return dict(context)

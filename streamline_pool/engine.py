@@ -23,9 +23,9 @@ from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context, SleepEnding
 from .definition import Definition, StepDefinition
-from .documents import check_payload, misfit, parse_run
+from .documents import as_payload, misfit, parse_run
 from .env import Env
-from .errors import ErrorCode, PayloadTooLargeError, StoreUnavailableError, WorkflowError
+from .errors import ErrorCode, StoreUnavailableError, ValidationError, WorkflowError
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper
 from .model import StepStatus
@@ -70,6 +70,7 @@ class Engine:
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
         self._threads = ThreadPoolExecutor(max_workers=2 * threads_max + 8, thread_name_prefix="streamline-handler")
         self.leases = LeaseKeeper(store, env, self.flights, lease_s, observer)
+        self._reports: set[asyncio.Task[None]] = set()
         self._closed = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -95,14 +96,15 @@ class Engine:
 
     def admit(self, document: dict[str, Any], deadline: float) -> asyncio.Task[None]:
         """Drive a claimed run. The task ends when the run is parked, terminal, given back or lost; it never raises."""
-        lease = document["lease"]
-        definition = self._definition_of(document)
         reason = misfit(document)
+        definition = self._definition_of(document) if reason is None else None
         run_id = document["_id"]
-        if reason is not None or definition is None:
-            work = self._report_corrupt(run_id, reason or "its workflow is unknown here")
-            return self.loop.create_task(work)
-        flight = Flight(self, definition, document, lease["id"], deadline)
+        if definition is None:
+            task = self.loop.create_task(self._report_corrupt(run_id, reason or "its workflow is unknown here"))
+            self._reports.add(task)  # a task that nobody refers to may be collected
+            task.add_done_callback(self._reports.discard)
+            return task
+        flight = Flight(self, definition, document, document["lease"]["id"], deadline)
         self.flights[run_id] = flight
         self._empty.clear()
         self.cache.put(run_id, RunNote(document["version"], document["token"], deadline, True))
@@ -113,7 +115,7 @@ class Engine:
         log.error("run_corrupt", extra={"run_id": run_id, "reason": reason})
         try:
             await self.store.run(ops.mark_corrupt(run_id, reason, self.store.now()))
-        except StoreUnavailableError:
+        except WorkflowError:
             log.warning("run_corrupt_unmarked", extra={"run_id": run_id})  # its lease expires, and the next claimer tries again
 
     # --- driving ---------------------------------------------------------------------------------------------------
@@ -125,7 +127,10 @@ class Engine:
         except _SupersededError:
             return
         except asyncio.CancelledError:
-            raise
+            if self._closed:
+                raise
+            # Somebody kept the task that ran a handler and cancelled it too late: as bad as a defect of ours, and no worse.
+            log.warning("driver_cancelled", extra={"run_id": flight.run_id})
         except Exception:
             # A defect of ours: the run is not wedged by it, since a lease that is not renewed expires.
             log.exception("drive_failed", extra={"run_id": flight.run_id})
@@ -133,7 +138,8 @@ class Engine:
         self._leave(flight)
 
     def _leave(self, flight: Flight) -> None:
-        self.flights.pop(flight.run_id, None)
+        if self.flights.get(flight.run_id) is flight:  # else the run has been claimed again, here, in the meantime
+            del self.flights[flight.run_id]
         self.cache.put(flight.run_id, RunNote(flight.document["version"], flight.document["token"], flight.deadline, False))
         if not self.flights:
             self._empty.set()
@@ -236,13 +242,15 @@ class Engine:
             ending = outcome.value
         if isinstance(ending, SleepEnding):
             until = now + timedelta(milliseconds=round(ending.delay_s * 1000))
-            return transitions.sleep(document, place, until, context._sets, now), 0
+            return transitions.sleep(document, place, until, context._sets, now), context._sets_bytes
         if outcome.kind is Kind.RETURNED:
             try:
-                size = check_payload(outcome.value, f"output of step {step.id}")
+                output, size = as_payload(outcome.value, f"output of step {step.id}")
             except WorkflowError as exc:
                 return self._failed(flight, step, place, failure_of(exc)), 0
-            return transitions.advance(document, flight.definition, place, outcome.value, context._sets, now), size
+            # The last step's output is stored once more, as the run's.
+            size = 2 * size + context._sets_bytes
+            return transitions.advance(document, flight.definition, place, output, context._sets, now), size
         if reason in ("shutdown", "lease-lost"):
             return transitions.give_back(document, place, now, entered=True), 0
         return self._failed(flight, step, place, failure_of(outcome.value)), 0
@@ -269,7 +277,9 @@ class Engine:
             self.env.probe("commit.before")
             try:
                 verdict = await self._committer.write(make(flight.fence(), change, now, size + STATEMENT_BYTES))
-            except PayloadTooLargeError as exc:
+            except ValidationError as exc:
+                if change.name == "fail":
+                    return await self._fail_barely(flight, exc)
                 step = flight.definition.steps[flight.place]
                 change = first = self._failed(flight, step, flight.place, failure_of(exc))
                 continue
@@ -285,6 +295,16 @@ class Engine:
             else:
                 twin = verdict is Verdict.PAUSED
                 change = transitions.under_pause(flight.document, first, self.store.now()) if twin else first
+
+    async def _fail_barely(self, flight: Flight, exc: ValidationError) -> bool:
+        """Not even its failure fits into the run: say so in as few bytes as possible."""
+        try:
+            await self.write(ops.fail_barely(flight.fence(), flight.place, exc.code, exc.message, self.store.now()))
+            flight.document["status"] = "failed"
+        except ValidationError:
+            log.exception("run_unstorable", extra={"run_id": flight.run_id})
+            flight.lost = "lease-lost"
+        return False
 
     async def _landed(self, flight: Flight, change: Change, verdict: Verdict) -> bool:
         if verdict is Verdict.LANDED_BY_READ and not change.releases:

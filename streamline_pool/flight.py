@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from . import ops
 from .attempt import Attempt
-from .committer import Verdict, judge
+from .committer import Verdict, judge, refusal
 from .definition import Definition
 from .errors import InvalidStateError, LeaseLostError, StoreUnavailableError
 from .procedures import Procedure
@@ -159,3 +159,5 @@ def _write_alone(statement: ops.Statement) -> Procedure[Verdict]:
         verdict = judge(statement, found[0] if found else None)
         if verdict is not None:
             return verdict
+        if reply.get("writeErrors"):
+            raise refusal(statement, reply["writeErrors"][0])

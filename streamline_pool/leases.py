@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 
 from . import ops
+from .committer import lease_id_of
 from .env import Env
 from .errors import StoreUnavailableError
 from .flight import Flight, Observer
@@ -23,6 +24,7 @@ log = logging.getLogger("streamline_pool")
 
 _SAFETY = 0.9  # a lease counts as over after this part of it, so that no handler outlives it by a slow clock
 _RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before anyone may take the run
+_RENEWAL_PATIENCE = 1 / 4  # of the lease; as long as a tick and two such waits fit in before self-fencing
 
 
 class LeaseKeeper:
@@ -74,8 +76,16 @@ class LeaseKeeper:
             self._wanted.clear()
             renew_before = self._env.clock.monotonic() + self._lease_s * (_SAFETY - _RENEW_AFTER)
             due = [flight for flight in self._flights.values() if flight.deadline <= renew_before or flight.renew_now]
-            if due:
-                await self._renew(due)
+            if not due:
+                continue
+            try:
+                # A connection that has gone silent must not hold up the renewals after it.
+                await asyncio.wait_for(self._renew(due), self._lease_s * _RENEWAL_PATIENCE)
+            except TimeoutError:
+                self._observer.store_answered(False)
+                log.warning("renew_failed", extra={"runs": len(due), "error": "no answer"})
+            except Exception:
+                log.exception("renew_failed", extra={"runs": len(due)})  # a defect of ours; the other leases need their keeper
 
     async def _renew(self, flights: list[Flight]) -> None:
         """Extend these leases, each by run and claim; a shortfall says that some are gone, a read says which."""
@@ -94,7 +104,7 @@ class LeaseKeeper:
         documents = {document["_id"]: document for document in found}
         for flight in flights:
             document = documents.get(flight.run_id, {})
-            if renewed == len(flights) or (document.get("lease") or {}).get("id") == flight.lease_id:
+            if renewed == len(flights) or lease_id_of(document) == flight.lease_id:
                 flight.deadline = max(flight.deadline, deadline)
             elif flight.attempt is not None and self._flights.get(flight.run_id) is flight:
                 # Only while a handler is at work: otherwise it is our own write that gave the lease up.

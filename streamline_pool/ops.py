@@ -24,6 +24,7 @@ Reply = Mapping[str, Any]
 _TERMINAL = sorted(status.value for status in TERMINAL)
 _NON_TERMINAL = sorted(status.value for status in NON_TERMINAL)
 _NOT_PAUSED = {"$ne": True}
+_NOT_ENDED = {"$nin": _TERMINAL}  # so that a `wakeAt` which another program wrote revives nothing
 # In an expression a missing field is less than any date, so the first half is what keeps leased and ended runs out.
 _DUE = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
 
@@ -90,9 +91,8 @@ class Statement(NamedTuple):
 def ensure_indexes(collection: str = "runs") -> Command:
     """Create the engine's indexes; does nothing when they exist."""
     made = RUN_INDEXES if collection == "runs" else HOST_INDEXES
-    return Command(
-        name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body={"indexes": [i.spec() for i in made]}
-    )
+    body = {"indexes": [index.spec() for index in made]}
+    return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body=body)
 
 
 def ensure_signals() -> Command:
@@ -170,14 +170,14 @@ def claim_runs(run_ids: Sequence[str], lease_id: str, owner: str, lease_s: float
     The attempt is counted here, so that a crash before the first write still costs one (River counts it in the
     same place). Times are the server's.
     """
-    query = {"_id": {"$in": list(run_ids)}, "paused": _NOT_PAUSED, **_DUE}
-    return Command(
-        name="claim_runs",
-        collection="runs",
-        verb="update",
-        body={"updates": [{"q": query, "u": _claim_update(lease_id, owner, lease_s), "multi": True}]},
-        parse=lambda reply: int(reply["n"]),
-    )
+    query = {"_id": {"$in": list(run_ids)}, "status": _NOT_ENDED, "paused": _NOT_PAUSED, **_DUE}
+    return _update_many("claim_runs", query, _claim_update(lease_id, owner, lease_s))
+
+
+def _update_many(name: str, query: Document, update: list[Document] | Document) -> Command:
+    """Update whatever matches. Yields how many did."""
+    body = {"updates": [{"q": query, "u": update, "multi": True}]}
+    return Command(name=name, collection="runs", verb="update", body=body, parse=lambda reply: int(reply["n"]))
 
 
 def claim_run(
@@ -187,7 +187,7 @@ def claim_run(
 
     The document is the one that the majority-acknowledged write has made, hence as good as a majority read.
     """
-    query: Document = {"_id": run_id, "paused": _NOT_PAUSED, **_DUE}
+    query: Document = {"_id": run_id, "status": _NOT_ENDED, "paused": _NOT_PAUSED, **_DUE}
     if lanes is not None:
         query["lane"] = {"$in": list(lanes)}
     if crashes_below is not None:
@@ -208,14 +208,16 @@ def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
     # A run whose current step waits stays `waiting` until its holder has ended that wait.
     waits = {"$and": [_IS_CURRENT, {"$eq": ["$$step.status", StepStatus.WAITING.value]}]}
     some_wait = {"$anyElementTrue": [{"$map": {"input": _STEPS, "as": "step", "in": waits}}]}
+    unknown = {"$not": [{"$in": ["$status", _NON_TERMINAL]}]}  # left for documents.misfit to report
+    lease = {"id": lease_id, "owner": owner, "token": _plus_one("$token"), "expiresAt": _server_time_in(lease_s)}
     return [
         {
             "$set": {
                 "wakeAt": "$$REMOVE",
                 "token": _plus_one("$token"),
-                "lease": {"id": lease_id, "owner": owner, "token": _plus_one("$token"), "expiresAt": _server_time_in(lease_s)},
+                "lease": {"$mergeObjects": [lease]},  # replaces whatever is there; a plain document would be merged into it
                 "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
-                "status": {"$cond": [some_wait, "$status", RunStatus.RUNNING.value]},
+                "status": {"$cond": [{"$or": [some_wait, unknown]}, "$status", RunStatus.RUNNING.value]},
                 "steps": _map_steps(step),
             }
         }
@@ -225,7 +227,7 @@ def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
 # A pipeline that meets a value of the wrong type fails as a whole, and with it every other run of the batch.
 # These expressions hold whatever another program did to a document; documents.misfit then reports it.
 
-_IS_CURRENT: Document = {"$eq": ["$$step.stepId", "$currentStepId"]}
+_IS_CURRENT: Document = {"$and": [{"$eq": [{"$type": "$$step"}, "object"]}, {"$eq": ["$$step.stepId", "$currentStepId"]}]}
 _STEPS: Document = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
 
 
@@ -284,6 +286,15 @@ def save_checkpoint(fence: Fence, place: int, value: Any, now: datetime, size: i
     return Statement(fence, {"q": query, "u": {"$set": sets}}, size)
 
 
+def fail_barely(fence: Fence, place: int, code: ErrorCode, message: str, now: datetime) -> Statement:
+    """End a run that has no room left even for its own failure: the reason in few bytes, the checkpoint dropped."""
+    error = {"code": code.value, "message": message[:100], "type": "", "stepId": None, "traceback": ""}
+    sets = {"rev": fence.rev + 1, "status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
+    unset = {"lease": "", "wakeAt": "", "pausedWakeAt": "", "lastAct": "", f"steps.{place}.checkpoint": ""}
+    query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
+    return Statement(fence, {"q": query, "u": {"$set": sets, "$unset": unset}}, len(message) + 600)
+
+
 def write_statements(statements: Sequence[Statement]) -> Command:
     """Send fenced writes of many runs in one command. Yields the reply: `n` matched, and `writeErrors` by index."""
     return Command(
@@ -310,13 +321,7 @@ def renew(run_ids: Sequence[str], lease_ids: Sequence[str], lease_s: float) -> C
     """Extend the leases of runs that have a live task, never "all of this worker". Yields how many matched."""
     query = {"_id": {"$in": list(run_ids)}, "lease.id": {"$in": list(lease_ids)}}
     update = [{"$set": {"lease.expiresAt": _server_time_in(lease_s)}}]
-    return Command(
-        name="renew",
-        collection="runs",
-        verb="update",
-        body={"updates": [{"q": query, "u": update, "multi": True}]},
-        parse=lambda reply: int(reply["n"]),
-    )
+    return _update_many("renew", query, update)
 
 
 # --- recovering ----------------------------------------------------------------------------------------------------
@@ -378,13 +383,7 @@ def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Com
         "error": {"$cond": [convicted, {**error, "stepId": "$currentStepId", "traceback": ""}, "$error"]},
         "endedAt": {"$cond": [convicted, "$$NOW", "$endedAt"]},
     }
-    return Command(
-        name=name,
-        collection="runs",
-        verb="update",
-        body={"updates": [{"q": query, "u": [{"$set": alive}], "multi": True}]},
-        parse=lambda reply: int(reply["n"]),
-    )
+    return _update_many(name, query, [{"$set": alive}])
 
 
 def find_due_before(lanes: Sequence[str], until: datetime, limit: int) -> Find:
@@ -417,13 +416,7 @@ def mark_corrupt(run_id: str, reason: str, now: datetime) -> Command:
         "$unset": {"lease": "", "wakeAt": "", "pausedWakeAt": ""},
     }
     query = {"_id": run_id, "status": {"$nin": _TERMINAL}}
-    return Command(
-        name="mark_corrupt",
-        collection="runs",
-        verb="update",
-        body={"updates": [{"q": query, "u": update}]},
-        parse=lambda reply: int(reply["n"]),
-    )
+    return _update_many("mark_corrupt", query, update)
 
 
 # --- outside acts --------------------------------------------------------------------------------------------------

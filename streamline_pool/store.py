@@ -46,6 +46,7 @@ _DEAD_CURSOR_PAUSE_S = 0.5  # a tail of an empty capped collection ends at once
 _CLOCK_STALE_S = 300.0  # quartz drifts some 15 ms in this time
 
 _TOO_LARGE = frozenset({10334, 17419, 17420})
+_OVERFLOW = 15  # a document is nested too deep
 _NAMESPACE_EXISTS = 48
 _UNAUTHORIZED = 13
 _AUTH_FAILED = 18
@@ -157,6 +158,8 @@ def _refusal(name: str, exc: Exception, where: Where) -> WorkflowError:
         return StoreUnavailableError(
             f"{name}: MongoDB at {where.shown} does not accept the user name or password; check them and authSource", transient=False
         )
+    if code == _OVERFLOW:
+        return ValidationError(f"{name}: MongoDB refuses the document: {text[:500]}")
     if isinstance(exc, pymongo.errors.ConfigurationError):
         return ValidationError(f"mongodb_uri {where.shown}: {text}")
     transient = not isinstance(exc, pymongo.errors.OperationFailure) or _is_transient(exc)
@@ -169,7 +172,7 @@ def _is_transient(exc: pymongo.errors.OperationFailure) -> bool:
     return not_primary_or_stepping_down or exc.has_error_label("TransientTransactionError") or isinstance(exc, pymongo.errors.WTimeoutError)
 
 
-_DRIVER_ERRORS = (pymongo.errors.PyMongoError, OSError)
+_DRIVER_ERRORS = (pymongo.errors.PyMongoError, pymongo.errors.DocumentTooLarge, OSError)
 
 
 def server_facts(hello: Mapping[str, Any], build: Mapping[str, Any], where: Where) -> dict[str, Any]:

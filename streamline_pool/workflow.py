@@ -7,7 +7,8 @@ asyncio API (store.py); `x` and `x_async` are twins of one procedure.
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -30,6 +31,7 @@ S = TypeVar("S", bound="Driven")
 _DUPLICATE_KEY = 11000
 _INSERT_MAX = 1_000  # runs in one command; measured: no gain beyond
 _INSERT_BYTES_MAX = 8 * 1024 * 1024
+_DELAY_MAX_S = 100 * 365 * 86400.0
 _COMMIT_GUESS_S = 0.3  # when a run that was started in a transaction is looked for; the sweep finds it if that was too early
 
 
@@ -190,23 +192,24 @@ class Workflow:
         start_at: datetime | timedelta | float | None,
         user_id: str | None,
         tags: Sequence[str],
-    ) -> Callable[[Any, str | None, str | None], dict[str, Any]]:
-        """Check what all runs of a call share; yields a function that makes one document."""
+    ) -> Callable[[Any, str | None, str | None], tuple[dict[str, Any], int]]:
+        """Check what all runs of a call share; yields a function that makes one document and tells its size."""
         definition, env = self.definition, self.app.env
         if type(priority) is not int or not -1_000_000 <= priority <= 1_000_000:
             raise ValidationError(f"start: priority {priority!r} is not a whole number within ±1 000 000")
         if meta is not None and not isinstance(meta, Mapping):
             raise ValidationError(f"start: meta must be a mapping, not {type(meta)}")
         check_payload(meta, "meta")
-        if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+        if isinstance(tags, str) or not isinstance(tags, Iterable):
             raise ValidationError(f"start: tags must be a sequence of texts, not {tags!r}")
-        if user_id is not None and not isinstance(user_id, str):
-            raise ValidationError(f"start: user_id must be text, not {type(user_id)}")
+        tags = [_check_text(tag, "start: tags") for tag in tags]
+        if user_id is not None:
+            _check_text(user_id, "start: user_id")
         queue = self.queue if queue is None else check_queue(queue)
         now = self.app._server_now()
         due_at = _due_at(start_at, now)
 
-        def make(input: Any, run_id: str | None, key: str | None) -> dict[str, Any]:
+        def make(input: Any, run_id: str | None, key: str | None) -> tuple[dict[str, Any], int]:
             check_payload(input, "input")
             context = make_context(definition.make_context, input, f"workflow {self.id}")
             check_payload(context, "context")
@@ -230,16 +233,18 @@ class Workflow:
 
         return make
 
-    def _insert(self, documents: list[dict[str, Any]], *, looked_up: bool) -> Procedure[list[Run]]:
-        """Insert documents; those whose key or id is taken are replaced by what is stored.
+    def _insert(self, made: list[tuple[dict[str, Any], int]], *, looked_up: bool) -> Procedure[list[Run]]:
+        """Insert documents, given with their sizes; those whose key or id is taken are replaced by what is stored.
 
         `looked_up`: ask for taken keys first, because a duplicate key would abort the caller's transaction.
         """
+        sizes = {id(document): size for document, size in made}
+        documents = [document for document, _ in made]
         stored: dict[int, dict[str, Any]] = {}
         if looked_up:
             stored = yield from self._find_by_key(dict(enumerate(documents)))
         missing = [(index, document) for index, document in enumerate(documents) if index not in stored]
-        for chunk in _chunks(missing):
+        for chunk in _chunks(missing, sizes):
             errors = yield ops.insert_runs([document for _, document in chunk])
             taken: dict[int, dict[str, Any]] = {}
             for error in errors:
@@ -300,7 +305,9 @@ class Workflow:
         until = None if timeout is None else clock.monotonic() + seconds(timeout, "wait_for: timeout", zero_ok=True)
         poll_s = seconds(poll_interval, "wait_for: poll_interval")
         if until is not None:
-            poll_s = max(0.001, min(poll_s, until - clock.monotonic()))
+            # The time is cut into equal pieces, so that the last look is at its end and not after it.
+            left_s = max(0.001, until - clock.monotonic())
+            poll_s = left_s / math.ceil(left_s / poll_s)
         yield from self.app._ensuring(None)
         tail = ops.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
         while True:
@@ -358,8 +365,8 @@ def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Proced
 def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
     """Cancel a run; see `Workflow.cancel`."""
     _check_run_id(run_id)
-    if reason is not None and not isinstance(reason, str):
-        raise ValidationError(f"cancel: reason must be text, not {type(reason)}")
+    if reason is not None:
+        _check_text(reason, "cancel: reason")
     act_id = app.env.new_id()
     while True:
         document = yield ops.cancel_run(workflow_id, run_id, reason, act_id)
@@ -367,10 +374,11 @@ def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason
             found = yield ops.get_run(workflow_id, run_id)
             if not found:
                 raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
-            if found[0].get("status") not in TERMINAL:
+            stored = parse_run(found[0])
+            if not stored.is_terminal:
                 continue  # it changed between the two reads: decide again
             if found[0].get("lastAct") != act_id:
-                return parse_run(found[0])
+                return stored
             document = found[0]  # our own write had landed, its reply was lost
         yield from app._signalling("cancel", runId=run_id)
         yield from app._signalling("ended", runs=[run_id])
@@ -381,13 +389,20 @@ def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason
 def _check_run_id(run_id: object) -> str:
     if not isinstance(run_id, str) or not 1 <= len(run_id) <= 100:
         raise ValidationError(f"run_id {run_id!r}: a run id is text of 1 to 100 characters")
-    return run_id
+    return _check_text(run_id, "run_id")
 
 
 def _check_key(key: object) -> str:
     if not isinstance(key, str) or not 1 <= len(key) <= 500:
         raise ValidationError(f"idempotency_key {key!r}: a key is text of 1 to 500 characters")
-    return key
+    return _check_text(key, "idempotency_key")
+
+
+def _check_text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValidationError(f"{where}: must be text, not {type(value)}")
+    check_payload(value, where)
+    return value
 
 
 def _due_at(start_at: datetime | timedelta | float | None, now: datetime) -> datetime:
@@ -398,15 +413,18 @@ def _due_at(start_at: datetime | timedelta | float | None, now: datetime) -> dat
             raise ValidationError(f"start: start_at {start_at!r} has no time zone; use an aware datetime such as datetime.now(UTC)")
         moment = start_at.astimezone(UTC)
         return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
-    return now + timedelta(milliseconds=round(seconds(start_at, "start: start_at", zero_ok=True) * 1000))
+    delay_s = seconds(start_at, "start: start_at", zero_ok=True)
+    if delay_s > _DELAY_MAX_S:
+        raise ValidationError(f"start: start_at lies {delay_s:g} seconds ahead, which is more than a hundred years")
+    return now + timedelta(milliseconds=round(delay_s * 1000))
 
 
-def _chunks(items: list[tuple[int, dict[str, Any]]]) -> list[list[tuple[int, dict[str, Any]]]]:
-    """Split for `insert`, by count and by an estimate of bytes."""
+def _chunks(items: list[tuple[int, dict[str, Any]]], sizes: Mapping[int, int]) -> list[list[tuple[int, dict[str, Any]]]]:
+    """Split for `insert`, by count and by bytes."""
     chunks: list[list[tuple[int, dict[str, Any]]]] = []
     room = 0
     for item in items:
-        size = 1_000 + check_payload(item[1]["input"], "input") + check_payload(item[1]["context"], "context")
+        size = sizes[id(item[1])]
         if not chunks or len(chunks[-1]) >= _INSERT_MAX or size > room:
             chunks.append([])
             room = _INSERT_BYTES_MAX

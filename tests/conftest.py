@@ -1,15 +1,17 @@
-"""Fixtures every suite may use: one real mongod for the session, one database for each test."""
+"""Fixtures every suite may use: one real mongod for the session, one database for each test, an application on it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from pymongo import MongoClient
 
-from streamline_pool import embedded
+from streamline_pool import Settings, Streamline, embedded
+from streamline_pool.env import Env
 
 SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
 
@@ -37,3 +39,24 @@ def database(mongodb_uri: str) -> Iterator[str]:
     yield name
     with MongoClient(mongodb_uri) as client:
         client.drop_database(name)
+
+
+@pytest.fixture
+def make_app(mongodb_uri: str, database: str) -> Iterator[Callable[..., Streamline]]:
+    """Makes `Streamline`s on the test's own database; keywords are settings, `env` and `collection_prefix`. All are closed at the end."""
+    made: list[Streamline] = []
+
+    def make(*, env: Env | None = None, collection_prefix: str = "workflow_", **settings: Any) -> Streamline:
+        app = Streamline(mongodb_uri, database=database, env=env, collection_prefix=collection_prefix, settings=Settings(**settings))
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        app.close()
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Streamline]) -> Streamline:
+    """A `Streamline` on the test's own database."""
+    return make_app()

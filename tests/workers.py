@@ -1,0 +1,135 @@
+"""Worker objects in the test's own process, with the part of a steward that they need: timers, sweeps, recovery."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from streamline_pool import Streamline, ops
+from streamline_pool.env import Env
+from streamline_pool.errors import StoreUnavailableError
+from streamline_pool.worker import Worker, WorkerStatus
+
+__all__ = ["Pool", "check_invariants", "run_until_idle"]
+
+POLL_S = 0.01
+SOON_S = 3.0  # a run that becomes due later than this does not keep `run_until_idle` waiting
+
+
+class Pool:
+    """Some workers at work in the running loop. Leaving the block drains them."""
+
+    def __init__(self, app: Streamline, *, workers: int = 1, recover_every_s: float | None = None, env: Env | None = None) -> None:
+        self.app = app
+        self.workers = [
+            Worker(app, app.settings, owner=f"test:{index}:{app.env.new_id()[-8:]}", index=index, total=workers, env=env)
+            for index in range(workers)
+        ]
+        self._lanes = app.lanes(app.settings.queues)
+        self._recover_every_s = recover_every_s
+        self._tasks: list[asyncio.Task[None]] = []
+        self._steward: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
+        self._steward = asyncio.create_task(self._keep_ringing())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for worker in self.workers:
+            worker.drain() if kind is None else worker.stop(0.1)
+        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._steward is not None:
+            self._steward.cancel()
+            await asyncio.gather(self._steward, return_exceptions=True)
+        await self.app.close_async()
+        for failure in ended:
+            if isinstance(failure, BaseException) and kind is None:
+                raise failure
+
+    async def _keep_ringing(self) -> None:
+        store = self.app.store_async()
+        recovered_at = time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                if self._recover_every_s is not None and time.monotonic() - recovered_at > self._recover_every_s:
+                    recovered_at = time.monotonic()
+                    await store.run(ops.recover_expired(self.app.settings.max_crashes))
+                if await store.run(ops.find_due_before(self._lanes, store.now(), 1)):
+                    for worker in self.workers:
+                        worker.ring()
+            except StoreUnavailableError:
+                continue
+
+    async def until(self, holds: Callable[[], Any], *, timeout: float = 15.0) -> None:
+        """Let the workers work until `holds()`."""
+        deadline = time.monotonic() + timeout
+        while not await asyncio.to_thread(holds):
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            assert time.monotonic() < deadline, f"not within {timeout:g} s: {getattr(holds, '__name__', holds)}; {self.statuses()}"
+            await asyncio.sleep(POLL_S)
+
+    async def until_idle(self, *, timeout: float = 15.0) -> None:
+        """Let the workers work until nothing is in flight and nothing becomes due within `SOON_S`."""
+        store = self.app.store_async()
+        deadline = time.monotonic() + timeout
+        while not await self._is_idle(store):
+            assert time.monotonic() < deadline, f"not idle within {timeout:g} s: {self.statuses()}"
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            await asyncio.sleep(POLL_S)
+
+    async def _is_idle(self, store: Any) -> bool:
+        owners = {"$in": [worker._owner for worker in self.workers]}
+        soon = {"wakeAt": {"$lte": store.now() + timedelta(seconds=SOON_S)}}
+        live = ops.Find(name="live", collection="runs", filter={"$or": [{"lease.owner": owners}, soon]}, limit=1)
+        try:
+            if await store.run(live):
+                return False
+        except StoreUnavailableError:
+            return False
+        return all(not status.in_flight and status.state != "starting" for status in self.statuses())
+
+    def statuses(self) -> list[WorkerStatus]:
+        """How each worker fares."""
+        return [worker.status() for worker in self.workers]
+
+
+def run_until_idle(
+    app: Streamline, *, workers: int = 1, timeout: float = 15.0, recover_every_s: float | None = None
+) -> list[WorkerStatus]:
+    """Work off whatever is due in `app`'s database, in this thread. Yields how each worker fared."""
+
+    async def work() -> list[WorkerStatus]:
+        async with Pool(app, workers=workers, recover_every_s=recover_every_s) as pool:
+            await pool.until_idle(timeout=timeout)
+        return pool.statuses()
+
+    return asyncio.run(work())
+
+
+def check_invariants(documents: Sequence[Mapping[str, Any]]) -> None:
+    """DESIGN, section 5, as far as single documents show it."""
+    for document in documents:
+        run_id, status = document["_id"], document["status"]
+        if status in ("done", "failed", "cancelled"):
+            assert document["endedAt"] is not None, f"{run_id}: {status} without endedAt"
+            assert "lease" not in document, f"{run_id}: {status}, and leased"
+            assert "wakeAt" not in document, f"{run_id}: {status}, and claimable"
+            if status == "failed":
+                assert document["error"]["code"], f"{run_id}: failed without saying why"
+                assert document["error"]["message"], f"{run_id}: failed without saying why"
+            continue
+        if document.get("paused"):
+            continue
+        step = next(step for step in document["steps"] if step["stepId"] == document["currentStepId"])
+        waits = step["status"] == "waiting" and step["waitingFor"]["type"] != "timer"
+        assert ("lease" in document) + ("wakeAt" in document) + waits == 1, f"{run_id}: wedged or doubly scheduled: {document}"

@@ -1,0 +1,86 @@
+"""`python -m loadtests <question> [--json] [--check] [options]`, or `all`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from types import FrameType, ModuleType
+
+from . import idle, latency, memory, scale, throughput
+from .common import NotLoopbackError, Report, say, serving
+
+QUESTIONS: dict[str, ModuleType] = {
+    "throughput": throughput,
+    "latency": latency,
+    "idle": idle,
+    "scale": scale,
+    "memory": memory,
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line. `all` takes the common options only, and the questions' own defaults."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print one JSON document on standard output and nothing else")
+    shared.add_argument("--check", action="store_true", help="exit with 1 when a budget is missed")
+    shared.add_argument("--mongodb-uri", metavar="URI", help="a server of this machine to use, instead of starting a private one")
+    parser = argparse.ArgumentParser(prog="python -m loadtests", description=__doc__)
+    commands = parser.add_subparsers(dest="question", metavar="question", required=True)
+    for name, module in QUESTIONS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        question = commands.add_parser(name, parents=[shared], help=summary, description=module.__doc__)
+        module.add_options(question)
+    commands.add_parser("all", parents=[shared], help="every question, one after the other")
+    return parser.parse_args(arguments)
+
+
+def ask(question: str, options: argparse.Namespace) -> Report:
+    """Answer one question on a server of its own."""
+    say(f"--- {question}")
+    load = os.getloadavg()[0]
+    with serving(options.mongodb_uri) as server:
+        report: Report = QUESTIONS[question].measure(server, options)
+    report.settings["load_average_before_and_after"] = [load, os.getloadavg()[0]]
+    return report
+
+
+def _all_options(options: argparse.Namespace, question: str) -> argparse.Namespace:
+    """The question's defaults, with the common options as given."""
+    defaults = parse([question])
+    for name in ("json", "check", "mongodb_uri"):
+        setattr(defaults, name, getattr(options, name))
+    return defaults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and return the exit code."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a TERM, too, ends everything that was started
+    reports = []
+    try:
+        for question in QUESTIONS if options.question == "all" else [options.question]:
+            report = ask(question, _all_options(options, question) if options.question == "all" else options)
+            reports.append(report)
+            if not options.json:
+                print(report.text(), flush=True)
+    except NotLoopbackError as exc:
+        say(str(exc))
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    if options.json:
+        single = options.question != "all"
+        print(json.dumps(reports[0].document() if single else {report.question: report.document() for report in reports}))
+    return 1 if options.check and not all(report.met for report in reports) else 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

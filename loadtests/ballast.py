@@ -1,0 +1,81 @@
+"""Runs that a collection is full of: finished, sleeping, and claimable by others. In the stored shape, but inserted directly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Any
+from uuid import uuid4
+
+from pymongo.write_concern import WriteConcern
+
+from streamline_pool import Workflow, transitions
+from streamline_pool.documents import CODEC, SLOTS, new_run
+
+from .app import absent, noop
+from .common import Server
+
+__all__ = ["claimable", "fill", "finished", "insert", "sleeping"]
+
+Document = dict[str, Any]
+
+_BATCH = 2_000
+_PRIORITIES = (0, 0, 0, 0, 0, 0, 0, 0, 1, -1)
+"""One sleeper in five has another priority: each value is one more stretch of the index that a claim must look into."""
+
+
+def fill(server: Server, database: str, runs_finished: int, runs_sleeping: int, runs_absent: int) -> None:
+    """Insert the ballast: the first two of the workflow that the pool has, the third of one that it does not have."""
+    insert(server, database, (finished() for _ in range(runs_finished)))
+    insert(server, database, (sleeping() for _ in range(runs_sleeping)))
+    insert(server, database, (claimable(absent) for _ in range(runs_absent)))
+    server.client.admin.command("fsync")  # what was inserted is on disk, and not written while we measure
+
+
+def insert(server: Server, database: str, documents: Iterator[Document]) -> None:
+    """Insert in batches; acknowledged by a majority at the end of each."""
+    runs = server.client[database].get_collection("workflow_runs", codec_options=CODEC, write_concern=WriteConcern("majority"))
+    while batch := list(islice(documents, _BATCH)):
+        runs.insert_many(batch, ordered=False)
+
+
+def claimable(workflow: Workflow) -> Document:
+    """A run that nobody has touched, due since a moment."""
+    now = datetime.now(UTC)
+    return new_run(
+        workflow.definition,
+        run_id=uuid4().hex,
+        input=None,
+        context={},
+        meta=None,
+        idempotency_key=None,
+        priority=0,
+        queue="default",
+        due_at=now - timedelta(seconds=1),
+        user_id=None,
+        tags=(),
+        slot=random.randrange(SLOTS),
+        now=now,
+        act_id=uuid4().hex,
+    )
+
+
+def finished() -> Document:
+    """A run that went through all its steps."""
+    document = claimable(noop)
+    del document["wakeAt"]
+    for place in range(len(document["steps"])):
+        now = datetime.now(UTC)
+        transitions.apply(document, transitions.advance(document, noop.definition, place, None, {}, now))
+    return {**document, "token": 1}
+
+
+def sleeping() -> Document:
+    """A run that sleeps in its first step for some days, at one of a few priorities."""
+    document = claimable(noop)
+    now = datetime.now(UTC)
+    until = now + timedelta(seconds=random.uniform(86_400, 30 * 86_400))
+    transitions.apply(document, transitions.sleep(document, 0, until.replace(microsecond=0), {}, now))
+    return {**document, "token": 1, "wakeAt": until, "priority": random.choice(_PRIORITIES)}

@@ -1,0 +1,38 @@
+"""The load tests' application in a pool whose workers note every claim: how many runs it tried, and how many it won.
+
+One line per claim, in the file that CLAIMS_VARIABLE names. The counting wraps the store of this pool's own processes,
+so that the engine has nothing to ask or to pay for it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from streamline_pool import ops
+from streamline_pool.store import AsyncStore
+
+from .app import CLAIMS_VARIABLE, app
+
+__all__ = ["app"]
+
+_run = AsyncStore.run
+_fd = os.open(os.environ[CLAIMS_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+async def _counting(self: AsyncStore, op: ops.Op, session: Any = None) -> Any:
+    answer = await _run(self, op, session)
+    if op.name == "claim_runs" and isinstance(op, ops.Command):
+        _note("due", len(op.body["updates"][0]["q"]["_id"]["$in"]), answer)
+    elif op.name == "claim_run":
+        _note("named", 1, answer is not None)
+    elif op.name == "find_due" and not answer:
+        _note("empty", 0, 0)
+    return answer
+
+
+def _note(kind: str, tried: int, won: int) -> None:
+    os.write(_fd, f"{kind} {tried} {won:d}\n".encode())
+
+
+AsyncStore.run = _counting  # type: ignore[method-assign]  # in this pool's processes only

@@ -1,0 +1,107 @@
+"""The load tests, at sizes that say nothing about speed: each asks its question of a real pool and answers in its shape."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from loadtests.common import Budget, Report, percentile
+from support import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = [sys.executable, "-m", "loadtests"]
+
+TINY = {
+    "throughput": "--rounds 1 --side-rounds 1 --seconds 0.2",
+    "latency": "--samples 5",
+    "idle": "--workers 1 2 --seconds 0.5 --settle 0.2",
+    "scale": "--finished 200 --sleeping 200 --absent 100 --rounds 1 --runs 200 --workers 2 --queue 400 --single-starts 3",
+    "memory": "--few 1 --many 2 --ready-workers 1 --starts 1 --repeat 1 --settle 0.1",
+}
+BUDGETS = {
+    "throughput": {"ratio_to_raw": (">=", 0.6)},
+    "latency": {"first_step.p50_x": ("<=", 3), "first_step.p99_x": ("<=", 10), "done.p50_x": ("<=", 8)},
+    "idle": {"per_minute.1": ("<=", 40), "per_minute.2": ("<=", 40)},
+    "scale": {"claim_time_ratio": ("<=", 1.2), "claim_efficiency": (">=", 0.9)},
+    "memory": {"pss_per_added_worker_mib": ("<=", 15), "ready_s": ("<=", 1.5)},
+}
+
+
+def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MODULE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=50)
+
+
+@pytest.mark.parametrize("question", TINY)
+def test_each_question_is_answered_in_one_json_document(question: str, mongodb_uri: str) -> None:
+    """A figure without its settings, or beside a log line that breaks the JSON, would be of no use to a script."""
+    answer = ask(question, "--json", "--mongodb-uri", mongodb_uri, *TINY[question].split())
+
+    assert answer.returncode == 0, answer.stderr
+    document = json.loads(answer.stdout)
+    assert document["question"] == question
+    assert document["settings"]["mongodb"]
+    budgets = {budget["key"]: (budget["wanted"], budget["limit"]) for budget in document["budgets"]}
+    assert budgets == BUDGETS[question]
+    for budget in document["budgets"]:
+        assert budget["figure"] == figure(document, budget["key"])
+        assert budget["figure"] >= 0
+    assert document["met"] == all(budget["met"] for budget in document["budgets"])
+
+
+def figure(document: dict[str, Any], key: str) -> Any:
+    found: Any = document
+    for name in key.split("."):
+        found = found[name]
+    return found
+
+
+@pytest.mark.parametrize("uri", ["mongodb://db.example.org/", "mongodb://127.0.0.1,10.0.0.7/", "mongodb+srv://cluster.example.org/"])
+def test_a_server_of_another_machine_is_refused(uri: str) -> None:
+    """Load tests fill databases and drop them: never on a server that somebody may need."""
+    answer = ask("memory", "--json", "--mongodb-uri", uri)
+
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert "loopback" in answer.stderr or "DNS" in answer.stderr
+
+
+def test_an_interrupted_load_test_leaves_no_process_behind(mongodb_uri: str) -> None:
+    """A pool that goes on by itself would spoil the next measurement, and the machine for everybody else."""
+    process = subprocess.Popen([*MODULE, "memory", "--mongodb-uri", mongodb_uri, "--settle", "60"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        family = eventually(lambda: family_of(process, at_least=3), timeout=30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait()
+
+    eventually(lambda: not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family))
+
+
+def family_of(process: subprocess.Popen[bytes], *, at_least: int) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return children if len(children) >= at_least else []
+
+
+def test_a_budget_is_met_from_the_right_side() -> None:
+    figures = {"ratio": 0.6, "parts": {"p50": 3.0}}
+    assert Budget(key="ratio", limit=0.6, at_least=True).holds(figures)
+    assert Budget(key="parts.p50", limit=3).holds(figures)
+    assert not Budget(key="parts.p50", limit=2.9).holds(figures)
+    missed = Report(question="q", settings={}, figures=figures, budgets=[Budget(key="ratio", limit=0.7, at_least=True)])
+    assert not missed.met
+    assert "MISSED" in missed.text()
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert (percentile(values, 0.5), percentile(values, 0.99), percentile(values, 1.0)) == (50, 99, 100)
+    assert percentile([7.0], 0.5) == 7

@@ -52,12 +52,13 @@ class Attempt:
     `def` handler on a thread. Either may refuse to end: then `on_stuck` is told, and the driver goes on without it.
     """
 
-    __slots__ = ("_loop", "_on_stuck", "_task", "_timers", "_work", "context", "over", "settled")
+    __slots__ = ("_loop", "_on_stuck", "_pid", "_task", "_timers", "_work", "context", "over", "settled")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, context: Context, on_stuck: Callable[[Attempt, str], None]) -> None:
         self._loop = loop
         self.context = context
         self._on_stuck = on_stuck
+        self._pid = os.getpid()
         self._timers: list[asyncio.TimerHandle] = []
         self._task: asyncio.Task[Any] | None = None  # the driver, while a coroutine handler runs in it
         self._work: Future[Outcome] | None = None  # what a thread is working on
@@ -69,10 +70,14 @@ class Attempt:
         if step.timeout_s is not None:
             self._timers.append(self._loop.call_later(step.timeout_s, self.abort, "timeout"))
         if step.is_async:
+            pid = os.getpid()
             outcome = await self._run_async(step.handler)
+            if os.getpid() != pid:
+                # The handler forked, and this is the child coming back: the run and the connections belong to the parent.
+                os._exit(0)
         else:
             self.settled = self._loop.create_future()
-            self._work = threads.submit(_run_sync, step.handler, self.context, os.getpid())
+            self._work = threads.submit(_run_sync, step.handler, self.context, self._pid)
             self._work.add_done_callback(self._thread_done)
             outcome = await self.settled
         self._finish()
@@ -87,6 +92,8 @@ class Attempt:
             outcome = Outcome(Kind.ENDED, ending)
         except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
             outcome = Outcome(Kind.RAISED, exc)
+        if os.getpid() != self._pid:
+            os._exit(0)  # the handler forked, and this is the child coming back: the run belongs to the parent
         if task.cancelling():
             # A cancellation that was meant for the handler must not hit the driver's next await.
             while task.uncancel():
@@ -107,7 +114,7 @@ class Attempt:
         self.context.signal._fire(reason)
         if self._task is not None:
             self._task.cancel()
-        elif reason != "shutdown":
+        elif reason != "shutdown" or (self._work is not None and self._work.cancel()):
             self._settle(Outcome(Kind.ABANDONED, None))
         self._timers.append(self._loop.call_later(grace_s, self._out_of_grace))
 
@@ -135,6 +142,8 @@ class Attempt:
 
 
 def _run_sync(handler: Handler, context: Context, pid: int) -> Outcome:
+    if context.signal.aborted:
+        return Outcome(Kind.ABANDONED, None)  # it waited for a thread until its attempt was over
     try:
         value = handler(context)
         outcome = Outcome(Kind.RETURNED, value)
@@ -151,6 +160,8 @@ def _run_sync(handler: Handler, context: Context, pid: int) -> Outcome:
 def failure_of(exc: BaseException) -> Failure:
     """A raised exception in words that can be stored."""
     code, retriable = ErrorCode.STEP_FAILED, True
+    if isinstance(exc, Ending):
+        return Failure(ErrorCode.VALIDATION_ERROR, "a condition cannot sleep or wait, only its step's handler can", "Ending", "", False)
     if isinstance(exc, ValidationError):
         code, retriable = exc.code, False
     elif isinstance(exc, NonRetriableError):

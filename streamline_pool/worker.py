@@ -88,6 +88,7 @@ class Worker:
         self._held = False
         self._leaving = False
         self._backlog = True  # there may be due runs that this worker has not seen
+        self._suspects_left = False  # a look has passed some over, because one was in flight
         self._turn = 0  # rotates the lanes when there are too many for one find
         self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
         self._wanted = asyncio.Event()
@@ -131,7 +132,7 @@ class Worker:
         failures = 0
         while not self._leaving:
             try:
-                await store.ensure()
+                await store.sync_clock()  # the steward, or whoever starts runs, has made the indexes
                 return
             except StoreUnavailableError as exc:
                 failures += 1
@@ -238,7 +239,9 @@ class Worker:
         if self._rings:
             self._wanted.set()
         if len(run_ids) > 1:
-            await self._claim(store, engine, run_ids)
+            # Suspects are left to the look for what is due, which sees them: they are claimed one at a time.
+            self._backlog = True
+            await self._claim(store, engine, run_ids, self._lanes, self._suspect_from)
             return
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
@@ -261,6 +264,7 @@ class Worker:
             if len(rows) < limit and slots is not None:
                 rows = await store.run(ops.find_due(lanes, None, store.now(), limit, crashes_below))
             found = self._one_suspect_at_most(rows)
+            self._suspects_left = self._suspects_left or crashes_below is not None or len(found) < len(rows)
             complete = complete and len(rows) < limit
             lanes_done += len(lanes)
         self.store_answered(True)
@@ -294,14 +298,34 @@ class Worker:
                 chosen.append(row["_id"])
         return chosen
 
-    async def _claim(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str]) -> None:
+    async def _claim(
+        self,
+        store: AsyncStore,
+        engine: Engine,
+        run_ids: Sequence[str],
+        lanes: Sequence[str] | None = None,
+        crashes_below: int | None = None,
+    ) -> None:
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
-        won = await store.run(ops.claim_runs(run_ids, lease_id, self._owner, self._settings.lease_s))
+        won = await store.run(ops.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below))
         self._env.probe("claim.after")
-        documents = await store.run(ops.read_claimed(run_ids, lease_id)) if won else []
-        self.store_answered(True)
+        documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
         self._admit(engine, documents, deadline)
+
+    async def _read_back(self, store: AsyncStore, run_ids: Sequence[str], lease_id: str, deadline: float) -> list[dict[str, Any]]:
+        """What was won. Repeated while the leases last: given up, these runs would wait for their end, as if a worker had died."""
+        while True:
+            try:
+                documents: list[dict[str, Any]] = await store.run(ops.read_claimed(run_ids, lease_id))
+            except StoreUnavailableError:
+                if self._env.clock.monotonic() > deadline:
+                    raise
+                self.store_answered(False)
+                await self._env.async_sleep(min(0.1 * 2**self._consecutive_failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2))
+                continue
+            self.store_answered(True)
+            return documents
 
     def _admit(self, engine: Engine, documents: Sequence[dict[str, Any]], deadline: float) -> None:
         for document in documents:
@@ -330,6 +354,8 @@ class Worker:
             self._ended.append(run_id)
             if self._telling is None and self._engine is not None:
                 self._telling = self._engine.loop.create_task(self._tell_ended(self._engine.store))
+        if self._suspects_left:
+            self._backlog, self._suspects_left = True, False  # the one in flight may have been this
         if self._backlog or self._rings:
             self._wanted.set()
         if self._engine is not None and not self._engine.flights:

@@ -163,7 +163,7 @@ class _Steward:
         while True:
             try:
                 await self._store.run(ops.server_info())
-                await self._store.facts()
+                facts = await self._store.facts()
                 await self._store.ensure()
                 # A tail of an empty capped collection ends at once, again and again; one signal prevents that.
                 await self._store.run(ops.send_signal("host", self._store.now(), host=self._boot.host_id))
@@ -177,6 +177,9 @@ class _Steward:
                 return BootFailed(exit_code=2, message=exc.message)
             self._ready = True
             self.say(StewardBeat(ready=True))
+            log.info("server", extra={key: facts[key] for key in ("version", "topology", "database")})
+            if facts["topology"] == "standalone":
+                log.warning("standalone_server", extra={"advice": "no replica set: a crash of the server can lose acknowledged work"})
             return None
 
     async def leave(self) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from support import eventually
 
 __all__ = ["PoolProcess", "running"]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "from streamline_pool.supervisor.cli import main; main()"]
 
 
@@ -85,16 +85,24 @@ class PoolProcess:
 
 @contextmanager
 def running(
-    folder: Path, app_text: str, uri: str, *options: str, database: str = "", command: Sequence[str] = COMMAND
+    folder: Path,
+    app_text: str,
+    uri: str,
+    *options: str,
+    database: str = "",
+    command: Sequence[str] = COMMAND,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[PoolProcess]:
-    """A pool of the application `app_text` on that database. Ends with the block."""
+    """A pool of the application `app_text` on that database, with `environ` beside the test's own. Ends with the block."""
     (folder / "pool_app.py").write_text(app_text)
     log = folder / "pool.log"
     target = ["--mongodb-uri", uri, *(["--database", database] if database else [])]
     arguments = [*command, "--app", "pool_app:app", "--log-format", "json", *target, *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
     with log.open("wb") as stderr:
-        process = subprocess.Popen(arguments, cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)}, stderr=stderr, stdout=stderr)
+        process = subprocess.Popen(
+            arguments, cwd=folder, env={**environment, "PYTHONPATH": str(ROOT), **(environ or {})}, stderr=stderr, stdout=stderr
+        )
     pool = PoolProcess(process, log)
     try:
         yield pool

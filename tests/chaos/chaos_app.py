@@ -1,0 +1,158 @@
+"""What the chaos tests run: an application whose handlers leave evidence, and an audit of what the database accepted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from pymongo import MongoClient
+
+from streamline_pool import Streamline
+
+__all__ = ["APP", "acceptances", "assert_nothing_is_wedged", "entries_overlap"]
+
+APP = '''
+import asyncio, os, time
+from streamline_pool import Streamline
+
+app = Streamline()
+
+
+def evidence():
+    return app.store().collection("evidence")
+
+
+def enter(ctx):
+    """One document per entry into a handler, with when it began and, if it came so far, when it ended."""
+    key = f"{ctx.run_id}/{ctx.step_id}/{ctx.attempt}/{os.getpid()}"
+    evidence().insert_one({"_id": key, "run": ctx.run_id, "step": ctx.step_id, "pid": os.getpid(), "entered": time.monotonic()})
+    return key
+
+
+def leave(key):
+    evidence().update_one({"_id": key}, {"$set": {"left": time.monotonic()}})
+
+
+busy = app.workflow("busy", defaults={"retries": 1})
+
+
+@busy.step
+async def first(ctx):
+    await asyncio.sleep(ctx.input["seconds"])
+    return ctx.idempotency_key
+
+
+@busy.step
+def second(ctx):
+    time.sleep(ctx.input["seconds"])
+    return ctx.idempotency_key
+
+
+@busy.step
+async def third(ctx):
+    await asyncio.sleep(ctx.input["seconds"])
+    return ctx.idempotency_key
+
+
+witness = app.workflow("witness", defaults={"retries": 1})
+
+
+@witness.step
+def alone(ctx):
+    key = enter(ctx)
+    ctx.signal.wait(ctx.input["seconds"])
+    leave(key)
+    return os.getpid()
+
+
+@witness.step
+def after(ctx):
+    key = enter(ctx)
+    leave(key)
+    return os.getpid()
+
+
+napper = app.workflow("napper")
+
+
+@napper.step
+async def nap(ctx):
+    ctx.sleep(ctx.input["seconds"])
+
+
+@napper.step
+async def woken(ctx):
+    return time.monotonic()
+'''
+
+
+@contextmanager
+def acceptances(app: Streamline) -> Iterator[Counter[tuple[str, str]]]:
+    """Within the block the server's own change stream counts, for each run and step, how often a result was accepted.
+
+    Filled at the end of the block. The stream is made from the oplog, so nothing that was stored escapes it.
+    """
+    counted: Counter[tuple[str, str]] = Counter()
+    with MongoClient(app.where.uri) as client:
+        runs = client[app.where.database][app.where.collection("runs")]
+        runs.insert_one({"_id": "marker-start"})
+        with runs.watch(full_document="updateLookup", max_await_time_ms=200) as stream:
+            yield counted
+            runs.insert_one({"_id": "marker-end"})
+            while (change := stream.next())["documentKey"]["_id"] != "marker-end":
+                if change["operationType"] == "update":
+                    for step in _done_steps(change):
+                        counted[change["documentKey"]["_id"], step] += 1
+        runs.delete_many({"_id": {"$in": ["marker-start", "marker-end"]}})
+
+
+def _done_steps(change: dict[str, Any]) -> list[str]:
+    """Places of the steps whose status this update has set to `done`."""
+    done = []
+    for path, value in change["updateDescription"]["updatedFields"].items():
+        parts = path.split(".")
+        if parts[0] != "steps" or len(parts) < 2:
+            continue
+        became = value if len(parts) == 3 and parts[2] == "status" else value.get("status") if isinstance(value, dict) else None
+        if became == "done":
+            done.append(parts[1])
+    return done
+
+
+def entries_overlap(app: Streamline) -> list[tuple[str, str]]:
+    """Pairs of entries into handlers of one run that were at work at the same time, by the clock all processes share."""
+    overlaps = []
+    by_run: dict[str, list[dict[str, Any]]] = {}
+    for entry in app.store().collection("evidence").find():
+        by_run.setdefault(entry["run"], []).append(entry)
+    for entries in by_run.values():
+        entries.sort(key=lambda entry: entry["entered"])
+        for earlier, later in zip(entries, entries[1:], strict=False):
+            # An entry without an end was killed, and cannot be at work any more when its process is gone.
+            if earlier.get("left", 0.0) > later["entered"]:
+                overlaps.append((earlier["_id"], later["_id"]))
+    return overlaps
+
+
+def assert_nothing_is_wedged(app: Streamline) -> None:
+    """Invariant 4: whatever has not ended is leased, or has an instant from which it may be claimed."""
+    wedged = list(
+        app.runs.find(
+            {
+                "status": {"$nin": ["done", "failed", "cancelled"]},
+                "lease": {"$exists": False},
+                "wakeAt": {"$exists": False},
+            }
+        )
+    )
+    assert not wedged, wedged[:3]
+    assert not list(app.runs.find({"status": {"$in": ["done", "failed"]}, "endedAt": None}).limit(3))
+
+
+def log_line(text: str) -> None:
+    """A figure for the reader of the test's output."""
+    print(f"[{datetime.now(UTC):%H:%M:%S}] {os.getpid()} {text}")

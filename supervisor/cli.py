@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ def _run_the_pool() -> int:
     """The pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
     from streamline_pool.supervisor import pool
 
+    for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(signum, lambda *_: None)  # orders for the pool: until there is one they must not end this process
     app, resolved = load_app(settle({}), needed_for="the pool", tell_threads=False)  # run_pool tells of them
     assert app is not None, "load_app refuses to go on without an application"
     with served(resolved) as settings, blamed_on(resolved):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from pymongo import MongoClient
@@ -131,7 +132,7 @@ def entries_overlap(app: Streamline) -> list[tuple[str, str]]:
         by_run.setdefault(entry["run"], []).append(entry)
     for entries in by_run.values():
         entries.sort(key=lambda entry: entry["entered"])
-        for earlier, later in zip(entries, entries[1:], strict=False):
+        for earlier, later in pairwise(entries):
             # An entry without an end was killed, and cannot be at work any more when its process is gone.
             if earlier.get("left", 0.0) > later["entered"]:
                 overlaps.append((earlier["_id"], later["_id"]))

@@ -29,7 +29,7 @@ RECOVERY_P99_S = 1.0
 def app(mongodb_uri: str, database: str, tmp_path: Path) -> Iterator[Streamline]:
     """The application of the pool, as a second program on the same database would have it."""
     scope: dict[str, Any] = {}
-    exec(compile(APP, "chaos_app", "exec"), scope)  # noqa: S102 -- our own text, also written to the pool's folder
+    exec(compile(APP, "chaos_app", "exec"), scope)
     app: Streamline = scope["app"]
     app.mongodb_uri, app.database = mongodb_uri, database
     yield app
@@ -68,7 +68,8 @@ def test_fifty_killed_workers_lose_nothing_and_are_made_good_for_within_a_second
         assert pool.exit_code() == 0
     quantiles = statistics.quantiles(recovered_s, n=100)
     log_line(
-        f"{KILLS} kills, {len(recovered_s)} runs recovered: p50 {quantiles[49]:.3f} s, p99 {quantiles[98]:.3f} s, max {max(recovered_s):.3f} s"
+        f"{KILLS} kills, {len(recovered_s)} runs recovered: "
+        f"p50 {quantiles[49]:.3f} s, p99 {quantiles[98]:.3f} s, max {max(recovered_s):.3f} s"
     )
     assert app.runs.count_documents({"status": "done"}) == len(runs)
     assert {key: n for key, n in accepted.items() if n != 1} == {}, "a step's result was accepted twice"

@@ -28,7 +28,7 @@ def test_after_twenty_seconds_without_a_database_work_resumes_within_three(
 ) -> None:
     """Runs in flight, runs asleep and runs that nobody has claimed: all go on by themselves, also with leases long expired."""
     scope: dict[str, Any] = {}
-    exec(compile(APP, "chaos_app", "exec"), scope)  # noqa: S102 -- our own text
+    exec(compile(APP, "chaos_app", "exec"), scope)
     app: Streamline = scope["app"]
     app.mongodb_uri, app.database = mongod.uri, database
     options = ("--workers", "2", "--concurrency", "5", "--lease", lease)

@@ -6,6 +6,7 @@ are published only after the write that they report is durable; engine.py and cl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -123,8 +124,9 @@ class EventBus:
         """Deliver what waits, then end the thread. The bus can be used again afterwards."""
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
-            self._backlog.put(None)
-            thread.join(timeout_s)
+            with contextlib.suppress(queue.Full):  # a subscriber that hangs; its thread is a daemon
+                self._backlog.put(None, timeout=timeout_s)
+                thread.join(timeout_s)
 
 
 global_event_bus = EventBus()

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from . import ops
 from .bus import Event, EventBus, global_event_bus
-from .definition import Definition, check_id, make_steps
+from .definition import Definition, check_defaults, check_id, make_steps
 from .documents import HOST_INDEXES, RUN_INDEXES
 from .engine import Engine
 from .env import Env, system_env
@@ -93,14 +93,15 @@ class Streamline:
             raise ValidationError(f"workflow {workflow_id}: context= must be a function of the input, not {context!r}")
         if steps is not None and not isinstance(steps, Mapping):
             raise ValidationError(f"workflow {workflow_id}: steps= must map step ids to handlers, not {type(steps)}")
+        defaults = check_defaults(workflow_id, {} if defaults is None else defaults)
         workflow = Workflow(
             self,
             workflow_id,
             version=version,
             queue=queue,
-            defaults=defaults or {},
+            defaults=defaults,
             make_context=context,
-            steps=make_steps(workflow_id, steps or {}, defaults or {}),
+            steps=make_steps(workflow_id, steps or {}, defaults),
         )
         if steps is not None:
             _ = workflow.definition  # a definition that cannot work is refused here, where it is written
@@ -182,11 +183,12 @@ class Streamline:
 
     def close(self) -> None:
         """Release connections, threads and local executions. The app opens again on its next use."""
+        self._notice_fork()
         if self._background is not None:
             self._background.call(self.close_async())
             self._background.close()
             self._background = None
-        if self._store is not None and self._pid == os.getpid():
+        if self._store is not None:
             self._store.close()
             self._store = None
         self._where = None

@@ -15,7 +15,17 @@ from typing import Any
 from .errors import StepNotFoundError, ValidationError
 from .model import RetryPolicy, seconds
 
-__all__ = ["Definition", "Handler", "StepDefinition", "check_id", "check_queue", "make_step"]
+__all__ = [
+    "Definition",
+    "Handler",
+    "StepDefinition",
+    "check_defaults",
+    "check_id",
+    "check_queue",
+    "check_version",
+    "make_step",
+    "make_steps",
+]
 
 Handler = Callable[[Any], Any]
 """A step's function: takes `ctx`, `def` or `async def`; what it returns is the step's output."""
@@ -74,8 +84,7 @@ class Definition:
     def __post_init__(self) -> None:
         check_id(self.workflow_id, "workflow id")
         check_queue(self.queue)
-        if not isinstance(self.version, str) or not 1 <= len(self.version) <= 100:
-            raise ValidationError(f"workflow {self.workflow_id}: version {self.version!r} is not text of 1 to 100 characters")
+        check_version(self.workflow_id, self.version)
         if not self.steps:
             raise ValidationError(f"workflow {self.workflow_id}: it has no steps; add at least one with @{self.workflow_id}.step or steps=")
         object.__setattr__(self, "index", {step.id: place for place, step in enumerate(self.steps)})
@@ -136,6 +145,24 @@ def _retry_policy(where: str, options: Mapping[str, Any]) -> RetryPolicy:
     return RetryPolicy(attempts_max=retries, delay_s=seconds(delay, f"{where}: retry_delay", zero_ok=True), backoff=backoff)
 
 
+def check_defaults(workflow_id: str, defaults: object) -> Mapping[str, Any]:
+    """`defaults` if they are step options; conditions belong to single steps."""
+    if not isinstance(defaults, Mapping):
+        raise ValidationError(f"workflow {workflow_id}: defaults= must map step options to values, not {type(defaults)}")
+    for name in _CONDITIONS:
+        if name in defaults:
+            raise ValidationError(f"workflow {workflow_id}: {name} cannot be a default; give it to the steps that need it")
+    make_step(workflow_id, "defaults", lambda ctx: None, defaults)  # checked here, not at the first step
+    return defaults
+
+
+def check_version(workflow_id: str, version: object) -> str:
+    """`version` if it is text of a sensible length."""
+    if not isinstance(version, str) or not 1 <= len(version) <= 100:
+        raise ValidationError(f"workflow {workflow_id}: version {version!r} is not text of 1 to 100 characters")
+    return version
+
+
 def _is_async(handler: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004 -- objects with an async __call__
 
@@ -156,5 +183,7 @@ def make_steps(workflow_id: str, steps: Mapping[str, Any], defaults: Mapping[str
     made = []
     for step_id, value in steps.items():
         handler, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+        if not isinstance(options, Mapping):
+            raise ValidationError(f"step {workflow_id}.{step_id}: the options beside a handler must be a mapping, not {type(options)}")
         made.append(make_step(workflow_id, step_id, handler, {**defaults, **options}))
     return made

@@ -14,7 +14,7 @@ import bson
 
 from .definition import Definition
 from .errors import DataCorruptionError, PayloadTooLargeError, ValidationError
-from .model import Run, RunStatus, StepState, StepStatus
+from .model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
     "CODEC",
@@ -312,6 +312,7 @@ def _step_misfit(step: Any) -> str | None:
 def parse_run(document: Mapping[str, Any]) -> Run:
     """The `Run` of a stored document. Raises DataCorruptionError naming the first field that does not fit."""
     try:
+        _check_reachable(document)
         return Run(
             id=document["_id"],
             workflow_id=_typed(document, "workflowId", str),
@@ -340,6 +341,25 @@ def parse_run(document: Mapping[str, Any]) -> Run:
         raise DataCorruptionError(
             f"run {run_id}: the stored document was changed by another program: {_describe(exc)}; mend it, or delete it", run_id=run_id
         ) from exc
+
+
+def _check_reachable(document: Mapping[str, Any]) -> None:
+    """A live run that no claim and no recovery will ever find: its readers are the only ones who can say so."""
+    if document["status"] in TERMINAL or document.get("paused") is True:
+        return
+    lease, slot = document.get("lease"), document.get("slot")
+    if isinstance(lease, Mapping) and isinstance(lease.get("expiresAt"), datetime):
+        return
+    if not isinstance(document.get("wakeAt"), datetime):
+        waiting = [
+            step for step in document["steps"] if step["stepId"] == document["currentStepId"] and step["status"] == StepStatus.WAITING
+        ]
+        if not waiting or waiting[0]["waitingFor"]["type"] == "timer":
+            raise ValueError(f"it is neither leased ({lease!r}) nor due ({document.get('wakeAt')!r}), so no worker will find it")
+        return
+    _typed(document, "lane", str)
+    if not isinstance(slot, int) or not 0 <= slot < SLOTS:
+        raise ValueError(f"field 'slot' is {slot!r}, expected 0 to {SLOTS - 1}, so no worker will find it")
 
 
 def _describe(exc: Exception) -> str:

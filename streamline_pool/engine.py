@@ -186,7 +186,7 @@ class Engine:
         stored = document["steps"][place]
         if stored["status"] == StepStatus.WAITING.value:
             return transitions.wake(document, flight.definition, place, now), 0
-        if self.draining:
+        if self.draining or flight.leaving:
             return transitions.give_back(document, place, now, entered=False), 0
         if flight.lost is not None:
             return None, 0
@@ -204,9 +204,9 @@ class Engine:
         context = Context(flight.document, place, AbortSignal(), flight)
         try:
             enter = await _allowed(step, context, flight.document)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:  # noqa: BLE001 -- a predicate is user code: what it raises is a failed attempt
+        except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
+            if self._closed:
+                raise
             return self._failed(flight, step, place, failure_of(exc))
         now = self.store.now()
         if enter:
@@ -265,7 +265,7 @@ class Engine:
 
     async def _store(self, flight: Flight, change: Change, size: int = 0) -> bool:
         """Make a transition durable. True if the run is still ours and goes on."""
-        if self.draining and change.name == "advance":
+        if (self.draining or flight.leaving) and change.name == "advance":
             # The next step would not be entered here: leave it to whoever claims the run, in this same write.
             change = transitions.without_grant(flight.document, change, self.store.now())
         first, twin = change, False
@@ -363,6 +363,13 @@ class Engine:
         for flight in list(self.flights.values()):
             if flight.attempt is not None:
                 flight.attempt.abort("shutdown", grace_s)
+
+    def give_up(self, run_id: str) -> None:
+        """Stop one run as `stop` stops all: it is given back, uncounted."""
+        flight = self.flights.get(run_id)
+        if flight is not None:
+            flight.leaving = True
+            flight.abort("shutdown")
 
     async def emptied(self) -> None:
         """Return once nothing is in flight."""

@@ -69,6 +69,7 @@ class Flight:
         "definition",
         "document",
         "lease_id",
+        "leaving",
         "lost",
         "place",
         "renew_now",
@@ -85,6 +86,7 @@ class Flight:
         self.attempt: Attempt | None = None  # while a handler is at work
         self.place = 0  # of the step at hand
         self.renew_now = False
+        self.leaving = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
         self.checkpointing: asyncio.Future[None] | None = None  # a checkpoint under way: no other write may be sent
 

@@ -6,23 +6,26 @@ Owns the engine of an event loop, and the background loop that lends one to sync
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime
 from typing import Any, TypeVar
 
 from . import ops
 from .engine import Engine
 from .env import Env
-from .errors import WorkflowError
+from .errors import InvalidStateError, WorkflowError
 from .store import AsyncStore
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]
 
 T = TypeVar("T")
+
+_CALLERS_S = 5.0  # for callers of `execute` to read how far their run came
 
 
 def make_owner(env: Env) -> str:
@@ -55,6 +58,7 @@ class LocalRunner:
         self._env = env
         self._lease_s = lease_s
         self._owner = make_owner(env)
+        self._callers: set[asyncio.Task[Any]] = set()
         self._engine.start()
 
     async def execute(self, run_id: str) -> bool:
@@ -64,10 +68,27 @@ class LocalRunner:
         document = await self._store.run(ops.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:
             return False
-        await self._engine.admit(document, deadline)
+        task = self._engine.admit(document, deadline)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # The caller has given up, which says nothing against the run: its handler stops, others may claim it.
+            self._engine.give_up(run_id)
+            raise
         if document["status"] in ("done", "failed"):
             await _ring(self._store, ops.send_signal("ended", self._store.now(), runs=[run_id]))
         return True
+
+    @contextlib.contextmanager
+    def caller(self) -> Iterator[None]:
+        """While it lasts, `shutdown` does not take the connections away from the running task."""
+        task = asyncio.current_task()
+        assert task is not None, "an `async def` runs in a task"
+        self._callers.add(task)
+        try:
+            yield
+        finally:
+            self._callers.discard(task)
 
     async def shutdown(self, timeout_s: float) -> None:
         """Let steps in flight end, for `timeout_s` seconds; then stop them. Their runs are given back either way."""
@@ -79,6 +100,9 @@ class LocalRunner:
             with contextlib.suppress(TimeoutError):  # then the leases run out by themselves
                 await asyncio.wait_for(self._engine.emptied(), 5.0)
         await self._engine.close()
+        waiting = [task for task in self._callers if task is not asyncio.current_task()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=_CALLERS_S)
 
 
 async def _ring(store: AsyncStore, signal: ops.Command) -> None:
@@ -99,12 +123,22 @@ class LoopThread:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise InvalidStateError("the application was closed while this call was under way") from None
         except BaseException:
             future.cancel()
             raise
 
     def close(self) -> None:
-        """End the loop and its thread."""
+        """End the loop and its thread; calls still under way end with an InvalidStateError."""
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -103,8 +103,10 @@ class RetryPolicy:
             factor = float(attempt)
         else:
             base = 2.0 if self.backoff == "exponential" else float(self.backoff)
-            # A large power overflows a float long after the cap has been reached.
-            factor = base ** min(attempt - 1, 64) if base > 1 else base ** (attempt - 1)
+            try:
+                factor = base ** (attempt - 1)
+            except OverflowError:
+                factor = 1e308  # any number far above the cap
         return min(self.delay_s * factor, _BACKOFF_CAP_S) * (1 + _JITTER * (2 * chance - 1))
 
 

@@ -164,13 +164,15 @@ def find_due(lanes: Sequence[str], slots: Sequence[int] | None, due_at: datetime
     )
 
 
-def claim_runs(run_ids: Sequence[str], lease_id: str, owner: str, lease_s: float) -> Command:
+def claim_runs(
+    run_ids: Sequence[str], lanes: Sequence[str] | None, lease_id: str, owner: str, lease_s: float, crashes_below: int | None = None
+) -> Command:
     """Take the lease of those runs that are still due and not paused. Yields how many.
 
     The attempt is counted here, so that a crash before the first write still costs one (River counts it in the
     same place). Times are the server's.
     """
-    query = {"_id": {"$in": list(run_ids)}, "status": _NOT_ENDED, "paused": _NOT_PAUSED, **_DUE}
+    query = _claimable({"$in": list(run_ids)}, lanes, crashes_below)
     return _update_many("claim_runs", query, _claim_update(lease_id, owner, lease_s))
 
 
@@ -187,18 +189,17 @@ def claim_run(
 
     The document is the one that the majority-acknowledged write has made, hence as good as a majority read.
     """
+    body = {"query": _claimable(run_id, lanes, crashes_below), "update": _claim_update(lease_id, owner, lease_s), "new": True}
+    return Command(name="claim_run", collection="runs", verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))
+
+
+def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | None) -> Document:
     query: Document = {"_id": run_id, "status": _NOT_ENDED, "paused": _NOT_PAUSED, **_DUE}
     if lanes is not None:
         query["lane"] = {"$in": list(lanes)}
     if crashes_below is not None:
         query["crashes"] = {"$lt": crashes_below}
-    return Command(
-        name="claim_run",
-        collection="runs",
-        verb="findAndModify",
-        body={"query": query, "update": _claim_update(lease_id, owner, lease_s), "new": True},
-        parse=lambda reply: reply.get("value"),
-    )
+    return query
 
 
 def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:

@@ -45,11 +45,11 @@ def is_hint(effect: Effect) -> bool:
 
 
 def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
-    """The same procedure, in which what fails for a passing reason is tried again; ten seconds for all of it.
+    """The same procedure, in which what fails for a passing reason is tried again, for ten seconds from the first failure.
 
     Repeating is safe because every operation that a procedure yields either reads, or names the call that made it.
     """
-    until = env.clock.monotonic() + _REPEAT_S
+    until = 0.0
     failures = 0
     answer: Any = None
     try:
@@ -58,12 +58,20 @@ def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
             try:
                 answer = yield effect
             except WorkflowError as exc:
+                if isinstance(effect, Listen):
+                    # Nobody relies on hearing anything: whether the database is there, the next look tells.
+                    yield Nap(min(effect.seconds, _PAUSE_MAX_S))
+                    effect = procedure.send(None)
+                    continue
+                if not failures:
+                    until = env.clock.monotonic() + _REPEAT_S
                 if is_hint(effect) or not exc.context.get("transient") or env.clock.monotonic() > until:
                     effect = procedure.throw(exc)
                     continue
                 failures += 1
                 yield Nap(min(0.05 * 2**failures, _PAUSE_MAX_S) * (0.5 + env.random() / 2))
                 continue
+            failures = 0
             effect = procedure.send(answer)
     except StopIteration as stop:
         result: T = stop.value

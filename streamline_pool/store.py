@@ -160,6 +160,8 @@ def _refusal(name: str, exc: Exception, where: Where) -> WorkflowError:
         )
     if code == _OVERFLOW:
         return ValidationError(f"{name}: MongoDB refuses the document: {text[:500]}")
+    if isinstance(exc, pymongo.errors.InvalidOperation):
+        return ValidationError(f"{name}: {text}; use a session of this app's `client` (of `async_client` for the _async methods)")
     if isinstance(exc, pymongo.errors.ConfigurationError):
         return ValidationError(f"mongodb_uri {where.shown}: {text}")
     transient = not isinstance(exc, pymongo.errors.OperationFailure) or _is_transient(exc)
@@ -247,6 +249,8 @@ class Store(_StoreBase):
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
             return _result(op, self._database.command(document, codec_options=_COMMAND_CODEC, session=session))
         except _DRIVER_ERRORS as exc:
+            if _is_for_owner(exc, session):
+                raise
             raise _refusal(op.name, exc, self.where) from exc
 
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
@@ -325,6 +329,8 @@ class AsyncStore(_StoreBase):
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
             return _result(op, await self._database.command(document, codec_options=_COMMAND_CODEC, session=session))
         except _DRIVER_ERRORS as exc:
+            if _is_for_owner(exc, session):
+                raise
             raise _refusal(op.name, exc, self.where) from exc
 
     async def drive(self, procedure: Procedure[T], session: AsyncClientSession | None = None) -> T:
@@ -407,6 +413,11 @@ def _milliseconds(wait_s: float) -> int:
 
 def _in_transaction(session: ClientSession | AsyncClientSession | None) -> bool:
     return session is not None and session.in_transaction
+
+
+def _is_for_owner(exc: Exception, session: ClientSession | AsyncClientSession | None) -> bool:
+    """True for what makes PyMongo's `with_transaction` run the whole transaction again: only its owner can."""
+    return _in_transaction(session) and isinstance(exc, pymongo.errors.PyMongoError) and exc.has_error_label("TransientTransactionError")
 
 
 def _already_there(exc: StoreUnavailableError) -> bool:

@@ -240,8 +240,8 @@ class Worker:
             self._wanted.set()
         if len(run_ids) > 1:
             # Suspects are left to the look for what is due, which sees them: they are claimed one at a time.
-            self._backlog = True
-            await self._claim(store, engine, run_ids, self._lanes, self._suspect_from)
+            if await self._claim(store, engine, run_ids, self._lanes, self._suspect_from) < len(run_ids):
+                self._backlog = True
             return
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
@@ -305,13 +305,14 @@ class Worker:
         run_ids: Sequence[str],
         lanes: Sequence[str] | None = None,
         crashes_below: int | None = None,
-    ) -> None:
+    ) -> int:
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
         won = await store.run(ops.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below))
         self._env.probe("claim.after")
         documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
         self._admit(engine, documents, deadline)
+        return len(documents)
 
     async def _read_back(self, store: AsyncStore, run_ids: Sequence[str], lease_id: str, deadline: float) -> list[dict[str, Any]]:
         """What was won. Repeated while the leases last: given up, these runs would wait for their end, as if a worker had died."""

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from . import ops
-from .definition import Definition, Handler, StepDefinition, check_id, check_queue, make_step
+from .definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
 from .documents import SLOTS, as_stored, check_payload, make_context, new_run, parse_run
 from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from .model import TERMINAL, Run, seconds
@@ -77,13 +77,12 @@ class Workflow:
     ) -> None:
         self.app = app
         self.id = check_id(workflow_id, "workflow id")
-        self.version = version
+        self.version = check_version(workflow_id, version)
         self.queue = check_queue(queue)
         self._defaults = dict(defaults)
         self._make_context = make_context
         self._steps: list[StepDefinition] = list(steps)
         self._definition: Definition | None = None
-        make_step(self.id, "defaults", lambda ctx: None, self._defaults)  # the defaults are checked here, not at the first step
 
     def __repr__(self) -> str:
         return f"<Workflow {self.id} {self.version}: {', '.join(step.id for step in self._steps)}>"
@@ -111,7 +110,7 @@ class Workflow:
     def step(self, target: Any = None, /, **options: Any) -> Any:
         """Add a step: `@wf.step`, `@wf.step("id", retries=5)` or `@wf.step(retries=5)`. The id defaults to the function's name."""
         if callable(target):
-            self._add(target.__name__, target, {})
+            self._add(getattr(target, "__name__", None), target, {})
             return target
 
         def decorate(handler: Handler) -> Handler:
@@ -148,7 +147,8 @@ class Workflow:
 
         `start_at`: an aware instant, or a delay in seconds or as a timedelta. With an `idempotency_key` that this
         workflow has used already, the stored run is returned, whoever stored it. With a `session` in a transaction,
-        the run exists only if that commits. Raises ValidationError before anything is stored, InvalidStateError when
+        the run exists only if that commits; a conflict with another transaction is PyMongo's own error, so that
+        `with_transaction` tries again. Raises ValidationError before anything is stored, InvalidStateError when
         `run_id` exists.
         """
         yield from self.app._ensuring(session)
@@ -331,14 +331,15 @@ class Workflow:
 
     async def execute_async(self, run_id: str) -> Run:
         """See `execute`."""
-        store = self.app.store_async()
-        await store.ensure()
-        run = await self.get_async(run_id)
-        if run is None:
-            raise WorkflowNotFoundError(f"workflow {self.id}: no run {run_id!r}", run_id=run_id)
-        if run.version != self.version or not await self.app._runner().execute(run_id):
-            return run
-        return await self.get_async(run_id) or run
+        await self.app.store_async().ensure()
+        runner = self.app._runner()
+        with runner.caller():
+            run = await self.get_async(run_id)
+            if run is None:
+                raise WorkflowNotFoundError(f"workflow {self.id}: no run {run_id!r}", run_id=run_id)
+            if run.version != self.version or not await runner.execute(run_id):
+                return run
+            return await self.get_async(run_id) or run
 
     def shutdown(self, *, timeout: float | timedelta = 30.0) -> None:
         """Let local executions finish their steps in flight, for `timeout` seconds, then stop them. All runs are given back."""

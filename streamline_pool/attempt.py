@@ -70,11 +70,7 @@ class Attempt:
         if step.timeout_s is not None:
             self._timers.append(self._loop.call_later(step.timeout_s, self.abort, "timeout"))
         if step.is_async:
-            pid = os.getpid()
             outcome = await self._run_async(step.handler)
-            if os.getpid() != pid:
-                # The handler forked, and this is the child coming back: the run and the connections belong to the parent.
-                os._exit(0)
         else:
             self.settled = self._loop.create_future()
             self._work = threads.submit(_run_sync, step.handler, self.context, self._pid)

@@ -151,6 +151,7 @@ class Workflow:
         `with_transaction` tries again. Raises ValidationError before anything is stored, InvalidStateError when
         `run_id` exists.
         """
+        _ = self.definition  # refused before anything is connected, if it cannot work
         yield from self.app._ensuring(session)
         make = self._maker(meta, priority, queue, start_at, user_id, tags)
         document = make(input, run_id, idempotency_key)

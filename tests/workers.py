@@ -103,9 +103,7 @@ class Pool:
         return [worker.status() for worker in self.workers]
 
 
-def run_until_idle(
-    app: Streamline, *, workers: int = 1, timeout: float = 15.0, recover_every_s: float | None = None
-) -> list[WorkerStatus]:
+def run_until_idle(app: Streamline, *, workers: int = 1, timeout: float = 15.0, recover_every_s: float | None = None) -> list[WorkerStatus]:
     """Work off whatever is due in `app`'s database, in this thread. Yields how each worker fared."""
 
     async def work() -> list[WorkerStatus]:

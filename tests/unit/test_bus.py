@@ -1,0 +1,135 @@
+"""The event bus: who hears what, that a bad subscriber hurts nobody, and that publishers never wait."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from streamline_pool import Event, EventBus, ValidationError
+from streamline_pool import bus as module
+from support import eventually
+
+
+def event(name: str, number: int = 0) -> Event:
+    return Event(name=name, run_id="r", workflow_id="w", step_id=None, data=number, at=datetime.now(UTC))
+
+
+@pytest.fixture
+def bus() -> Iterator[EventBus]:
+    made = EventBus()
+    yield made
+    made.close()
+
+
+def test_each_subscriber_hears_its_name_and_the_star_hears_all(bus: EventBus) -> None:
+    heard: list[tuple[str, str]] = []
+    bus.on("a", lambda e: heard.append(("a", e.name)))
+    bus.on("*", lambda e: heard.append(("*", e.name)))
+    for name in ("a", "b"):
+        bus.publish(event(name))
+    bus.close()
+    assert heard == [("a", "a"), ("*", "a"), ("*", "b")]
+
+
+def test_once_means_once_and_off_means_off(bus: EventBus) -> None:
+    heard: list[str] = []
+    bus.once("a", lambda e: heard.append("once"))
+    gone = bus.on("a", lambda e: heard.append("never"))
+    bus.off("a", gone)
+    bus.off("a", gone)
+    bus.publish(event("a"))
+    bus.publish(event("a"))
+    bus.close()
+    assert heard == ["once"]
+    assert not bus.active
+
+
+def test_events_arrive_in_the_order_they_were_published(bus: EventBus) -> None:
+    heard: list[int] = []
+    bus.on("a", lambda e: heard.append(e.data))
+    for number in range(100):
+        bus.publish(event("a", number))
+    bus.close()
+    assert heard == list(range(100))
+
+
+def test_a_raising_subscriber_is_logged_and_hurts_nobody(bus: EventBus, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[str] = []
+
+    def bad(e: Event) -> None:
+        raise SystemError("mine")
+
+    bus.on("a", bad)
+    bus.on("a", lambda e: heard.append("good"))
+    with caplog.at_level(logging.ERROR):
+        bus.publish(event("a"))
+        bus.publish(event("a"))
+        bus.close()
+    assert heard == ["good", "good"]
+    assert [record.message for record in caplog.records] == ["subscriber_failed"] * 2
+
+
+def test_a_subscriber_may_unsubscribe_and_publish_from_within(bus: EventBus) -> None:
+    heard: list[str] = []
+
+    def first(e: Event) -> None:
+        bus.off("a", first)
+        heard.append(e.name)
+        bus.publish(event("b"))
+
+    bus.on("a", first)
+    bus.on("b", lambda e: heard.append(e.name))
+    bus.publish(event("a"))
+    bus.publish(event("a"))
+    eventually(lambda: heard == ["a", "b"])
+
+
+def test_a_slow_subscriber_costs_events_and_not_the_publisher(bus: EventBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that waited for a subscriber would stop committing."""
+    go = threading.Event()
+    heard: list[int] = []
+
+    def slow(e: Event) -> None:
+        go.wait()
+        heard.append(e.data)
+
+    bus.on("a", slow)
+    for number in range(module._BACKLOG_MAX + 100):
+        bus.publish(event("a", number))
+    go.set()
+    bus.close(30)
+    assert bus.dropped in (99, 100)  # one may be with the subscriber
+    assert heard[-1] == module._BACKLOG_MAX + 99, "the newest are kept"
+
+
+def test_a_hanging_subscriber_does_not_hold_up_the_end_of_the_program(bus: EventBus) -> None:
+    forever = threading.Event()
+    bus.on("a", lambda e: forever.wait())
+    for _ in range(module._BACKLOG_MAX + 1):
+        bus.publish(event("a"))
+    bus.close(0.05)
+    forever.set()
+
+
+def test_nothing_runs_while_nobody_listens(bus: EventBus) -> None:
+    bus.publish(event("a"))
+    assert bus._thread is None
+
+
+def test_a_closed_bus_can_be_used_again(bus: EventBus) -> None:
+    heard: list[str] = []
+    bus.on("a", lambda e: heard.append(e.name))
+    bus.close()
+    bus.publish(event("a"))
+    eventually(lambda: heard == ["a"])
+
+
+@pytest.mark.parametrize(("name", "subscriber"), [("", print), (None, print), (5, print), ("a", None), ("a", "print")])
+def test_a_subscription_that_cannot_work_is_refused(bus: EventBus, name: Any, subscriber: Any) -> None:
+    with pytest.raises(ValidationError):
+        bus.on(name, subscriber)

@@ -1,0 +1,67 @@
+"""The run cache: bounded, least recently used out first, counted."""
+
+from __future__ import annotations
+
+import threading
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamline_pool.cache import RunCache, RunNote
+
+NOTE = RunNote("1.0.0", 1, 0.0, True)
+
+
+def test_the_run_used_longest_ago_is_forgotten() -> None:
+    cache = RunCache(2)
+    cache.put("a", NOTE)
+    cache.put("b", NOTE)
+    assert cache.get("a") is NOTE  # now b is the oldest
+    cache.put("c", NOTE)
+    assert (cache.get("b"), cache.get("a"), cache.get("c")) == (None, NOTE, NOTE)
+    assert cache.counters() == {"size": 2, "capacity": 2, "hits": 3, "misses": 1, "evictions": 1}
+
+
+def test_a_note_put_again_replaces_the_old_one_and_evicts_nobody() -> None:
+    cache = RunCache(2)
+    cache.put("a", NOTE)
+    cache.put("b", NOTE)
+    newer = NOTE._replace(token=2)
+    cache.put("a", newer)
+    assert (cache.get("a"), cache.get("b"), len(cache), cache.evictions) == (newer, NOTE, 2, 0)
+
+
+def test_forgetting_what_is_not_there_does_nothing() -> None:
+    cache = RunCache(2)
+    cache.put("a", NOTE)
+    cache.forget("a")
+    cache.forget("a")
+    assert len(cache) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("pgf"), st.integers(0, 9))), st.integers(1, 5))
+def test_it_never_outgrows_its_bound_and_counts_every_look(acts: list[tuple[str, int]], capacity: int) -> None:
+    """A cache without a bound is a leak that takes weeks to show."""
+    cache = RunCache(capacity)
+    for act, key in acts:
+        {"p": lambda k: cache.put(k, NOTE), "g": cache.get, "f": cache.forget}[act](str(key))
+        assert len(cache) <= capacity
+    counted = cache.counters()
+    assert counted["hits"] + counted["misses"] == sum(act == "g" for act, _ in acts)
+
+
+def test_threads_may_share_it() -> None:
+    cache = RunCache(50)
+
+    def work(number: int) -> None:
+        for turn in range(500):
+            cache.put(str((number * 7 + turn) % 100), NOTE)
+            cache.get(str(turn % 100))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counted = cache.counters()
+    assert (counted["size"], counted["hits"] + counted["misses"]) == (50, 2000)

@@ -146,7 +146,7 @@ def _encode(value: Any, where: str) -> bytes:
 
 def _is_too_deep(value: Any) -> bool:
     level = [value] if isinstance(value, (Mapping, list, tuple)) else []
-    for _ in range(PAYLOAD_DEPTH_MAX + 1):
+    for _ in range(PAYLOAD_DEPTH_MAX):
         items = (item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer))
         level = [item for item in items if type(item) not in _LEAVES and isinstance(item, (Mapping, list, tuple))]
         if not level:

@@ -12,10 +12,34 @@ PACKAGE = Path(__file__).resolve().parents[1] / "streamline_pool"
 LINES_MAX = 500
 
 # A module imports only from modules to its left. `setting_values` and `settings` know nothing of runs; `embedded` is a leaf.
-ORDER = (
-    "errors model env setting_values settings definition documents transitions ops bus procedures store committer context cache "
-    "attempt flight leases engine local workflow client worker embedded_watcher embedded __init__"
-).split()
+ORDER = [
+    "errors",
+    "model",
+    "env",
+    "setting_values",
+    "settings",
+    "definition",
+    "documents",
+    "transitions",
+    "ops",
+    "bus",
+    "procedures",
+    "store",
+    "committer",
+    "context",
+    "cache",
+    "attempt",
+    "flight",
+    "leases",
+    "engine",
+    "local",
+    "workflow",
+    "client",
+    "worker",
+    "embedded_watcher",
+    "embedded",
+    "__init__",
+]
 
 TREES = {path.stem: ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE.glob("*.py"))}
 modules = pytest.mark.parametrize("module", TREES)

@@ -21,7 +21,7 @@ def test_every_status_has_a_row_in_its_table() -> None:
     """A status that a table forgets would have no filter, and so escape it."""
     assert set(RUN_MOVES) == set(RunStatus)
     assert set(STEP_MOVES) == set(StepStatus)
-    assert TERMINAL | NON_TERMINAL == set(RunStatus)
+    assert set(RunStatus) == TERMINAL | NON_TERMINAL
     assert not TERMINAL & NON_TERMINAL
 
 

@@ -125,7 +125,7 @@ def _claim_all(server: Server, app: Streamline, runs: int) -> dict[str, float]:
             rows = store.run(ops.find_due(lanes, None, store.now(), _CLAIM, None))
         run_ids = [row["_id"] for row in rows]
         lease_id = app.env.new_id()
-        won += store.run(ops.claim_runs(run_ids, lease_id, _OWNER, _LEASE_S))
+        won += store.run(ops.claim_runs(run_ids, lanes, lease_id, _OWNER, _LEASE_S))
         assert len(store.run(ops.read_claimed(run_ids, lease_id))) == len(run_ids), "nobody else claims here"
     taken_s, cpu_s = time.perf_counter() - begun, server.cpu_seconds() - cpu
     app.runs.delete_many({"lease.owner": _OWNER, "lease.expiresAt": {"$exists": True}})

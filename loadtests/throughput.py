@@ -26,7 +26,6 @@ from .raw import BATCH, PROCESSES, RawWriters, raw_writers
 __all__ = ["add_options", "measure"]
 
 _STEPS = 3
-_SETTLE_S = 0.4  # from CONT to the window that is measured: claims under way, group commits filled
 _HELD_TIMEOUT_S = 30.0
 _LIVE_BATCH = 500
 _RUNS_PER_S_MAX = 5_000  # runs in store for each second of the pool's turn, so that it cannot run out; a guess at twice the best seen
@@ -38,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=12, help="turns of raw limit and pool (default: %(default)s)")
     parser.add_argument("--side-rounds", type=int, default=4, help="turns for each figure printed beside (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement (default: %(default)s)")
+    parser.add_argument("--settle", type=float, default=0.4, help="seconds that the pool works before each (default: %(default)s)")
 
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
@@ -47,7 +47,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         app = stack.enter_context(pool_app.client_app(server.uri, database, pool_app.noop, pool_app.noop_def))
         running = stack.enter_context(pool(server, database, "--workers", str(options.workers), "--concurrency", str(options.concurrency)))
         writers = stack.enter_context(raw_writers(server, server.database()))
-        turns = _Turns(server=server, app=app, running=running, writers=writers, seconds=options.seconds)
+        turns = _Turns(server=server, app=app, running=running, writers=writers, seconds=options.seconds, settle_s=options.settle)
         turns.hold()
         turns.inserted_before(pool_app.noop.id)  # warms up
         main = turns.take(options.rounds, lambda: turns.inserted_before(pool_app.noop.id), "inserted before")
@@ -93,6 +93,7 @@ class _Turns:
     running: Pool
     writers: RawWriters
     seconds: float
+    settle_s: float  # from CONT to the window that is measured: claims under way, group commits filled
 
     def take(self, rounds: int, work: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
         """Raw, pool, raw, pool, …, raw: each round's figures and their medians."""
@@ -121,14 +122,14 @@ class _Turns:
         """The pool's figures on runs that are there when it goes on."""
         self._fill(workflow_id)
         self.running.signal(signal.SIGCONT)
-        time.sleep(_SETTLE_S)
+        time.sleep(self.settle_s)
         return self._window(lambda: time.sleep(self.seconds))
 
     def started_live(self) -> dict[str, Any]:
         """The pool's figures while this process starts runs, in batches."""
         self.app.runs.delete_many({"wakeAt": {"$exists": True}})  # what is left in store from other turns
         self.running.signal(signal.SIGCONT)
-        self._start_for(_SETTLE_S)
+        self._start_for(self.settle_s)
         return self._window(lambda: self._start_for(self.seconds))
 
     def hold(self) -> None:
@@ -141,7 +142,7 @@ class _Turns:
 
     def _fill(self, workflow_id: str) -> None:
         """Top up the runs in store to what one turn can use."""
-        wanted = round(_RUNS_PER_S_MAX * (self.seconds + _SETTLE_S))
+        wanted = round(_RUNS_PER_S_MAX * (self.seconds + self.settle_s))
         missing = wanted - self._waiting(workflow_id)
         if missing > 0:
             self.app.workflows[workflow_id].start_many([None] * missing)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "loadtests"]
 
 TINY = {
-    "throughput": "--rounds 1 --side-rounds 1 --seconds 0.2",
+    "throughput": "--rounds 1 --side-rounds 1 --seconds 0.2 --settle 0.1",
     "latency": "--samples 5",
     "idle": "--workers 1 2 --seconds 0.5 --settle 0.2",
     "scale": "--finished 200 --sleeping 200 --absent 100 --rounds 1 --runs 200 --workers 2 --queue 400 --single-starts 3",

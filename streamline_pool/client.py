@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -65,6 +66,7 @@ class Streamline:
 
     def _reset_connections(self) -> None:
         self._pid = os.getpid()
+        self._opening = threading.Lock()  # threads that come first at the same time share what the first of them opens
         self._store: Store | None = None
         self._async_stores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = weakref.WeakKeyDictionary()
         self._runners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LocalRunner] = weakref.WeakKeyDictionary()
@@ -148,9 +150,11 @@ class Streamline:
     def store(self) -> Store:
         """The synchronous connection of this process; opened by its first operation."""
         self._notice_fork()
-        if self._store is None:
-            self._store = Store(self.where, self.env)
-        return self._store
+        store = self._store
+        if store is None:
+            with self._opening:
+                store = self._store = self._store or Store(self.where, self.env)
+        return store
 
     def store_async(self) -> AsyncStore:
         """The connection of the running event loop; opened by its first operation."""
@@ -276,9 +280,9 @@ class Streamline:
 
     def _loop_thread(self) -> LoopThread:
         self._notice_fork()
-        if self._background is None:
-            self._background = LoopThread()
-        return self._background
+        with self._opening:
+            self._background = self._background or LoopThread()
+            return self._background
 
     def _shutdown(self, timeout_s: float) -> None:
         if self._background is not None:

@@ -269,8 +269,7 @@ class Engine:
             # The next step would not be entered here: leave it to whoever claims the run, in this same write.
             change = transitions.without_grant(flight.document, change, self.store.now())
         first, twin = change, False
-        while flight.checkpointing is not None:
-            await flight.checkpointing
+        await flight.checkpoints_done()
         while True:
             now = self.store.now()
             make = ops.commit_under_pause if twin else ops.commit

@@ -22,6 +22,7 @@ from .transitions import Document
 
 __all__ = ["STATEMENT_BYTES", "Flight", "Observer"]
 
+_CHECKPOINT_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
 STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: some 450
 
 
@@ -64,6 +65,7 @@ class Flight:
     __slots__ = (
         "_ground",
         "attempt",
+        "blocking_checkpoint",
         "checkpointing",
         "deadline",
         "definition",
@@ -89,6 +91,7 @@ class Flight:
         self.leaving = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
         self.checkpointing: asyncio.Future[None] | None = None  # a checkpoint under way: no other write may be sent
+        self.blocking_checkpoint = threading.Lock()  # held while one is under way on a thread
 
     @property
     def run_id(self) -> str:
@@ -108,23 +111,27 @@ class Flight:
     # --- context.Port ----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, value: Any, size: int) -> None:
-        """See context.Port. On the loop's own thread only a blocking write can be durable on return."""
-        if threading.get_ident() != self._ground.loop_thread:
+        """See context.Port. On the loop's own thread only a blocking write can be durable on return.
+
+        The threads of an `async def` handler take the same way: waiting for a loop that waits for them would be for ever.
+        """
+        if not self.definition.steps[self.place].is_async and threading.get_ident() != self._ground.loop_thread:
             asyncio.run_coroutine_threadsafe(self._save_checkpoint(value, size), self._ground.loop).result()
             return
-        statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
-        try:
-            verdict = self._ground.blocking_store().drive(_write_alone(statement))
-        except StoreUnavailableError:
-            self.lost = "lease-lost"  # whether it landed is unknown, so nothing more may be sent for this run
-            raise
-        self._checkpoint_landed(verdict, value)
+        with self.blocking_checkpoint:
+            self._check_at_work()
+            statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
+            try:
+                verdict = self._ground.blocking_store().drive(_write_alone(statement))
+            except StoreUnavailableError:
+                self.lost = "lease-lost"  # whether it landed is unknown, so nothing more may be sent for this run
+                raise
+            self._checkpoint_landed(verdict, value)
 
     async def _save_checkpoint(self, value: Any, size: int) -> None:
         while self.checkpointing is not None:
             await self.checkpointing
-        if self.attempt is None:
-            raise InvalidStateError(f"run {self.run_id}: this attempt is over; the checkpoint was not stored", run_id=self.run_id)
+        self._check_at_work()
         done = self.checkpointing = self._ground.loop.create_future()
         try:
             statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
@@ -132,6 +139,17 @@ class Flight:
         finally:
             self.checkpointing = None
             done.set_result(None)
+
+    def _check_at_work(self) -> None:
+        if self.attempt is None:
+            raise InvalidStateError(f"run {self.run_id}: no handler is at work; the checkpoint was not stored", run_id=self.run_id)
+
+    async def checkpoints_done(self) -> None:
+        """Return once no checkpoint is under way. None begins any more, since the attempt is over."""
+        while self.checkpointing is not None:
+            await self.checkpointing
+        while self.blocking_checkpoint.locked():
+            await asyncio.sleep(_CHECKPOINT_POLL_S)
 
     def _checkpoint_landed(self, verdict: Verdict, value: Any) -> None:
         if verdict not in (Verdict.LANDED, Verdict.LANDED_BY_READ):

@@ -140,24 +140,37 @@ def get_runs_by_key(workflow_id: str, keys: Sequence[str]) -> Find:
 # --- claiming ------------------------------------------------------------------------------------------------------
 
 
-def find_due(lanes: Sequence[str], slots: Sequence[int] | None, due_at: datetime, limit: int, crashes_below: int | None) -> Find:
+def find_due(
+    lanes: Sequence[str],
+    slots: Sequence[int] | None,
+    due_at: datetime,
+    limit: int,
+    crashes_below: int | None,
+    *,
+    since: datetime | None = None,
+    priorities: Sequence[int] = (),
+) -> Find:
     """Ids of runs that look claimable, highest priority first, then longest due.
 
     Index streamline_due: one scan per lane and slot, merged. `slots` None means all of them. `crashes_below` leaves
-    out runs whose next lost worker would convict them, for a worker that has one of those already.
+    out runs whose next lost worker would convict them, for a worker that has one of those already. `since`, with the
+    `priorities` it is known for, starts the scans there instead of at the beginning (lookout.py says why).
     """
     query: Document = {
         "lane": {"$in": list(lanes)},
         "slot": {"$in": list(range(SLOTS)) if slots is None else list(slots)},
         "wakeAt": {"$lte": due_at},
     }
+    if since is not None:
+        query["wakeAt"]["$gte"] = since
+        query["priority"] = {"$in": list(priorities)}
     if crashes_below is not None:
         query["crashes"] = {"$lt": crashes_below}
     return Find(
         name="find_due",
         collection="runs",
         filter=query,
-        projection={"_id": 1, "crashes": 1},
+        projection={"_id": 1, "crashes": 1, "priority": 1, "wakeAt": 1},
         sort=(("priority", -1), ("wakeAt", 1)),
         limit=limit,
         hint="streamline_due",
@@ -328,20 +341,28 @@ def renew(run_ids: Sequence[str], lease_ids: Sequence[str], lease_s: float) -> C
 # --- recovering ----------------------------------------------------------------------------------------------------
 
 
-def release_owner(owner: str, max_crashes: int, evidence: Mapping[str, Any]) -> Command:
-    """Take back the leases of one dead incarnation of a worker. Yields how many.
+def release_owner(owner: str, max_crashes: int, evidence: Mapping[str, Any], since: datetime | None = None) -> Command:
+    """Take back the leases of one dead incarnation of a worker. Yields how many. For `since` see `recover_expired`.
 
     Each run is claimable at once and its current step has one more lost worker on record; at `max_crashes` the run
     fails with WORKER_CRASHED and the evidence. Idempotent, like `recover_expired`.
     """
-    query = {"lease.expiresAt": {"$exists": True}, "lease.owner": owner}
+    query = {"lease.expiresAt": _lease_from(since), "lease.owner": owner}
     return _recover("release_owner", query, max_crashes, _describe_death(evidence))
 
 
-def recover_expired(max_crashes: int) -> Command:
-    """Take back every lease that has run out by the server's clock. Yields how many. Any number of hosts may sweep."""
-    query = {"lease.expiresAt": {"$exists": True}, "$expr": {"$lte": ["$lease.expiresAt", "$$NOW"]}}
+def recover_expired(max_crashes: int, since: datetime | None = None) -> Command:
+    """Take back every lease that has run out by the server's clock. Yields how many. Any number of hosts may sweep.
+
+    `since` leaves out leases that ended before it: an earlier sweep has seen those, and the index still holds an entry
+    for every lease of the last five minutes, which a scan from the start steps over (lookout.py says why).
+    """
+    query = {"lease.expiresAt": _lease_from(since), "$expr": {"$lte": ["$lease.expiresAt", "$$NOW"]}}
     return _recover("recover_expired", query, max_crashes, "it stopped renewing its lease")
+
+
+def _lease_from(since: datetime | None) -> Document:
+    return {"$exists": True} if since is None else {"$exists": True, "$gte": since}
 
 
 def _describe_death(evidence: Mapping[str, Any]) -> str:

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from . import ops
 from .client import Streamline
-from .documents import SLOTS
 from .engine import Engine
 from .env import Env
 from .errors import StoreUnavailableError, WorkflowError
+from .lookout import Lookout, slots_of
 from .settings import Settings
 from .store import AsyncStore
 
-__all__ = ["Gate", "Worker", "WorkerStatus", "slots_of"]
+__all__ = ["Gate", "Worker", "WorkerStatus"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -32,7 +32,6 @@ Gate = Literal["open", "closed", "one"]
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first of them wait
 _RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
-_SCANS_MAX = 190  # lanes times slots in one find; MongoDB merges at most 200 index scans
 _RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
 _STOP_MARGIN_S = 3.0  # beyond the handlers' grace, for giving the runs back
 
@@ -52,13 +51,6 @@ class WorkerStatus:
     recycle: str | None  # why this worker should be replaced; None: no reason
     running: tuple[tuple[str, str], ...]  # up to five (run id, step id) in flight
     lru: Mapping[str, int] = field(default_factory=dict)  # counters of the run cache
-
-
-def slots_of(index: int, total: int) -> tuple[int, ...]:
-    """The slots that worker `index` of `total` claims from first; together the workers cover them all."""
-    if total >= SLOTS:
-        return (index % SLOTS,)
-    return tuple(slot for slot in range(SLOTS) if slot % total == index)
 
 
 class Worker:
@@ -88,8 +80,8 @@ class Worker:
         self._held = False
         self._leaving = False
         self._backlog = True  # there may be due runs that this worker has not seen
+        self._looking = False  # a claim is under way: what it brings is neither in flight yet nor due any more
         self._suspects_left = False  # a look has passed some over, because one was in flight
-        self._turn = 0  # rotates the lanes when there are too many for one find
         self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
         self._wanted = asyncio.Event()
         self._parked: list[tuple[str, datetime]] = []
@@ -103,7 +95,7 @@ class Worker:
         self._was_hungry = False
         self._engine: Engine | None = None
         self._stop_grace_s: float | None = None
-        self.reslot(index, total)
+        self._lookout = Lookout(self._lanes, slots_of(index, total), self._env)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -121,7 +113,10 @@ class Worker:
                 await self._wanted.wait()
                 self._wanted.clear()
                 if not self._leaving:
+                    self._looking = True
                     await self._claim_round(store, engine)
+                    self._looking = False
+                    self._report_hunger()
             await self._give_back(engine)
             await self._tell_ended(store)
         finally:
@@ -158,6 +153,8 @@ class Worker:
         note = None if run_id is None or self._engine is None else self._engine.cache.get(run_id)
         if note is not None and note.in_flight:
             return
+        if lane is None:
+            self._lookout.forget()  # runs were given back or recovered, and keep their old places in the queue
         if run_id is None or len(self._rings) >= _RINGS_MAX:
             self._backlog = True
         else:
@@ -187,7 +184,7 @@ class Worker:
 
     def reslot(self, index: int, total: int) -> None:
         """This worker's place among the workers of its host has changed."""
-        self._slots = slots_of(index, total)
+        self._lookout.reslot(slots_of(index, total))
 
     def drain(self) -> None:
         """Finish the steps in flight, give the runs back, return from `run`."""
@@ -231,7 +228,6 @@ class Worker:
             self._backlog = True
             delay_s = min(0.1 * 2**self._consecutive_failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2)
             engine.loop.call_later(delay_s, self._wanted.set)
-        self._report_hunger()
 
     async def _claim_named(self, store: AsyncStore, engine: Engine) -> None:
         room = self._room()
@@ -252,37 +248,17 @@ class Worker:
         self._admit(engine, [] if document is None else [document], deadline)
 
     async def _claim_due(self, store: AsyncStore, engine: Engine, limit: int) -> None:
-        """One look, in this worker's slots first and then in everybody's; claims what it finds."""
+        """One look; claims what it finds."""
         self._backlog = False  # before the look: a ring that comes during it may be for a run that it has just missed
-        complete = True
-        found: list[str] = []
-        lanes_done = 0
-        while lanes_done < len(self._lanes) and not found:
-            lanes, slots = self._scan(lanes_done)
-            crashes_below = self._suspect_from if self._holds_suspect(engine) else None
-            rows = await store.run(ops.find_due(lanes, slots, store.now(), limit, crashes_below))
-            if len(rows) < limit and slots is not None:
-                rows = await store.run(ops.find_due(lanes, None, store.now(), limit, crashes_below))
-            found = self._one_suspect_at_most(rows)
-            self._suspects_left = self._suspects_left or crashes_below is not None or len(found) < len(rows)
-            complete = complete and len(rows) < limit
-            lanes_done += len(lanes)
+        crashes_below = self._suspect_from if self._holds_suspect(engine) else None
+        rows, more = await self._lookout.look(store, limit, crashes_below)
+        found = self._one_suspect_at_most(rows)
+        self._suspects_left = self._suspects_left or crashes_below is not None or len(found) < len(rows)
         self.store_answered(True)
-        if not found:
-            return
-        self._turn += 1
-        if not complete or lanes_done < len(self._lanes):
-            self._backlog = True  # there is more than this look could take
-        await self._claim(store, engine, found)
-
-    def _scan(self, offset: int) -> tuple[Sequence[str], Sequence[int] | None]:
-        """Lanes and slots of one find, rotating the lanes when there are too many for the server to merge."""
-        per_find = max(1, _SCANS_MAX // SLOTS)
-        slots = self._slots if len(self._slots) < SLOTS else None
-        if len(self._lanes) <= per_find:
-            return self._lanes, slots
-        start = (self._turn * per_find + offset) % len(self._lanes)
-        return (self._lanes + self._lanes)[start : start + min(per_find, len(self._lanes) - offset)], slots
+        if more:
+            self._backlog = True
+        if found:
+            await self._claim(store, engine, found)
 
     def _holds_suspect(self, engine: Engine) -> bool:
         return any(flight.document["crashes"] >= self._suspect_from for flight in engine.flights.values())
@@ -339,7 +315,7 @@ class Worker:
             self._notify()
 
     def _hungry(self) -> bool:
-        return not self._backlog and not self._rings and self._room() > 0
+        return not self._looking and not self._backlog and not self._rings and self._room() > 0
 
     # --- what the engine tells (engine.Observer) -------------------------------------------------------------------
 
@@ -357,6 +333,7 @@ class Worker:
                 self._telling = self._engine.loop.create_task(self._tell_ended(self._engine.store))
         if self._suspects_left:
             self._backlog, self._suspects_left = True, False  # the one in flight may have been this
+            self._lookout.forget()
         if self._backlog or self._rings:
             self._wanted.set()
         if self._engine is not None and not self._engine.flights:

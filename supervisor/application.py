@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from streamline_pool import embedded, ops
 from streamline_pool.client import Streamline
+from streamline_pool.env import Env, system_env
 from streamline_pool.errors import StoreUnavailableError, ValidationError
 from streamline_pool.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.supervisor.arguments import hide_password
@@ -25,12 +27,16 @@ from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import Invocation, pick
 
-__all__ = ["adopt", "blamed_on", "load_app", "opened", "prove_rights", "reach", "served", "settle"]
+__all__ = ["adopt", "blamed_on", "load_app", "opened", "prove_rights", "reach", "served", "settle", "wants_private_server"]
 
 _log = logging.getLogger("streamline_pool.command")
 
 _ADDRESS_FILE = "address.json"
 """Beside the private server's data: where it listens, so that a second command in this folder finds the first one's."""
+
+_NEITHER_S = 10.0  # how long a private server may take to start or to stop under another command; a guess: 0.3 to 2 s measured
+_NEITHER_POLL_S = 0.2
+_CONNECT_S = 2.0
 
 
 def settle(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
@@ -80,29 +86,49 @@ def _said_in_code(app: Streamline) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def served(resolved: Resolved) -> Iterator[Settings]:
-    """The settings with the URI to use: that of a private server, running for as long as the block, if `--embedded`."""
+def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
+    """The settings with the URI to use: that of a private server, running for as long as the block, if `--embedded`.
+
+    `lasting`: the block may well outlive the command whose server it finds, so somebody should be told.
+    """
     settings = resolved.settings
-    if not _wants_private_server(resolved):
+    if not wants_private_server(resolved):
         yield settings
         return
-    try:
-        server = embedded.start()
-    except StoreUnavailableError as exc:
-        found = _running_elsewhere(exc)
-        if found is None:
-            raise
-        _log.info("embedded_server_found", extra={"uri": found})
-        yield _on(settings, found)
+    server = _started_or_found(system_env())
+    if isinstance(server, str):
+        advice = {"advice": "it ends with the command that started it; end this one first"} if lasting else {}
+        _log.log(logging.WARNING if lasting else logging.INFO, "embedded_server_found", extra={"uri": server, **advice})
+        yield _on(settings, server)
         return
     with server:
         address = server.data_dir / _ADDRESS_FILE
-        address.write_text(json.dumps({"uri": server.uri, "pid": server.pid}))
-        _log.info("embedded_server_started", extra={"uri": server.uri, "data_dir": str(server.data_dir), "version": server.version})
+        address.write_text(json.dumps({"uri": server.uri, "port": server.port, "pid": server.pid}))
+        (server.data_dir.parent / ".gitignore").write_text("*\n")
+        facts = {"data_dir": str(server.data_dir), "version": server.version}
+        _log.info("embedded_server_started", extra={**facts, "for_your_programs": f"export STREAMLINE_MONGODB_URI='{server.uri}'"})
         yield _on(settings, server.uri)
 
 
-def _wants_private_server(resolved: Resolved) -> bool:
+def _started_or_found(env: Env) -> embedded.EmbeddedServer | str:
+    """A private server of our own, or the URI of the one that another command in this folder runs.
+
+    For a moment there is neither: while that other server starts, and while it stops because its command has ended.
+    """
+    until = env.clock.monotonic() + _NEITHER_S
+    while True:
+        try:
+            return embedded.start()
+        except StoreUnavailableError as exc:
+            found = _running_elsewhere(exc)
+            if found is not None:
+                return found
+            if "pid" not in exc.context or env.clock.monotonic() > until:  # broken, or in use by something that is no command
+                raise
+        env.sleep(_NEITHER_POLL_S)
+
+
+def wants_private_server(resolved: Resolved) -> bool:
     """Whether `--embedded` is in force: a URI from a stronger source beats it, one from the same place contradicts it."""
     if not resolved.settings.embedded:
         return False
@@ -123,7 +149,13 @@ def _running_elsewhere(refusal: StoreUnavailableError) -> str | None:
         address = json.loads(Path(str(refusal.context["data_dir"]), _ADDRESS_FILE).read_text())
     except (OSError, ValueError, KeyError):
         return None
-    return str(address["uri"]) if address.get("pid") == holder else None  # otherwise it is of an earlier server
+    if address.get("pid") != holder:  # it is of an earlier server
+        return None
+    try:
+        socket.create_connection(("127.0.0.1", int(address["port"])), _CONNECT_S).close()
+    except OSError:
+        return None  # it is about to end
+    return str(address["uri"])
 
 
 def _on(settings: Settings, uri: str) -> Settings:

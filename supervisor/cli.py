@@ -25,7 +25,7 @@ from streamline_pool.env import system_env
 from streamline_pool.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.supervisor import commands, runs
-from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle
+from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle, wants_private_server
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
 from streamline_pool.supervisor.doctor import doctor
 from streamline_pool.supervisor.logs import setup_logging
@@ -78,7 +78,7 @@ def _run_the_pool() -> int:
         signal.signal(signum, lambda *_: None)  # orders for the pool: until there is one they must not end this process
     app, resolved = load_app(settle({}), needed_for="the pool", tell_threads=False)  # run_pool tells of them
     assert app is not None, "load_app refuses to go on without an application"
-    with served(resolved) as settings, blamed_on(resolved):
+    with served(resolved, lasting=True) as settings, blamed_on(resolved):
         adopt(app, settings).freeze()
         code: int = pool.run_pool(app, settings, system_env(), banner=_banner(app, settings))
     if code == ExitCode.UNREACHABLE:
@@ -111,10 +111,14 @@ def _print_config(resolved: Resolved, as_json: bool) -> int:
     if as_json:
         print_json({name: {"value": value, "source": source.kind, "where": source.where or None} for name, (value, source) in rows.items()})
         return ExitCode.OK
+    unused = set()
+    with contextlib.suppress(CommandError):  # two servers named: whoever starts something is told
+        unused = {"mongodb-uri"} if wants_private_server(resolved) else set()
     for name, (value, source) in rows.items():
         unset = value is None or value == ()
         text = f"# {name} is not set" if unset else f"{name} = {_toml(value)}"
-        click.echo(f"{text}  # {source.kind}{f': {source.where}' if source.where else ''}")
+        note = "; not used, because embedded is on" if name in unused else ""
+        click.echo(f"{text}  # {source.kind}{f': {source.where}' if source.where else ''}{note}")
     return ExitCode.OK
 
 

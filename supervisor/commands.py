@@ -18,14 +18,14 @@ from streamline_pool.client import Streamline
 from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.model import Run, RunStatus
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, opened, prove_rights, reach, served, settle
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span, unreachable
-from streamline_pool.supervisor.explain import seen_lately
+from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span, told, unreachable
+from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
 __all__ = ["ALL", "ended_well", "print_end"]
 
 
-@click.command()
+@click.command(short_help="Import your application, validate it, and try the database.")
 @setting_options(*CONNECTION)
 @json_option
 def check(as_json: bool, **values: Any) -> int:
@@ -95,7 +95,7 @@ def init_db(as_json: bool, **values: Any) -> int:
     return ExitCode.OK
 
 
-@click.command()
+@click.command(short_help="Store a run of WORKFLOW, to be worked on by any pool.")
 @click.argument("workflow")
 @click.option("--input", "input_text", metavar="JSON", help="The run's input; @FILE reads a file, - reads standard input.")
 @click.option("--id", "run_id", metavar="TEXT", help="Id of the new run. Default: a random one.")
@@ -118,6 +118,8 @@ def start(workflow: str, input_text: str | None, wait: bool, timeout: float | No
         if not as_json:
             click.echo(run.id)
         if wait:
+            if not as_json:
+                _tell_if_nobody_works(app, run)
             try:
                 run = flow.wait_for(run.id, timeout=timeout)
             except TimeoutError:
@@ -130,6 +132,15 @@ def start(workflow: str, input_text: str | None, wait: bool, timeout: float | No
     elif wait:
         print_end(run)
     return ExitCode.OK if not wait or ended_well(run) else ExitCode.CRASH
+
+
+def _tell_if_nobody_works(app: Streamline, run: Run) -> None:
+    """Before a wait that may be for ever: that no pool is alive which could take the run."""
+    now = app.store().now()
+    hosts = seen_lately(app.workers(), now)
+    lane = f"{run.queue}/{run.workflow_id}/{run.version}"
+    if not any(lane in (host.get("lanes") or ()) for host in hosts):
+        click.echo(f"{explain(run.to_dict(), hosts, now)} Waiting; Ctrl-C ends the wait, not the run.", err=True)
 
 
 def _parsed_input(text: str | None) -> Any:
@@ -166,16 +177,19 @@ def print_end(run: Run) -> None:
     took = f" after {span((run.ended_at - run.created_at).total_seconds())}" if run.ended_at else ""
     click.echo(f"{run.status}{took}")
     if run.error:
-        click.echo(f"error: {run.error.get('code')}: {run.error.get('message')}")
+        click.echo(f"error: {told(run.error)}")
     elif run.output is not None:
         click.echo(f"output: {short(run.output, 2000)}")
 
 
-@click.command()
+@click.command(short_help="List the worker processes of the pools seen lately.")
 @setting_options(*CONNECTION)
 @json_option
 def workers(as_json: bool, **values: Any) -> int:
-    """List the worker processes of every pool that has been seen in the last minute."""
+    """List the worker processes of every pool that has been seen in the last minute.
+
+    Figures are those that the pool stored last: at once when workers come and go, otherwise every half minute.
+    """
     with opened(values) as app:
         found = [worker for host in seen_lately(app.workers(), app.store().now()) for worker in _workers_of(host)]
     if as_json:
@@ -195,7 +209,10 @@ def _workers_of(host: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**told, **worker} for worker in host.get("workers") or ()]
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.command(
+    short_help="See the pool at work on your own standard library.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> NoReturn:
     """See the pool at work on the example in examples/stdlib_index.py; ARGUMENTS are the example's own."""

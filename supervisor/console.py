@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import IntEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
 import orjson
 
+from streamline_pool import embedded
 from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.settings import redact_text
 
@@ -29,6 +31,7 @@ __all__ = [
     "say_error",
     "short",
     "span",
+    "told",
     "unreachable",
 ]
 
@@ -71,10 +74,21 @@ _ADVICE = (
 )
 """What to do when the database does not answer."""
 
+_PRIVATE = "This folder has the data of a private one: was --embedded forgotten?"
+
 
 def unreachable(error: StoreUnavailableError) -> str:
     """The message of `error`, with advice unless the error itself knows what is wrong."""
-    return f"{error.message}\n{_ADVICE}" if error.context.get("transient") else error.message
+    if not error.context.get("transient"):
+        return error.message
+    private = f"\n{_PRIVATE}" if Path(embedded.DEFAULT_DATA_DIR).is_dir() else ""
+    return f"{error.message}\n{_ADVICE}{private}"
+
+
+def told(error: Mapping[str, Any]) -> str:
+    """A stored error on one line: `KeyError: 'sku'` with the type where a handler raised it, else the engine's own words."""
+    code, kind, message = error.get("code"), error.get("type"), error.get("message")
+    return f"{code}: {kind}: {message}" if kind and code == "STEP_FAILED" else f"{code}: {message}"
 
 
 def say_error(message: str, log_format: str) -> None:

@@ -295,7 +295,9 @@ def _on_exited(state: State, event: Exited, now: float) -> Decision:
     wanted = member.leaving is not None or state.ending is not None
     clean = event.exit_code == 0 and wanted
     died = Died(owner=member.owner, evidence=_evidence(member, event, now))
-    actions: list[Action] = [_farewell(member, died.evidence, expected=clean or member.excused)]
+    # One that we killed before it had anything to do is no crash to look into, such as when there is no database.
+    unborn = member.phase == "dying" and state.ending is not None and (member.beat is None or member.beat.state == "starting")
+    actions: list[Action] = [_farewell(member, died.evidence, expected=clean or member.excused or unborn)]
     if member.role == "worker" and not clean:
         state = replace(state, unacknowledged={**state.unacknowledged, member.owner: died})
         if state.steward is not None:

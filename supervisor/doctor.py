@@ -34,7 +34,7 @@ class Finding(NamedTuple):
     text: str  # what was found, and what to do unless it is ok
 
 
-@click.command()
+@click.command(short_help="Examine machine, application and database; say what to mend.")
 @setting_options(*CONNECTION)
 @json_option
 def doctor(as_json: bool, **values: Any) -> int:

@@ -110,12 +110,15 @@ def _trace(record: logging.LogRecord) -> str:
 
 
 def _word(value: Any) -> str:
-    """A field's value in a text line: bare if it is one word, quoted as in JSON otherwise."""
+    """A field's value in a text line: bare if it is one word, a JSON document if it has parts, quoted as in JSON otherwise."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping | list | tuple | set | frozenset):
-        value = _dumped(value)
-    text = str(value)
+        text = _dumped(value)
+        if text.isprintable():
+            return text
+    else:
+        text = str(value)
     bare = text and not any(char.isspace() or char in '"=' or not char.isprintable() for char in text)
     return text if bare else json.dumps(text, ensure_ascii=False)
 

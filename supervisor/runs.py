@@ -15,7 +15,7 @@ from streamline_pool.errors import WorkflowNotFoundError
 from streamline_pool.model import Run, RunStatus
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.commands import ended_well, print_end
-from streamline_pool.supervisor.console import ExitCode, ago, print_json, print_table, short, span
+from streamline_pool.supervisor.console import ExitCode, ago, print_json, print_table, short, span, told
 from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
@@ -109,7 +109,7 @@ def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> N
             step.status.value,
             str(step.attempts),
             "-" if step.duration is None else span(step.duration),
-            short(f"{step.error.get('code')}: {step.error.get('message')}", 100) if step.error else "",
+            short(told(step.error), 100) if step.error else "",
         )
         for step in run.steps
     ]
@@ -120,6 +120,8 @@ def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> N
     facts |= {name: short(value, 400) for name, value in payloads.items() if value not in (None, [], {})}
     for name, value in facts.items():
         click.echo(f"{name + ':':10} {value}")
+    if run.error and run.error.get("traceback"):
+        click.echo(f"\n{str(run.error['traceback']).rstrip()}")
 
 
 @runs.command()
@@ -184,7 +186,7 @@ def changes(before: Run | None, after: Run) -> list[str]:
         if (old is None and step.attempts == 0) or (old is not None and (old.status, old.attempts) == (step.status, step.attempts)):
             continue
         attempt = f" (attempt {step.attempts})" if step.attempts > 1 else ""
-        error = f": {short(step.error.get('message') or '', 120)}" if step.error else ""
+        error = f": {short(told(step.error), 120)}" if step.error else ""
         lines.append(f"step {step.step_id} {step.status}{attempt}{error}")
     if before is None or (before.status, before.paused) != (after.status, after.paused):
         lines.append(f"run {after.status}{', paused' if after.paused else ''}")

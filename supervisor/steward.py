@@ -64,6 +64,9 @@ TIMER_MARGIN_S = 0.002  # `wakeAt` is judged in whole milliseconds by the server
 HOST_INTERVAL_S = 30.0
 HOST_TTL_S = 90.0  # three intervals: two writes may fail before a live host is forgotten
 HOST_CHANGE_PAUSE_S = 5.0  # a changed pool is shown at most this often
+RELEASE_LOOK_BACK = timedelta(seconds=60)  # a dead worker's leases that ended earlier are found by the sweep
+OVERDUE = timedelta(seconds=3)  # within what a worker looks back, see lookout.py
+FULL_SWEEP_EVERY = 10  # sweeps; in between, only leases that ended since the last ones are looked for
 SWEEP_LIMIT = 1_000  # due runs looked at per sweep; more than the pool can have use for before the next
 WAKE_PAUSE_S = 0.002  # rings for one lane are told at once, then together: a flood costs 500 messages a second
 FACTS_FRESH_S = 5.0
@@ -136,6 +139,7 @@ class _Steward:
         self._circuit: CircuitState = "closed"
         self._doubtful = asyncio.Event()  # set: the database may be away, so probe it
         self._timers = Timers()
+        self._sweeps = 0
         self._alarm: asyncio.TimerHandle | None = None
         self._wakes: dict[str | None, tuple[str | None, int]] = {}  # lane -> (the run, if it is one; how many)
         self._woken_at = 0.0
@@ -322,10 +326,16 @@ class _Steward:
         if self._store.clock.stale:
             await self._store.sync_clock()
         until = self._store.now() + timedelta(seconds=2 * self._settings.sweep_interval_s)
+        overdue = self._store.now() - OVERDUE
         for found in await self._run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT), READ_TIMEOUT_S):
-            self._plan(found["lane"], found["wakeAt"], found["_id"])
+            if found["wakeAt"] <= overdue:
+                self._wake(None, found["_id"], 1)  # no lane: it may stand where workers do not look any more
+            else:
+                self._plan(found["lane"], found["wakeAt"], found["_id"])
         self._set_alarm()
-        recovered = await self._run(ops.recover_expired(self._settings.max_crashes), WRITE_TIMEOUT_S)
+        since = None if self._sweeps % FULL_SWEEP_EVERY == 0 else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
+        self._sweeps += 1
+        recovered = await self._run(ops.recover_expired(self._settings.max_crashes, since), WRITE_TIMEOUT_S)
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
             self._wake(None, None, recovered)
@@ -335,7 +345,8 @@ class _Steward:
         while True:
             died = await self._dead.get()
             evidence = {name: value for name, value in asdict(died.evidence).items() if name != "dump"}
-            runs = await self._insist(ops.release_owner(died.owner, self._settings.max_crashes, evidence), WRITE_TIMEOUT_S)
+            since = self._store.now() - RELEASE_LOOK_BACK
+            runs = await self._insist(ops.release_owner(died.owner, self._settings.max_crashes, evidence, since), WRITE_TIMEOUT_S)
             self.say(Released(owner=died.owner, runs=runs))
 
     async def _answer_checks(self) -> None:

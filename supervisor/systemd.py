@@ -68,7 +68,7 @@ WantedBy=multi-user.target
 """
 
 
-@click.command()
+@click.command(short_help="Print a systemd unit for the pool, with the options given.")
 @click.option("--name", default="streamline-pool", show_default=True, help="Name of the service.")
 @click.option("--user", metavar="NAME", help="Account the service runs as. Default: yours.")
 @setting_options(*(option.name for option in OPTIONS))

@@ -60,7 +60,7 @@ def begin_ending(state: State, now: float, code: int, reason: str, *, grace_s: f
     """Start to end the pool, or end it harder. `grace_s`: workers give their steps up after so long; None: they finish them."""
     if state.ending is not None and code == 4:
         code = state.ending.code or code  # a worse reason to end stays the reason
-    actions: list[Action] = [Log(level=logging.INFO, event="pool_ends", fields={"reason": reason, "exit_code": code})]
+    actions: list[Action] = [Log(level=logging.INFO, event="pool_ends", fields={"reason": reason, "exit_code": code, **_left(state, grace_s)})]
     for member in state.workers:
         if member.phase == "dying" or (grace_s is None and member.phase == "stopping"):
             continue
@@ -77,6 +77,14 @@ def begin_ending(state: State, now: float, code: int, reason: str, *, grace_s: f
     kept = tuple(v for v in state.vacancies if v.role == "steward")
     ending = Ending(stage="workers", code=code, reason=reason)
     return replace(state, ending=ending, vacancies=kept, rolling=frozenset(), burst=None), actions
+
+
+def _left(state: State, grace_s: float | None) -> dict[str, Any]:
+    """What an ending pool waits for, as far as it knows, so that whoever pressed Ctrl-C knows why it goes on."""
+    runs = sum(member.beat.in_flight for member in state.workers if member.beat is not None)
+    if not runs or grace_s is not None:
+        return {}
+    return {"finishing_runs": runs, "at_most_s": state.limits.drain_timeout_s, "advice": "a second Ctrl-C gives them back unfinished"}
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------------

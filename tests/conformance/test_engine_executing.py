@@ -1,0 +1,483 @@
+"""Running steps: order, outputs, `ctx`, conditions, `execute`, and what a program's end does to its executions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamline_pool import InvalidStateError, Streamline, ValidationError, WorkflowNotFoundError, global_event_bus
+from support import eventually
+from workers import Pool, check_invariants, run_until_idle
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+async def adding(ctx: Any) -> int:
+    await asyncio.sleep(0)
+    return int(ctx.get_output("first")) + 1
+
+
+def test_steps_run_in_order_and_the_last_output_is_the_runs(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"first": lambda ctx: 1, "second": adding, "third": lambda ctx: ctx.get_output("second") + 1})
+    run = workflow.start()
+    run_until_idle(app)
+    run = workflow.get(run.id)
+    assert (run.status, run.output, run.current_step_id, run.error) == ("done", 3, None, None)
+    assert [(step.status, step.attempts, step.output) for step in run.steps] == [("done", 1, 1), ("done", 1, 2), ("done", 1, 3)]
+    assert run.created_at <= run.started_at <= run.steps[0].ended_at <= run.steps[2].ended_at <= run.ended_at
+    assert all(step.duration is not None and step.duration >= 0 for step in run.steps)
+    check_invariants([run.to_dict()])
+
+
+def test_a_handler_that_returns_nothing_has_the_output_none(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: None})
+    assert workflow.execute(workflow.start().id).output is None
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_ctx_shows_the_run(app: Streamline, kind: str) -> None:
+    seen: dict[str, Any] = {}
+
+    def look(ctx: Any) -> None:
+        for name in ("run_id", "workflow_id", "step_id", "attempt", "input", "context", "idempotency_key"):
+            seen[name] = getattr(ctx, name)
+        seen["aborted"], seen["reason"], seen["unknown"] = ctx.signal.aborted, ctx.signal.reason, ctx.get_output("nope")
+
+    async def look_async(ctx: Any) -> None:
+        look(ctx)
+
+    workflow = app.workflow("w", steps={"a": look if kind == "def" else look_async})
+    run = workflow.execute(workflow.start({"x": 1}).id)
+    assert seen == {
+        "run_id": run.id, "workflow_id": "w", "step_id": "a", "attempt": 1, "input": {"x": 1}, "context": {"x": 1},
+        "idempotency_key": f"{run.id}:a", "aborted": False, "reason": None, "unknown": None,
+    }  # fmt: skip
+
+
+def test_what_a_step_sets_is_seen_at_once_and_stored_with_its_result(app: Streamline) -> None:
+    views: list[Any] = []
+
+    def write(ctx: Any) -> None:
+        ctx.set("plain", (1, 2))
+        ctx.set("a.b", 1)
+        ctx.set("$inc", {"$x": {"y.z": None}})
+        ctx.set("0", "zero")
+        views.append((dict(ctx.context), app.runs.find_one({"_id": ctx.run_id})["context"]))
+
+    workflow = app.workflow("w", steps={"write": write, "read": lambda ctx: ctx.context})
+    expected = {"old": 1, "plain": [1, 2], "a.b": 1, "$inc": {"$x": {"y.z": None}}, "0": "zero"}
+    run = workflow.execute(workflow.start({"old": 1}).id)
+    assert views == [(expected, {"old": 1})]
+    assert run.output == run.context == expected
+
+
+def test_what_a_failed_attempt_set_is_dropped(app: Streamline) -> None:
+    def write(ctx: Any) -> None:
+        if ctx.attempt == 1:
+            ctx.set("k", "first")
+            raise ValueError
+        assert "k" not in ctx.context
+
+    workflow = app.workflow("w", steps={"write": (write, {"retry_delay": 0})})
+    run = workflow.start({})
+    run_until_idle(app)
+    assert (workflow.get(run.id).status, workflow.get(run.id).context) == ("done", {})
+
+
+@pytest.mark.parametrize("key", ["", 5, None, "a\0b"])
+def test_a_key_that_cannot_be_stored_is_refused_in_the_handler(app: Streamline, key: Any) -> None:
+    workflow = app.workflow("w", steps={"a": (lambda ctx: ctx.set(key, 1), {"retries": 5})})
+    run = workflow.execute(workflow.start().id)
+    assert (run.status, run.error["code"], run.step("a").attempts) == ("failed", "VALIDATION_ERROR", 1), "not retried"
+
+
+def test_the_next_step_sees_outputs_as_the_database_has_them(app: Streamline) -> None:
+    """Else what works in one process would fail after a crash between the two steps."""
+    kept: list[Any] = []
+
+    def make(ctx: Any) -> Any:
+        kept.append({"tuple": (1, 2), "list": []})
+        return kept[0]
+
+    def use(ctx: Any) -> str:
+        kept[0]["list"].append("changed later")
+        return repr(ctx.get_output("make"))
+
+    workflow = app.workflow("w", steps={"make": make, "use": use})
+    assert workflow.execute(workflow.start().id).output == "{'tuple': [1, 2], 'list': []}"
+
+
+def test_a_closed_ctx_does_nothing_more(app: Streamline) -> None:
+    """A thread that a handler left behind would otherwise write into a later attempt."""
+    left: list[Any] = []
+    workflow = app.workflow("w", steps={"a": lambda ctx: left.append(ctx), "b": lambda ctx: 1})
+    workflow.execute(workflow.start().id)
+    for act in (lambda c: c.set("k", 1), lambda c: c.checkpoint(1), lambda c: c.sleep(1), lambda c: c.emit("x"), lambda c: c.heartbeat()):
+        with pytest.raises(InvalidStateError, match="this attempt at step a is over"):
+            act(left[0])
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["def", "async def", "threads of an async def"])
+def test_a_checkpoint_is_durable_on_return_kept_across_attempts_and_dropped_at_the_end(app: Streamline, kind: str) -> None:
+    stored: list[Any] = []
+
+    def count(ctx: Any) -> Any:
+        before = ctx.get_checkpoint()
+        ctx.checkpoint((before or 0) + 1)
+        stored.append((before, ctx.get_checkpoint(), app.runs.find_one({"_id": ctx.run_id})["steps"][0]["checkpoint"]))
+        if ctx.attempt < 3:
+            raise ValueError
+        return stored[-1]
+
+    async def count_async(ctx: Any) -> Any:
+        return count(ctx) if kind == "async def" else await asyncio.to_thread(count, ctx)
+
+    handler = count if kind == "def" else count_async
+    workflow = app.workflow("w", steps={"count": (handler, {"retry_delay": 0}), "next": lambda ctx: ctx.get_checkpoint()})
+    run = workflow.start()
+    run_until_idle(app)
+    assert stored == [(None, 1, 1), (1, 2, 2), (2, 3, 3)]
+    assert (workflow.get(run.id).output, "checkpoint" in app.runs.find_one({"_id": run.id})["steps"][0]) == (None, False)
+
+
+def test_checkpoints_of_many_threads_of_one_handler_and_its_end_do_not_mix(app: Streamline) -> None:
+    """A result that is sent while a checkpoint is under way would carry the same count, and could be taken for it."""
+
+    def checkpoint(ctx: Any, number: int) -> None:
+        with contextlib.suppress(InvalidStateError):  # the attempt was over before it came to this one
+            ctx.checkpoint(number)
+
+    async def busy(ctx: Any) -> int:
+        loop = asyncio.get_running_loop()
+        late = [loop.run_in_executor(None, checkpoint, ctx, number) for number in range(20)]
+        await asyncio.sleep(0)
+        ctx.checkpoint("here")
+        await late[0]
+        return 5
+
+    workflow = app.workflow("w", steps={"busy": busy, "next": lambda ctx: ctx.get_output("busy")})
+    runs = workflow.start_many([None] * 10)
+    run_until_idle(app)
+    for run in runs:
+        run = workflow.get(run.id)
+        assert (run.status, run.output, run.step("busy").output, run.step("busy").attempts) == ("done", 5, 5, 1)
+
+
+# --- conditions -----------------------------------------------------------------------------------------------------
+
+
+async def no_async(ctx: Any) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("options", "entered"),
+    [
+        ({"skip_if": lambda ctx: True}, False), ({"skip_if": lambda ctx: ctx.context["free"]}, True), ({"run_if": lambda ctx: []}, False),
+        ({"run_if": no_async}, False), ({"condition": lambda ctx, run: run.step("a").status == "done"}, True),
+        ({"condition": lambda ctx, run: False, "run_if": lambda ctx: 1 / 0}, False),
+        ({"condition": lambda ctx, run: True, "skip_if": lambda ctx: True, "run_if": lambda ctx: 1 / 0}, False),
+        ({"condition": lambda ctx, run: True, "skip_if": lambda ctx: None, "run_if": lambda ctx: "x"}, True),
+    ],
+)  # fmt: skip
+def test_a_step_is_entered_or_skipped_as_its_conditions_say(app: Streamline, options: dict[str, Any], entered: bool) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1, "b": (lambda ctx: "ran", options), "c": lambda ctx: ctx.get_output("b")})
+    run = workflow.execute(workflow.start({"free": False}).id)
+    step = run.step("b")
+    assert (run.status, run.output) == ("done", "ran" if entered else None)
+    assert (step.status, step.attempts) == (("done", 1) if entered else ("skipped", 0))
+
+
+def test_a_condition_is_decided_once(app: Streamline) -> None:
+    """Decided anew, a retry could skip a step that has been entered."""
+    asked: list[int] = []
+
+    def fail_twice(ctx: Any) -> None:
+        if ctx.attempt < 3:
+            raise ValueError
+
+    workflow = app.workflow(
+        "w", steps={"a": (fail_twice, {"retry_delay": 0, "run_if": lambda ctx: asked.append(ctx.attempt) or len(asked) == 1})}
+    )
+    run = workflow.start()
+    run_until_idle(app)
+    assert (workflow.get(run.id).status, asked) == ("done", [1])
+
+
+def _exit(*args: Any) -> Any:
+    sys.exit(3)
+
+
+def _interrupt(*args: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def _cancel(*args: Any) -> Any:
+    raise asyncio.CancelledError
+
+
+def _divide(*args: Any) -> Any:
+    return 1 / 0
+
+
+@pytest.mark.parametrize("name", ["condition", "skip_if", "run_if"])
+@pytest.mark.parametrize("predicate", [_exit, _interrupt, _cancel, _divide])
+def test_a_raising_condition_is_a_failed_attempt(app: Streamline, name: str, predicate: Callable[..., Any]) -> None:
+    """It runs in the worker's own loop: what it raises must not get out."""
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 2, "retry_delay": 0})})
+    run, neighbour = workflow.start(), app.workflow("n", steps={"a": lambda ctx: 1}).start()
+    run_until_idle(app)
+    run = workflow.get(run.id)
+    assert (run.status, run.error["code"], run.step("a").error["code"]) == ("failed", "MAX_RETRIES_EXCEEDED", "STEP_FAILED")
+    assert app.get_run(neighbour.id).status == "done"
+
+
+def test_a_condition_cannot_sleep(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {"skip_if": lambda ctx: ctx.sleep(1)})})
+    run = workflow.execute(workflow.start().id)
+    assert (run.status, run.error["code"]) == ("failed", "VALIDATION_ERROR")
+
+
+# --- execute --------------------------------------------------------------------------------------------------------
+
+
+def test_execute_of_a_run_that_cannot_be_claimed_returns_it_as_stored_at_once(app: Streamline) -> None:
+    entered: list[str] = []
+    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(ctx.run_id)})
+    draft = workflow.start(start_at=3600)
+    paused, leased, cancelled, done = workflow.start_many([1, 2, 3, 4])
+    app.runs.update_one({"_id": paused.id}, {"$set": {"paused": True}})
+    app.runs.update_one({"_id": leased.id}, {"$set": {"lease": {"id": "x", "expiresAt": leased.created_at}}, "$unset": {"wakeAt": ""}})
+    workflow.cancel(cancelled.id)
+    workflow.execute(done.id)
+    began = time.monotonic()
+    statuses = [workflow.execute(run.id).status for run in (draft, paused, leased, cancelled, done)]
+    assert (statuses, entered) == (["draft", "running", "running", "cancelled", "done"], [done.id])
+    assert time.monotonic() - began < 5
+
+
+def test_another_workflows_run_does_not_exist(app: Streamline) -> None:
+    mine, other = app.workflow("mine", steps={"a": lambda ctx: 1}), app.workflow("other", steps={"a": lambda ctx: 1})
+    run = other.start()
+    assert mine.get(run.id) is None
+    for act in (mine.execute, mine.cancel, mine.wait_for):
+        with pytest.raises(WorkflowNotFoundError, match="WORKFLOW_NOT_FOUND"):
+            act(run.id)
+    assert other.get(run.id).status == "running"
+
+
+def test_an_unknown_run_is_not_found(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    for act in (workflow.execute, workflow.cancel, workflow.wait_for, app.cancel_run):
+        with pytest.raises(WorkflowNotFoundError) as caught:
+            act("nobody")
+        assert (caught.value.http_status, caught.value.context["run_id"]) == (404, "nobody")
+
+
+def test_a_run_executed_by_two_at_once_is_driven_by_one(app: Streamline) -> None:
+    entered: list[int] = []
+    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(1) or time.sleep(0.05)})
+    for _ in range(5):
+        run = workflow.start()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(workflow.execute, [run.id] * 4))
+    assert len(entered) == 5
+
+
+def test_execute_stops_where_the_run_stops(app: Streamline) -> None:
+    def fail(ctx: Any) -> None:
+        raise ValueError("once")
+
+    workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600)})
+    napping = workflow.execute(workflow.start().id)
+    assert (napping.status, napping.step("nap").status, napping.step("nap").waiting_for["type"]) == ("waiting", "waiting", "timer")
+    backing_off = app.workflow("b", steps={"a": (fail, {"retry_delay": 60})})
+    run = backing_off.execute(backing_off.start().id)
+    assert (run.status, run.step("a").status, run.step("a").attempts) == ("waiting", "pending", 1)
+    assert run.step("a").retry_after is not None
+
+
+def test_an_execution_whose_caller_gives_up_gives_the_run_back_uncounted(app: Streamline) -> None:
+    """Cancelled with its caller, the driver would leave a lease that is renewed for ever."""
+    signals: list[Any] = []
+
+    async def hang(ctx: Any) -> None:
+        signals.append(ctx.signal)
+        if ctx.attempt == 1:
+            await asyncio.sleep(60)
+
+    workflow = app.workflow("w", steps={"a": hang})
+    run = workflow.start()
+
+    async def work() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(workflow.execute_async(run.id), 0.2)
+        while "wakeAt" not in app.runs.find_one({"_id": run.id}):
+            await asyncio.sleep(0.01)
+        assert (await workflow.execute_async(run.id)).status == "done"
+        await app.close_async()
+
+    asyncio.run(work())
+    document = app.runs.find_one({"_id": run.id})
+    assert (signals[0].reason, document["crashes"], document["failures"], document["steps"][0]["attempts"]) == ("shutdown", 0, 0, 2)
+
+
+def test_closing_the_app_while_it_executes_ends_the_call_and_keeps_the_run(app: Streamline) -> None:
+    entered = threading.Event()
+
+    def slow(ctx: Any) -> str:
+        entered.set()
+        time.sleep(0.2)
+        return "slow"
+
+    workflow = app.workflow("w", steps={"slow": slow, "next": lambda ctx: ctx.get_output("slow")})
+    run = workflow.start()
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(workflow.execute, run.id)
+        entered.wait(5)
+        app.close()
+        assert call.result(5).step("slow").output == "slow"
+    document = app.runs.find_one({"_id": run.id})
+    check_invariants([document])
+    assert (document["steps"][0]["status"], document["crashes"]) == ("done", 0)
+    assert workflow.execute(run.id).output == "slow", "a closed app opens again on its next use"
+
+
+def test_shutdown_gives_running_executions_back(app: Streamline) -> None:
+    entered = threading.Event()
+
+    async def hang(ctx: Any) -> None:
+        entered.set()
+        await asyncio.sleep(60)
+
+    workflow = app.workflow("w", steps={"a": hang})
+    run = workflow.start()
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(workflow.execute, run.id)
+        entered.wait(5)
+        workflow.shutdown(timeout=0.05)
+        assert call.result(5).status == "running"
+    document = app.runs.find_one({"_id": run.id})
+    check_invariants([document])
+    assert ("wakeAt" in document, document["crashes"]) == (True, 0)
+
+
+def test_one_app_works_in_successive_event_loops(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+
+    async def work() -> str:
+        async with app:
+            return str((await workflow.execute_async((await workflow.start_async()).id)).status)
+
+    assert [asyncio.run(work()) for _ in range(3)] == ["done"] * 3
+    assert workflow.execute(workflow.start().id).status == "done"
+
+
+def test_an_app_can_be_used_after_a_fork(mongodb_uri: str, database: str) -> None:
+    """Connections and threads stay with the parent; a child that touched them would hang, or disturb it."""
+    program = f"""
+import os
+from streamline_pool import Streamline
+app = Streamline({mongodb_uri!r}, database={database!r})
+workflow = app.workflow("w", steps={{"a": lambda ctx: os.getpid()}})
+assert workflow.execute(workflow.start().id).output == os.getpid()
+pid = os.fork()
+run = workflow.execute(workflow.start().id)
+assert run.output == os.getpid(), run
+app.close()
+app.close()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+pid = os.fork()
+if not pid:
+    app.close()  # nothing of the parent's
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+# --- events and logs ------------------------------------------------------------------------------------------------
+
+
+def test_events_report_only_what_is_durable(app: Streamline) -> None:
+    heard: list[tuple[str, Any]] = []
+
+    def look(event: Any) -> None:
+        stored = app.runs.find_one({"_id": event.run_id}) or {}
+        heard.append((event.name, [step["status"] for step in stored.get("steps", [])]))
+
+    app.events.on("*", look)
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.emit("mine", {"x": 1}), "b": lambda ctx: time.sleep(0.2)})
+    workflow.execute(workflow.start().id)
+    app.close()
+    assert [name for name, _ in heard] == [
+        "workflow:started", "step:started", "mine", "step:completed", "step:started", "step:completed", "workflow:completed",
+    ]  # fmt: skip
+    assert dict(heard[3:4]) == {"step:completed": ["done", "running"]}
+    assert heard[-1] == ("workflow:completed", ["done", "done"])
+
+
+def test_the_global_bus_hears_every_app_and_a_raising_subscriber_hurts_nobody(
+    make_app: Callable[..., Streamline], caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[str] = []
+
+    def raising(event: Any) -> None:
+        heard.append(event.workflow_id)
+        raise ValueError("a subscriber of this test")
+
+    global_event_bus.on("workflow:completed", raising)
+    try:
+        for name in ("one", "two"):
+            workflow = make_app(collection_prefix=f"{name}_").workflow(name, steps={"a": lambda ctx: 1})
+            assert workflow.execute(workflow.start().id).status == "done"
+        eventually(lambda: heard == ["one", "two"])
+    finally:
+        global_event_bus.off("workflow:completed", raising)
+
+
+@pytest.mark.parametrize("name", ["workflow:completed", "step:failed", "*", "", 5])
+def test_engine_names_cannot_be_emitted(app: Streamline, name: Any) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.emit(name)})
+    assert workflow.execute(workflow.start().id).error["code"] == ValidationError.fixed_code
+
+
+def test_a_log_line_names_run_step_and_attempt(app: Streamline, caplog: pytest.LogCaptureFixture) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.log("half way", percent=50)})
+    with caplog.at_level(logging.INFO, "streamline_pool.handler"):
+        run = workflow.execute(workflow.start().id)
+    record = next(record for record in caplog.records if record.message == "half way")
+    assert (record.run_id, record.step_id, record.attempt, record.data) == (run.id, "a", 1, {"percent": 50})  # type: ignore[attr-defined]
+
+
+def test_workers_share_the_runs_and_each_is_run_once(app: Streamline) -> None:
+    entered: list[str] = []
+    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(ctx.run_id), "b": adding})
+    workflow = app.workflow("v", steps={"first": lambda ctx: entered.append(ctx.run_id) or 1, "b": adding})
+    runs = workflow.start_many(range(300))
+
+    async def work() -> list[int]:
+        async with Pool(app, workers=3) as pool:
+            await pool.until_idle()
+        return [status.runs_total for status in pool.statuses()]
+
+    totals = asyncio.run(work())
+    assert sorted(entered) == sorted(run.id for run in runs)
+    assert sum(totals) == 300
+    assert app.runs.count_documents({"status": "done"}) == 300

@@ -245,9 +245,11 @@ class Workflow:
         if looked_up:
             stored = yield from self._find_by_key(dict(enumerate(documents)))
         missing = [(index, document) for index, document in enumerate(documents) if index not in stored]
+        since = documents[0]["createdAt"] if documents else self.app._server_now()
         for chunk in _chunks(missing, sizes):
-            if len(chunk) > 1:
-                _space_out([document for _, document in chunk], self.app._server_now())
+            now = self.app._server_now()
+            _space_out([document for _, document in chunk], since, now)
+            since = now
             errors = yield ops.insert_runs([document for _, document in chunk])
             taken: dict[int, dict[str, Any]] = {}
             for error in errors:
@@ -423,14 +425,17 @@ def _due_at(start_at: datetime | timedelta | float | None, now: datetime) -> dat
     return now + timedelta(milliseconds=round(delay_s * 1000))
 
 
-def _space_out(documents: list[dict[str, Any]], now: datetime) -> None:
-    """Give runs that are due at once a millisecond each, in order and up to now: claims then follow the order of the inputs,
+def _space_out(documents: list[dict[str, Any]], since: datetime, now: datetime) -> None:
+    """Spread the `wakeAt` of runs that are due at once over the time it took to make them, in the order of the inputs.
 
-    and a look can start behind those that are claimed, which it could not among equals (lookout.py).
+    So claims follow that order, and a look can start behind those that are claimed, which it cannot among equals
+    (lookout.py says why it should).
     """
-    for age_ms, document in enumerate(reversed(documents)):
+    step = max(timedelta(0), now - since) / len(documents)
+    for place, document in enumerate(documents):
         if document["status"] == RunStatus.RUNNING.value:
-            document["wakeAt"] = now - timedelta(milliseconds=age_ms)
+            moment = since + step * place
+            document["wakeAt"] = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
 def _chunks(items: list[tuple[int, dict[str, Any]]], sizes: Mapping[int, int]) -> list[list[tuple[int, dict[str, Any]]]]:

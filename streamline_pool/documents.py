@@ -35,9 +35,17 @@ __all__ = [
 Document = dict[str, Any]
 
 CODEC: bson.CodecOptions[Document] = bson.CodecOptions(
-    tz_aware=True, tzinfo=UTC, uuid_representation=bson.binary.UuidRepresentation.STANDARD
+    tz_aware=True,
+    tzinfo=UTC,
+    uuid_representation=bson.binary.UuidRepresentation.STANDARD,
+    datetime_conversion=bson.DatetimeConversion.DATETIME_AUTO,
+    unicode_decode_error_handler="replace",
 )
-"""How every document is written and read: instants aware in UTC, UUIDs as BSON subtype 4."""
+"""How every document is written and read: instants aware in UTC, UUIDs as BSON subtype 4.
+
+What another program has stored and Python has no value for (a date beyond the year 9999, text that is not UTF-8) is
+read as the nearest thing: one such document must not make a whole batch unreadable.
+"""
 
 SLOTS = 16
 """Runs are spread over this many slots, so that workers claim from different ends of the queue. Derived: a find

@@ -16,7 +16,7 @@ from .committer import lease_id_of
 from .env import Env
 from .errors import StoreUnavailableError
 from .flight import Flight, Observer
-from .store import AsyncStore
+from .store import AsyncStore, update_many
 
 __all__ = ["LeaseKeeper"]
 
@@ -94,7 +94,8 @@ class LeaseKeeper:
         for flight in flights:
             flight.renew_now = False
         try:
-            renewed = await self._store.run(ops.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s))
+            renewal = ops.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s)
+            renewed, refused = await update_many(self._store.run, renewal, self._store.now)
             found = [] if renewed == len(flights) else await self._store.run(ops.read_fences(run_ids))
         except StoreUnavailableError as exc:
             self._observer.store_answered(False)
@@ -104,6 +105,8 @@ class LeaseKeeper:
         documents = {document["_id"]: document for document in found}
         for flight in flights:
             document = documents.get(flight.run_id, {})
+            if flight.run_id in refused:
+                continue  # it is ours for as long as it was; nobody can extend that
             if renewed == len(flights) or lease_id_of(document) == flight.lease_id:
                 flight.deadline = max(flight.deadline, deadline)
             elif flight.attempt is not None and self._flights.get(flight.run_id) is flight:

@@ -7,10 +7,12 @@ which of theirs may be repeated.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Mapping
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import bson.errors
 import pymongo
 import pymongo.errors
 from bson.codec_options import CodecOptions
@@ -28,7 +30,9 @@ from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
 from .setting_values import redact_text, redact_uri
 
-__all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
+__all__ = ["AsyncStore", "ServerClock", "Store", "Updated", "Where", "open_clients", "update_many"]
+
+log = logging.getLogger("streamline_pool")
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -46,7 +50,8 @@ _DEAD_CURSOR_PAUSE_S = 0.5  # a tail of an empty capped collection ends at once
 _CLOCK_STALE_S = 300.0  # quartz drifts some 15 ms in this time
 
 _TOO_LARGE = frozenset({10334, 17419, 17420})
-_OVERFLOW = 15  # a document is nested too deep
+_REFUSED = frozenset({15, 121})  # nested too deep; against a validator that users have put on the collection
+_APART_MAX = 1_000  # runs updated one by one, after one that was refused has stopped the update of all
 _NAMESPACE_EXISTS = 48
 _UNAUTHORIZED = 13
 _AUTH_FAILED = 18
@@ -158,7 +163,7 @@ def _refusal(name: str, exc: Exception, where: Where) -> WorkflowError:
         return StoreUnavailableError(
             f"{name}: MongoDB at {where.shown} does not accept the user name or password; check them and authSource", transient=False
         )
-    if code == _OVERFLOW:
+    if code in _REFUSED or isinstance(exc, _CODEC_ERRORS):
         return ValidationError(f"{name}: MongoDB refuses the document: {text[:500]}")
     if isinstance(exc, pymongo.errors.InvalidOperation):
         return ValidationError(f"{name}: {text}; use a session of this app's `client` (of `async_client` for the _async methods)")
@@ -174,7 +179,8 @@ def _is_transient(exc: pymongo.errors.OperationFailure) -> bool:
     return not_primary_or_stepping_down or exc.has_error_label("TransientTransactionError") or isinstance(exc, pymongo.errors.WTimeoutError)
 
 
-_DRIVER_ERRORS = (pymongo.errors.PyMongoError, pymongo.errors.DocumentTooLarge, OSError)
+_CODEC_ERRORS = (bson.errors.BSONError, UnicodeError, OverflowError)  # raised where documents are encoded or decoded
+_DRIVER_ERRORS = (pymongo.errors.PyMongoError, pymongo.errors.DocumentTooLarge, OSError, *_CODEC_ERRORS)
 
 
 def server_facts(hello: Mapping[str, Any], build: Mapping[str, Any], where: Where) -> dict[str, Any]:
@@ -402,6 +408,36 @@ class AsyncStore(_StoreBase):
     async def close(self) -> None:
         """Give the connections back. The store can be used no more."""
         await self.client.close()
+
+
+class Updated(NamedTuple):
+    """What came of an update of many runs."""
+
+    matched: int  # at least so many
+    refused: Mapping[str, Mapping[str, Any]]  # by run id: the server's error; those runs are as they were
+
+
+async def update_many(run: Callable[[ops.Op], Awaitable[Any]], op: ops.Command, now: Callable[[], datetime]) -> Updated:
+    """Update every run that `op` matches, also when the server refuses to store one of them; a full one fails for that.
+
+    A claim or a recovery that stops at such a run would stop there again and again, and with it all runs behind it.
+    """
+    try:
+        return Updated(await run(op), {})
+    except ValidationError:
+        run_ids = [found["_id"] for found in await run(ops.matching(op, _APART_MAX))]
+    if not run_ids:
+        return Updated(1, {})  # the refused one has changed; what had been updated before it counts
+    reply = await run(ops.apart(op, run_ids))
+    refused = {run_ids[error["index"]]: error for error in reply.get("writeErrors", ())}
+    for run_id, error in refused.items():
+        log.error("run_refused", extra={"run_id": run_id, "operation": op.name, "error": str(error.get("errmsg"))[:500]})
+        if error.get("code") in _TOO_LARGE:
+            try:
+                await run(ops.fail_full(op, run_id, now()))
+            except ValidationError:
+                log.exception("run_unstorable", extra={"run_id": run_id})
+    return Updated(max(1, reply["n"]), refused)
 
 
 _ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_signals())

@@ -18,10 +18,10 @@ from . import ops
 from .client import Streamline
 from .engine import Engine
 from .env import Env
-from .errors import StoreUnavailableError, WorkflowError
+from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .lookout import Lookout, slots_of
 from .settings import Settings
-from .store import AsyncStore
+from .store import AsyncStore, update_many
 
 __all__ = ["Gate", "Worker", "WorkerStatus"]
 
@@ -242,7 +242,12 @@ class Worker:
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
         self._env.probe("claim.before")
-        document = await store.run(ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below))
+        claim = ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
+        try:
+            document = await store.run(claim)
+        except ValidationError:  # the server refuses to update it: claimed among others, it is dealt with
+            await self._claim(store, engine, run_ids, self._lanes, crashes_below)
+            return
         self._env.probe("claim.after")
         self.store_answered(True)
         self._admit(engine, [] if document is None else [document], deadline)
@@ -284,7 +289,8 @@ class Worker:
     ) -> int:
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
-        won = await store.run(ops.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below))
+        claim = ops.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
+        won, _ = await update_many(store.run, claim, store.now)
         self._env.probe("claim.after")
         documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
         self._admit(engine, documents, deadline)

@@ -9,18 +9,20 @@ a minute, however many workers there are.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 from streamline_pool import ops
 from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.settings import Settings
+from streamline_pool.store import update_many
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
 from streamline_pool.supervisor.link import Link, arm_orphan_exit
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 __all__ = ["StewardBoot", "run_steward"]
 
 log = logging.getLogger("streamline_pool")
+
+T = TypeVar("T")
 
 RETRY_MAX_S = 1.0  # between tries while the database is away, so that work resumes within 3 s of its return
 TAIL_RETRY_MAX_S = 30.0
@@ -335,7 +339,7 @@ class _Steward:
         self._set_alarm()
         since = None if self._sweeps % FULL_SWEEP_EVERY == 0 else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
         self._sweeps += 1
-        recovered = await self._run(ops.recover_expired(self._settings.max_crashes, since), WRITE_TIMEOUT_S)
+        recovered = await self._recover(ops.recover_expired(self._settings.max_crashes, since))
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
             self._wake(None, None, recovered)
@@ -346,14 +350,16 @@ class _Steward:
             died = await self._dead.get()
             evidence = {name: value for name, value in asdict(died.evidence).items() if name != "dump"}
             since = self._store.now() - RELEASE_LOOK_BACK
-            runs = await self._insist(ops.release_owner(died.owner, self._settings.max_crashes, evidence, since), WRITE_TIMEOUT_S)
+            release = ops.release_owner(died.owner, self._settings.max_crashes, evidence, since)
+            runs = await self._insist(functools.partial(self._recover, release))
             self.say(Released(owner=died.owner, runs=runs))
 
     async def _answer_checks(self) -> None:
         """For `--burst`: is anything claimable at this moment?"""
         while True:
             seq = await self._checks.get()
-            found = await self._insist(ops.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT), READ_TIMEOUT_S)
+            look = ops.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT)
+            found = await self._insist(functools.partial(self._run, look, READ_TIMEOUT_S))
             self.say(Checked(seq=seq, due=len(found)))
 
     async def _probe_when_doubtful(self) -> None:
@@ -412,12 +418,16 @@ class _Steward:
             return False
         return True
 
-    async def _insist(self, op: ops.Op, timeout_s: float) -> Any:
-        """Run an operation until it succeeds."""
+    async def _recover(self, op: ops.Command) -> int:
+        """Take leases back. One run that the server refuses to update holds up no other."""
+        return (await update_many(lambda each: self._run(each, WRITE_TIMEOUT_S), op, self._store.now)).matched
+
+    async def _insist(self, act: Callable[[], Awaitable[T]]) -> T:
+        """Do something until it succeeds."""
         failures = 0
         while True:
             try:
-                return await self._run(op, timeout_s)
+                return await act()
             except WorkflowError as exc:
                 failures += 1
                 self._doubtful.set()

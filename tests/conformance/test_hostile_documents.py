@@ -1,0 +1,108 @@
+"""One document that the server refuses to update, or that Python cannot read, is nobody else's trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import bson
+import pytest
+from bson.datetime_ms import DatetimeMS
+from workers import run_until_idle
+
+from streamline_pool import Streamline, ops
+from streamline_pool.store import Updated, update_many
+
+FULL_BYTES = 16 * 1024 * 1024
+
+
+def fill(app: Streamline, run_id: str, *, room: int) -> None:
+    """Leave so many bytes of MongoDB's 16 MiB to a stored run."""
+    left = FULL_BYTES - room - len(bson.encode(app.runs.find_one({"_id": run_id}))) - 4 * len(b".pad0....")
+    for place in range(4):  # a server with a small cache takes no larger writes
+        app.runs.update_one({"_id": run_id}, {"$set": {f"pad{place}": b"x" * (left // 4)}})
+
+
+def statuses(app: Streamline) -> dict[str, int]:
+    rows = app.runs.aggregate([{"$group": {"_id": "$status", "n": {"$sum": 1}}}])
+    return {row["_id"]: row["n"] for row in rows}
+
+
+def updated(app: Streamline, op: ops.Command) -> Updated:
+    async def act() -> Updated:
+        async with app:
+            store = app.store_async()
+            return await update_many(store.run, op, store.now)
+
+    return asyncio.run(act())
+
+
+def one_step(app: Streamline) -> Any:
+    return app.workflow("w", steps={"one": lambda ctx: ctx.input})
+
+
+def test_a_run_too_full_to_be_claimed_fails_and_its_batch_is_claimed(app: Streamline) -> None:
+    """The danger: the server ends a multi-update at the first refusal and reports 0, so what it had claimed before is
+    never read back, expires as if a worker had died, and is convicted for that at the third time."""
+    workflow = one_step(app)
+    workflow.start_many(range(5))
+    full = workflow.start(99, priority=5)
+    fill(app, full.id, room=50)
+    run_until_idle(app)
+    assert statuses(app) == {"done": 5, "failed": 1}
+    assert workflow.get(full.id).error["code"] == "PAYLOAD_TOO_LARGE"
+    assert workflow.get(full.id).ended_at is not None
+    assert app.runs.count_documents({"crashes": {"$gt": 0}}) == 0
+
+
+def test_a_run_that_an_operators_validator_refuses_keeps_no_other_from_being_claimed(app: Streamline) -> None:
+    """As above, with a document that cannot even be failed: it stays as it is until the rule or the run is mended."""
+    workflow = one_step(app)
+    refused, *others = workflow.start_many([0, 1, 2, 3, 4])
+    app.client[app.runs.database.name].command("collMod", app.runs.name, validator={"input": {"$ne": 0}})
+    with pytest.raises(AssertionError, match="not idle"):
+        run_until_idle(app, timeout=2)
+    assert [workflow.get(run.id).status for run in others] == ["done"] * 4
+    assert workflow.get(refused.id).status == "running"
+
+
+@pytest.mark.parametrize("how", ["release", "expire"])
+def test_leases_of_the_dead_come_back_beside_one_that_cannot(app: Streamline, how: str) -> None:
+    """The danger: recovery stops at the full document, at every sweep and on every host, and every lease behind it is held for ever."""
+    workflow = one_step(app)
+    runs = workflow.start_many(range(5))
+    app.store().run(ops.claim_runs([run.id for run in runs], None, "claim", "dead:1:x", 0.05))
+    app.runs.update_one({"_id": runs[0].id}, {"$set": {"crashes": 2}})  # its conviction is what has no room
+    fill(app, runs[0].id, room=50)
+    time.sleep(0.1)
+    recover = ops.release_owner("dead:1:x", 3, {"signal": "SIGKILL"}) if how == "release" else ops.recover_expired(3)
+    result = updated(app, recover)
+    assert set(result.refused) == {runs[0].id}
+    assert app.runs.count_documents({"lease": {"$exists": True}}) == 0
+    assert app.runs.count_documents({"wakeAt": {"$exists": True}, "crashes": 1}) == 4
+    assert statuses(app) == {"running": 4, "failed": 1}
+
+
+def test_leases_are_renewed_beside_one_that_cannot_be(app: Streamline) -> None:
+    """The danger: the renewal stops midway, a read then shows every lease in place, and all count as renewed that are not."""
+    workflow = one_step(app)
+    runs = workflow.start_many(range(5))
+    ids = [run.id for run in runs]
+    app.store().run(ops.claim_runs(ids, None, "claim", "me:1:x", 5))
+    app.client[app.runs.database.name].command("collMod", app.runs.name, validator={"input": {"$ne": 2}})
+    result = updated(app, ops.renew(ids, ["claim"], 500))
+    assert set(result.refused) == {runs[2].id}
+    assert result.matched == 4
+    ends = {row["_id"]: row["lease"]["expiresAt"] for row in app.runs.find()}
+    assert [run_id for run_id in ids if (ends[run_id] - ends[runs[2].id]).total_seconds() > 100] == [i for i in ids if i != runs[2].id]
+
+
+@pytest.mark.parametrize("value", [DatetimeMS(2**60), bson.raw_bson.RawBSONDocument(b"\x10\0\0\0\x02t\0\x04\0\0\0a\xffb\0\0")])
+def test_a_value_that_python_cannot_read_stops_no_worker(app: Streamline, value: Any) -> None:
+    """The danger: decoding fails for the whole batch, every worker dies of it in turn, and the pool uses up its restarts."""
+    workflow = one_step(app)
+    odd, *_ = workflow.start_many(range(5))
+    app.runs.update_one({"_id": odd.id}, {"$set": {"context.odd": value}})
+    run_until_idle(app)
+    assert statuses(app) == {"done": 5}

@@ -167,6 +167,7 @@ def failure_of(exc: BaseException) -> Failure:
         message = f"the handler called sys.exit({exc.code!r}); raise an exception or return instead"
     elif isinstance(exc, asyncio.CancelledError):
         message = message or "the handler was cancelled by its own code"
+    message = message or f"{type(exc).__name__} without a message"
     return Failure(code, message[:_MESSAGE_CHARS_MAX], type(exc).__name__, _traceback_of(exc), retriable)
 
 

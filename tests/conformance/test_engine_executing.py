@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Streamline, ValidationError, WorkflowNotFoundError, global_event_bus
 from support import eventually
-from workers import Pool, check_invariants, run_until_idle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -121,7 +121,7 @@ def test_the_next_step_sees_outputs_as_the_database_has_them(app: Streamline) ->
 def test_a_closed_ctx_does_nothing_more(app: Streamline) -> None:
     """A thread that a handler left behind would otherwise write into a later attempt."""
     left: list[Any] = []
-    workflow = app.workflow("w", steps={"a": lambda ctx: left.append(ctx), "b": lambda ctx: 1})
+    workflow = app.workflow("w", steps={"a": left.append, "b": lambda ctx: 1})
     workflow.execute(workflow.start().id)
     for act in (lambda c: c.set("k", 1), lambda c: c.checkpoint(1), lambda c: c.sleep(1), lambda c: c.emit("x"), lambda c: c.heartbeat()):
         with pytest.raises(InvalidStateError, match="this attempt at step a is over"):
@@ -172,8 +172,7 @@ def test_checkpoints_of_many_threads_of_one_handler_and_its_end_do_not_mix(app: 
     workflow = app.workflow("w", steps={"busy": busy, "next": lambda ctx: ctx.get_output("busy")})
     runs = workflow.start_many([None] * 10)
     run_until_idle(app)
-    for run in runs:
-        run = workflow.get(run.id)
+    for run in [workflow.get(run.id) for run in runs]:
         assert (run.status, run.output, run.step("busy").output, run.step("busy").attempts) == ("done", 5, 5, 1)
 
 

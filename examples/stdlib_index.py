@@ -104,6 +104,10 @@ def saved() -> Any:
 # --- the demonstration -------------------------------------------------------------------------------------------------
 
 
+class DemoFailed(Exception):
+    """The demonstration cannot go on; the text says why."""
+
+
 class Kill(NamedTuple):
     """What became of the runs that the killed worker held."""
 
@@ -120,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demonstrate(options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except DemoFailed as exc:
+        print(f"\n{exc}", file=sys.stderr)
+        return 1
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -140,7 +147,7 @@ def demonstrate(options: argparse.Namespace) -> int:
         began = time.monotonic()
         index.start_many([{"path": str(path)} for path in files])
         kill = None
-        for ended in progress(len(files)):
+        for ended in progress(len(files), pool):
             if kill is None and ended >= len(files) // 2:
                 kill = kill_one_worker()  # tried again at the next look if nobody holds a run just now
         took_s = time.monotonic() - began
@@ -185,7 +192,7 @@ def _sample(files: list[Path], limit: int | None) -> list[Path]:
     return files if limit is None else files[:: max(1, len(files) // max(1, limit))]
 
 
-def progress(runs: int) -> Iterator[int]:
+def progress(runs: int, pool: Pool) -> Iterator[int]:
     """How many runs have ended, again and again until all have; shown as one line that changes, or as lines in a log."""
     tty = sys.stdout.isatty()
     ended, ended_at, shown = 0, time.monotonic(), -1
@@ -195,7 +202,8 @@ def progress(runs: int) -> Iterator[int]:
         if now_ended > ended:
             ended, ended_at = now_ended, time.monotonic()
         elif time.monotonic() - ended_at > STEADY_TIMEOUT_S:
-            raise TimeoutError(f"no run has ended for {STEADY_TIMEOUT_S:g} s; {ended} of {runs} had: {counts}")
+            raise DemoFailed(f"no run has ended for {STEADY_TIMEOUT_S:g} s; {ended} of {runs} had: {counts}")
+        pool.must_live()
         tenth = 10 * ended // runs
         if tty:
             print(f"\r{ended:6} of {runs} runs have ended, {_in_flight():4} are in flight ", end="", flush=True)
@@ -243,7 +251,7 @@ def kill_one_worker() -> Kill | None:
         if moved:
             recovered_at = time.monotonic()
         elif time.monotonic() - recovered_at > STEADY_TIMEOUT_S:
-            raise TimeoutError(f"{len(still)} runs of the killed worker {pid} do not go on: {sorted(still)[:5]}")
+            raise DemoFailed(f"{len(still)} runs of the killed worker {pid} do not go on: {sorted(still)[:5]}")
     _say(f"all {len(stood)} have moved on after {recovered_at - killed_at:.2f} s")
     return Kill(pid, len(stood), recovered_at - killed_at)
 
@@ -325,7 +333,7 @@ class Pool:
         while not any(self._is_ready(line) for line in self._log_path.read_text().splitlines()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
-                raise RuntimeError(f"the pool did not get ready; it said:\n{self.last_words()}")
+                raise DemoFailed(f"the pool did not get ready; it said:\n{self.last_words()}")
             time.sleep(POLL_S)
         return self
 
@@ -335,6 +343,11 @@ class Pool:
             return bool(json.loads(line)["event"] == "ready")
         except (ValueError, TypeError, KeyError):
             return False  # half a line, or something that is no log line
+
+    def must_live(self) -> None:
+        """DemoFailed if it has ended of itself: nobody works on the runs that are left."""
+        if self._process.poll() is not None:
+            raise DemoFailed(f"the pool ended by itself with code {self.returncode}; it said:\n{self.last_words()}")
 
     def drain(self) -> list[int]:
         """End it as a service manager does. The pids that are still there when it has gone; there should be none."""
@@ -350,7 +363,10 @@ class Pool:
         return self._process.returncode
 
     def last_words(self) -> str:
-        return "\n".join(self._log_path.read_text().splitlines()[-30:])
+        """The end of its log, a line each, and the first traceback in it, which is the one that matters."""
+        lines = self._log_path.read_text().splitlines()
+        traces = [json.loads(line)["traceback"] for line in lines if '"traceback":' in line and line.endswith("}")]
+        return "\n".join([*(line[:300] for line in lines[-12:]), *traces[:1]])
 
     def __exit__(self, *exc_info: object) -> None:
         if self._process.poll() is None:

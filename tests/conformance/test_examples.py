@@ -63,6 +63,24 @@ def test_the_demo_loses_a_worker_and_nothing_else() -> None:
     assert processes_of("examples.stdlib_index:app") == []
 
 
+def test_the_demo_notices_at_once_when_its_pool_has_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It once waited two minutes for a pool that had told the reason in a log which was deleted afterwards."""
+    from examples import stdlib_index
+
+    start_many = stdlib_index.index.start_many
+
+    def start_and_kill(inputs: list[dict[str, str]]) -> None:
+        start_many(inputs)
+        (pool,) = [child for child in psutil.Process().children() if "examples.stdlib_index:app" in child.cmdline()]
+        pool.kill()
+
+    monkeypatch.setattr(stdlib_index.index, "start_many", start_and_kill)
+    assert stdlib_index.main(["--limit", "300"]) == 1
+    said = capsys.readouterr().err
+    assert "the pool ended by itself with code -9; it said:" in said
+    assert '"event":"ready"' in said
+
+
 def test_the_demo_fails_when_the_totals_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A comparison that cannot fail proves nothing: here the direct count is made wrong."""
     from examples import stdlib_index

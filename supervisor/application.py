@@ -103,11 +103,14 @@ def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
         return
     with server:
         address = server.data_dir / _ADDRESS_FILE
-        address.write_text(json.dumps({"uri": server.uri, "port": server.port, "pid": server.pid}))
+        address.write_text(json.dumps({"uri": server.uri, "port": server.port, "pid": server.pid, "owner": os.getpid()}))
         (server.data_dir.parent / ".gitignore").write_text("*\n")
         facts = {"data_dir": str(server.data_dir), "version": server.version}
         _log.info("embedded_server_started", extra={**facts, "for_your_programs": f"export STREAMLINE_MONGODB_URI='{server.uri}'"})
-        yield _on(settings, server.uri)
+        try:
+            yield _on(settings, server.uri)
+        finally:
+            address.unlink(missing_ok=True)  # before the server ends: nobody else shall begin to use it now
 
 
 def _started_or_found(env: Env) -> embedded.EmbeddedServer | str:
@@ -152,9 +155,12 @@ def _running_elsewhere(refusal: StoreUnavailableError) -> str | None:
     if address.get("pid") != holder:  # it is of an earlier server
         return None
     try:
+        os.kill(int(address["owner"]), 0)
         socket.create_connection(("127.0.0.1", int(address["port"])), _CONNECT_S).close()
+    except PermissionError:
+        pass  # another user's command, hence a living one
     except OSError:
-        return None  # it is about to end
+        return None  # its command is gone, so it is about to end
     return str(address["uri"])
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import IntEnum
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +18,7 @@ import orjson
 
 from streamline_pool import embedded
 from streamline_pool.errors import StoreUnavailableError
-from streamline_pool.settings import redact_text
+from streamline_pool.settings import DEFAULT_MONGODB_URI, redact_text
 
 __all__ = [
     "CommandError",
@@ -81,7 +80,7 @@ def unreachable(error: StoreUnavailableError) -> str:
     """The message of `error`, with advice unless the error itself knows what is wrong."""
     if not error.context.get("transient"):
         return error.message
-    private = f"\n{_PRIVATE}" if Path(embedded.DEFAULT_DATA_DIR).is_dir() else ""
+    private = f"\n{_PRIVATE}" if DEFAULT_MONGODB_URI in error.message and embedded.DEFAULT_DATA_DIR.is_dir() else ""
     return f"{error.message}\n{_ADVICE}{private}"
 
 

@@ -38,7 +38,11 @@ HELP: Mapping[str, tuple[str, str, str]] = {
     "mongodb-uri": ("URI", "The MongoDB to use.", "the URI in your code, else mongodb://127.0.0.1:27017/streamline"),
     "database": ("NAME", "The database to use.", "the one in the URI, else streamline"),
     "collection-prefix": ("TEXT", "What the names of our collections begin with.", "the one in your code, else workflow_"),
-    "embedded": ("", "Use a private MongoDB under .streamline/, started if none runs there. For trying things out, not for production.", "off"),
+    "embedded": (
+        "",
+        "Use a private MongoDB under .streamline/, started if none runs there. For trying things out, not for production.",
+        "off",
+    ),
     "workers": ("N|auto", "Worker processes. auto: one for each CPU this process may use.", "auto"),
     "concurrency": ("N", "Runs that each worker advances at the same time.", "100"),
     "queue": (

@@ -29,7 +29,10 @@ def test_a_run_from_start_to_end(shell: Shell, pool: subprocess.Popen[str]) -> N
     assert "card refused" in failed.stdout
     run_id = failed.stdout.splitlines()[0]
     assert shell("runs", "watch", run_id).returncode == 1
-    assert "It failed " in shell("runs", "show", run_id).stdout
+    shown = shell("runs", "show", run_id).stdout
+    assert "It failed " in shown
+    assert "ValueError: card refused" in shown
+    assert 'in charge\n    raise ValueError("card refused")' in shown, "the traceback"
 
 
 def test_a_run_that_no_pool_takes_says_what_it_needs_and_can_be_cancelled(shell: Shell) -> None:
@@ -39,6 +42,7 @@ def test_a_run_that_no_pool_takes_says_what_it_needs_and_can_be_cancelled(shell:
     waited = shell("start", "slow", "--id", "s-2", "--wait", "--timeout", "0.1")
     assert waited.returncode == 1
     assert "run s-2 has not ended within 0.1 s" in waited.stderr
+    assert "no pool has been seen in the last minute" in waited.stderr, "the wait would be for ever, without a word"
     cancelled = shell.json("runs", "cancel", "s-1", "--reason", "typo")
     assert (cancelled["status"], cancelled["cancelReason"]) == ("cancelled", "typo")
     assert "It was cancelled " in shell("runs", "show", "s-1").stdout
@@ -175,8 +179,38 @@ def test_a_second_command_finds_the_private_server_of_the_first(offline: Shell) 
         process.kill()
         process.wait()
     assert process.returncode == 0
+    assert (offline.folder / ".streamline" / ".gitignore").read_text() == "*\n"
+    forgotten = offline("runs", "list", STREAMLINE_MONGODB_URI="")
+    assert forgotten.returncode == 0 or "was --embedded forgotten?" in forgotten.stderr, "0: something listens at the default address"
     found = offline("--embedded", "runs", "list", "--json")  # its address is out of date now, and nobody is misled by it
     assert [run["status"] for run in json.loads(found.stdout)] == ["done"]
+
+
+def test_a_private_server_that_is_about_to_end_is_not_used(offline: Shell) -> None:
+    """A command right after one that was killed, in the same folder: the server of the first takes a moment to end."""
+    for number in range(3):
+        process = offline.start_pool("--embedded", "--app", "shop:app", "--workers", "1")
+        try:
+            wait_for_line(process, "ready")
+        finally:
+            process.kill()
+            process.communicate()
+        done = offline("--embedded", "start", "orders", "--app", "shop:app", "--id", f"o-{number}")
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_pool_on_the_private_server_of_another_command_is_warned(offline: Shell) -> None:
+    words = ("--embedded", "--app", "shop:app", "--workers", "1")
+    pools = [offline.start_pool(*words)]
+    try:
+        assert "export STREAMLINE_MONGODB_URI='mongodb://127.0.0.1:" in wait_for_line(pools[0], "ready")
+        pools.insert(0, offline.start_pool(*words))
+        assert "it ends with the command that started it" in wait_for_line(pools[0], "ready")
+    finally:
+        for pool in pools:
+            pool.terminate()
+            pool.communicate(timeout=30)
+    assert [pool.returncode for pool in pools] == [0, 0]
 
 
 def test_a_reader_that_goes_away_is_no_crash(shell: Shell) -> None:

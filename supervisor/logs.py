@@ -115,12 +115,12 @@ def _word(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, Mapping | list | tuple | set | frozenset):
         text = _dumped(value)
-        if text.isprintable():
+        if text.isprintable() and "=" not in text:  # as it reads best; nothing in it can pass for another field
             return text
     else:
         text = str(value)
     bare = text and not any(char.isspace() or char in '"=' or not char.isprintable() for char in text)
-    return text if bare else json.dumps(text, ensure_ascii=False)
+    return text if bare else json.dumps(text, ensure_ascii=not text.isprintable())  # C1 controls drive terminals, too
 
 
 def _dumped(value: Any) -> str:

@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from streamline_pool.supervisor.messages import Check, Close, Drain, Poke, Stop
 from streamline_pool.supervisor.state import Action, Burst, Ending, Exit, Kill, Log, Member, Send, Spawn, State, Vacancy
@@ -60,7 +60,9 @@ def begin_ending(state: State, now: float, code: int, reason: str, *, grace_s: f
     """Start to end the pool, or end it harder. `grace_s`: workers give their steps up after so long; None: they finish them."""
     if state.ending is not None and code == 4:
         code = state.ending.code or code  # a worse reason to end stays the reason
-    actions: list[Action] = [Log(level=logging.INFO, event="pool_ends", fields={"reason": reason, "exit_code": code, **_left(state, grace_s)})]
+    actions: list[Action] = [
+        Log(level=logging.INFO, event="pool_ends", fields={"reason": reason, "exit_code": code, **_left(state, grace_s)})
+    ]
     for member in state.workers:
         if member.phase == "dying" or (grace_s is None and member.phase == "stopping"):
             continue

@@ -14,6 +14,7 @@ from streamline_pool.supervisor.decide import pause_s, pool_facts
 from streamline_pool.supervisor.messages import (
     AbortHint,
     Beat,
+    BootFailed,
     Check,
     Checked,
     Close,
@@ -31,6 +32,7 @@ from streamline_pool.supervisor.messages import (
 from streamline_pool.supervisor.state import (
     Exit,
     Kill,
+    Log,
     Measured,
     Send,
     Spawn,
@@ -51,6 +53,30 @@ def test_term_and_int_drain_then_close_the_steward_then_exit_0(signum: signal.Si
     assert script.sent(Close) == [(STEWARD, Close())]
     script.dies(STEWARD, exit_code=0)
     assert script.did(Exit) == [Exit(code=0)]
+
+
+def test_who_presses_ctrl_c_is_told_what_the_pool_waits_for() -> None:
+    """A pool that is silent after ^C gets a second one, which gives up the work that it was about to finish."""
+    script = Script(workers=2).started()
+    script.beat(101, in_flight=2)
+    script.beat(102, in_flight=1)
+    script.signal(signal.SIGINT)
+    (ends,) = [log for log in script.did(Log) if log.event == "pool_ends"]
+    assert (ends.fields["finishing_runs"], ends.fields["at_most_s"]) == (3, LIMITS.drain_timeout_s)
+    script.signal(signal.SIGINT)
+    (ends,) = [log for log in script.did(Log) if log.event == "pool_ends"]
+    assert "finishing_runs" not in ends.fields, "it waits for them no longer"
+
+
+def test_a_worker_killed_before_it_began_is_no_crash_to_look_into() -> None:
+    """Without a database the reason would otherwise stand above as many errors as there are workers."""
+    script = Script(workers=1)
+    script.tell(Tick())
+    script.hear(STEWARD, BootFailed(exit_code=3, message="no database"))
+    script.wait(60)
+    script.dies(101, signal="SIGKILL")
+    assert "child_left" in script.logged()
+    assert "child_died" not in script.logged()
 
 
 def test_a_drain_that_takes_too_long_releases_and_exits_4() -> None:

@@ -111,7 +111,7 @@ def _print_config(resolved: Resolved, as_json: bool) -> int:
     if as_json:
         print_json({name: {"value": value, "source": source.kind, "where": source.where or None} for name, (value, source) in rows.items()})
         return ExitCode.OK
-    unused = set()
+    unused: set[str] = set()
     with contextlib.suppress(CommandError):  # two servers named: whoever starts something is told
         unused = {"mongodb-uri"} if wants_private_server(resolved) else set()
     for name, (value, source) in rows.items():

@@ -58,6 +58,8 @@ def test_print_config_is_a_file_that_can_be_used_and_names_every_source(offline:
     assert 'mongodb-uri = "mongodb://ann:***@db/x"  # environment: STREAMLINE_MONGODB_URI' in lines
     assert "# health-port is not set  # default" in lines
     assert "s3cret" not in done.stdout + done.stderr
+    private = offline("--print-config", "--embedded", STREAMLINE_MONGODB_URI="").stdout
+    assert 'mongodb-uri = "mongodb://127.0.0.1:27017/streamline"  # default; not used, because embedded is on' in private.splitlines()
     config = tomllib.loads(done.stdout)
     (offline.folder / "streamline-pool.toml").write_text(done.stdout)
     again = offline.json("--print-config")

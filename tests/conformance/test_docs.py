@@ -84,6 +84,8 @@ class Reader:
         elif words[0] == "make":
             # That there is such a target; making it would install and test everything within this test.
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+        elif words[:3] == ["python3", "-m", "venv"] or words[0] == ".":
+            pass  # this interpreter's environment is the one
         elif words[0] == "pip":
             # Installing is tests/test_packaging.py's; here: that there is such an extra.
             extra = re.search(r"\[(\w+)\]", command)

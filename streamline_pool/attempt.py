@@ -162,13 +162,14 @@ def failure_of(exc: BaseException) -> Failure:
         code, retriable = exc.code, False
     elif isinstance(exc, NonRetriableError):
         retriable = False
-    message = exc.message if isinstance(exc, ValidationError) else _text_of(exc)
+    message = _text_of(exc)
     if isinstance(exc, SystemExit):
-        message = f"the handler called sys.exit({exc.code!r}); raise an exception or return instead"
+        message = f"the handler called sys.exit({message}); raise an exception or return instead"
     elif isinstance(exc, asyncio.CancelledError):
         message = message or "the handler was cancelled by its own code"
-    message = message or f"{type(exc).__name__} without a message"
-    return Failure(code, message[:_MESSAGE_CHARS_MAX], type(exc).__name__, _traceback_of(exc), retriable)
+    name = _storable(type(exc).__name__)
+    message = message or f"{name} without a message"
+    return Failure(code, message[:_MESSAGE_CHARS_MAX], name, _traceback_of(exc), retriable)
 
 
 def timeout_failure(step: StepDefinition) -> Failure:
@@ -180,15 +181,15 @@ def timeout_failure(step: StepDefinition) -> Failure:
 
 def _text_of(exc: BaseException) -> str:
     try:
-        return _storable(str(exc))
-    except Exception:  # noqa: BLE001 -- user code: it may raise anything
+        return _storable(exc.message if isinstance(exc, ValidationError) else str(exc))
+    except BaseException:  # noqa: BLE001 -- user code: it may raise anything, and a SystemExit would end the worker
         return "(the exception's own __str__ failed)"
 
 
 def _traceback_of(exc: BaseException) -> str:
     try:
         return _storable("".join(traceback.format_exception(exc)))[-_TRACEBACK_CHARS_MAX:]
-    except Exception:  # noqa: BLE001 -- formatting calls user code, too
+    except BaseException:  # noqa: BLE001 -- formatting calls user code, too
         return "(the traceback could not be formatted)"
 
 

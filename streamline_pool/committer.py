@@ -27,6 +27,7 @@ log = logging.getLogger("streamline_pool")
 _PUMPS = 2  # commands under way at once: one is prepared here while the server works on the other; measured: 3 gain nothing
 _BATCH_MAX = 100  # statements in one; measured: larger ones make the pumps take turns instead of overlapping
 _BATCH_BYTES_MAX = 8 * 1024 * 1024  # MongoDB takes 48 MB in a message; smaller ones keep others from waiting
+_REFUSALS_MAX = 8  # in a row, some three seconds: what the server has refused so often, for whatever reason, holds up others no longer
 _BACKOFF_MAX_S = 1.0  # so that work resumes within moments of the database's return
 _TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
 # What the server will say of this document again: a bad value or type, too deep, a path through something else than a document,
@@ -114,7 +115,7 @@ class GroupCommitter:
 
     async def _settle(self, batch: _Batch, *, doubtful: bool) -> None:
         """Repeat a batch until every statement in it has its verdict. Repeating is safe: each names the `rev` it follows."""
-        failures = 0
+        failures = refusals = 0
         while batch:
             try:
                 reply = await self._send([statement for statement, _ in batch])
@@ -122,7 +123,9 @@ class GroupCommitter:
                     for _, future in batch:
                         _resolve(future, Verdict.LANDED)
                     return
-                batch = self._refuse(batch, reply.get("writeErrors", ()))
+                errors = reply.get("writeErrors", ())
+                refusals = refusals + 1 if errors else 0
+                batch = self._refuse(batch, errors, for_good=refusals >= _REFUSALS_MAX)
                 batch = await self._judge(batch, doubtful)
                 if not batch:
                     return
@@ -138,7 +141,7 @@ class GroupCommitter:
                 self._on_outcome(False)
                 doubtful = True
             failures += 1
-            await self._env.async_sleep(min(0.02 * 2**failures, _BACKOFF_MAX_S) * (0.5 + self._env.random() / 2))
+            await self._env.async_sleep(min(0.02 * 2.0 ** min(failures, 10), _BACKOFF_MAX_S) * (0.5 + self._env.random() / 2))
 
     async def _send(self, statements: list[Statement]) -> Mapping[str, Any]:
         self.commands += 1
@@ -147,9 +150,9 @@ class GroupCommitter:
         self._on_outcome(True)
         return reply
 
-    def _refuse(self, batch: _Batch, errors: Any) -> _Batch:
+    def _refuse(self, batch: _Batch, errors: Any, *, for_good: bool) -> _Batch:
         """Take out statements that the server can never store; one run's trouble is not its neighbours'."""
-        refused = {error["index"]: error for error in errors if error.get("code") in _TOO_LARGE_CODES | _REFUSED_CODES}
+        refused = {error["index"]: error for error in errors if for_good or error.get("code") in _TOO_LARGE_CODES | _REFUSED_CODES}
         for index, error in refused.items():
             statement, future = batch[index]
             _fail(future, refusal(statement, error))

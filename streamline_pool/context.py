@@ -7,6 +7,7 @@ recorded together with the step's result. Safe to use from the handler's own thr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Generator, Mapping
@@ -96,8 +97,14 @@ class AbortSignal:
             if self._event is not None:
                 self._event.set()
         for future in self._futures:
-            if not future.done():
-                future.set_result(reason)
+            # A `def` handler may have awaited it in a loop of its own, and have left or closed that loop.
+            with contextlib.suppress(RuntimeError):
+                future.get_loop().call_soon_threadsafe(_set_once, future, reason)
+
+
+def _set_once(future: asyncio.Future[str], reason: str) -> None:
+    if not future.done():
+        future.set_result(reason)
 
 
 class Port(Protocol):
@@ -124,20 +131,29 @@ class _Stored:
 _STORED = _Stored()
 
 
+def _copy(value: Any) -> Any:
+    """What a handler may change without changing the run: a retry stores its checkpoint again, a later step its context."""
+    kind = type(value)
+    if kind is dict:
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if kind is list else value
+
+
 class Context:
     """One attempt at one step, as its handler sees it."""
 
     __slots__ = (
         "__weakref__",
         "_closed",
+        "_context",
         "_document",
         "_ending",
+        "_input",
         "_place",
         "_port",
         "_sets",
         "_sets_bytes",
         "attempt",
-        "context",
         "signal",
         "step_id",
     )
@@ -154,7 +170,8 @@ class Context:
         self.step_id: str = step["stepId"]
         self.attempt: int = step["attempts"]  # 1-based; counts entries into the handler, those of lost workers too
         self.signal = signal
-        self.context: dict[str, Any] = dict(document.get("context") or {})  # this attempt's view; change it by `set`
+        self._context: dict[str, Any] | None = None  # this and the next are made when asked for
+        self._input: Any = None
 
     @property
     def run_id(self) -> str:
@@ -167,9 +184,18 @@ class Context:
         return str(self._document["workflowId"])
 
     @property
+    def context(self) -> dict[str, Any]:
+        """This attempt's view of the run's context; change it by `set`."""
+        if self._context is None:
+            self._context = _copy(self._document.get("context") or {})
+        return self._context
+
+    @property
     def input(self) -> Any:
         """What the run was started with."""
-        return self._document.get("input")
+        if self._input is None:
+            self._input = _copy(self._document.get("input"))
+        return self._input
 
     @property
     def idempotency_key(self) -> str:
@@ -186,13 +212,13 @@ class Context:
         value, size = as_payload(value, f"context.{key}")
         self._sets_bytes += size + len(key)
         self._sets[key] = value
-        self.context[key] = value
+        self.context[key] = _copy(value)
 
     def get_output(self, step_id: str) -> Any:
         """The output of an earlier step, or None when it has none."""
         for step in self._document["steps"]:
             if step["stepId"] == step_id:
-                return step.get("output")
+                return _copy(step.get("output"))
         return None
 
     def sleep(self, delay: float | timedelta) -> None:
@@ -236,7 +262,7 @@ class Context:
 
     def get_checkpoint(self) -> Any:
         """What the last `checkpoint` of this step stored, in this or an earlier attempt; None when there is none."""
-        return self._document["steps"][self._place].get("checkpoint")
+        return _copy(self._document["steps"][self._place].get("checkpoint"))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -69,7 +69,7 @@ def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
                     effect = procedure.throw(exc)
                     continue
                 failures += 1
-                yield Nap(min(0.05 * 2**failures, _PAUSE_MAX_S) * (0.5 + env.random() / 2))
+                yield Nap(min(0.05 * 2.0 ** min(failures, 10), _PAUSE_MAX_S) * (0.5 + env.random() / 2))
                 continue
             failures = 0
             effect = procedure.send(answer)

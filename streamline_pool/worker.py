@@ -133,7 +133,7 @@ class Worker:
                 failures += 1
                 self.store_answered(False)
                 log.warning("store_unavailable", extra={"error": str(exc)})
-                await self._env.async_sleep(min(0.1 * 2**failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2))
+                await self._env.async_sleep(min(0.1 * 2.0 ** min(failures, 10), _RETRY_MAX_S) * (0.5 + self._env.random() / 2))
 
     async def _give_back(self, engine: Engine) -> None:
         if self._stop_grace_s is None:
@@ -226,8 +226,12 @@ class Worker:
             self.store_answered(False)
             log.warning("claim_failed", extra={"error": str(exc)})
             self._backlog = True
-            delay_s = min(0.1 * 2**self._consecutive_failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2)
+            delay_s = self._retry_pause_s()
             engine.loop.call_later(delay_s, self._wanted.set)
+
+    def _retry_pause_s(self) -> float:
+        ceiling = min(0.1 * 2.0 ** min(self._consecutive_failures, 10), _RETRY_MAX_S)  # 2**1100, after hours, is no float
+        return ceiling * (0.5 + self._env.random() / 2)
 
     async def _claim_named(self, store: AsyncStore, engine: Engine) -> None:
         room = self._room()
@@ -305,7 +309,7 @@ class Worker:
                 if self._env.clock.monotonic() > deadline:
                     raise
                 self.store_answered(False)
-                await self._env.async_sleep(min(0.1 * 2**self._consecutive_failures, _RETRY_MAX_S) * (0.5 + self._env.random() / 2))
+                await self._env.async_sleep(self._retry_pause_s())
                 continue
             self.store_answered(True)
             return documents

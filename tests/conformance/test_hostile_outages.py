@@ -1,0 +1,80 @@
+"""What the database may do to a worker: be away for hours, or refuse what it should not."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from streamline_pool import Settings, Streamline, ops
+from streamline_pool.committer import GroupCommitter, Verdict
+from streamline_pool.env import system_env
+from streamline_pool.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
+from streamline_pool.worker import Worker
+
+STATEMENT = ops.Statement(ops.Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
+
+
+class Scripted:
+    """A store that answers writes as told."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self._answer = answer
+
+    async def run(self, op: ops.Op) -> Any:
+        return [{"_id": "run", "lease": {"id": "lease"}, "rev": 0, "token": 1}] if isinstance(op, ops.Find) else self._answer()
+
+
+def verdict(answer: Callable[[], Any], slept: list[float]) -> Verdict:
+    """Of one statement, in a world in which pauses take no time."""
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def write() -> Verdict:
+        committer = GroupCommitter(Scripted(answer), dataclasses.replace(system_env(), async_sleep=sleep))  # type: ignore[arg-type]
+        committer.start()
+        try:
+            return await asyncio.wait_for(committer.write(STATEMENT), 10)
+        finally:
+            await committer.close()
+
+    return asyncio.run(write())
+
+
+def test_a_write_refused_for_a_reason_that_nobody_has_thought_of_holds_up_the_others_for_moments_only() -> None:
+    """The danger: one such write in each of the two pumps, repeated for ever, and no run of the worker goes on (code 388 is one)."""
+    slept: list[float] = []
+    with pytest.raises(ValidationError, match="too large") as raised:
+        verdict(lambda: {"n": 0, "writeErrors": [{"index": 0, "code": 388, "errmsg": "transaction is too large"}]}, slept)
+    assert not isinstance(raised.value, PayloadTooLargeError)
+    assert sum(slept) < 5
+
+
+def test_a_write_is_repeated_through_an_outage_of_hours() -> None:
+    """The danger: a back-off that doubles without end is too large for a float after a thousand tries, and the write is dropped."""
+    tries = 0
+
+    def answer() -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3_000:
+            raise StoreUnavailableError("away", transient=True)
+        return {"n": 0, "writeErrors": [{"index": 0, "code": 121, "errmsg": "it is back"}]}
+
+    slept: list[float] = []
+    with pytest.raises(ValidationError, match="it is back"):
+        verdict(answer, slept)
+    assert max(slept) <= 1
+
+
+def test_a_worker_that_has_failed_thousands_of_times_still_claims(app: Streamline) -> None:
+    """The danger: as above, in the claim loop, whose end is the worker's."""
+    app.workflow("w", steps={"one": lambda ctx: None})
+    worker = Worker(app, Settings(), owner="test:1:x", index=0, total=1)
+    for _ in range(3_000):
+        worker.store_answered(False)
+    assert 0 < worker._retry_pause_s() <= 1

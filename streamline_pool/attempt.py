@@ -164,7 +164,7 @@ def failure_of(exc: BaseException) -> Failure:
         retriable = False
     message = _text_of(exc)
     if isinstance(exc, SystemExit):
-        message = f"the handler called sys.exit({message}); raise an exception or return instead"
+        message = f"the handler called {message}; raise an exception or return instead"
     elif isinstance(exc, asyncio.CancelledError):
         message = message or "the handler was cancelled by its own code"
     name = _storable(type(exc).__name__)
@@ -181,6 +181,8 @@ def timeout_failure(step: StepDefinition) -> Failure:
 
 def _text_of(exc: BaseException) -> str:
     try:
+        if isinstance(exc, SystemExit):
+            return _storable(f"sys.exit({exc.code!r})")
         return _storable(exc.message if isinstance(exc, ValidationError) else str(exc))
     except BaseException:  # noqa: BLE001 -- user code: it may raise anything, and a SystemExit would end the worker
         return "(the exception's own __str__ failed)"

@@ -16,7 +16,8 @@ from .committer import lease_id_of
 from .env import Env
 from .errors import StoreUnavailableError
 from .flight import Flight, Observer
-from .store import AsyncStore, update_many
+from .multi_update import update_many
+from .store import AsyncStore
 
 __all__ = ["LeaseKeeper"]
 

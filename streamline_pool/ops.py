@@ -190,37 +190,16 @@ def claim_runs(
 
 
 def _update_many(name: str, query: Document, update: list[Document] | Document) -> Command:
-    """Update whatever matches. Yields how many did; see `_all_or_refused` and store.py's `update_many`."""
+    """Update whatever matches. Yields how many did; to be run by multi_update.py."""
     body = {"updates": [{"q": query, "u": update, "multi": True}]}
-    return Command(name=name, collection="runs", verb="update", body=body, parse=_all_or_refused)
+    return Command(name=name, collection="runs", verb="update", body=body, parse=all_or_refused)
 
 
-def _all_or_refused(reply: Reply) -> int:
-    # One refused document ends a multi-update midway, and the reply's `n` is 0 whatever had been updated by then.
+def all_or_refused(reply: Reply) -> int:
+    """How many matched; a ValidationError if the server refused one, whatever had been updated by then (`n` is 0)."""
     if reply.get("writeErrors"):
         raise ValidationError(f"MongoDB refuses to update one of the runs: {str(reply['writeErrors'][0].get('errmsg'))[:500]}")
     return int(reply["n"])
-
-
-def matching(op: Command, limit: int) -> Find:
-    """Ids of the runs that an `_update_many` would update now."""
-    return Find(name=f"{op.name}_ids", collection="runs", filter=op.body["updates"][0]["q"], projection={"_id": 1}, limit=limit)
-
-
-def apart(op: Command, run_ids: Sequence[str]) -> Command:
-    """The same `_update_many`, run by run, so that a refused one stops no other. Yields the reply, with `writeErrors` by index."""
-    many = op.body["updates"][0]
-    updates = [{"q": {"$and": [{"_id": run_id}, many["q"]]}, "u": many["u"]} for run_id in run_ids]
-    return Command(name=f"{op.name}_apart", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=dict)
-
-
-def fail_full(op: Command, run_id: str, now: datetime) -> Command:
-    """End a run that has no room for what `op` would add to it. Yields how many matched (0 or 1)."""
-    error = {"code": ErrorCode.PAYLOAD_TOO_LARGE.value, "message": f"no room in MongoDB's 16 MiB for {op.name}", "stepId": None}
-    sets = {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
-    unset = {"lease": "", "wakeAt": "", "pausedWakeAt": "", "lastAct": "", "lane": "", "slot": ""}
-    query = {"$and": [{"_id": run_id}, op.body["updates"][0]["q"]]}
-    return _update_many("fail_full", query, {"$set": sets, "$unset": unset})
 
 
 def claim_run(

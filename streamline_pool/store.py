@@ -7,10 +7,9 @@ which of theirs may be repeated.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import bson.errors
 import pymongo
@@ -30,9 +29,7 @@ from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
 from .setting_values import redact_text, redact_uri
 
-__all__ = ["AsyncStore", "ServerClock", "Store", "Updated", "Where", "open_clients", "update_many"]
-
-log = logging.getLogger("streamline_pool")
+__all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -51,7 +48,6 @@ _CLOCK_STALE_S = 300.0  # quartz drifts some 15 ms in this time
 
 _TOO_LARGE = frozenset({10334, 17419, 17420})
 _REFUSED = frozenset({15, 121})  # nested too deep; against a validator that users have put on the collection
-_APART_MAX = 1_000  # runs updated one by one, after one that was refused has stopped the update of all
 _NAMESPACE_EXISTS = 48
 _UNAUTHORIZED = 13
 _AUTH_FAILED = 18
@@ -408,36 +404,6 @@ class AsyncStore(_StoreBase):
     async def close(self) -> None:
         """Give the connections back. The store can be used no more."""
         await self.client.close()
-
-
-class Updated(NamedTuple):
-    """What came of an update of many runs."""
-
-    matched: int  # at least so many
-    refused: Mapping[str, Mapping[str, Any]]  # by run id: the server's error; those runs are as they were
-
-
-async def update_many(run: Callable[[ops.Op], Awaitable[Any]], op: ops.Command, now: Callable[[], datetime]) -> Updated:
-    """Update every run that `op` matches, also when the server refuses to store one of them; a full one fails for that.
-
-    A claim or a recovery that stops at such a run would stop there again and again, and with it all runs behind it.
-    """
-    try:
-        return Updated(await run(op), {})
-    except ValidationError:
-        run_ids = [found["_id"] for found in await run(ops.matching(op, _APART_MAX))]
-    if not run_ids:
-        return Updated(1, {})  # the refused one has changed; what had been updated before it counts
-    reply = await run(ops.apart(op, run_ids))
-    refused = {run_ids[error["index"]]: error for error in reply.get("writeErrors", ())}
-    for run_id, error in refused.items():
-        log.error("run_refused", extra={"run_id": run_id, "operation": op.name, "error": str(error.get("errmsg"))[:500]})
-        if error.get("code") in _TOO_LARGE:
-            try:
-                await run(ops.fail_full(op, run_id, now()))
-            except ValidationError:
-                log.exception("run_unstorable", extra={"run_id": run_id})
-    return Updated(max(1, reply["n"]), refused)
 
 
 _ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_signals())

@@ -20,8 +20,9 @@ from .engine import Engine
 from .env import Env
 from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .lookout import Lookout, slots_of
+from .multi_update import update_many
 from .settings import Settings
-from .store import AsyncStore, update_many
+from .store import AsyncStore
 
 __all__ = ["Gate", "Worker", "WorkerStatus"]
 

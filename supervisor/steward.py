@@ -21,8 +21,8 @@ from streamline_pool import ops
 from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
+from streamline_pool.multi_update import update_many
 from streamline_pool.settings import Settings
-from streamline_pool.store import update_many
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
 from streamline_pool.supervisor.link import Link, arm_orphan_exit

@@ -25,6 +25,7 @@ ORDER = [
     "bus",
     "procedures",
     "store",
+    "multi_update",
     "committer",
     "context",
     "cache",
@@ -87,7 +88,7 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 def _defined(node: ast.AST) -> list[str]:
     match node:
-        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
             return [name]
         case ast.ImportFrom(names=names):
             return [alias.asname or alias.name for alias in names]

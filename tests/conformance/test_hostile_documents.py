@@ -12,7 +12,7 @@ from bson.datetime_ms import DatetimeMS
 from workers import run_until_idle
 
 from streamline_pool import Streamline, ops
-from streamline_pool.store import Updated, update_many
+from streamline_pool.multi_update import Updated, update_many
 
 FULL_BYTES = 16 * 1024 * 1024
 

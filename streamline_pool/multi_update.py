@@ -1,0 +1,74 @@
+"""Updates of many runs at once, which one run that the server refuses to store must not spoil for the others.
+
+Owns what is done about such a run. The server ends a multi-update at the first refusal, and its reply counts nothing:
+a claim or a recovery that stopped there would stop there again and again, and with it every run behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from . import ops
+from .errors import ErrorCode, ValidationError
+from .model import RunStatus
+
+__all__ = ["Updated", "update_many"]
+
+log = logging.getLogger("streamline_pool")
+
+_APART_MAX = 1_000  # runs updated one by one; the next look, sweep or renewal sees to the rest
+_TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
+
+
+class Updated(NamedTuple):
+    """What came of an update of many runs."""
+
+    matched: int  # at least so many
+    refused: Mapping[str, Mapping[str, Any]]  # by run id: the server's error
+
+
+async def update_many(run: Callable[[ops.Op], Awaitable[Any]], op: ops.Command, now: Callable[[], datetime]) -> Updated:
+    """Update every run that `op` matches and that can be updated. One that has no room left for it fails."""
+    try:
+        return Updated(await run(op), {})
+    except ValidationError:
+        run_ids = [found["_id"] for found in await run(_matching(op))]
+    if not run_ids:
+        return Updated(1, {})  # the refused one has changed meanwhile; what had been updated before it counts
+    reply = await run(_apart(op, run_ids))
+    refused = {run_ids[error["index"]]: error for error in reply.get("writeErrors", ())}
+    for run_id, error in refused.items():
+        log.error("run_refused", extra={"run_id": run_id, "operation": op.name, "error": str(error.get("errmsg"))[:500]})
+        if error.get("code") in _TOO_LARGE_CODES:
+            try:
+                await run(_fail_full(op, run_id, now()))
+            except ValidationError:
+                log.exception("run_unstorable", extra={"run_id": run_id})
+    return Updated(max(1, reply["n"]), refused)
+
+
+def _matching(op: ops.Command) -> ops.Find:
+    """Ids of the runs that the operation would update now."""
+    query = op.body["updates"][0]["q"]
+    return ops.Find(name=f"{op.name}_ids", collection="runs", filter=query, projection={"_id": 1}, limit=_APART_MAX)
+
+
+def _apart(op: ops.Command, run_ids: Sequence[str]) -> ops.Command:
+    """The same update run by run. Yields the reply, with `writeErrors` by index."""
+    many = op.body["updates"][0]
+    updates = [{"q": {"$and": [{"_id": run_id}, many["q"]]}, "u": many["u"]} for run_id in run_ids]
+    body = {"updates": updates, "ordered": False}
+    return ops.Command(name=f"{op.name}_apart", collection="runs", verb="update", body=body, parse=dict)
+
+
+def _fail_full(op: ops.Command, run_id: str, now: datetime) -> ops.Command:
+    """End a run in as few bytes as possible; what only a live run needs makes room for that."""
+    error = {"code": ErrorCode.PAYLOAD_TOO_LARGE.value, "message": f"no room in MongoDB's 16 MiB for {op.name}", "stepId": None}
+    sets = {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
+    unset = dict.fromkeys(("lease", "wakeAt", "pausedWakeAt", "lastAct", "lane", "slot"), "")
+    query = {"$and": [{"_id": run_id}, op.body["updates"][0]["q"]]}
+    body = {"updates": [{"q": query, "u": {"$set": sets, "$unset": unset}}]}
+    return ops.Command(name="fail_full", collection="runs", verb="update", body=body, parse=ops.all_or_refused)

@@ -27,7 +27,18 @@ from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import Invocation, pick
 
-__all__ = ["adopt", "blamed_on", "load_app", "opened", "prove_rights", "reach", "served", "settle", "wants_private_server"]
+__all__ = [
+    "adopt",
+    "blamed_on",
+    "load_app",
+    "opened",
+    "private_server_is_ours",
+    "prove_rights",
+    "reach",
+    "served",
+    "settle",
+    "wants_private_server",
+]
 
 _log = logging.getLogger("streamline_pool.command")
 
@@ -95,7 +106,7 @@ def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
     if not wants_private_server(resolved):
         yield settings
         return
-    server = _started_or_found(system_env())
+    server = _started_or_found(system_env(), lasting)
     if isinstance(server, str):
         advice = {"advice": "it ends with the command that started it; end this one first"} if lasting else {}
         _log.log(logging.WARNING if lasting else logging.INFO, "embedded_server_found", extra={"uri": server, **advice})
@@ -103,7 +114,9 @@ def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
         return
     with server:
         address = server.data_dir / _ADDRESS_FILE
-        address.write_text(json.dumps({"uri": server.uri, "port": server.port, "pid": server.pid, "owner": os.getpid()}))
+        address.write_text(
+            json.dumps({"uri": server.uri, "port": server.port, "pid": server.pid, "owner": os.getpid(), "lasting": lasting})
+        )
         (server.data_dir.parent / ".gitignore").write_text("*\n")
         facts = {"data_dir": str(server.data_dir), "version": server.version}
         _log.info("embedded_server_started", extra={**facts, "for_your_programs": f"export STREAMLINE_MONGODB_URI='{server.uri}'"})
@@ -113,20 +126,30 @@ def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
             address.unlink(missing_ok=True)  # before the server ends: nobody else shall begin to use it now
 
 
-def _started_or_found(env: Env) -> embedded.EmbeddedServer | str:
+def private_server_is_ours() -> bool:
+    """Whether this process runs the private server of this folder, hence no pool is on it that would outlive this process."""
+    try:
+        address = json.loads((embedded.DEFAULT_DATA_DIR / _ADDRESS_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(address.get("owner") == os.getpid())
+
+
+def _started_or_found(env: Env, lasting: bool) -> embedded.EmbeddedServer | str:
     """A private server of our own, or the URI of the one that another command in this folder runs.
 
-    For a moment there is neither: while that other server starts, and while it stops because its command has ended.
+    For a moment there is neither: while that other server starts, and while it stops because its command has ended. Who
+    is to last gives a command that is not some time to end, rather than lose the server to it in the midst of work.
     """
     until = env.clock.monotonic() + _NEITHER_S
     while True:
         try:
             return embedded.start()
         except StoreUnavailableError as exc:
-            found = _running_elsewhere(exc)
-            if found is not None:
-                return found
-            if "pid" not in exc.context or env.clock.monotonic() > until:  # broken, or in use by something that is no command
+            found, over = _running_elsewhere(exc), env.clock.monotonic() > until
+            if found is not None and (over or not lasting or found["lasting"]):
+                return str(found["uri"])
+            if "pid" not in exc.context or over:  # broken, or in use by something that is no command
                 raise
         env.sleep(_NEITHER_POLL_S)
 
@@ -143,13 +166,13 @@ def wants_private_server(resolved: Resolved) -> bool:
     return strength(uri_from.kind) < strength(embedded_from.kind)
 
 
-def _running_elsewhere(refusal: StoreUnavailableError) -> str | None:
-    """The URI of the private server that another command in this folder runs, if that is why ours was refused."""
+def _running_elsewhere(refusal: StoreUnavailableError) -> dict[str, Any] | None:
+    """The address of the private server that another command in this folder runs, if that is why ours was refused."""
     holder = refusal.context.get("pid")
     if holder is None:
         return None
     try:
-        address = json.loads(Path(str(refusal.context["data_dir"]), _ADDRESS_FILE).read_text())
+        address: dict[str, Any] = json.loads(Path(str(refusal.context["data_dir"]), _ADDRESS_FILE).read_text())
     except (OSError, ValueError, KeyError):
         return None
     if address.get("pid") != holder:  # it is of an earlier server
@@ -161,7 +184,7 @@ def _running_elsewhere(refusal: StoreUnavailableError) -> str | None:
         pass  # another user's command, hence a living one
     except OSError:
         return None  # its command is gone, so it is about to end
-    return str(address["uri"])
+    return address
 
 
 def _on(settings: Settings, uri: str) -> Settings:

@@ -17,12 +17,22 @@ import streamline_pool
 from streamline_pool.client import Streamline
 from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.model import Run, RunStatus
-from streamline_pool.supervisor.application import adopt, blamed_on, load_app, opened, prove_rights, reach, served, settle
+from streamline_pool.supervisor.application import (
+    adopt,
+    blamed_on,
+    load_app,
+    opened,
+    private_server_is_ours,
+    prove_rights,
+    reach,
+    served,
+    settle,
+)
 from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span, told, unreachable
 from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
-__all__ = ["ALL", "ended_well", "print_end"]
+__all__ = ["ALL", "ended_well", "print_end", "somebody_works_on"]
 
 
 @click.command(short_help="Import your application, validate it, and try the database.")
@@ -118,8 +128,7 @@ def start(workflow: str, input_text: str | None, wait: bool, timeout: float | No
         if not as_json:
             click.echo(run.id)
         if wait:
-            if not as_json:
-                _tell_if_nobody_works(app, run)
+            somebody_works_on(app, run)
             try:
                 run = flow.wait_for(run.id, timeout=timeout)
             except TimeoutError:
@@ -134,13 +143,19 @@ def start(workflow: str, input_text: str | None, wait: bool, timeout: float | No
     return ExitCode.OK if not wait or ended_well(run) else ExitCode.CRASH
 
 
-def _tell_if_nobody_works(app: Streamline, run: Run) -> None:
-    """Before a wait that may be for ever: that no pool is alive which could take the run."""
+def somebody_works_on(app: Streamline, run: Run) -> None:
+    """Before a wait that may be for ever: say so if no pool is alive which could take the run. CommandError if none can be."""
+    if private_server_is_ours():
+        raise CommandError(
+            f"run {run.id} is stored, but nobody works on it: no pool runs in this folder. Start one (streamline-pool --embedded), "
+            f"then, in another terminal: streamline-pool --embedded runs watch {run.id}",
+            ExitCode.CRASH,
+        )
     now = app.store().now()
     hosts = seen_lately(app.workers(), now)
     lane = f"{run.queue}/{run.workflow_id}/{run.version}"
     if not any(lane in (host.get("lanes") or ()) for host in hosts):
-        click.echo(f"{explain(run.to_dict(), hosts, now)} Waiting; Ctrl-C ends the wait, not the run.", err=True)
+        click.echo(f"{explain(run.to_dict(), hosts, now)}\nThis command waits for that; Ctrl-C ends the wait, not the run.", err=True)
 
 
 def _parsed_input(text: str | None) -> Any:

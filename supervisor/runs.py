@@ -14,7 +14,7 @@ from streamline_pool.env import Env, system_env
 from streamline_pool.errors import WorkflowNotFoundError
 from streamline_pool.model import Run, RunStatus
 from streamline_pool.supervisor.application import opened
-from streamline_pool.supervisor.commands import ended_well, print_end
+from streamline_pool.supervisor.commands import ended_well, print_end, somebody_works_on
 from streamline_pool.supervisor.console import ExitCode, ago, print_json, print_table, short, span, told
 from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
@@ -153,6 +153,9 @@ def watch(run_id: str, as_json: bool, **values: Any) -> int:
     """
     env = system_env()
     with opened(values) as app:
+        run = _get(app, run_id)
+        if not run.is_terminal:
+            somebody_works_on(app, run)
         for run, lines in _followed(app, run_id, env):
             for line in [] if as_json else lines:
                 click.echo(f"{run.updated_at.astimezone():%H:%M:%S} {line}")

@@ -199,6 +199,17 @@ def test_a_private_server_that_is_about_to_end_is_not_used(offline: Shell) -> No
         assert done.returncode == 0, done.stderr
 
 
+def test_a_private_server_of_its_own_is_nothing_to_wait_on(offline: Shell) -> None:
+    """`start --wait` before there is a pool: its server would end with it, and take the pool that came to help down."""
+    words = ("--embedded", "--app", "shop:app")
+    waited = offline(*words, "start", "orders", "--id", "o-1", "--wait")
+    assert waited.returncode == 1
+    assert "run o-1 is stored, but nobody works on it" in waited.stderr
+    assert offline(*words, "runs", "watch", "o-1").returncode == 1
+    assert offline(*words, "--burst").returncode == 0
+    assert offline(*words, "runs", "watch", "o-1").returncode == 0
+
+
 def test_a_pool_on_the_private_server_of_another_command_is_warned(offline: Shell) -> None:
     words = ("--embedded", "--app", "shop:app", "--workers", "1")
     pools = [offline.start_pool(*words)]

@@ -105,7 +105,7 @@ class LocalRunner:
             await asyncio.wait(waiting, timeout=_CALLERS_S)
 
 
-async def _ring(store: AsyncStore, signal: ops.Command) -> None:
+async def _ring(store: AsyncStore, signal: ops.Signal) -> None:
     with contextlib.suppress(WorkflowError):  # a hint: those who wait look by themselves a little later
         await store.run(signal)
 

@@ -16,7 +16,7 @@ from .errors import ErrorCode, ValidationError
 from .model import NON_TERMINAL, TERMINAL, RunStatus, StepStatus
 from .transitions import Change
 
-__all__ = ["Command", "Fence", "Find", "Op", "Statement", "Tail"]
+__all__ = ["Command", "Fence", "Find", "Op", "Signal", "Statement", "Tail"]
 
 Document = dict[str, Any]
 Reply = Mapping[str, Any]
@@ -42,7 +42,6 @@ class Command:
     body: Mapping[str, Any]
     parse: Callable[[Reply], Any] = lambda reply: None
     writes: bool = True
-    durable: bool = True  # False: a hint; not majority, not repeated, never part of a transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +64,15 @@ class Tail:
     filter: Mapping[str, Any]
 
 
-Op = Command | Find
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """One hint: inserted without waiting for an answer, never repeated, never part of a transaction."""
+
+    name: str
+    document: Mapping[str, Any]
+
+
+Op = Command | Find | Signal
 
 
 class Fence(NamedTuple):
@@ -135,6 +142,12 @@ def get_runs_by_key(workflow_id: str, keys: Sequence[str]) -> Find:
     """The runs that own these idempotency keys of that workflow."""
     query = {"workflowId": workflow_id, "idempotencyKey": {"$in": list(keys)}}
     return Find(name="get_runs_by_key", collection="runs", filter=query)
+
+
+def taken_runs(run_ids: Sequence[str]) -> Find:
+    """Which of these runs exist and cannot be claimed: somebody holds them, or they have ended."""
+    query = {"_id": {"$in": list(run_ids)}, "wakeAt": {"$exists": False}}
+    return Find(name="taken_runs", collection="runs", filter=query, projection={"_id": 1})
 
 
 # --- claiming ------------------------------------------------------------------------------------------------------
@@ -487,10 +500,9 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id:
 # --- signals -------------------------------------------------------------------------------------------------------
 
 
-def send_signal(kind: str, at: datetime, **fields: Any) -> Command:
+def send_signal(kind: str, at: datetime, **fields: Any) -> Signal:
     """Write one signal: "due" {lane, runId}, "ended" {runs}, "cancel" {runId}. Losing it costs latency, never correctness."""
-    document = {"kind": kind, "at": at, **fields}
-    return Command(name=f"signal_{kind}", collection="signals", verb="insert", body={"documents": [document]}, durable=False)
+    return Signal(name=f"signal_{kind}", document={"kind": kind, "at": at, **fields})
 
 
 def signals_since(since: datetime, **match: Any) -> Tail:

@@ -41,7 +41,7 @@ Procedure = Generator[Effect, Any, T]
 
 def is_hint(effect: Effect) -> bool:
     """True for an operation that nobody relies on: sent once, outside of any transaction."""
-    return isinstance(effect, ops.Command) and not effect.durable
+    return isinstance(effect, ops.Signal)
 
 
 def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:

@@ -133,7 +133,7 @@ def _command_document(op: ops.Command, where: Where, *, in_transaction: bool) ->
     target: Any = where.collection(op.collection) if op.collection else 1
     document: Document = {op.verb: target, **op.body}
     if op.writes and not in_transaction:
-        document["writeConcern"] = WRITE_CONCERN if op.durable else {"w": 1}
+        document["writeConcern"] = WRITE_CONCERN
     return document
 
 
@@ -248,6 +248,9 @@ class Store(_StoreBase):
         try:
             if isinstance(op, ops.Find):
                 return list(self._cursor(op, session))
+            if isinstance(op, ops.Signal):
+                self._unanswered("signals").insert_one(dict(op.document))
+                return None
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
             return _result(op, self._database.command(document, codec_options=_COMMAND_CODEC, session=session))
         except _DRIVER_ERRORS as exc:
@@ -293,6 +296,9 @@ class Store(_StoreBase):
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
         return collection.find(op.filter, op.projection, sort=op.sort or None, limit=op.limit, hint=op.hint, session=session)
 
+    def _unanswered(self, name: str) -> Any:
+        return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(w=0))
+
     def collection(self, name: str) -> Any:
         """PyMongo's own collection, for users' direct queries."""
         return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(**WRITE_CONCERN))
@@ -328,6 +334,9 @@ class AsyncStore(_StoreBase):
         try:
             if isinstance(op, ops.Find):
                 return await self._cursor(op, session).to_list()
+            if isinstance(op, ops.Signal):
+                await self._unanswered("signals").insert_one(dict(op.document))
+                return None
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
             return _result(op, await self._database.command(document, codec_options=_COMMAND_CODEC, session=session))
         except _DRIVER_ERRORS as exc:
@@ -374,6 +383,9 @@ class AsyncStore(_StoreBase):
         name = self.where.collection(op.collection)
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
         return collection.find(op.filter, op.projection, sort=op.sort or None, limit=op.limit, hint=op.hint, session=session)
+
+    def _unanswered(self, name: str) -> Any:
+        return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(w=0))
 
     async def tail(self, tail: ops.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""

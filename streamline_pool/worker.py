@@ -33,6 +33,7 @@ Gate = Literal["open", "closed", "one"]
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first of them wait
 _RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
+_EXPECT_FIRST_S, _EXPECT_TRIES = 0.001, 9  # doubling: half a second in all; an insert that takes longer is announced again
 _RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
 _STOP_MARGIN_S = 3.0  # beyond the handlers' grace, for giving the runs back
 
@@ -84,6 +85,7 @@ class Worker:
         self._looking = False  # a claim is under way: what it brings is neither in flight yet nor due any more
         self._suspects_left = False  # a look has passed some over, because one was in flight
         self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
+        self._expected: dict[str, int] = {}  # runs that were announced and are not there yet -> tries so far
         self._wanted = asyncio.Event()
         self._parked: list[tuple[str, datetime]] = []
         self._ended: list[str] = []
@@ -243,6 +245,7 @@ class Worker:
             # Suspects are left to the look for what is due, which sees them: they are claimed one at a time.
             if await self._claim(store, engine, run_ids, self._lanes, self._suspect_from) < len(run_ids):
                 self._backlog = True
+                await self._expect(store, engine, run_ids)
             return
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
@@ -255,7 +258,23 @@ class Worker:
             return
         self._env.probe("claim.after")
         self.store_answered(True)
-        self._admit(engine, [] if document is None else [document], deadline)
+        if document is None:
+            await self._expect(store, engine, run_ids)
+        else:
+            self._admit(engine, [document], deadline)
+
+    async def _expect(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str]) -> None:
+        """A ring may come before the insert that it announces: a run that is not there yet, or was not, is tried again in a moment."""
+        taken = {row["_id"] for row in await store.run(ops.taken_runs(run_ids))}
+        for run_id in run_ids:
+            tries = self._expected.pop(run_id, 0)
+            if run_id not in taken and tries < _EXPECT_TRIES:
+                self._expected[run_id] = tries + 1
+                engine.loop.call_later(_EXPECT_FIRST_S * 2.0**tries, self._ring_again, run_id)
+
+    def _ring_again(self, run_id: str) -> None:
+        self._rings.append(run_id)
+        self._wanted.set()
 
     async def _claim_due(self, store: AsyncStore, engine: Engine, limit: int) -> None:
         """One look; claims what it finds."""

@@ -32,6 +32,7 @@ _DUPLICATE_KEY = 11000
 _INSERT_MAX = 1_000  # runs in one command; measured: no gain beyond
 _INSERT_BYTES_MAX = 8 * 1024 * 1024
 _DELAY_MAX_S = 100 * 365 * 86400.0
+_SLOW_INSERT_S = 0.2  # well within what a worker waits for a run that was announced
 _COMMIT_GUESS_S = 0.3  # when a run that was started in a transaction is looked for; the sweep finds it if that was too early
 
 
@@ -250,19 +251,32 @@ class Workflow:
             now = self.app._server_now()
             _space_out([document for _, document in chunk], since, now)
             since = now
-            errors = yield ops.insert_runs([document for _, document in chunk])
-            taken: dict[int, dict[str, Any]] = {}
-            for error in errors:
-                if error.get("code") != _DUPLICATE_KEY:
-                    raise StoreUnavailableError(f"insert_runs: MongoDB refuses: {error.get('errmsg')}", transient=False)
-                index, document = chunk[error["index"]]
-                taken[index] = document
-            stored.update((yield from self._resolve_taken(taken)))
-            lane = chunk[0][1]["lane"]
-            at = chunk[0][1]["wakeAt"] + timedelta(seconds=_COMMIT_GUESS_S if looked_up else 0)
-            run_id = chunk[0][1]["_id"] if len(chunk) == 1 else None
-            yield from self.app._signalling("due", wakeAt=at, lane=lane, runId=run_id, count=len(chunk))
+            stored.update((yield from self._insert_chunk(chunk, in_transaction=looked_up)))
         return [parse_run(stored.get(index, document)) for index, document in enumerate(documents)]
+
+    def _insert_chunk(self, chunk: list[tuple[int, dict[str, Any]]], *, in_transaction: bool) -> Procedure[dict[int, dict[str, Any]]]:
+        """Insert some documents and have a worker rung. Yields what is stored in the place of those that were refused."""
+        asked_at = self.app.env.clock.monotonic()
+        single = chunk[0][1] if len(chunk) == 1 else None
+        early = single is not None and single["status"] == RunStatus.RUNNING.value and not in_transaction
+        if early:
+            # On its way the ring overtakes the insert by a moment at most, and a worker waits as long: half a round trip won.
+            yield from self._ring_for(chunk, timedelta(0))
+        errors = yield ops.insert_runs([document for _, document in chunk])
+        if not early or self.app.env.clock.monotonic() - asked_at > _SLOW_INSERT_S:
+            yield from self._ring_for(chunk, timedelta(seconds=_COMMIT_GUESS_S if in_transaction else 0))
+        taken: dict[int, dict[str, Any]] = {}
+        for error in errors:
+            if error.get("code") != _DUPLICATE_KEY:
+                raise StoreUnavailableError(f"insert_runs: MongoDB refuses: {error.get('errmsg')}", transient=False)
+            index, document = chunk[error["index"]]
+            taken[index] = document
+        return (yield from self._resolve_taken(taken))
+
+    def _ring_for(self, chunk: list[tuple[int, dict[str, Any]]], later: timedelta) -> Procedure[None]:
+        first = chunk[0][1]
+        run_id = first["_id"] if len(chunk) == 1 else None
+        yield from self.app._signalling("due", wakeAt=first["wakeAt"] + later, lane=first["lane"], runId=run_id, count=len(chunk))
 
     def _find_by_key(self, documents: Mapping[int, dict[str, Any]]) -> Procedure[dict[int, dict[str, Any]]]:
         keys = [document["idempotencyKey"] for document in documents.values() if "idempotencyKey" in document]

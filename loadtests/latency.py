@@ -40,7 +40,7 @@ Timing = tuple[str, float, float, float]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this question."""
-    add_pool_options(parser, workers=2, concurrency=100)
+    add_pool_options(parser, workers=2, concurrency=200)
     parser.add_argument("--samples", type=int, default=400, help="runs of each workflow (default: %(default)s)")
 
 

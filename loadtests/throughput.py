@@ -33,7 +33,7 @@ _RUNS_PER_S_MAX = 5_000  # runs in store for each second of the pool's turn, so 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this question."""
-    add_pool_options(parser, workers=2, concurrency=100)
+    add_pool_options(parser, workers=2, concurrency=200)
     parser.add_argument("--rounds", type=int, default=12, help="turns of raw limit and pool (default: %(default)s)")
     parser.add_argument("--side-rounds", type=int, default=4, help="turns for each figure printed beside (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement (default: %(default)s)")

@@ -44,7 +44,7 @@ HELP: Mapping[str, tuple[str, str, str]] = {
         "off",
     ),
     "workers": ("N|auto", "Worker processes. auto: one for each CPU this process may use.", "auto"),
-    "concurrency": ("N", "Runs that each worker advances at the same time.", "100"),
+    "concurrency": ("N", "Runs that each worker advances at the same time.", "200"),
     "queue": (
         "NAME",
         "Work on this queue only. Repeatable; in the environment: separated by commas.",

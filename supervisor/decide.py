@@ -179,7 +179,7 @@ def _on_beat(state: State, member: Member, beat: Beat, now: float) -> Decision:
     state, more = _circuit(state, after_tally(state.breaker, tally, now, trial=on_trial), cause, now)
     actions += more
     if beat.hungry and state.unserved:
-        state, more = _ring(replace(state, unserved=False), None, None, 1, now)
+        state, more = _ring(replace(state, unserved=state.unserved - 1), state.unserved_lane, None, 1, now)
         actions += more
     return state, actions
 
@@ -187,15 +187,17 @@ def _on_beat(state: State, member: Member, beat: Beat, now: float) -> Decision:
 def _ring(state: State, lane: str | None, run_id: str | None, count: int, now: float) -> Decision:
     """Ring as many hungry workers as there are runs, those first that were rung longest ago.
 
-    With none hungry the ring is kept for the next that is: a worker in the middle of its look may just have missed
-    the run. A busy one needs no ring, it looks when it has room; nor does one whose gate opens later.
+    With too few hungry the others' rings are kept for those who will be: a worker in the middle of its look may just
+    have missed the run, and one that has no room looks again by itself only if its last look left something. One ring
+    for all of them would leave the second to get room idle until a sweep. A worker whose gate opens later needs none.
     """
     if count <= 0 or state.held or state.breaker.state != "closed":
         return state, []
     hungry = [m for m in state.members.values() if m.beat is not None and m.beat.hungry and m.phase == "ready" and m.leaving is None]
-    if not hungry:
-        return replace(state, unserved=True), []
     rung = sorted(hungry, key=lambda m: m.rung_at)[:count]
+    unserved = min(state.unserved + count - len(rung), len(state.staying) - len(rung))
+    kept_lane = lane if not state.unserved or state.unserved_lane is not None else None
+    state = replace(state, unserved=max(unserved, 0), unserved_lane=kept_lane)
     ring = Ring(lane=lane, run_id=run_id if count == 1 else None)
     return put(state, *(replace(m, rung_at=now) for m in rung)), [Send(pid=m.pid, message=ring) for m in rung]
 

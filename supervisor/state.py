@@ -114,7 +114,8 @@ class State:
     trial: Trial | None = None
     held: bool = False
     ready: bool = False  # every child has been ready at one time
-    unserved: bool = False  # a ring found no hungry worker; the next hungry one gets it
+    unserved: int = 0  # rings that found no hungry worker, at most one for each worker; whoever gets hungry next gets one
+    unserved_lane: str | None = None  # of these rings; None: some were for any lane, from the start of the queue
     rolling: frozenset[int] = frozenset()  # pids that a HUP still has to recycle
     burst: Burst | None = None
     burst_again_at: float = 0.0

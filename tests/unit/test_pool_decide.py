@@ -146,9 +146,48 @@ def test_a_ring_that_finds_nobody_hungry_is_kept_for_the_next_who_is() -> None:
     script.hear(STEWARD, Wake(lane="l", run_id="r", count=1))
     assert not script.sent(Ring)
     script.beat(101, hungry=True)
-    assert script.sent(Ring) == [(101, Ring())]
+    assert script.sent(Ring) == [(101, Ring(lane="l"))]
     script.beat(101, hungry=True)
     assert not script.sent(Ring)
+
+
+def test_each_worker_that_gets_room_is_rung_while_rings_are_owed() -> None:
+    """With one ring kept for several runs, all workers but the first to get room would be idle until a sweep, beside due runs."""
+    script = Script(workers=3).started()
+    for pid in (101, 102, 103):
+        script.beat(pid, hungry=False)
+    for _ in range(20):
+        script.hear(STEWARD, Wake(lane="l", run_id="r", count=1))
+    rung = []
+    for pid in (102, 101, 103):
+        script.beat(pid, hungry=True)
+        rung += [pid for pid, _ in script.sent(Ring)]
+        script.beat(pid, hungry=False)
+    assert rung == [102, 101, 103]
+    script.beat(102, hungry=True)
+    assert not script.sent(Ring), "no more are owed than there are workers"
+
+
+def test_rings_beyond_the_hungry_are_kept_for_the_others() -> None:
+    script = Script(workers=3).started()
+    script.beat(102, hungry=False)
+    script.hear(STEWARD, Wake(lane="l", run_id=None, count=3))
+    assert [pid for pid, _ in script.sent(Ring)] == [101, 103]
+    script.beat(101, hungry=False)
+    script.beat(103, hungry=False)
+    script.beat(102, hungry=True)
+    assert [pid for pid, _ in script.sent(Ring)] == [102]
+
+
+def test_a_kept_ring_for_any_lane_is_not_narrowed_by_later_ones() -> None:
+    """Runs that were given back stand where a look for one lane's new runs does not begin."""
+    script = Script(workers=2).started()
+    for pid in (101, 102):
+        script.beat(pid, hungry=False)
+    script.hear(STEWARD, Wake(lane=None, run_id=None, count=1))
+    script.hear(STEWARD, Wake(lane="l", run_id="r", count=1))
+    script.beat(101, hungry=True)
+    assert script.sent(Ring) == [(101, Ring())]
 
 
 def test_parked_instants_go_to_the_steward() -> None:

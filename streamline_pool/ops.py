@@ -108,6 +108,11 @@ def ensure_signals() -> Command:
     return Command(name="ensure_signals", collection="signals", verb="create", body=body)
 
 
+def cap_signals() -> Command:
+    """Make a capped collection of the signals that somebody's insert has made an ordinary one."""
+    return Command(name="cap_signals", collection="signals", verb="convertToCapped", body={"size": SIGNALS_BYTES})
+
+
 def server_info() -> Command:
     """`hello`: version of the protocol, topology and the server's clock."""
     return Command(name="server_info", collection="", verb="hello", body={}, parse=dict, writes=False)

@@ -405,6 +405,11 @@ class AsyncStore(_StoreBase):
         """See `ensuring`."""
         await self.drive(self.ensuring())
 
+    async def ensure_again(self) -> None:
+        """See `ensuring`; also when it has been done before."""
+        self._ensured = False
+        await self.ensure()
+
     async def facts(self) -> dict[str, Any]:
         """See `reading_facts`."""
         return await self.drive(self.reading_facts())

@@ -300,7 +300,7 @@ class _Steward:
                 async for signal in self._store.tail(ops.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
                     failures = 0
                     if signal is not None:
-                        since = max(since, signal["at"])
+                        since = max(since, min(signal["at"], self._store.now()))  # one from the future must not hide the present
                         self._on_signal(signal)
             except WorkflowError as exc:
                 failures += 1
@@ -308,8 +308,14 @@ class _Steward:
                 log.log(logging.DEBUG if passing else logging.WARNING, "tail_broken", extra={"error": exc.message})
                 if passing:
                     self._doubtful.set()
+                if "capped" in exc.message:
+                    # It was dropped under us, and made anew by somebody's insert: without an end, and without a tail.
+                    await self._attempt(self._cap_signals)
                 # A server that cannot do this at all is asked again now and then; until then the sweep does its work.
                 await self._pause(failures, RETRY_MAX_S if passing else TAIL_RETRY_MAX_S)
+
+    async def _cap_signals(self) -> None:
+        await self._run(ops.cap_signals(), WRITE_TIMEOUT_S)
 
     def _on_signal(self, signal: dict[str, Any]) -> None:
         lane = signal.get("lane")
@@ -331,7 +337,7 @@ class _Steward:
             await self._store.sync_clock()
         until = self._store.now() + timedelta(seconds=2 * self._settings.sweep_interval_s)
         overdue = self._store.now() - OVERDUE
-        for found in await self._run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT), READ_TIMEOUT_S):
+        for found in await self._find_due(until):
             if found["wakeAt"] <= overdue:
                 self._wake(None, found["_id"], 1)  # no lane: it may stand where workers do not look any more
             else:
@@ -343,6 +349,15 @@ class _Steward:
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
             self._wake(None, None, recovered)
+
+    async def _find_due(self, until: datetime) -> list[dict[str, Any]]:
+        try:
+            due: list[dict[str, Any]] = await self._run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT), READ_TIMEOUT_S)
+        except StoreUnavailableError as exc:
+            if not exc.context.get("transient"):
+                await self._store.ensure_again()  # the collection was dropped under us, or its indexes: no claim succeeds, either
+            raise
+        return due
 
     async def _release_dead(self) -> None:
         """Give back what dead workers held. Each is tried until it succeeds: the runs wait for nothing else."""

@@ -17,7 +17,7 @@ from statistics import mean, median
 from typing import Any
 
 from streamline_pool import Streamline, ops
-from streamline_pool.worker import slots_of
+from streamline_pool.lookout import slots_of
 
 from . import ballast
 from .app import CLAIMS_VARIABLE, client_app, noop

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+from zlib import crc32
 
 from . import ops
 from .documents import SLOTS
@@ -45,16 +46,18 @@ class _Trail:
 class Lookout:
     """Looks for due runs on behalf of one worker."""
 
-    def __init__(self, lanes: Sequence[str], slots: Sequence[int], env: Env) -> None:
+    def __init__(self, lanes: Sequence[str], index: int, total: int, env: Env) -> None:
         self._lanes = tuple(lanes)
         self._env = env
         self._turn = 0  # rotates the lanes when there are too many for one find
         self._trails: dict[tuple[str, bool], _Trail] = {}
-        self.reslot(slots)
+        self.reslot(index, total)
 
-    def reslot(self, slots: Sequence[int]) -> None:
-        """This worker's own slots have changed."""
-        self._slots = tuple(slots) if len(slots) < SLOTS else None
+    def reslot(self, index: int, total: int) -> None:
+        """This is worker `index` of `total` on its host."""
+        slots = slots_of(index, total)
+        self._index, self._total = index, total
+        self._slots = slots if len(slots) < SLOTS else None
         self._trails.clear()
 
     def forget(self) -> None:
@@ -66,14 +69,25 @@ class Lookout:
         seen = 0
         while seen < len(self._lanes):
             lanes = self._next_lanes(seen)
-            rows = await self._find(store, lanes, self._slots, limit, crashes_below)
+            rows = chosen = await self._find(store, lanes, self._slots, limit, crashes_below)
             if len(rows) < limit and self._slots is not None:
-                rows = await self._find(store, lanes, None, limit, crashes_below)
+                own, rows = rows, await self._find(store, lanes, None, limit, crashes_below)
+                chosen = self._share_of(own, rows)
             seen += len(lanes)
             if rows:
                 self._turn += 1
-                return rows, len(rows) == limit or seen < len(self._lanes)
+                return chosen, len(chosen) < len(rows) or len(rows) == limit or seen < len(self._lanes)
         return [], False
+
+    def _share_of(self, own: Sequence[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """What to claim of `rows` in anybody's slots: what stands in one's own, and one's share of the rest.
+
+        All workers come here at about the same time, when the queue ends, and all see the same runs: without shares
+        each would try for all of them. When nothing is left but other workers' shares, one of those, by chance.
+        """
+        mine = {row["_id"] for row in own}
+        chosen = [row for row in rows if row["_id"] in mine or crc32(str(row["_id"]).encode()) % self._total == self._index % self._total]
+        return chosen or ([rows[int(self._env.random() * len(rows))]] if rows else [])
 
     def _next_lanes(self, seen: int) -> Sequence[str]:
         per_find = _SCANS_MAX // SLOTS

@@ -19,7 +19,7 @@ from .client import Streamline
 from .engine import Engine
 from .env import Env
 from .errors import StoreUnavailableError, ValidationError, WorkflowError
-from .lookout import Lookout, slots_of
+from .lookout import Lookout
 from .multi_update import update_many
 from .settings import Settings
 from .store import AsyncStore
@@ -98,7 +98,7 @@ class Worker:
         self._was_hungry = False
         self._engine: Engine | None = None
         self._stop_grace_s: float | None = None
-        self._lookout = Lookout(self._lanes, slots_of(index, total), self._env)
+        self._lookout = Lookout(self._lanes, index, total, self._env)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class Worker:
 
     def reslot(self, index: int, total: int) -> None:
         """This worker's place among the workers of its host has changed."""
-        self._lookout.reslot(slots_of(index, total))
+        self._lookout.reslot(index, total)
 
     def drain(self) -> None:
         """Finish the steps in flight, give the runs back, return from `run`."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import Streamline, Workflow, ops
-from streamline_pool.lookout import Lookout, slots_of
+from streamline_pool.lookout import Lookout
 from streamline_pool.store import AsyncStore
 
 
@@ -31,9 +31,9 @@ class JumpingClock:
 class Watch:
     """A lookout on a real store, with what it asked."""
 
-    def __init__(self, app: Streamline, store: AsyncStore, lanes: tuple[str, ...], slots: tuple[int, ...]) -> None:
+    def __init__(self, app: Streamline, store: AsyncStore, lanes: tuple[str, ...], total: int) -> None:
         self.clock = JumpingClock(app.env.clock)
-        self.lookout = Lookout(lanes, slots, dataclasses.replace(app.env, clock=self.clock))
+        self.lookout = Lookout(lanes, 0, total, dataclasses.replace(app.env, clock=self.clock))
         self._store = store
 
     async def take(self, limit: int) -> list[str]:
@@ -50,11 +50,11 @@ def flow(app: Streamline) -> Workflow:
     return app.workflow("flow", steps={"only": lambda ctx: None})
 
 
-def watch(app: Streamline, use: Callable[[Watch], Awaitable[None]], slots: tuple[int, ...] = tuple(range(16))) -> None:
+def watch(app: Streamline, use: Callable[[Watch], Awaitable[None]], workers: int = 1) -> None:
     async def main() -> None:
         store = app.store_async()
         await store.ensure()
-        await use(Watch(app, store, app.lanes(), slots))
+        await use(Watch(app, store, app.lanes(), workers))
         await app.close_async()
 
     asyncio.run(main())
@@ -141,7 +141,7 @@ def test_somebody_elses_slots_are_looked_at_when_ones_own_are_empty(app: Streaml
         assert set(taken) == started
         assert len(taken) == len(started)
 
-    watch(app, use, slots_of(0, 4))
+    watch(app, use, workers=4)
 
 
 def test_a_run_started_after_an_empty_look_is_found_by_the_next(app: Streamline, flow: Workflow) -> None:

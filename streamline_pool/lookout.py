@@ -8,7 +8,7 @@ one found its first run, and one from the very start is made only as often as it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,6 +24,8 @@ __all__ = ["Lookout", "slots_of"]
 _SCANS_MAX = 190  # lanes times slots times priorities in one find; MongoDB merges at most 200 index scans
 _FULL_SHARE = 1 / 50  # of the time that looks from the start may take; a guess
 _MARGIN = timedelta(seconds=5)  # runs become visible later than their `wakeAt` says, by an insert's duration and clock errors
+_PASS_OVER_S = 30.0  # then it is tried again: somebody may have mended it
+_PASSED_OVER_MAX = 100
 
 
 def slots_of(index: int, total: int) -> tuple[int, ...]:
@@ -51,6 +53,7 @@ class Lookout:
         self._env = env
         self._turn = 0  # rotates the lanes when there are too many for one find
         self._trails: dict[tuple[str, bool], _Trail] = {}
+        self._passed_over: dict[str, float] = {}  # run id -> until when (monotonic)
         self.reslot(index, total)
 
     def reslot(self, index: int, total: int) -> None:
@@ -63,6 +66,19 @@ class Lookout:
     def forget(self) -> None:
         """Look from the very start next time: there may be runs that are due since long, and were not a moment ago."""
         self._trails.clear()
+
+    def pass_over(self, run_ids: Iterable[str]) -> None:
+        """Show these runs no more for a while: they cannot be claimed, and would be found first again and again."""
+        until = self._env.clock.monotonic() + _PASS_OVER_S
+        self._passed_over.update(dict.fromkeys(run_ids, until))
+        while len(self._passed_over) > _PASSED_OVER_MAX:
+            del self._passed_over[next(iter(self._passed_over))]
+
+    def _still_passed_over(self) -> list[str]:
+        if self._passed_over:
+            now = self._env.clock.monotonic()
+            self._passed_over = {run_id: until for run_id, until in self._passed_over.items() if until > now}
+        return list(self._passed_over)
 
     async def look(self, store: AsyncStore, limit: int, crashes_below: int | None) -> tuple[list[Mapping[str, Any]], bool]:
         """Up to `limit` due runs `{_id, crashes, priority, wakeAt}`, and whether there may be more."""
@@ -101,10 +117,12 @@ class Lookout:
     ) -> list[Mapping[str, Any]]:
         key = (lanes[0], slots is None)
         trail = self._trails.get(key)
+        passed_over = self._still_passed_over()
         asked_at, now = self._env.clock.monotonic(), store.now()
         if trail is not None and asked_at < trail.full_at and len(lanes) * SLOTS * len(trail.priorities) <= _SCANS_MAX:
+            priorities = sorted(trail.priorities)
             rows: list[Mapping[str, Any]] = await store.run(
-                ops.find_due(lanes, slots, now, limit, crashes_below, since=trail.since, priorities=sorted(trail.priorities))
+                ops.find_due(lanes, slots, now, limit, crashes_below, passed_over, since=trail.since, priorities=priorities)
             )
             if len(rows) == limit or trail.settled:
                 trail.settled = len(rows) < limit
@@ -112,7 +130,7 @@ class Lookout:
                 return rows
             # The end of what this trail shows, not of the queue: only a look from the start can tell what else there is.
             asked_at = self._env.clock.monotonic()
-        rows = await store.run(ops.find_due(lanes, slots, now, limit, crashes_below))
+        rows = await store.run(ops.find_due(lanes, slots, now, limit, crashes_below, passed_over))
         answered_at = self._env.clock.monotonic()
         settled = len(rows) < limit
         self._trails[key] = _Trail(

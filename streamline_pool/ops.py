@@ -164,6 +164,7 @@ def find_due(
     due_at: datetime,
     limit: int,
     crashes_below: int | None,
+    passed_over: Sequence[str] = (),
     *,
     since: datetime | None = None,
     priorities: Sequence[int] = (),
@@ -171,8 +172,9 @@ def find_due(
     """Ids of runs that look claimable, highest priority first, then longest due.
 
     Index streamline_due: one scan per lane and slot, merged. `slots` None means all of them. `crashes_below` leaves
-    out runs whose next lost worker would convict them, for a worker that has one of those already. `since`, with the
-    `priorities` it is known for, starts the scans there instead of at the beginning (lookout.py says why).
+    out runs whose next lost worker would convict them, for a worker that has one of those already, `passed_over` those
+    that cannot be claimed. `since`, with the `priorities` it is known for, starts the scans there instead of at the
+    beginning (lookout.py says why).
     """
     query: Document = {
         "lane": {"$in": list(lanes)},
@@ -184,6 +186,8 @@ def find_due(
         query["priority"] = {"$in": list(priorities)}
     if crashes_below is not None:
         query["crashes"] = {"$lt": crashes_below}
+    if passed_over:
+        query["_id"] = {"$nin": list(passed_over)}
     return Find(
         name="find_due",
         collection="runs",

@@ -314,7 +314,8 @@ class Worker:
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
         claim = ops.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
-        won, _ = await update_many(store.run, claim, store.now)
+        won, refused = await update_many(store.run, claim, store.now)
+        self._lookout.pass_over(refused)
         self._env.probe("claim.after")
         documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
         self._admit(engine, documents, deadline)

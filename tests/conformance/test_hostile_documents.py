@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import bson
@@ -54,6 +55,20 @@ def test_a_run_too_full_to_be_claimed_fails_and_its_batch_is_claimed(app: Stream
     assert workflow.get(full.id).error["code"] == "PAYLOAD_TOO_LARGE"
     assert workflow.get(full.id).ended_at is not None
     assert app.runs.count_documents({"crashes": {"$gt": 0}}) == 0
+
+
+def test_a_refused_run_at_the_head_of_the_queue_does_not_hide_those_behind_it(make_app: Callable[..., Streamline]) -> None:
+    """The danger: a worker with room for one run looks, finds the refused one, and looks again, for ever and without a pause."""
+    app = make_app(concurrency=1)
+    workflow = one_step(app)
+    workflow.start(0, priority=5)
+    others = workflow.start_many([1, 2, 3, 4])
+    app.client[app.runs.database.name].command("collMod", app.runs.name, validator={"input": {"$ne": 0}})
+    with pytest.raises(AssertionError, match="not idle") as stopped:
+        run_until_idle(app, timeout=2)
+    assert [workflow.get(run.id).status for run in others] == ["done"] * 4
+    looks = int(str(stopped.value).split("ops_ok=")[1].split(",")[0])
+    assert looks < 400, "a look per ring, of which this test's steward sends a hundred a second, and none in between"
 
 
 def test_a_run_that_an_operators_validator_refuses_keeps_no_other_from_being_claimed(app: Streamline) -> None:

@@ -100,7 +100,7 @@ class Engine:
         definition = self._definition_of(document) if reason is None else None
         run_id = document["_id"]
         if definition is None:
-            task = self.loop.create_task(self._report_corrupt(run_id, reason or "its workflow is unknown here"))
+            task = self.loop.create_task(self._report_corrupt(run_id, reason or _unknown(document)))
             self._reports.add(task)  # a task that nobody refers to may be collected
             task.add_done_callback(self._reports.discard)
             return task
@@ -394,6 +394,11 @@ class Engine:
             )
             self._own_events.publish(event)
             global_event_bus.publish(event)
+
+
+def _unknown(document: Mapping[str, Any]) -> str:
+    named = f"fields 'workflowId' {document['workflowId']!r} and 'version' {document['version']!r} name no workflow"
+    return f"{named} of this application, though its lane {document['lane']!r} does"
 
 
 async def _allowed(step: StepDefinition, context: Context, document: Mapping[str, Any]) -> bool:

@@ -135,7 +135,9 @@ class Lookout:
         settled = len(rows) < limit
         self._trails[key] = _Trail(
             since=now - _MARGIN if settled else min(row["wakeAt"] for row in rows),
-            priorities=frozenset(row["priority"] for row in rows) | (trail.priorities if trail is not None else frozenset({0})),
+            # What is no whole number was put there by another program; such runs are found by looks from the start.
+            priorities=frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
+            | (trail.priorities if trail is not None else frozenset({0})),
             settled=settled,
             full_at=answered_at + (answered_at - asked_at) / _FULL_SHARE,
         )

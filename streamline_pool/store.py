@@ -42,6 +42,7 @@ SERVER_VERSION_MIN = (6, 0)
 
 _SELECTION_TIMEOUT_MS = 5_000  # how long one operation looks for a primary; callers repeat, with back-off
 _SOCKET_TIMEOUT_MS = 20_000  # above the longest await of a tail, below the lease
+_TAILS_MAX = 20  # of the hundred connections of a client; who comes later looks at intervals instead
 TAIL_AWAIT_S = 15.0  # four getMore a minute while idle
 _DEAD_CURSOR_PAUSE_S = 0.5  # a tail of an empty capped collection ends at once
 _CLOCK_STALE_S = 300.0  # quartz drifts some 15 ms in this time
@@ -200,6 +201,7 @@ class _StoreBase:
         self.clock = ServerClock(env)
         self._env = env
         self._ensured = False
+        self._tails_open: set[object] = set()
 
     def now(self) -> datetime:
         """The server's time, as known here."""
@@ -283,6 +285,8 @@ class Store(_StoreBase):
             case Nap():
                 return self._env.sleep(effect.seconds)
             case Listen():
+                if effect.tail not in tails and len(self._tails_open) >= _TAILS_MAX:
+                    return self._env.sleep(effect.seconds)
                 tail = tails.pop(effect.tail, None) or self.tail(effect.tail, effect.seconds)
                 heard = next(tail)
                 tails[effect.tail] = tail  # not reached by a tail that has failed: the next one is a new one
@@ -305,6 +309,8 @@ class Store(_StoreBase):
 
     def tail(self, tail: ops.Tail, wait_s: float) -> Generator[Document | None, None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
+        mine = object()
+        self._tails_open.add(mine)
         try:
             while True:
                 found = self.collection("signals").find(tail.filter, cursor_type=CursorType.TAILABLE_AWAIT)
@@ -315,6 +321,8 @@ class Store(_StoreBase):
                 yield None
         except _DRIVER_ERRORS as exc:
             raise _refusal("tail_signals", exc, self.where) from exc
+        finally:
+            self._tails_open.discard(mine)
 
     def close(self) -> None:
         """Give the connections back. The store can be used no more."""
@@ -371,6 +379,8 @@ class AsyncStore(_StoreBase):
             case Nap():
                 return await self._env.async_sleep(effect.seconds)
             case Listen():
+                if effect.tail not in tails and len(self._tails_open) >= _TAILS_MAX:
+                    return await self._env.async_sleep(effect.seconds)
                 tail = tails.pop(effect.tail, None) or self.tail(effect.tail, effect.seconds)
                 heard = await anext(tail)
                 tails[effect.tail] = tail  # not reached by a tail that has failed: the next one is a new one
@@ -390,6 +400,8 @@ class AsyncStore(_StoreBase):
     async def tail(self, tail: ops.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         signals = self._database.get_collection(self.where.collection("signals"))
+        mine = object()
+        self._tails_open.add(mine)
         try:
             while True:
                 found = signals.find(tail.filter, cursor_type=CursorType.TAILABLE_AWAIT)
@@ -400,6 +412,8 @@ class AsyncStore(_StoreBase):
                 yield None
         except _DRIVER_ERRORS as exc:
             raise _refusal("tail_signals", exc, self.where) from exc
+        finally:
+            self._tails_open.discard(mine)
 
     async def ensure(self) -> None:
         """See `ensuring`."""

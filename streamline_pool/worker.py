@@ -224,7 +224,7 @@ class Worker:
                 await self._claim_due(store, engine, min(room, _CLAIM_MAX))
                 if self._gate == "one":
                     self._gate = "closed"  # one batch was let through; the breaker says what comes next
-        except StoreUnavailableError as exc:
+        except WorkflowError as exc:
             # A claim of unknown outcome is forgotten: it is never renewed, and recovered when it expires.
             self.store_answered(False)
             log.warning("claim_failed", extra={"error": str(exc)})

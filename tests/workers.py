@@ -89,7 +89,7 @@ class Pool:
 
     async def _is_idle(self, store: Any) -> bool:
         owners = {"$in": [worker._owner for worker in self.workers]}
-        soon = {"wakeAt": {"$lte": store.now() + timedelta(seconds=SOON_S)}}
+        soon = {"lane": {"$in": self._lanes}, "paused": {"$ne": True}, "wakeAt": {"$lte": store.now() + timedelta(seconds=SOON_S)}}
         live = ops.Find(name="live", collection="runs", filter={"$or": [{"lease.owner": owners}, soon]}, limit=1)
         try:
             if await store.run(live):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, PayloadTooLargeError, Streamline, ValidationError
-from workers import check_invariants, run_until_idle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -125,9 +125,7 @@ from streamline_pool import Streamline
 with Streamline({mongodb_uri!r}, database={database!r}) as app:
     print(app.workflow("w", steps={{"a": len}}).start(1, idempotency_key="k").id)
 """
-    children = [
-        subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    children = [subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     ids = {child.communicate(timeout=30)[0] for child in children}
     assert [child.returncode for child in children] == [0] * 4
     assert len(ids) == 1

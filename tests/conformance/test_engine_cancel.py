@@ -1,0 +1,135 @@
+"""Cancelling: final, from everywhere, in every state, and it wins every race it wins once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from workers import Pool, check_invariants, run_until_idle
+
+from streamline_pool import Streamline, ValidationError
+from support import eventually
+
+
+def test_cancel_stops_a_run_wherever_it_is(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600)})
+    flaky = app.workflow("f", steps={"a": (lambda ctx: 1 / 0, {"retry_delay": 60})})
+    runs = [workflow.start(), workflow.start(start_at=3600), workflow.execute(workflow.start().id)]
+    runs.append(flaky.execute(flaky.start().id))
+    for run in runs:
+        cancelled = app.cancel_run(run.id, reason="no longer wanted")
+        assert (cancelled.status, cancelled.ended_at is not None, cancelled.document["cancelReason"]) == (
+            "cancelled",
+            True,
+            "no longer wanted",
+        )
+    run_until_idle(app)
+    documents = list(app.runs.find())
+    check_invariants(documents)
+    assert {document["status"] for document in documents} == {"cancelled"}
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_the_handler_of_a_cancelled_run_is_told_and_nothing_it_does_counts(app: Streamline, kind: str) -> None:
+    entered, reasons = threading.Event(), []
+
+    def work(ctx: Any) -> str:
+        entered.set()
+        ctx.signal.wait(10)
+        reasons.append(ctx.signal.reason)
+        return "too late"
+
+    async def work_async(ctx: Any) -> None:
+        entered.set()
+        try:
+            await asyncio.sleep(10)
+        finally:
+            reasons.append(ctx.signal.reason)
+
+    workflow = app.workflow("w", steps={"a": work if kind == "def" else work_async, "b": lambda ctx: 1})
+    run = workflow.start()
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(entered.is_set)
+            await asyncio.to_thread(workflow.cancel, run.id)
+            pool.workers[0].abort_run(run.id, "cancelled")  # what a steward does when it hears of it
+            await pool.until(lambda: reasons)
+
+    asyncio.run(play())
+    stored = workflow.get(run.id)
+    check_invariants([stored.to_dict()])
+    assert (reasons, stored.status, stored.step("a").output, stored.step("b").attempts) == (["cancelled"], "cancelled", None, 0)
+
+
+def test_cancelling_what_has_ended_changes_nothing_and_tells_nobody(app: Streamline) -> None:
+    heard: list[str] = []
+    app.events.on("workflow:cancelled", lambda event: heard.append(event.run_id))
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    done = workflow.execute(workflow.start().id)
+    cancelled = workflow.cancel(workflow.start().id, reason="first")
+    assert workflow.cancel(done.id) == done
+    assert workflow.cancel(cancelled.id, reason="second") == cancelled
+    app.close()
+    assert heard == [cancelled.id]
+
+
+def test_of_many_cancels_one_takes_effect_and_all_see_it(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    run = workflow.start()
+    with ThreadPoolExecutor(8) as threads:
+        seen = list(threads.map(lambda number: workflow.cancel(run.id, reason=str(number)), range(8)))
+    assert len({run.document["cancelReason"] for run in seen}) == 1
+    assert app.runs.find_one()["acts"] == 1
+
+
+def test_a_cancel_that_races_the_end_wins_or_loses_once(app: Streamline) -> None:
+    """Cancelled and done at the same time, or cancelled and then done, must be impossible."""
+    workflow = app.workflow("w", steps={name: lambda ctx: 1 for name in ("a", "b", "c")})
+    chance = random.Random(7)
+    runs = workflow.start_many(range(60))
+    answers: dict[str, Any] = {}
+
+    def cancel_all() -> bool:
+        for run in chance.sample(runs, len(runs)):
+            answers[run.id] = workflow.cancel(run.id)
+        return True
+
+    async def play() -> None:
+        async with Pool(app, workers=2) as pool:
+            await asyncio.gather(pool.until_idle(), asyncio.to_thread(cancel_all))
+            await pool.until_idle()
+
+    asyncio.run(play())
+    for run in runs:
+        stored = workflow.get(run.id)
+        check_invariants([stored.to_dict()])
+        assert stored.status == answers[run.id].status, "what cancel said is what stays"
+        assert stored.status in ("done", "cancelled")
+
+
+@pytest.mark.parametrize("reason", [5, ["x"], "\ud800"])
+def test_a_reason_is_text(app: Streamline, reason: Any) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    run = workflow.start()
+    with pytest.raises(ValidationError, match="reason"):
+        workflow.cancel(run.id, reason=reason)
+    assert workflow.get(run.id).status == "running"
+
+
+def test_cancel_reads_dollar_signs_as_text(app: Streamline) -> None:
+    """The reason goes into an expression, where $name would be a field."""
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    assert workflow.cancel(workflow.start().id, reason="$workflowId").document["cancelReason"] == "$workflowId"
+
+
+def test_the_cancelled_event_is_published_by_who_cancelled(app: Streamline) -> None:
+    heard: list[Any] = []
+    app.events.on("workflow:cancelled", lambda event: heard.append((event.run_id, event.data)))
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    run = workflow.cancel(workflow.start().id, reason="why")
+    eventually(lambda: heard == [(run.id, "why")])

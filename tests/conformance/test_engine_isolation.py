@@ -1,0 +1,67 @@
+"""Apps beside each other, and what one caller's objects may do to another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from workers import run_until_idle
+
+from streamline_pool import Streamline, ValidationError
+
+
+def test_apps_share_nothing_but_what_is_stored(make_app: Callable[..., Streamline]) -> None:
+    one, two = make_app(), make_app()
+    heard: list[str] = []
+    one.events.on("*", lambda event: heard.append(event.name))
+    workflow = two.workflow("w", steps={"a": lambda ctx: 1})
+    assert "w" not in one.workflows
+    assert workflow.execute(workflow.start().id).status == "done"
+    one.close()
+    assert heard == []
+    assert one.get_run(workflow.start().id) is not None
+
+
+def test_a_prefix_keeps_two_applications_in_one_database_apart(make_app: Callable[..., Streamline]) -> None:
+    one, two = make_app(), make_app(collection_prefix="other_")
+    mine, other = (app.workflow("w", steps={"a": lambda ctx: 1}) for app in (one, two))
+    run = mine.start()
+    assert other.get(run.id) is None
+    run_until_idle(two)
+    assert mine.get(run.id).status == "running"
+    assert two.runs.name == "other_runs"
+
+
+def test_a_worker_claims_only_what_is_on_its_queues(make_app: Callable[..., Streamline]) -> None:
+    everything, mail_only = make_app(), make_app(queues=("mail",))
+    for app in (everything, mail_only):
+        app.workflow("w", steps={"a": lambda ctx: 1})
+    workflow = everything.workflows["w"]
+    plain, mail = workflow.start(), workflow.start(queue="mail")
+    run_until_idle(mail_only)
+    assert (workflow.get(plain.id).status, workflow.get(mail.id).status) == ("running", "done")
+    run_until_idle(everything)
+    assert workflow.get(plain.id).status == "done"
+
+
+def test_what_a_caller_does_to_its_input_afterwards_changes_nothing(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.input})
+    mine: dict[str, Any] = {"list": [1]}
+    run = workflow.start(mine)
+    mine["list"].append(2)
+    assert run.input == {"list": [1]}
+    assert workflow.execute(run.id).output == {"list": [1]}
+
+
+def test_an_app_in_use_cannot_be_configured_anew(app: Streamline) -> None:
+    app.workflow("w", steps={"a": lambda ctx: 1}).start()
+    with pytest.raises(ValidationError, match="configure it before the first use"):
+        app.configure(app.settings)
+
+
+@pytest.mark.parametrize("uri", ["", "http://x", "mongodb://", "mongodb://h:notaport", "mongodb://u:secret@h/?tls=maybe"])
+def test_a_uri_that_cannot_work_is_refused_without_its_password(uri: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        _ = Streamline(uri or "x").where
+    assert "secret" not in str(caught.value)

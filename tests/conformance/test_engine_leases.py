@@ -1,0 +1,323 @@
+"""Leases: fencing, renewal, self-fencing, recovery, and what lost workers cost a run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from workers import Pool, check_invariants, run_until_idle
+
+from streamline_pool import Streamline, embedded, ops
+
+
+def take_over(app: Streamline, run_id: str) -> None:
+    """What happens to a run whose worker fell silent: the lease runs out, a sweep takes it back."""
+    app.runs.update_one({"_id": run_id}, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
+    assert app.store().run(ops.recover_expired(app.settings.max_crashes)) == 1
+
+
+def test_a_fenced_worker_changes_nothing(app: Streamline) -> None:
+    """A worker that wakes after its lease was taken must not overwrite its successor."""
+    entered, go = threading.Event(), threading.Event()
+
+    def work(ctx: Any) -> str:
+        if ctx.attempt == 1:
+            entered.set()
+            go.wait(10)
+            ctx.set("from", "the first")
+            return "the first"
+        return "the second"
+
+    workflow = app.workflow("w", steps={"work": work, "next": lambda ctx: ctx.get_output("work")})
+    run = workflow.start({})
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(entered.is_set)
+            take_over(app, run.id)
+            go.set()
+            await pool.until(lambda: workflow.get(run.id).status == "done")
+
+    asyncio.run(play())
+    stored = workflow.get(run.id)
+    check_invariants([stored.to_dict()])
+    assert (stored.output, stored.context, stored.step("work").output) == ("the second", {}, "the second")
+
+
+def test_one_fenced_run_among_a_hundred_costs_the_others_nothing(app: Streamline) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    async def work(ctx: Any) -> int:
+        if ctx.input == 0:
+            entered.set()
+        while not go.is_set():
+            await asyncio.sleep(0.005)
+        return int(ctx.input)
+
+    workflow = app.workflow("w", steps={"work": work})
+    runs = workflow.start_many(range(30))
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(entered.is_set)
+            await asyncio.to_thread(take_over, app, runs[0].id)
+            go.set()
+            await pool.until_idle()
+
+    asyncio.run(play())
+    assert [workflow.get(run.id).output for run in runs] == list(range(30))
+    assert [workflow.get(run.id).step("work").attempts for run in runs] == [2] + [1] * 29
+
+
+def test_a_step_may_take_longer_than_the_lease(make_app: Callable[..., Streamline]) -> None:
+    app = make_app(lease_s=0.5)
+    workflow = app.workflow("w", steps={"slow": lambda ctx: time.sleep(1.2), "next": lambda ctx: ctx.signal.aborted})
+    run = workflow.start()
+    run_until_idle(app, recover_every_s=0.05)
+    run = workflow.get(run.id)
+    assert (run.status, run.step("slow").attempts, run.document["crashes"]) == ("done", 1, 0)
+
+
+def test_a_heartbeat_renews_the_lease_soon(make_app: Callable[..., Streamline]) -> None:
+    app = make_app(lease_s=30)
+    ends: list[Any] = []
+
+    def beat(ctx: Any) -> None:
+        before = app.runs.find_one({"_id": ctx.run_id})["lease"]["expiresAt"]
+        ctx.heartbeat()
+        deadline = time.monotonic() + 5
+        while app.runs.find_one({"_id": ctx.run_id})["lease"]["expiresAt"] == before:
+            assert time.monotonic() < deadline
+        ends.append(True)
+
+    workflow = app.workflow("w", steps={"beat": beat})
+    assert workflow.execute(workflow.start().id).status == "done"
+    assert ends == [True]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_expired_lease_is_taken_back_and_counted_once_by_any_number_of_sweeps(app: Streamline, paused: bool) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
+    run = workflow.start()
+    store = app.store()
+    store.run(ops.claim_run(run.id, None, "lease", "dead:1:x", 30))
+    assert store.run(ops.recover_expired(3)) == 0, "not before its time"
+    app.runs.update_one({"_id": run.id}, [{"$set": {"lease.expiresAt": "$$NOW", "paused": paused}}])
+    counts = [store.run(ops.recover_expired(3)) for _ in range(3)]
+    document = app.runs.find_one({"_id": run.id})
+    check_invariants([document])
+    assert (counts, document["crashes"], document["token"], document["steps"][0]["status"]) == ([1, 0, 0], 1, 2, "pending")
+    assert ("wakeAt" in document, "pausedWakeAt" in document) == (not paused, paused)
+
+
+def test_the_leases_of_one_dead_worker_are_released_and_nobody_elses(app: Streamline) -> None:
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
+    runs = workflow.start_many(range(4))
+    store = app.store()
+    for number, run in enumerate(runs):
+        store.run(ops.claim_run(run.id, None, f"lease{number}", f"host:{number % 2}:x", 30))
+    assert store.run(ops.release_owner("host:0:x", 3, {"signal": "SIGKILL"})) == 2
+    assert app.runs.count_documents({"lease.owner": "host:1:x"}) == 2
+    assert app.runs.count_documents({"wakeAt": {"$exists": True}, "crashes": 1}) == 2
+
+
+def test_lost_workers_use_up_no_retries_until_the_third_convicts_the_run(app: Streamline) -> None:
+    entered: list[int] = []
+    workflow = app.workflow("w", steps={"a": (lambda ctx: entered.append(ctx.attempt), {"retries": 1})})
+    survivor, victim = workflow.start(), workflow.start()
+    store = app.store()
+    for death in range(3):
+        for run in (survivor, victim) if death < 2 else (victim,):
+            store.run(ops.claim_run(run.id, None, f"{run.id}{death}", f"host:{death}:x", 30))
+            assert store.run(ops.release_owner(f"host:{death}:x", 3, {"signal": "SIGSEGV", "rss_bytes": 5})) == 1
+    run = workflow.get(victim.id)
+    check_invariants([run.to_dict()])
+    assert (run.status, run.error["code"], run.error["stepId"]) == ("failed", "WORKER_CRASHED", "a")
+    assert "3 workers were lost while they ran step a; the last one, host:2:x: signal SIGSEGV" in run.error["message"]
+    assert run.step("a").status == "failed"
+    assert workflow.execute(survivor.id).status == "done"
+    assert entered == [3], "entries of lost workers are counted as attempts, and cost no retry"
+
+
+def test_a_result_ends_the_count_of_lost_workers_and_a_failed_attempt_does_not(app: Streamline) -> None:
+    def flaky(ctx: Any) -> None:
+        if ctx.attempt < 4:
+            raise ValueError
+
+    workflow = app.workflow("w", steps={"a": (flaky, {"retries": 5, "retry_delay": 0}), "b": lambda ctx: ctx.sleep(3600)})
+    run = workflow.start()
+    store = app.store()
+
+    def lose_a_worker() -> int:
+        store.run(ops.claim_run(run.id, None, app.env.new_id(), "host:9:x", 30))
+        store.run(ops.release_owner("host:9:x", 3, {}))
+        return int(app.runs.find_one({"_id": run.id})["crashes"])
+
+    assert lose_a_worker() == 1
+    workflow.execute(run.id)
+    assert app.runs.find_one({"_id": run.id})["failures"] == 1
+    assert lose_a_worker() == 2
+    run_until_idle(app)
+    document = app.runs.find_one({"_id": run.id})
+    assert (document["status"], document["crashes"], document["failures"]) == ("waiting", 0, 0)
+
+
+def test_suspects_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> None:
+    """With two of them on board, the next death would convict both, one of them innocent."""
+    app = make_app(concurrency=20)
+    together: list[int] = []
+    now: set[str] = set()
+
+    async def work(ctx: Any) -> None:
+        if ctx.input == "suspect":
+            now.add(ctx.run_id)
+            together.append(len(now))
+        await asyncio.sleep(0.02)
+        now.discard(ctx.run_id)
+
+    workflow = app.workflow("w", steps={"work": work})
+    suspects, others = workflow.start_many(["suspect"] * 4), workflow.start_many(range(10))
+    app.runs.update_many({"_id": {"$in": [run.id for run in suspects]}}, {"$set": {"crashes": 2}})
+    run_until_idle(app)
+    assert together == [1] * 4
+    assert all(workflow.get(run.id).status == "done" for run in [*suspects, *others])
+
+
+def test_a_suspect_that_is_called_by_name_waits_its_turn_too(app: Streamline) -> None:
+    now: list[str] = []
+    together: list[int] = []
+
+    async def work(ctx: Any) -> None:
+        now.append(ctx.run_id)
+        together.append(len(now))
+        await asyncio.sleep(0.1)
+        now.remove(ctx.run_id)
+
+    workflow = app.workflow("w", steps={"work": work})
+    runs = workflow.start_many(range(3), start_at=0.3)
+    app.runs.update_many({}, {"$set": {"crashes": 2}})
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await asyncio.sleep(0.35)
+            for run in runs:
+                pool.workers[0].ring(workflow.definition.lane, run.id)
+            await pool.until(lambda: app.runs.count_documents({"status": "done"}) == 3)
+
+    asyncio.run(play())
+    assert together == [1, 1, 1]
+
+
+def test_a_worker_that_cannot_renew_stops_its_handlers_before_the_lease_runs_out(
+    make_app: Callable[..., Streamline], mongod: embedded.EmbeddedServer
+) -> None:
+    """Past that instant another worker may hold the run; a frozen server answers nobody, so only the clock can say so."""
+    app = make_app(lease_s=1.5)
+    entered: list[float] = []
+    stopped: list[tuple[float, Any]] = []
+
+    async def hang(ctx: Any) -> str:
+        if ctx.attempt > 1:
+            return "again"
+        entered.append(time.monotonic())
+        try:
+            await asyncio.sleep(30)
+        finally:
+            stopped.append((time.monotonic(), ctx.signal.reason))
+        return "never"
+
+    workflow = app.workflow("w", steps={"hang": hang})
+    run = workflow.start()
+
+    async def play() -> None:
+        async with Pool(app, recover_every_s=0.1) as pool:
+            while not entered:
+                await asyncio.sleep(0.005)
+            mongod.suspend()
+            try:
+                while not stopped:
+                    await asyncio.sleep(0.005)
+            finally:
+                mongod.resume()
+            await pool.until(lambda: workflow.get(run.id).status == "done", timeout=30)
+
+    asyncio.run(play())
+    assert stopped[0][0] - entered[0] < 1.5
+    assert stopped[0][1] == "lease-lost"
+    assert (workflow.get(run.id).output, workflow.get(run.id).document["failures"]) == ("again", 0)
+
+
+def test_a_drain_finishes_the_step_in_flight_and_gives_the_run_back(app: Streamline) -> None:
+    entered: list[str] = []
+
+    def work(ctx: Any) -> str:
+        entered.append(ctx.step_id)
+        time.sleep(0.15)
+        return str(ctx.step_id)
+
+    workflow = app.workflow("w", steps={"a": work, "b": work})
+    run = workflow.start()
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(lambda: entered)
+            pool.workers[0].drain()
+
+    asyncio.run(play())
+    document = app.runs.find_one({"_id": run.id})
+    check_invariants([document])
+    assert (entered, [step["status"] for step in document["steps"]]) == (["a"], ["done", "pending"])
+    assert ("wakeAt" in document, document["crashes"], document["steps"][1]["attempts"]) == (True, 0, 0)
+    assert workflow.execute(run.id).step("b").attempts == 1
+
+
+def test_a_stop_fires_the_signals_and_gives_the_runs_back_uncounted(app: Streamline) -> None:
+    reasons: list[Any] = []
+    entered: list[str] = []
+
+    def polite(ctx: Any) -> None:
+        entered.append("def")
+        ctx.signal.wait(10)
+        reasons.append(ctx.signal.reason)
+        ctx.signal.raise_if_aborted()
+
+    async def polite_async(ctx: Any) -> None:
+        entered.append("async")
+        try:
+            await asyncio.sleep(10)
+        finally:
+            reasons.append(ctx.signal.reason)
+
+    for name, handler in (("v", polite), ("w", polite_async)):
+        app.workflow(name, steps={"a": (handler, {"retries": 1})}).start()
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(lambda: len(entered) == 2)
+            pool.workers[0].stop(2.0)
+
+    began = time.monotonic()
+    asyncio.run(play())
+    documents = list(app.runs.find())
+    check_invariants(documents)
+    assert reasons == ["shutdown"] * 2
+    assert [(d["status"], d["crashes"], d["failures"], d["steps"][0]["status"]) for d in documents] == [("running", 0, 0, "pending")] * 2
+    assert time.monotonic() - began < 5
+
+
+def test_a_claim_of_unknown_outcome_is_recovered_when_its_lease_runs_out(make_app: Callable[..., Streamline]) -> None:
+    app = make_app(lease_s=0.3)
+    workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
+    run = workflow.start()
+    app.store().run(ops.claim_runs([run.id], None, "forgotten", "host:1:x", 0.3))
+
+    async def play() -> None:
+        async with Pool(app, recover_every_s=0.05) as pool:
+            await pool.until(lambda: workflow.get(run.id).status == "done")
+
+    asyncio.run(play())
+    assert (workflow.get(run.id).output, workflow.get(run.id).document["crashes"]) == (2, 0)

@@ -124,6 +124,13 @@ class Lookout:
             rows: list[Mapping[str, Any]] = await store.run(
                 ops.find_due(lanes, slots, now, limit, crashes_below, passed_over, since=trail.since, priorities=priorities)
             )
+            if trail.settled and len(rows) < limit:
+                # No trail shows runs of a priority that was never seen before, and nobody may look again for seconds.
+                others = await store.run(
+                    ops.find_due(lanes, slots, now, limit - len(rows), crashes_below, passed_over, priorities=priorities)
+                )
+                trail.priorities |= {row["priority"] for row in others}
+                rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
             if len(rows) == limit or trail.settled:
                 trail.settled = len(rows) < limit
                 trail.since = now - _MARGIN if trail.settled else min(row["wakeAt"] for row in rows)

@@ -174,7 +174,7 @@ def find_due(
     Index streamline_due: one scan per lane and slot, merged. `slots` None means all of them. `crashes_below` leaves
     out runs whose next lost worker would convict them, for a worker that has one of those already, `passed_over` those
     that cannot be claimed. `since`, with the `priorities` it is known for, starts the scans there instead of at the
-    beginning (lookout.py says why).
+    beginning (lookout.py says why); `priorities` alone leaves these out.
     """
     query: Document = {
         "lane": {"$in": list(lanes)},
@@ -184,6 +184,8 @@ def find_due(
     if since is not None:
         query["wakeAt"]["$gte"] = since
         query["priority"] = {"$in": list(priorities)}
+    elif priorities:
+        query["priority"] = {"$nin": list(priorities)}
     if crashes_below is not None:
         query["crashes"] = {"$lt": crashes_below}
     if passed_over:

@@ -1,0 +1,36 @@
+"""Queues that a worker's memory of where it looked last must not make it deaf to."""
+
+from __future__ import annotations
+
+import asyncio
+
+from streamline_pool import Streamline, ops
+from streamline_pool.lookout import Lookout
+
+
+def test_runs_of_a_priority_never_seen_before_are_found_by_the_next_look(app: Streamline) -> None:
+    """The danger: looks go on from where the last one ended, by the priorities seen so far; measured, such runs waited six
+    seconds for a sweep, beside idle workers."""
+    workflow = app.workflow("w", steps={"one": lambda ctx: None})
+
+    async def look() -> None:
+        async with app:
+            store = app.store_async()
+            await store.ensure()
+            lookout = Lookout(app.lanes(), 0, 2, app.env)
+            assert await lookout.look(store, 10, None) == ([], False)
+            for full_look in lookout._trails.values():
+                full_look.full_at += 3600
+            higher = await workflow.start_many_async([None] * 3, priority=7)
+            lower = await workflow.start_many_async([None] * 3, priority=-7)
+            usual = await workflow.start_many_async([None] * 3)
+            found: list[str] = []
+            while len(found) < 9:
+                rows, _ = await lookout.look(store, 10, None)
+                ids = [row["_id"] for row in rows if row["_id"] not in found]
+                assert ids, f"deaf after {len(found)} runs"
+                found += ids
+                await store.run(ops.claim_runs(ids, None, "lease", "me", 30.0))
+            assert set(found) == {run.id for run in (*higher, *usual, *lower)}
+
+    asyncio.run(look())

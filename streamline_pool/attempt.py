@@ -190,7 +190,10 @@ def _text_of(exc: BaseException) -> str:
 
 def _traceback_of(exc: BaseException) -> str:
     try:
-        return _storable("".join(traceback.format_exception(exc)))[-_TRACEBACK_CHARS_MAX:]
+        frames = exc.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next  # where we called the handler tells its author nothing
+        return _storable("".join(traceback.format_exception(type(exc), exc, frames)))[-_TRACEBACK_CHARS_MAX:]
     except BaseException:  # noqa: BLE001 -- formatting calls user code, too
         return "(the traceback could not be formatted)"
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 import bson
@@ -162,6 +163,17 @@ def _is_too_deep(value: Any) -> bool:
     return True
 
 
+_INSTEAD: Mapping[type, str] = {
+    date: "; use an aware datetime, or its isoformat()",
+    time: "; use its isoformat()",
+    timedelta: "; use its total_seconds()",
+    Decimal: "; use bson.Decimal128, or text",
+    set: "; use a list",
+    frozenset: "; use a list",
+}
+"""What to do about the types that people try most."""
+
+
 def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[str, str]:
     """Path and reason of the first value that cannot be stored; an empty reason when none is found."""
     if id(value) in above:
@@ -190,7 +202,7 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     except UnicodeError:
         return path, "cannot store this text: it holds a lone surrogate, which UTF-8 cannot"
     except Exception:  # noqa: BLE001 -- as above
-        return path, f"cannot store {type(value)}"
+        return path, f"cannot store {type(value)}{_INSTEAD.get(type(value), '')}"
     return path, ""
 
 

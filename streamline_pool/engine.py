@@ -317,6 +317,8 @@ class Engine:
             transitions.apply(flight.document, change)
         if self._listening():
             self.publish(flight.document, change.events)
+        if change.name in ("retry", "fail"):
+            _log_failure(flight, change)
         if change.releases and change.wake_at is not None:
             self._observer.parked(flight.document["lane"], change.wake_at)
         return not change.releases
@@ -399,6 +401,18 @@ class Engine:
 def _unknown(document: Mapping[str, Any]) -> str:
     named = f"fields 'workflowId' {document['workflowId']!r} and 'version' {document['version']!r} name no workflow"
     return f"{named} of this application, though its lane {document['lane']!r} does"
+
+
+def _log_failure(flight: Flight, change: Change) -> None:
+    """The pool's log is where people look first for a step that failed."""
+    step = flight.document["steps"][flight.place]
+    fields = {"run_id": flight.run_id, "workflow_id": flight.definition.workflow_id, "step_id": step["stepId"], "attempt": step["attempts"]}
+    if change.name == "retry":
+        error = step["error"]
+        log.warning("attempt_failed", extra={**fields, "error": f"{error['type']}: {error['message']}", "again_at": str(change.wake_at)})
+    else:
+        error = flight.document["error"]
+        log.error("run_failed", extra={**fields, "error": f"{error['code']}: {error['message']}", "traceback": error["traceback"]})
 
 
 async def _allowed(step: StepDefinition, context: Context, document: Mapping[str, Any]) -> bool:

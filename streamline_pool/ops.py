@@ -397,7 +397,7 @@ def _lease_from(since: datetime | None) -> Document:
 
 
 def _describe_death(evidence: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in evidence.items() if value not in (None, "", [], ())) or "it died"
+    return ", ".join(f"{name} {value}" for name, value in evidence.items() if value) or "it died"
 
 
 def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Command:

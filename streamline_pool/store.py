@@ -7,6 +7,7 @@ which of theirs may be repeated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Generator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
@@ -148,7 +149,7 @@ def _result(op: ops.Command, reply: Mapping[str, Any]) -> Any:
 
 def _refusal(name: str, exc: Exception, where: Where) -> WorkflowError:
     """What a driver error means to callers. `context["transient"]` tells whether to try again."""
-    text = redact_text(str(exc).split(", Timeout:")[0])
+    text = redact_text(re.split(r", Timeout:| \(configured timeouts:", str(exc))[0])
     code = getattr(exc, "code", None)
     if isinstance(exc, pymongo.errors.DocumentTooLarge) or code in _TOO_LARGE:
         return PayloadTooLargeError(f"{name}: the document would grow above MongoDB's 16 MiB: {text}")

@@ -209,7 +209,7 @@ def fail_run(document: Document, place: int, failure: Failure, now: datetime, *,
     step_error = _error(failure)
     message = failure.message
     if code is ErrorCode.MAX_RETRIES_EXCEEDED:
-        message = f"step {stored['stepId']} failed {failures} times, the last time with {failure.code}: {failure.message}"
+        message = f"step {stored['stepId']} failed {failures} times, the last time with {failure.code}: {failure.type}: {failure.message}"
     run_error = {"code": code.value, "message": message, "type": failure.type, "stepId": stored["stepId"], "traceback": failure.traceback}
     started = stored.get("startedAt") or now
     failed = {**_entered(stored), "status": _S_FAILED, "error": step_error, "endedAt": now, "durationMs": _milliseconds(started, now)}

@@ -57,8 +57,11 @@ def twins(
     async def call_async(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._drive_async(procedure(self, *args, **kwargs), kwargs.get("session"))
 
-    call.__name__ = procedure.__name__.removeprefix("_proc_")
-    call_async.__name__ = f"{call.__name__}_async"
+    name = procedure.__name__.removeprefix("_proc_")
+    # Also the procedure's: Python names it to callers who misspell an argument.
+    procedure.__name__, procedure.__qualname__ = name, procedure.__qualname__.replace("_proc_", "")
+    for method, public in ((call, name), (call_async, f"{name}_async")):
+        method.__name__, method.__qualname__ = public, procedure.__qualname__.replace(name, public)
     return cast("tuple[Callable[Concatenate[S, P], T], Callable[Concatenate[S, P], Awaitable[T]]]", (call, call_async))
 
 

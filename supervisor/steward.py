@@ -329,6 +329,8 @@ class _Steward:
         """Now and then: find what is due or will be soon, and take back expired leases."""
         while True:
             ok = await self._attempt(self._look_around)
+            if not ok:
+                self._sweeps = 0  # leases may have ended longer ago than the others look back: the next sweep looks at all
             interval = self._settings.sweep_interval_s
             await asyncio.sleep(interval * (0.9 + 0.2 * self._env.random()) if ok else RETRY_MAX_S * (0.5 + self._env.random() / 2))
 

@@ -6,20 +6,19 @@ majority reads on the primary (store.py sees to both). Filters of states are der
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from .documents import HOST_INDEXES, RUN_INDEXES, SLOTS
 from .errors import ErrorCode, ValidationError
 from .model import NON_TERMINAL, TERMINAL, RunStatus, StepStatus
+from .operations import Command, Fence, Find, Op, Reply, Signal, Statement, Tail
 from .transitions import Change
 
 __all__ = ["Command", "Fence", "Find", "Op", "Signal", "Statement", "Tail"]
 
 Document = dict[str, Any]
-Reply = Mapping[str, Any]
 
 _TERMINAL = sorted(status.value for status in TERMINAL)
 _NON_TERMINAL = sorted(status.value for status in NON_TERMINAL)
@@ -30,66 +29,6 @@ _DUE = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
 
 SIGNALS_BYTES = 16 * 1024 * 1024
 """Size of the capped collection of signals: about half a minute of them at full load, which a tail must not fall behind."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One database command. `verb` names the command and takes the collection; `parse` makes the result of the reply."""
-
-    name: str  # how logs, errors and fault injection call it
-    collection: str  # without the prefix; "" for a command of the database itself
-    verb: str
-    body: Mapping[str, Any]
-    parse: Callable[[Reply], Any] = lambda reply: None
-    writes: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Find:
-    """One query; yields a list of documents."""
-
-    name: str
-    collection: str
-    filter: Mapping[str, Any]
-    projection: Mapping[str, Any] | None = None
-    sort: Sequence[tuple[str, int]] = field(default_factory=tuple)
-    limit: int = 0
-    hint: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tail:
-    """A tailing read of the signals written from `since` on; for store.py's `tail`."""
-
-    filter: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signal:
-    """One hint: inserted without waiting for an answer, never repeated, never part of a transaction."""
-
-    name: str
-    document: Mapping[str, Any]
-
-
-Op = Command | Find | Signal
-
-
-class Fence(NamedTuple):
-    """What a holder's write must find unchanged: the run, its own claim, and the count of its writes."""
-
-    run_id: str
-    lease_id: str  # the claim id; new at every claim attempt, so no other holder ever has it
-    rev: int
-    token: int  # unchanged for as long as nobody else has claimed, recovered or acted on the run
-
-
-class Statement(NamedTuple):
-    """One fenced write of a holder, as the group committer sends it together with others."""
-
-    fence: Fence
-    update: Document  # {"q", "u"}: an element of the `update` command
-    size: int  # estimated bytes
 
 
 # --- starting ------------------------------------------------------------------------------------------------------

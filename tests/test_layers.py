@@ -21,6 +21,7 @@ ORDER = [
     "definition",
     "documents",
     "transitions",
+    "operations",
     "ops",
     "bus",
     "procedures",
@@ -88,7 +89,7 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 def _defined(node: ast.AST) -> list[str]:
     match node:
-        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
             return [name]
         case ast.ImportFrom(names=names):
             return [alias.asname or alias.name for alias in names]

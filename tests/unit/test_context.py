@@ -1,0 +1,136 @@
+"""`ctx` by itself: what a handler may ask, and the abort signal in threads and tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
+from streamline_pool.context import AbortSignal, Context, Ending
+
+
+class Port:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def save_checkpoint(self, value: Any, size: int) -> None:
+        self.calls.append(("checkpoint", value))
+
+    def heartbeat(self) -> None:
+        self.calls.append("heartbeat")
+
+    def emit(self, name: str, data: Any) -> None:
+        self.calls.append((name, data))
+
+
+def made(**changes: Any) -> tuple[Context, Port]:
+    steps = [
+        {"stepId": "a", "status": "done", "attempts": 1, "output": "A"},
+        {"stepId": "b", "status": "running", "attempts": 2, "checkpoint": 9},
+    ]
+    port = Port()
+    return Context(
+        {"_id": "r", "workflowId": "w", "steps": steps, "context": {"k": [1]}, "input": 5, **changes}, 1, AbortSignal(), port
+    ), port
+
+
+def test_ctx_records_and_writes_nothing() -> None:
+    ctx, port = made()
+    ctx.set("k", 2)
+    assert (ctx.context["k"], ctx.get_output("a"), ctx.get_output("b"), ctx.get_checkpoint(), ctx.attempt) == (2, "A", None, 9, 2)
+    assert port.calls == []
+
+
+def test_the_idempotency_key_is_the_same_in_all_attempts_and_another_after_a_rewind() -> None:
+    assert made()[0].idempotency_key == made()[0].idempotency_key == "r:b"
+    assert made(rewinds=1)[0].idempotency_key not in ("r:b", made(rewinds=2)[0].idempotency_key)
+
+
+def test_a_checkpoint_can_be_awaited_or_not() -> None:
+    ctx, port = made()
+
+    async def work() -> None:
+        assert await ctx.checkpoint((1, 2)) is None
+
+    asyncio.run(work())
+    ctx.checkpoint(3)
+    assert port.calls == [("checkpoint", [1, 2]), ("checkpoint", 3)]
+
+
+def test_a_sleep_is_no_exception_that_handlers_catch() -> None:
+    ctx, _ = made()
+    with pytest.raises(Ending) as first:
+        ctx.sleep(5)
+    with pytest.raises(Ending) as second:
+        ctx.sleep(99)
+    assert not isinstance(first.value, Exception)
+    assert second.value is first.value, "the first ending counts"
+
+
+@pytest.mark.parametrize("delay", [-1, "5", None, float("nan"), float("inf"), 10**12])
+def test_a_sleep_that_cannot_be_is_refused(delay: Any) -> None:
+    with pytest.raises(ValidationError, match=r"ctx\.sleep"):
+        made()[0].sleep(delay)
+
+
+@pytest.mark.parametrize("name", ["", "*", 5, None, "workflow:completed", "engine:error"])
+def test_only_names_of_ones_own_can_be_emitted(name: Any) -> None:
+    ctx, port = made()
+    with pytest.raises(ValidationError):
+        ctx.emit(name)
+    ctx.emit("mine", {"a": 1})
+    assert port.calls == [("mine", {"a": 1})]
+
+
+def test_after_its_end_ctx_does_nothing() -> None:
+    ctx, port = made()
+    ctx._close()
+    for act in (lambda: ctx.set("k", 1), lambda: ctx.sleep(1), ctx.heartbeat, lambda: ctx.emit("x"), lambda: ctx.checkpoint(1)):
+        with pytest.raises(InvalidStateError):
+            act()
+    assert port.calls == []
+
+
+# --- the signal -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_first_reason_counts() -> None:
+    signal = AbortSignal()
+    assert (signal.aborted, signal.reason, signal.wait(0)) == (False, None, False)
+    signal.raise_if_aborted()
+    signal._fire("timeout")
+    signal._fire("cancelled")
+    assert (signal.aborted, signal.reason, signal.wait()) == (True, "timeout", True)
+
+
+def test_raise_if_aborted_says_why() -> None:
+    for reason, error in (("cancelled", WorkflowCancelledError), ("lease-lost", LeaseLostError), ("shutdown", LeaseLostError)):
+        signal = AbortSignal()
+        signal._fire(reason)
+        with pytest.raises(error):
+            signal.raise_if_aborted()
+
+
+def test_waiting_threads_and_tasks_are_woken() -> None:
+    async def work() -> list[Any]:
+        signal = AbortSignal()
+        waiting = threading.Event()
+
+        def wait() -> bool:
+            waiting.set()
+            return signal.wait(10)
+
+        async def listen() -> str:
+            return await signal
+
+        tasks = [asyncio.create_task(listen()) for _ in range(2)]
+        thread = asyncio.create_task(asyncio.to_thread(wait))
+        while not waiting.is_set():
+            await asyncio.sleep(0)
+        signal._fire("shutdown")
+        return [await thread, *[await task for task in tasks], await signal]
+
+    assert asyncio.run(work()) == [True, "shutdown", "shutdown", "shutdown"]

@@ -26,6 +26,7 @@ ORDER = [
     "bus",
     "procedures",
     "store",
+    "tasks",
     "multi_update",
     "committer",
     "context",
@@ -36,7 +37,9 @@ ORDER = [
     "engine",
     "local",
     "workflow",
-    "client", "lookout", "worker",
+    "client",
+    "lookout",
+    "worker",
     "embedded_watcher",
     "embedded",
     "__init__",
@@ -89,7 +92,13 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 def _defined(node: ast.AST) -> list[str]:
     match node:
-        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+        case (
+            ast.ClassDef(name=name)
+            | ast.FunctionDef(name=name)
+            | ast.AsyncFunctionDef(name=name)
+            | ast.AsyncFunctionDef(name=name)
+            | ast.Name(id=name, ctx=ast.Store())
+        ):
             return [name]
         case ast.ImportFrom(names=names):
             return [alias.asname or alias.name for alias in names]

@@ -178,9 +178,13 @@ def _sets(*values: Any) -> Callable[[Any], Any]:
 
 BIG = "x" * (9 * 2**20)
 REFUSED = [
-    (lambda ctx: nested(170), "VALIDATION_ERROR"), (lambda ctx: nested(190), "VALIDATION_ERROR"), (lambda ctx: nested(300), "VALIDATION_ERROR"),
-    (_sets(BIG, BIG), "PAYLOAD_TOO_LARGE"), (_sets(nested(150)), "VALIDATION_ERROR"), (lambda ctx: _sets(BIG)(ctx) or BIG, "PAYLOAD_TOO_LARGE"),
-]  # fmt: skip
+    (lambda ctx: nested(170), "VALIDATION_ERROR"),
+    (lambda ctx: nested(190), "VALIDATION_ERROR"),
+    (lambda ctx: nested(300), "VALIDATION_ERROR"),
+    (_sets(BIG, BIG), "PAYLOAD_TOO_LARGE"),
+    (_sets(nested(150)), "VALIDATION_ERROR"),
+    (lambda ctx: _sets(BIG)(ctx) or BIG, "PAYLOAD_TOO_LARGE"),
+]
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])

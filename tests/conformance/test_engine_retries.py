@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import NonRetriableError, Streamline, WorkflowError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # --- retries --------------------------------------------------------------------------------------------------------
 
@@ -291,25 +295,34 @@ def test_whatever_a_handler_does_is_its_runs_failure_alone(
     assert all(good.get(neighbour.id).output == "fine" for neighbour in neighbours)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["def", "async def"])
-def test_a_handler_that_forks_returns_once(app: Streamline, kind: str) -> None:
-    """The child must neither commit with its parent's connections nor go on as a second worker."""
+FORKING = """
+import asyncio, os, sys
+from streamline_pool import Streamline
+from workers import run_until_idle
 
-    def fork(ctx: Any) -> int:
-        pid = os.fork()
-        if pid == 0:
-            return 0
-        return os.waitpid(pid, 0)[1]
+def fork(ctx):
+    pid = os.fork()
+    return os.waitpid(pid, 0)[1] if pid else "the child"
 
-    async def fork_async(ctx: Any) -> int:
-        return fork(ctx)
+async def fork_async(ctx):
+    return fork(ctx)
 
-    workflow = app.workflow("w", steps={"fork": fork if kind == "def" else fork_async, "next": lambda ctx: os.getpid()})
+with Streamline(sys.argv[1], database=sys.argv[2]) as app:
+    workflow = app.workflow("w", steps={"fork": fork if sys.argv[3] == "def" else fork_async, "next": lambda ctx: os.getpid()})
     run = workflow.start()
     run_until_idle(app)
     run = workflow.get(run.id)
-    assert (run.output, run.step("fork").attempts) == (os.getpid(), 1)
+    assert (run.output, run.step("fork").output, run.step("fork").attempts) == (os.getpid(), 0, 1), run
+"""
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_handler_that_forks_returns_once(mongodb_uri: str, database: str, kind: str) -> None:
+    """The child must neither commit with its parent's connections nor go on as a second worker."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, mongodb_uri, database, kind]
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_handler_may_print_what_is_no_text(app: Streamline, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

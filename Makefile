@@ -3,7 +3,7 @@
 # PYTEST_ARGS is handed to pytest: `make test PYTEST_ARGS="-n 2 -k embedded"` (each xdist worker starts a mongod of its own).
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= all
 
 VENV := .venv

@@ -19,6 +19,7 @@ from .env import Env
 from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from .ops import Statement
 from .store import AsyncStore
+from .tasks import end_tasks
 
 __all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
 
@@ -69,9 +70,7 @@ class GroupCommitter:
 
     async def close(self) -> None:
         """Stop sending; statements still waiting are cancelled, their outcome unknown."""
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await end_tasks(self._pumps)
         for _, future in self._queue:
             future.cancel()
         self._queue.clear()

@@ -412,7 +412,8 @@ def _log_failure(flight: Flight, change: Change) -> None:
         log.warning("attempt_failed", extra={**fields, "error": f"{error['type']}: {error['message']}", "again_at": str(change.wake_at)})
     else:
         error = flight.document["error"]
-        log.error("run_failed", extra={**fields, "error": f"{error['code']}: {error['message']}", "traceback": error["traceback"]})
+        more = f"streamline-pool runs show {flight.run_id}"  # with the traceback, which is too long for a line
+        log.error("run_failed", extra={**fields, "error": f"{error['code']}: {error['type']}: {error['message']}", "more": more})
 
 
 async def _allowed(step: StepDefinition, context: Context, document: Mapping[str, Any]) -> bool:

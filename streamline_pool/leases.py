@@ -18,6 +18,7 @@ from .errors import StoreUnavailableError
 from .flight import Flight, Observer
 from .multi_update import update_many
 from .store import AsyncStore
+from .tasks import end_tasks
 
 __all__ = ["LeaseKeeper"]
 
@@ -48,9 +49,7 @@ class LeaseKeeper:
 
     async def close(self) -> None:
         """Stop."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
 
     def deadline(self) -> float:
         """The monotonic deadline of a lease that is requested now; taken *before* the request is sent."""

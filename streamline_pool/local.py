@@ -20,6 +20,7 @@ from .engine import Engine
 from .env import Env
 from .errors import InvalidStateError, WorkflowError
 from .store import AsyncStore
+from .tasks import end_tasks
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]
 
@@ -138,7 +139,5 @@ class LoopThread:
 
 
 async def _cancel_all() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    current = asyncio.current_task()
+    await end_tasks(task for task in asyncio.all_tasks() if task is not current)

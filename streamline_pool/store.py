@@ -116,13 +116,12 @@ class ServerClock:
         """True if it is time for another reading."""
         return self._base is None or self._env.clock.monotonic() - self._read_at > _CLOCK_STALE_S
 
-    def read(self, server_time: datetime, asked_at: float) -> None:
-        """Take over a reading that was asked for at `asked_at` (monotonic) and has arrived now."""
-        arrived_at = self._env.clock.monotonic()
+    def read(self, server_time: datetime, asked_at: float, arrived_at: float) -> None:
+        """Take over a reading that was asked for at `asked_at` and came at `arrived_at` (both monotonic)."""
         self._base = server_time + timedelta(milliseconds=round((arrived_at - asked_at) * 500))
         self._read_at = arrived_at
         self._shown_ms = -1
-        self.offset_s = (self._base - self._env.clock.now()).total_seconds()
+        self.offset_s = (self.now() - self._env.clock.now()).total_seconds()
 
 
 def open_clients() -> list[str]:
@@ -211,12 +210,16 @@ class _StoreBase:
     def syncing_clock(self) -> Procedure[float]:
         """Read the server's clock; seconds that it is ahead of this host's.
 
-        Asked twice, because the first question may have to wait for a connection, which would count as its way there.
+        The quickest of three answers counts: the first may have waited for a connection, and any for the server.
         """
-        yield ops.server_info()
-        asked_at = self._env.clock.monotonic()
-        hello = yield ops.server_info()
-        self.clock.read(hello["localTime"], asked_at)
+        readings = []
+        for _ in range(3):
+            asked_at = self._env.clock.monotonic()
+            hello = yield ops.server_info()
+            answered_at = self._env.clock.monotonic()
+            readings.append((answered_at - asked_at, asked_at, answered_at, hello["localTime"]))
+        _, asked_at, answered_at, server_time = min(readings, key=lambda reading: reading[0])
+        self.clock.read(server_time, asked_at, answered_at)
         return self.clock.offset_s
 
     def reading_facts(self) -> Procedure[dict[str, Any]]:

@@ -205,12 +205,13 @@ def opened(values: Mapping[str, Any], *, needed_for: str = "") -> Iterator[Strea
 
 
 def reach(app: Streamline) -> None:
-    """One round trip to the database, which also reads its clock. StoreUnavailableError if there is no answer.
+    """A word with the database, and a look at its clock. StoreUnavailableError if there is no answer.
 
     Without the engine's repeats: a person is waiting, and an address that is wrong stays wrong.
     """
-    store, asked_at = app.store(), app.env.clock.monotonic()
-    store.clock.read(store.run(ops.server_info())["localTime"], asked_at)
+    store = app.store()
+    store.run(ops.server_info())
+    store.drive(store.syncing_clock())
 
 
 def prove_rights(app: Streamline) -> None:

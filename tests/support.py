@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["eventually"]
+__all__ = ["eventually", "shown"]
 
 T = TypeVar("T")
 
@@ -21,3 +23,8 @@ def eventually(predicate: Callable[[], T], *, timeout: float = 10.0) -> T:
             raise AssertionError(f"not within {timeout:g} s: {getattr(predicate, '__name__', predicate)}, last value {value!r}")
         time.sleep(POLL_S)
     return value
+
+
+def shown(value: object) -> str:
+    """A value as part of a test's name: the same in every process, so without addresses, and not too long."""
+    return re.sub(r" at 0x[0-9a-f]+|[.]{3}x?[0-9a-f]+", "", reprlib.repr(value))[:50]

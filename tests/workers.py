@@ -12,6 +12,7 @@ from typing import Any, Self
 from streamline_pool import Streamline, ops
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError
+from streamline_pool.tasks import end_tasks
 from streamline_pool.worker import Worker, WorkerStatus
 
 __all__ = ["Pool", "check_invariants", "run_until_idle"]
@@ -44,8 +45,7 @@ class Pool:
             worker.drain() if kind is None else worker.stop(0.1)
         ended = await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._steward is not None:
-            self._steward.cancel()
-            await asyncio.gather(self._steward, return_exceptions=True)
+            await end_tasks([self._steward])
         await self.app.close_async()
         for failure in ended:
             if isinstance(failure, BaseException) and kind is None:

@@ -16,6 +16,7 @@ import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, PayloadTooLargeError, Streamline, ValidationError
+from support import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -256,7 +257,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "says"), BAD_ARGUMENTS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("arguments", "says"), BAD_ARGUMENTS, ids=shown)
 def test_a_bad_argument_is_refused_and_nothing_is_stored(app: Streamline, orders: Any, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         orders.start(**arguments)

@@ -10,6 +10,7 @@ import pytest
 
 from streamline_pool import StepNotFoundError, Streamline, ValidationError
 from streamline_pool.definition import Definition, make_step
+from support import shown
 
 
 def step(ctx: Any) -> None: ...
@@ -77,7 +78,7 @@ def test_plain_ids_are_accepted(offline: Streamline, good: str) -> None:
         {"retry_backoff": float("nan")}, {"retry_backoff": float("inf")}, {"retry_backoff": None}, {"retry_backoff": [2]},
         {"skip_if": "yes"}, {"condition": 1}, {"run_if": {}}, {"timeouts": 3}, {"retry": 3},
     ],
-    ids=repr,
+    ids=shown,
 )  # fmt: skip
 def test_a_bad_option_is_refused_with_the_name_of_its_step(offline: Streamline, options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"step w\.a"):
@@ -85,13 +86,13 @@ def test_a_bad_option_is_refused_with_the_name_of_its_step(offline: Streamline, 
     assert "w" not in offline.workflows
 
 
-@pytest.mark.parametrize("defaults", [{"retries": 99}, {"skip_if": step}, {"nonsense": 1}, [1], "retries"], ids=repr)
+@pytest.mark.parametrize("defaults", [{"retries": 99}, {"skip_if": step}, {"nonsense": 1}, [1], "retries"], ids=shown)
 def test_bad_defaults_are_refused_before_the_first_step(offline: Streamline, defaults: Any) -> None:
     with pytest.raises(ValidationError):
         offline.workflow("w", defaults=defaults)
 
 
-@pytest.mark.parametrize("handler", [5, "f", None, lambda: 1, lambda a, b: 1, lambda *, x: 1, (step, 5), (step, {}, 3)], ids=repr)
+@pytest.mark.parametrize("handler", [5, "f", None, lambda: 1, lambda a, b: 1, lambda *, x: 1, (step, 5), (step, {}, 3)], ids=shown)
 def test_a_handler_takes_ctx_and_nothing_else(offline: Streamline, handler: Any) -> None:
     with pytest.raises(ValidationError):
         offline.workflow("w", steps={"a": handler})

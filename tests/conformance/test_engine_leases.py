@@ -6,12 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import Streamline, embedded, ops
+from streamline_pool import Streamline, embedded, ops, transitions
+from streamline_pool.env import system_env
 
 
 def take_over(app: Streamline, run_id: str) -> None:
@@ -321,3 +323,78 @@ def test_a_claim_of_unknown_outcome_is_recovered_when_its_lease_runs_out(make_ap
 
     asyncio.run(play())
     assert (workflow.get(run.id).output, workflow.get(run.id).document["crashes"]) == (2, 0)
+
+
+def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
+    """A network may deliver a write that was given up on, and sent again, after everything that followed."""
+    workflow = app.workflow("w", steps={name: lambda ctx: 1 for name in ("a", "b", "c")})
+    run = workflow.start()
+    store = app.store()
+    document = store.run(ops.claim_run(run.id, None, "lease", "host:1:x", 30))
+    copies = []
+    for place in range(2):
+        fence = ops.Fence(run.id, "lease", document["rev"], document["token"])
+        change = transitions.advance(document, workflow.definition, place, place, {}, store.now())
+        copies.append(ops.commit(fence, change, store.now(), 0))
+        assert store.run(ops.write_statements([copies[-1]]))["n"] == 1
+        transitions.apply(document, change)
+    before = app.runs.find_one({"_id": run.id})
+    assert store.run(ops.write_statements(copies))["n"] == 0
+    assert app.runs.find_one({"_id": run.id}) == before
+    assert before["currentStepId"] == "c"
+
+
+def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: Callable[..., Streamline]) -> None:
+    """The old driver still cleans up; when it leaves, it must not take the new one's renewal with it."""
+    app = make_app(lease_s=0.8)
+    entered = threading.Event()
+
+    async def work(ctx: Any) -> int:
+        if ctx.attempt == 1:
+            entered.set()
+            try:
+                await asyncio.sleep(30)
+            finally:
+                await asyncio.sleep(0.3)
+        await asyncio.sleep(1.6)
+        return int(ctx.attempt)
+
+    workflow = app.workflow("w", steps={"work": work})
+    run = workflow.start()
+
+    async def play() -> None:
+        async with Pool(app, recover_every_s=0.05) as pool:
+            await pool.until(entered.is_set)
+            await asyncio.to_thread(take_over, app, run.id)
+            pool.workers[0].abort_run(run.id, "lease-lost")
+            await pool.until(lambda: workflow.get(run.id).status == "done")
+
+    asyncio.run(play())
+    assert workflow.get(run.id).output == 2
+
+
+def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable[..., Streamline]) -> None:
+    """A worker that stood still between its claim and the handler may have lost the run meanwhile."""
+    system = system_env()
+    stood_still: list[float] = []
+
+    class Clock:
+        now = staticmethod(system.clock.now)
+
+        @staticmethod
+        def monotonic() -> float:
+            return system.clock.monotonic() + sum(stood_still)
+
+    def probe(point: str) -> None:
+        if point == "claim.after" and not stood_still:
+            stood_still.append(60.0)
+
+    app = make_app(env=replace(system, clock=Clock(), probe=probe), lease_s=30)
+    entered: list[int] = []
+    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(ctx.attempt)})
+    run = workflow.start()
+    run_until_idle(app)
+    document = app.runs.find_one({"_id": run.id})
+    assert (document["status"], entered, document["token"], document["crashes"]) == ("done", [1], 2, 0), (
+        "given back uncounted, and claimed anew"
+    )

@@ -1,23 +1,20 @@
-"""Running steps: order, outputs, `ctx`, conditions, `execute`, and what a program's end does to its executions."""
+"""Running steps: order, outputs, `ctx`, checkpoints, conditions, events and logs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import InvalidStateError, Streamline, ValidationError, WorkflowNotFoundError, global_event_bus
+from streamline_pool import InvalidStateError, Streamline, ValidationError, global_event_bus
 from support import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -249,166 +246,6 @@ def test_a_condition_cannot_sleep(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {"skip_if": lambda ctx: ctx.sleep(1)})})
     run = workflow.execute(workflow.start().id)
     assert (run.status, run.error["code"]) == ("failed", "VALIDATION_ERROR")
-
-
-# --- execute --------------------------------------------------------------------------------------------------------
-
-
-def test_execute_of_a_run_that_cannot_be_claimed_returns_it_as_stored_at_once(app: Streamline) -> None:
-    entered: list[str] = []
-    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(ctx.run_id)})
-    draft = workflow.start(start_at=3600)
-    paused, leased, cancelled, done = workflow.start_many([1, 2, 3, 4])
-    app.runs.update_one({"_id": paused.id}, {"$set": {"paused": True}})
-    app.runs.update_one({"_id": leased.id}, {"$set": {"lease": {"id": "x", "expiresAt": leased.created_at}}, "$unset": {"wakeAt": ""}})
-    workflow.cancel(cancelled.id)
-    workflow.execute(done.id)
-    began = time.monotonic()
-    statuses = [workflow.execute(run.id).status for run in (draft, paused, leased, cancelled, done)]
-    assert (statuses, entered) == (["draft", "running", "running", "cancelled", "done"], [done.id])
-    assert time.monotonic() - began < 5
-
-
-def test_another_workflows_run_does_not_exist(app: Streamline) -> None:
-    mine, other = app.workflow("mine", steps={"a": lambda ctx: 1}), app.workflow("other", steps={"a": lambda ctx: 1})
-    run = other.start()
-    assert mine.get(run.id) is None
-    for act in (mine.execute, mine.cancel, mine.wait_for):
-        with pytest.raises(WorkflowNotFoundError, match="WORKFLOW_NOT_FOUND"):
-            act(run.id)
-    assert other.get(run.id).status == "running"
-
-
-def test_an_unknown_run_is_not_found(app: Streamline) -> None:
-    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
-    for act in (workflow.execute, workflow.cancel, workflow.wait_for, app.cancel_run):
-        with pytest.raises(WorkflowNotFoundError) as caught:
-            act("nobody")
-        assert (caught.value.http_status, caught.value.context["run_id"]) == (404, "nobody")
-
-
-def test_a_run_executed_by_two_at_once_is_driven_by_one(app: Streamline) -> None:
-    entered: list[int] = []
-    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(1) or time.sleep(0.05)})
-    for _ in range(5):
-        run = workflow.start()
-        with ThreadPoolExecutor(4) as threads:
-            list(threads.map(workflow.execute, [run.id] * 4))
-    assert len(entered) == 5
-
-
-def test_execute_stops_where_the_run_stops(app: Streamline) -> None:
-    def fail(ctx: Any) -> None:
-        raise ValueError("once")
-
-    workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600)})
-    napping = workflow.execute(workflow.start().id)
-    assert (napping.status, napping.step("nap").status, napping.step("nap").waiting_for["type"]) == ("waiting", "waiting", "timer")
-    backing_off = app.workflow("b", steps={"a": (fail, {"retry_delay": 60})})
-    run = backing_off.execute(backing_off.start().id)
-    assert (run.status, run.step("a").status, run.step("a").attempts) == ("waiting", "pending", 1)
-    assert run.step("a").retry_after is not None
-
-
-def test_an_execution_whose_caller_gives_up_gives_the_run_back_uncounted(app: Streamline) -> None:
-    """Cancelled with its caller, the driver would leave a lease that is renewed for ever."""
-    signals: list[Any] = []
-
-    async def hang(ctx: Any) -> None:
-        signals.append(ctx.signal)
-        if ctx.attempt == 1:
-            await asyncio.sleep(60)
-
-    workflow = app.workflow("w", steps={"a": hang})
-    run = workflow.start()
-
-    async def work() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(workflow.execute_async(run.id), 0.2)
-        while "wakeAt" not in app.runs.find_one({"_id": run.id}):
-            await asyncio.sleep(0.01)
-        assert (await workflow.execute_async(run.id)).status == "done"
-        await app.close_async()
-
-    asyncio.run(work())
-    document = app.runs.find_one({"_id": run.id})
-    assert (signals[0].reason, document["crashes"], document["failures"], document["steps"][0]["attempts"]) == ("shutdown", 0, 0, 2)
-
-
-def test_closing_the_app_while_it_executes_ends_the_call_and_keeps_the_run(app: Streamline) -> None:
-    entered = threading.Event()
-
-    def slow(ctx: Any) -> str:
-        entered.set()
-        time.sleep(0.2)
-        return "slow"
-
-    workflow = app.workflow("w", steps={"slow": slow, "next": lambda ctx: ctx.get_output("slow")})
-    run = workflow.start()
-    with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(workflow.execute, run.id)
-        entered.wait(5)
-        app.close()
-        assert call.result(5).step("slow").output == "slow"
-    document = app.runs.find_one({"_id": run.id})
-    check_invariants([document])
-    assert (document["steps"][0]["status"], document["crashes"]) == ("done", 0)
-    assert workflow.execute(run.id).output == "slow", "a closed app opens again on its next use"
-
-
-def test_shutdown_gives_running_executions_back(app: Streamline) -> None:
-    entered = threading.Event()
-
-    async def hang(ctx: Any) -> None:
-        entered.set()
-        await asyncio.sleep(60)
-
-    workflow = app.workflow("w", steps={"a": hang})
-    run = workflow.start()
-    with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(workflow.execute, run.id)
-        entered.wait(5)
-        workflow.shutdown(timeout=0.05)
-        assert call.result(5).status == "running"
-    document = app.runs.find_one({"_id": run.id})
-    check_invariants([document])
-    assert ("wakeAt" in document, document["crashes"]) == (True, 0)
-
-
-def test_one_app_works_in_successive_event_loops(app: Streamline) -> None:
-    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
-
-    async def work() -> str:
-        async with app:
-            return str((await workflow.execute_async((await workflow.start_async()).id)).status)
-
-    assert [asyncio.run(work()) for _ in range(3)] == ["done"] * 3
-    assert workflow.execute(workflow.start().id).status == "done"
-
-
-def test_an_app_can_be_used_after_a_fork(mongodb_uri: str, database: str) -> None:
-    """Connections and threads stay with the parent; a child that touched them would hang, or disturb it."""
-    program = f"""
-import os
-from streamline_pool import Streamline
-app = Streamline({mongodb_uri!r}, database={database!r})
-workflow = app.workflow("w", steps={{"a": lambda ctx: os.getpid()}})
-assert workflow.execute(workflow.start().id).output == os.getpid()
-pid = os.fork()
-run = workflow.execute(workflow.start().id)
-assert run.output == os.getpid(), run
-app.close()
-app.close()
-if pid:
-    assert os.waitpid(pid, 0)[1] == 0
-pid = os.fork()
-if not pid:
-    app.close()  # nothing of the parent's
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0, done.stderr
 
 
 # --- events and logs ------------------------------------------------------------------------------------------------

@@ -29,6 +29,17 @@ _TRACEBACK_CHARS_MAX = 8_000
 _MESSAGE_CHARS_MAX = 2_000
 
 
+_forks = 0  # of this process and its ancestors; tells a handler's own child from us without a system call per step
+
+
+def _count_fork() -> None:
+    global _forks  # noqa: PLW0603 -- a property of the process, as its pid is
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 class Kind(Enum):
     """How a handler ended."""
 
@@ -52,13 +63,13 @@ class Attempt:
     `def` handler on a thread. Either may refuse to end: then `on_stuck` is told, and the driver goes on without it.
     """
 
-    __slots__ = ("_loop", "_on_stuck", "_pid", "_task", "_timers", "_work", "context", "over", "settled")
+    __slots__ = ("_forks", "_loop", "_on_stuck", "_task", "_timers", "_work", "context", "over", "settled")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, context: Context, on_stuck: Callable[[Attempt, str], None]) -> None:
         self._loop = loop
         self.context = context
         self._on_stuck = on_stuck
-        self._pid = os.getpid()
+        self._forks = _forks
         self._timers: list[asyncio.TimerHandle] = []
         self._task: asyncio.Task[Any] | None = None  # the driver, while a coroutine handler runs in it
         self._work: Future[Outcome] | None = None  # what a thread is working on
@@ -73,14 +84,14 @@ class Attempt:
             outcome = await self._run_async(step.handler)
         else:
             self.settled = self._loop.create_future()
-            self._work = threads.submit(_run_sync, step.handler, self.context, self._pid)
+            self._work = threads.submit(_run_sync, step.handler, self.context, self._forks)
             self._work.add_done_callback(self._thread_done)
             outcome = await self.settled
         self._finish()
         return outcome
 
     async def _run_async(self, handler: Handler) -> Outcome:
-        task = self._task = asyncio.current_task()
+        task = self._task = asyncio.current_task(self._loop)
         assert task is not None, "drivers are tasks"
         try:
             outcome = Outcome(Kind.RETURNED, await handler(self.context))
@@ -88,7 +99,7 @@ class Attempt:
             outcome = Outcome(Kind.ENDED, ending)
         except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
             outcome = Outcome(Kind.RAISED, exc)
-        if os.getpid() != self._pid:
+        if _forks != self._forks:
             os._exit(0)  # the handler forked, and this is the child coming back: the run belongs to the parent
         if task.cancelling():
             # A cancellation that was meant for the handler must not hit the driver's next await.
@@ -137,7 +148,7 @@ class Attempt:
             self._loop.call_soon_threadsafe(self._settle, outcome)
 
 
-def _run_sync(handler: Handler, context: Context, pid: int) -> Outcome:
+def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
     if context.signal.aborted:
         return Outcome(Kind.ABANDONED, None)  # it waited for a thread until its attempt was over
     try:
@@ -147,7 +158,7 @@ def _run_sync(handler: Handler, context: Context, pid: int) -> Outcome:
         outcome = Outcome(Kind.ENDED, ending)
     except BaseException as exc:  # noqa: BLE001 -- as above
         outcome = Outcome(Kind.RAISED, exc)
-    if os.getpid() != pid:
+    if _forks != forks:
         # The handler forked, and this is the child coming back: the run belongs to the parent.
         os._exit(0)
     return outcome

@@ -65,7 +65,7 @@ class GroupCommitter:
 
     def start(self) -> None:
         """Begin to send."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._pumps = [loop.create_task(self._run(), name=f"group-committer-{number}") for number in range(_PUMPS)]
 
     async def close(self) -> None:
@@ -81,7 +81,7 @@ class GroupCommitter:
         The future raises PayloadTooLargeError when the document would outgrow MongoDB's limit, ValidationError when
         the server refuses it for another reason that lies in the document.
         """
-        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Verdict] = self._loop.create_future()
         self._queue.append((statement, future))
         self._filled.set()
         return future

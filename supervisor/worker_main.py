@@ -49,7 +49,7 @@ log = logging.getLogger("streamline_pool")
 BEAT_PAUSE_S = 0.01  # a guess: a change is told at once, ten changes in a row are told as one
 PARKED_MAX = 500  # instants told per beat, the nearest ones; the steward's sweep finds the rest
 SUBSCRIBERS_S = 1.0  # a guess: for subscribers to hear the last events
-GC_THRESHOLDS = (20_000, 20, 100)  # measured: with Python's own, the collector takes a sixth of a short step's time
+GC_THRESHOLDS = (50_000, 20, 100)  # measured: with Python's own, the collector takes a sixth of a short step's time
 ORPHAN_DRAIN_S, ORPHAN_GRACE_S = 0.7, 0.3  # leaves as much again for releasing, see link.ORPHAN_EXIT_S
 
 

@@ -163,7 +163,7 @@ def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worke
     async def work() -> None:
         async with Pool(app) as pool:
             await pool.until(lambda: workflow.get(run.id).status == "done")
-            assert pool.statuses()[0].in_flight == 0
+            await pool.until(lambda: pool.statuses()[0].in_flight == 0)
             await pool.until(lambda: pool.statuses()[0].recycle)
             assert run.id in str(pool.statuses()[0].recycle)
             go.set()
@@ -199,7 +199,7 @@ def test_an_async_handler_that_swallows_its_cancellation_is_left_behind(app: Str
             assert pool.statuses()[0].recycle
             go[0].set()
             await asyncio.sleep(0.05)
-            assert pool.statuses()[0].in_flight == 0
+            await pool.until(lambda: pool.statuses()[0].in_flight == 0)
 
     asyncio.run(work())
     assert (workflow.get(run.id).output, workflow.get(run.id).step("stubborn").attempts) == ("the second attempt", 2)

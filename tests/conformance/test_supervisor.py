@@ -135,12 +135,20 @@ def stored(app: Streamline, run: Run) -> dict[str, Any]:
     return document
 
 
+ENTERED_AFTER = timedelta(seconds=0.3)  # a reply takes milliseconds; every step that is waited for here takes longer
+
+
 def held_by(app: Streamline, run: Run) -> int:
-    """Wait until a worker has entered the run's step; its pid."""
+    """Wait until a worker has entered the run's step; its pid.
+
+    The claim is seen here before its reply has reached the worker, and an order in between finds nothing entered.
+    """
 
     def owner() -> str | None:
         document = stored(app, run)
-        return document["lease"]["owner"] if document.get("lease") and document["steps"][0]["status"] == "running" else None
+        if not document.get("lease") or document["steps"][0]["status"] != "running":
+            return None
+        return document["lease"]["owner"] if datetime.now(UTC) - document["steps"][0]["startedAt"] > ENTERED_AFTER else None
 
     return int(str(eventually(owner)).split(":")[1])
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .definition import Definition, StepDefinition
 from .errors import ErrorCode
-from .model import RUN_MOVES, RunStatus, StepStatus
+from .model import RunStatus, StepStatus
 
 __all__ = [
     "Change",
@@ -280,8 +280,3 @@ def _error(failure: Failure) -> Document:
 
 def _milliseconds(start: datetime, end: datetime) -> int:
     return max(0, round((end - start).total_seconds() * 1000))
-
-
-def check_move(before: str, after: str) -> None:
-    """An illegal run transition is a defect of this package: stop it where it is made."""
-    assert RunStatus(after) in RUN_MOVES[RunStatus(before)], f"no way leads from {before} to {after}"  # an impossible state

@@ -30,7 +30,9 @@ from .errors import (
     WorkflowError,
     WorkflowNotFoundError,
 )
-from .model import Run, RunStatus, StepState, StepStatus
+from .hooks import Hook, create_hook
+from .model import Run, RunStatus, StepState, StepStatus, is_timeout
+from .outside import HookResult
 from .settings import Settings
 from .workflow import Workflow
 
@@ -42,6 +44,8 @@ __all__ = [
     "ErrorCode",
     "Event",
     "EventBus",
+    "Hook",
+    "HookResult",
     "HookTokenError",
     "InvalidStateError",
     "LeaseLostError",
@@ -64,5 +68,7 @@ __all__ = [
     "WorkflowError",
     "WorkflowNotFoundError",
     "__version__",
+    "create_hook",
     "global_event_bus",
+    "is_timeout",
 ]

@@ -80,6 +80,10 @@ class LocalRunner:
             await _ring(self._store, ops.send_signal("ended", self._store.now(), runs=[run_id]))
         return True
 
+    def check(self, run_id: str) -> None:
+        """Somebody in this program has acted on the run: if it is executed here, look at the database at once."""
+        self._engine.check(run_id)
+
     @contextlib.contextmanager
     def caller(self) -> Iterator[None]:
         """While it lasts, `shutdown` does not take the connections away from the running task."""

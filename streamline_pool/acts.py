@@ -67,7 +67,7 @@ def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | 
 
     A live lease is left alone: its holder finds the pause at its next write, stores its result and gives the run up.
     """
-    query = {**_run(workflow_id, run_id), "paused": NOT_PAUSED, "acts": acts}
+    query = {**_run(workflow_id, run_id), "paused": NOT_PAUSED, "acts": {"$eq": acts}}
     sets = {"paused": True, "pauseReason": {"$literal": reason}, "pausedWakeAt": "$wakeAt", "wakeAt": "$$REMOVE", **_act(act_id)}
     return _change_one("pause_run", query, [{"$set": sets}])
 
@@ -77,8 +77,8 @@ def unpause_run(workflow_id: str | None, run_id: str, acts: object, act_id: str)
 
     Where a worker holds the run, nothing else changes: its next write simply succeeds.
     """
-    query = {**_run(workflow_id, run_id), "paused": True, "acts": acts}
-    free = {"$eq": [{"$type": "$lease"}, "missing"]}
+    query = {**_run(workflow_id, run_id), "paused": True, "acts": {"$eq": acts}}
+    free = {"$ne": [{"$type": "$lease"}, "object"]}
     sets = {
         "paused": False,
         "pauseReason": "$$REMOVE",
@@ -97,7 +97,12 @@ def rewind_run(
     Yields the document or None. Takes the lease away. Hooks go with the steps, and so do answers to them. A paused run
     stays paused. `lane` and `slot` are given to a run that has none any more, because it had no room for them.
     """
-    query = {**_run(workflow_id, run_id), "status": {"$ne": RunStatus.CANCELLED.value}, "acts": acts, f"steps.{place}.stepId": step_ids[0]}
+    query = {
+        **_run(workflow_id, run_id),
+        "status": {"$ne": RunStatus.CANCELLED.value},
+        "acts": {"$eq": acts},
+        f"steps.{place}.stepId": step_ids[0],
+    }
     tail = {"$literal": [{"stepId": step_id, "status": _PENDING, "attempts": 0} for step_id in step_ids]}
     is_kept = {"$not": [{"$in": [{"$ifNull": ["$$item.stepId", None]}, {"$literal": list(step_ids)}]}]}
     sets = {
@@ -161,8 +166,10 @@ def answer_hook(
 ) -> Command:
     """Answer by a hook: end its wait, or keep the answer for the wait that is not stored yet. Yields the document or None.
 
-    The filter holds the token's hash, its generation and its expiry by the server's clock; one answer per hook.
+    The filter holds the token's hash, its generation and its expiry by the server's clock; one answer per hook. A step
+    that made a hook and then slept, or waits for an event, has no wait that the hook could end.
     """
+    waiting = {"status": _WAITING, "gen": gen, "waitingFor.type": "webhook"}
     has_hook = {"stepId": step_id, "hooks": {"$elemMatch": {"hash": token_hash, "gen": gen}}}
     early = {
         "waitGen": gen - 1,
@@ -173,10 +180,10 @@ def answer_hook(
     query: Document = {
         **_run(None, run_id),
         "currentStepId": step_id,
-        "$or": [{"steps": {"$elemMatch": {**has_hook, "status": _WAITING, "gen": gen}}}, early],
+        "$or": [{"steps": {"$elemMatch": {**has_hook, **waiting}}}, early],
     }
     if expires_at is not None:
-        query["$expr"] = {"$lt": ["$$NOW", expires_at]}
+        query["$expr"] = {"$lt": ["$$NOW", {"$literal": expires_at}]}
     hit = some_step({"$and": [IS_CURRENT, {"$eq": ["$$step.status", _WAITING]}]})
     return _change_one("answer_hook", query, _delivering(hit, {"id": answer_id, "stepId": step_id, "gen": gen, "data": output}))
 
@@ -196,7 +203,6 @@ def _delivering(hit: Document | bool, item: Mapping[str, Any], *, is_event: bool
     def on_hit(value: Any, otherwise: Any) -> Document:
         return {"$cond": ["$_hit", value, otherwise]}
 
-    literal: dict[str, Any] = {name: {"$literal": value} for name, value in item.items()}
     duration = {"$cond": [{"$eq": [{"$type": "$$step.startedAt"}, "date"]}, {"$subtract": ["$$NOW", "$$step.startedAt"]}, 0]}
     done = {
         "stepId": "$$step.stepId",
@@ -205,8 +211,8 @@ def _delivering(hit: Document | bool, item: Mapping[str, Any], *, is_event: bool
         "startedAt": "$$step.startedAt",
         "endedAt": "$$NOW",
         "durationMs": {"$max": [0, duration]},
-        "output": literal["data"],
-        "answer": literal["id"],
+        "output": "$_item.data",
+        "answer": "$_item.id",
     }
     place = {"$indexOfArray": ["$$ids", "$currentStepId"]}
     following = {"$let": {"vars": {"ids": "$steps.stepId"}, "in": {"$arrayElemAt": ["$$ids", {"$add": [place, 1]}]}}}
@@ -224,10 +230,12 @@ def _delivering(hit: Document | bool, item: Mapping[str, Any], *, is_event: bool
         "updatedAt": "$$NOW",
     }
     if hit is not True:
-        sets["inbox"] = on_hit("$inbox", {"$concatArrays": [INBOX, [{**literal, "at": "$$NOW"}]]})
+        sets["inbox"] = on_hit("$inbox", {"$concatArrays": [INBOX, [{"$mergeObjects": ["$_item", {"at": "$$NOW"}]}]]})
     if is_event:
-        sets["seen"] = {"$concatArrays": [{"$cond": [{"$isArray": ["$seen"]}, "$seen", []]}, [literal["id"]]]}
-    return [{"$set": {"_hit": hit}}, {"$set": sets}, {"$unset": "_hit"}]
+        sets["seen"] = {"$concatArrays": [{"$cond": [{"$isArray": ["$seen"]}, "$seen", []]}, ["$_item.id"]]}
+    # The item is sent once, however often it is referred to: an answer may be large, and a command ends at 16 MiB. As a
+    # literal, since it is a user's: an expression or a path in it is data.
+    return [{"$set": {"_hit": hit, "_item": {"$literal": dict(item)}}}, {"$set": sets}, {"$unset": ["_hit", "_item"]}]
 
 
 # --- events --------------------------------------------------------------------------------------------------------
@@ -258,13 +266,17 @@ def record_event(event_id: str, name: str, data: Any) -> Command:
     return _change_one("record_event", {"_id": event_id}, [{"$set": sets}], collection="events", upsert=True)
 
 
-def find_waiters(event: Mapping[str, Any], limit: int) -> Find:
-    """Runs that wait for this event and have not seen it: id and wait number. Index streamline_awaits."""
+def find_waiters(event: Mapping[str, Any], after: str | None, limit: int) -> Find:
+    """Runs that wait for this event and have not seen it, with ids above `after`: id and wait number. Index streamline_awaits."""
+    query = _waits_for(event)
+    if after is not None:
+        query["_id"] = {"$gt": after}
     return Find(
         name="find_waiters",
         collection="runs",
-        filter=_waits_for(event),
+        filter=query,
         projection={"_id": 1, "waitGen": 1},
+        sort=(("_id", 1),),
         limit=limit,
         hint="streamline_awaits",
     )
@@ -272,9 +284,10 @@ def find_waiters(event: Mapping[str, Any], limit: int) -> Find:
 
 def deliver_to_waiters(event: Mapping[str, Any], waiters: Sequence[Mapping[str, Any]]) -> Command:
     """End each of these waits, if it is still the one that was found. Yields the reply, with `writeErrors` by index."""
-    update = _delivering(True, {"id": event["_id"], "data": event["data"]}, is_event=True)
-    waits = _waits_for(event)
-    updates = [{"q": waits | {"_id": found["_id"], "waitGen": found["waitGen"]}, "u": update} for found in waiters]
+    update = _delivering(True, {"id": event["_id"], "data": event.get("data")}, is_event=True)
+    query = _waits_for(event)
+    query["steps"] = {"$elemMatch": {"status": _WAITING, "waitingFor.eventName": event["name"]}}
+    updates = [{"q": query | {"_id": found["_id"], "waitGen": found.get("waitGen")}, "u": update} for found in waiters]
     return Command(name="deliver_to_waiters", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=dict)
 
 
@@ -303,7 +316,7 @@ def settle_event(event_id: str) -> Command:
 
 def find_pending_events(before: datetime, limit: int) -> Find:
     """Events that were sent before that, and whose sender has not finished. Index streamline_pending."""
-    query = {"pending": True, "at": {"$lte": before}}
+    query = {"pending": True, "at": {"$lte": before}, "name": {"$type": "string"}}
     return Find(name="find_pending_events", collection="events", filter=query, sort=(("at", 1),), limit=limit)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 from . import ops
 from .bus import Event, EventBus, global_event_bus
 from .definition import Definition, check_defaults, check_id, make_steps
-from .documents import HOST_INDEXES, RUN_INDEXES
+from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from .engine import Engine
 from .env import Env, system_env
 from .errors import StoreUnavailableError, ValidationError
@@ -294,7 +294,7 @@ class Streamline:
     def _proc_init_db(self) -> Procedure[list[str]]:
         """Create the engine's collections and indexes; idempotent. Yields the index names."""
         yield from self._ensuring(None)
-        return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES)]
+        return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
 
     init_db, init_db_async = twins(_proc_init_db)
 
@@ -379,9 +379,12 @@ class Streamline:
 
     def _check_here(self, run_id: str) -> None:
         """This program may be executing the run itself; it tails no signals."""
-        for loop, runner in list(self._runners.items()):
-            with contextlib.suppress(RuntimeError):  # a loop that is closed executes nothing
-                loop.call_soon_threadsafe(runner.check, run_id)
+        for reference in self._runners.keyrefs():  # a copy made at once: another thread may open a loop meanwhile
+            loop = reference()
+            runner = None if loop is None else self._runners.get(loop)
+            if loop is not None and runner is not None:
+                with contextlib.suppress(RuntimeError):  # a loop that is closed executes nothing
+                    loop.call_soon_threadsafe(runner.check, run_id)
 
     def _publish(self, document: Mapping[str, Any], name: str, data: Any, step_id: str | None = None) -> None:
         event = Event(

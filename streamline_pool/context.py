@@ -269,7 +269,8 @@ class Context:
         self._check_open()
         wanted = {"type": "webhook" if self._hooks() else "human", "reason": _text(reason, "ctx.wait: reason")}
         if data is not None:
-            wanted["data"], _ = as_payload(data, "wait.data")
+            wanted["data"], size = as_payload(data, "wait.data")
+            self._sets_bytes += size
         self._end(WaitEnding(wanted, None if timeout is None else _bounded(timeout, "ctx.wait: timeout")))
 
     def wait_for(self, event_name: str, *, timeout: float | timedelta | None = None) -> NoReturn:

@@ -34,6 +34,7 @@ __all__ = [
     "misfit",
     "new_run",
     "parse_run",
+    "size_of",
 ]
 
 Document = dict[str, Any]
@@ -110,8 +111,8 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
         partial={"idempotencyKey": {"$type": "string"}},
         unique=True,
     ),
-    # Runs that wait for an event, so that one sent to all finds them.
-    IndexDefinition(name="streamline_awaits", key={"awaits": 1}, partial={"awaits": {"$exists": True}}),
+    # Runs that wait for an event, so that one sent to all finds them; by id, so that it gets through them in one pass.
+    IndexDefinition(name="streamline_awaits", key={"awaits": 1, "_id": 1}, partial={"awaits": {"$exists": True}}),
 )
 """The indexes that the engine itself needs. A step's commit touches none of their fields."""
 
@@ -133,6 +134,11 @@ def check_payload(value: Any, where: str) -> int:
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return 16
     return len(_encode(value, where))
+
+
+def size_of(document: Mapping[str, Any]) -> int:
+    """The encoded size in bytes of what has been read from the database."""
+    return len(bson.encode(document, codec_options=CODEC))
 
 
 def check_text(value: object, where: str) -> str:
@@ -337,6 +343,7 @@ _RELIED_ON: tuple[tuple[str, type], ...] = (
     ("failures", int),
 )
 _STEP_STATUSES = frozenset(status.value for status in StepStatus)
+_WAITS = ("human", "webhook", "timer", "event")
 _ENDED = frozenset(status.value for status in (StepStatus.DONE, StepStatus.FAILED, StepStatus.SKIPPED))
 
 
@@ -349,10 +356,15 @@ def _step_misfit(step: Any) -> str | None:
         return f"attempts is {step.get('attempts')!r}, expected a whole number"
     if not isinstance(step.get("startedAt"), (datetime, type(None))):
         return f"startedAt is {step['startedAt']!r}, expected a date"
+    for hook in step.get("hooks", []) if isinstance(step.get("hooks", []), list) else [step["hooks"]]:
+        if not isinstance(hook, dict) or not isinstance(hook.get("hash"), bytes) or not isinstance(hook.get("gen"), int):
+            return f"hooks: {hook!r} is not a hook"
     if step["status"] == StepStatus.WAITING:
         waiting_for = step.get("waitingFor")
-        if not isinstance(waiting_for, dict) or not isinstance(waiting_for.get("type"), str):
+        if not isinstance(waiting_for, dict) or waiting_for.get("type") not in _WAITS:
             return "waiting, but 'waitingFor' does not say for what"
+        if waiting_for["type"] != "timer" and not isinstance(step.get("gen"), int):
+            return f"waiting, and gen is {step.get('gen')!r}, expected a whole number"
         if waiting_for["type"] == "timer" and not isinstance(waiting_for.get("resumeAt"), datetime):
             return f"waitingFor.resumeAt is {waiting_for.get('resumeAt')!r}, expected a date"
         if not isinstance(waiting_for.get("expiresAt"), (datetime, type(None))):

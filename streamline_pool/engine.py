@@ -22,7 +22,7 @@ from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
 from .definition import Definition, StepDefinition
-from .documents import misfit
+from .documents import check_payload, misfit
 from .env import Env
 from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .flight import STATEMENT_BYTES, Flight, Observer
@@ -188,7 +188,9 @@ class Engine:
         flight.place = place
         stored = document["steps"][place]
         if stored["status"] == StepStatus.WAITING.value:
-            return await self._end_wait(flight, place, stored["waitingFor"]), 0
+            change = await self._end_wait(flight, place, stored["waitingFor"])
+            # What has been found is stored as the step's output, and once more as the run's if this is the last one.
+            return change, 2 * check_payload(change.steps[place]["output"], "output") if change.name == "look" else 0
         if self.draining or flight.leaving:
             return transitions.give_back(document, place, now, entered=False), 0
         if flight.lost is not None:

@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import acts, ops
-from .documents import SLOTS, as_payload, check_run_id, check_text, parse_run
-from .errors import HookTokenError, InvalidStateError, PayloadTooLargeError, StepNotFoundError, WorkflowNotFoundError
+from .documents import SLOTS, as_payload, check_run_id, check_text, misfit, parse_run, size_of
+from .errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, StepNotFoundError, WorkflowNotFoundError
 from .hooks import hash_token, run_id_of
 from .model import TERMINAL, Run, RunStatus, StepStatus
 from .procedures import Procedure
+from .transitions import arrived
 
 if TYPE_CHECKING:
     from .client import Streamline
 
 __all__ = [
     "ITEM_BYTES", "HookResult",
-    "answering_hook", "cancelling_run", "check_not_full", "getting_run", "pausing_run", "publish_resumed", "reading_run", "resuming_run",
-    "rewinding_run", "ringing",
+    "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "pausing_run", "publish_resumed", "reading_run",
+    "resuming_run", "rewinding_run", "ringing",
 ]  # fmt: skip
 
 Document = Mapping[str, Any]
@@ -45,11 +46,21 @@ def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Proced
 
 
 def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
-    """The stored document; WorkflowNotFoundError if there is none."""
+    """The stored document; WorkflowNotFoundError if there is none, DataCorruptionError if it is none of ours any more."""
     found = yield ops.get_run(workflow_id, run_id)
     if not found:
         raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
     document: dict[str, Any] = found[0]
+    parse_run(document)  # garbage is reported, not acted on
+    return document
+
+
+def _reading_live_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
+    """The same, for who looks into its steps, waits and inbox as well: they have the shape that the engine relies on."""
+    document = yield from reading_run(workflow_id, run_id)
+    reason = None if document["status"] in TERMINAL else misfit(document)
+    if reason is not None:
+        raise DataCorruptionError(f"run {run_id}: the stored document was changed by another program: {reason}; mend it", run_id=run_id)
     return document
 
 
@@ -98,7 +109,7 @@ def resuming_run(app: Streamline, workflow_id: str | None, run_id: str, payload:
     """Un-pause a paused run, else answer its wait; see `Workflow.resume`. What was read first decides, through all repetitions."""
     check_run_id(run_id)
     payload, _ = as_payload(payload, "resume: payload")
-    found = yield from reading_run(workflow_id, run_id)
+    found = yield from _reading_live_run(workflow_id, run_id)
     if found.get("paused") is True and found["status"] not in TERMINAL:
         if payload is not None:
             raise InvalidStateError(f"run {run_id} is paused: resume it without a payload first; its wait stays unanswered", run_id=run_id)
@@ -128,8 +139,8 @@ def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, p
     answer_id = app.env.new_id()
     document = yield acts.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], payload, answer_id)
     if document is None:
-        document = yield from reading_run(workflow_id, run_id)
-        if not _names_answer(document, answer_id):
+        document = yield from _reading_live_run(workflow_id, run_id)
+        if answered_step(document, answer_id) is None:
             raise InvalidStateError(
                 f"run {run_id}: step {step['stepId']} waits no more, because of another answer or act; it is {_standing(document)}",
                 run_id=run_id,
@@ -144,8 +155,10 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
     """Answer by a hook token; see `Streamline.resume_hook`. Whether the token is good is the database's decision."""
     run_id, token_hash = run_id_of(token), hash_token(token)
     payload, size = as_payload(payload, "resume_hook: payload")
-    found = yield ops.get_run(None, run_id)
-    step, hook = _hook_of(found[0], token_hash) if found else (None, None)
+    try:
+        step, hook = _hook_of((yield from _reading_live_run(None, run_id)), token_hash)
+    except WorkflowNotFoundError:
+        raise _bad_token() from None
     if step is None or hook is None:
         raise _bad_token()
     answer_id = app.env.new_id()
@@ -153,13 +166,13 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
         run_id, step["stepId"], hook["gen"], token_hash, hook.get("expiresAt"), payload, size + ITEM_BYTES, answer_id
     )
     if document is None:
-        document = yield from reading_run(None, run_id)
-        in_inbox = any(item.get("id") == answer_id for item in document.get("inbox") or ())
-        if not in_inbox and not _names_answer(document, answer_id):
+        document = yield from _reading_live_run(None, run_id)
+        in_inbox = document["status"] not in TERMINAL and arrived(document, {"id": answer_id}) is not None
+        if not in_inbox and answered_step(document, answer_id) is None:
             if _hook_of(document, token_hash)[1] is not None and step["status"] != StepStatus.WAITING:
                 check_not_full(document, size + ITEM_BYTES)
             raise _bad_token()
-    if _names_answer(document, answer_id):
+    if answered_step(document, answer_id) is not None:
         yield from ringing(app, document)
         publish_resumed(app, document, step["stepId"], payload)
     return HookResult(run_id, parse_run(document))
@@ -169,10 +182,11 @@ ITEM_BYTES = 200  # of an inbox item beside its data
 
 
 def _hook_of(document: Document, token_hash: bytes) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    for step in document["steps"]:
-        for hook in step.get("hooks") or ():
-            if hook.get("hash") == token_hash:
-                return step, hook
+    if document["status"] not in TERMINAL:
+        for step in document["steps"]:
+            for hook in step.get("hooks") or ():
+                if hook["hash"] == token_hash:
+                    return step, hook
     return None, None
 
 
@@ -183,8 +197,9 @@ def _bad_token() -> HookTokenError:
 
 def check_not_full(document: Document, size: int) -> None:
     """PayloadTooLargeError if the run's inbox has no room for an item of so many bytes."""
-    inbox = list(document.get("inbox") or ())
-    if len(inbox) >= acts.INBOX_MAX or as_payload({"inbox": inbox}, "inbox")[1] + size > acts.INBOX_BYTES_MAX:
+    stored = document.get("inbox")
+    inbox = stored if isinstance(stored, list) else []
+    if len(inbox) >= acts.INBOX_MAX or size_of({"inbox": inbox}) + size > acts.INBOX_BYTES_MAX:
         raise PayloadTooLargeError(
             f"run {document['_id']}: its inbox is full: {len(inbox)} items came before they were waited for, and {acts.INBOX_MAX} items or "
             f"{acts.INBOX_BYTES_MAX} bytes are the limit; nothing was stored; send again when the run has taken some",
@@ -235,7 +250,6 @@ def _acting(
     """
     for _ in range(_ROUNDS_MAX):
         found = yield from reading_run(workflow_id, run_id)
-        parse_run(found)  # garbage is reported, not acted on
         act = decide(found)
         if act is None:
             return found, False
@@ -245,10 +259,14 @@ def _acting(
         after = yield from reading_run(workflow_id, run_id)
         if after.get("lastAct") == act_id:
             return after, True
-        moved = after.get("acts", 0) - found.get("acts", 0)
-        if moved > 1:
+        if _acts_of(after) - _acts_of(found) > 1:
             return after, False  # ours may have landed in between and have been overtaken: report what there is
     raise InvalidStateError(f"run {run_id}: others act on it all the time; nothing was changed, try again", run_id=run_id)
+
+
+def _acts_of(document: Document) -> int:
+    acts_made = document.get("acts")
+    return acts_made if isinstance(acts_made, int) else 0
 
 
 def ringing(app: Streamline, document: Document) -> Procedure[None]:
@@ -268,8 +286,10 @@ def _current_step(document: Document) -> dict[str, Any] | None:
     return next(steps, None) if document["status"] not in TERMINAL else None
 
 
-def _names_answer(document: Document, answer_id: str) -> bool:
-    return any(step.get("answer") == answer_id for step in document["steps"])
+def answered_step(document: Document, answer_id: str) -> str | None:
+    """The id of the step that this answer or event has ended, or None; whatever another program has made of the steps."""
+    steps = document["steps"] if isinstance(document["steps"], list) else ()
+    return next((step["stepId"] for step in steps if isinstance(step, dict) and step.get("answer") == answer_id), None)
 
 
 def _standing(document: Document) -> str:

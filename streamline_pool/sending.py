@@ -6,6 +6,7 @@ those who wait get it, then it counts as delivered. The steward repeats the last
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import acts
 from .context import check_event_name
-from .documents import as_payload, check_run_id
-from .errors import InvalidStateError, PayloadTooLargeError
+from .documents import as_payload, check_payload, check_run_id
+from .errors import InvalidStateError, PayloadTooLargeError, ValidationError
 from .model import TERMINAL
-from .outside import ITEM_BYTES, check_not_full, publish_resumed, reading_run, ringing
+from .outside import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
 from .procedures import Procedure
 
 if TYPE_CHECKING:
     from .client import Streamline
 
 __all__ = ["finishing_broadcasts", "sending_event"]
+
+log = logging.getLogger("streamline_pool")
 
 _WAITERS_MAX = 500  # runs woken by one command; a guess: an event of 256 KiB makes such a command 128 MB, see `_chunk`
 _CHUNK_BYTES = 16 * 1024 * 1024
@@ -33,6 +36,7 @@ _PENDING_MAX = 100  # events finished for dead senders at a time
 
 def sending_event(app: Streamline, name: str, data: Any, run_id: str | None) -> Procedure[int]:
     """Deliver an event; see `Streamline.send_event`."""
+    yield from app._ensuring(None)
     check_event_name(name, "send_event")
     data, size = as_payload(data, "send_event: data")
     if size > acts.EVENT_BYTES_MAX:
@@ -68,29 +72,33 @@ def _sending_to_one(app: Streamline, run_id: str, event_id: str, name: str, data
 
 def _tell(app: Streamline, document: Mapping[str, Any], event_id: str, data: Any) -> bool:
     """Publish that this event has woken the run, if it has."""
-    woken = [step["stepId"] for step in document["steps"] if step.get("answer") == event_id]
-    if woken:
-        publish_resumed(app, document, woken[0], data)
-    return bool(woken)
+    step_id = answered_step(document, event_id)
+    if step_id is not None:
+        publish_resumed(app, document, step_id, data)
+    return step_id is not None
 
 
 def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
-    """Wake everybody who waits for a stored event; the number of runs woken by this call."""
-    chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (as_payload(event["data"], "data")[1] + 3_000)))
+    """Wake everybody who waits for a stored event; the number of runs woken by this call.
+
+    One pass in the order of ids. Who begins to wait behind it looks for the event himself; so does who was found and
+    has gone on before the delivery. Nobody may end the pass but the last of those who wait.
+    """
+    chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (check_payload(event.get("data"), "data") + 3_000)))
     total = 0
+    last = None
     while True:
-        waiters = yield acts.find_waiters(event, chunk)
+        waiters = yield acts.find_waiters(event, last, chunk)
         if not waiters:
             break
+        last = waiters[-1]["_id"]
         yield acts.deliver_to_waiters(event, waiters)
         delivered = yield acts.read_delivered([found["_id"] for found in waiters], event["_id"])
         for lane, count in Counter(document.get("lane") for document in delivered).items():
             yield from app._signalling("due", wakeAt=app._server_now(), lane=lane, count=count)
         for document in delivered:
-            _tell(app, document, event["_id"], event["data"])
+            _tell(app, document, event["_id"], event.get("data"))
         total += len(delivered)
-        if not delivered:
-            break  # all of them have gone on meanwhile, or are too full to be updated: those look for it themselves
     yield acts.settle_event(event["_id"])
     return total
 
@@ -100,5 +108,9 @@ def finishing_broadcasts(app: Streamline) -> Procedure[int]:
     before = app._server_now() - timedelta(seconds=_SENDER_S)
     pending = yield acts.find_pending_events(before, _PENDING_MAX)
     for event in pending:
-        yield from _broadcasting(app, event)
+        try:
+            yield from _broadcasting(app, event)
+        except ValidationError:
+            # Nobody can have it as another program has left it; that must not keep the others from being finished.
+            log.exception("event_undeliverable", extra={"event_id": str(event["_id"])})
     return len(pending)

@@ -243,24 +243,24 @@ def take(document: Document, definition: Definition, waiting: Change, now: datet
     if item is None:
         return None
     (place,) = waiting.steps
-    change = advance(document, definition, place, item["data"], {}, now)
+    change = advance(document, definition, place, item.get("data"), {}, now)
     kept = {name: value for name, value in waiting.fields.items() if name in ("waitGen", "context") or name.startswith("context.")}
     # A hook's answers go with the step (`_closed`); an event is one item of several.
-    takes = change.takes if "stepId" in item else {"id": item["id"]}
-    return _answered(change._replace(fields={**change.fields, **kept}, takes=takes), place, item["id"])
+    takes = change.takes if "stepId" in item else {"id": item.get("id")}
+    return _answered(change._replace(fields={**change.fields, **kept}, takes=takes), place, item.get("id"))
 
 
-def _answered(change: Change, place: int, answer_id: str) -> Change:
+def _answered(change: Change, place: int, answer_id: Any) -> Change:
     """The step keeps whose answer it was: a caller whose reply was lost asks for it."""
     return change._replace(steps={**change.steps, place: {**change.steps[place], "answer": answer_id}})
 
 
 def look_found(document: Document, definition: Definition, place: int, item: Mapping[str, Any], now: datetime) -> Change:
     """A waiting run has found what it waits for: in its inbox, or among the events that were sent to all."""
-    change = _resumed(document, definition, place, item["data"], now)
+    change = _resumed(document, definition, place, item.get("data"), now)
     if "_id" in item:  # sent to all
         return _answered(change._replace(name="look", seen=item["_id"]), place, item["_id"])
-    return _answered(change._replace(name="look", takes={"id": item["id"]}), place, item["id"])
+    return _answered(change._replace(name="look", takes={"id": item.get("id")}), place, item.get("id"))
 
 
 def time_out(document: Document, definition: Definition, place: int, now: datetime) -> Change:
@@ -345,6 +345,8 @@ def under_pause(document: Document, change: Change, now: datetime) -> Change:
     """
     if change.name in ("wake", "look", "decide", "park", "release") or (change.name == "finish" and not change.steps):
         kept_steps = {} if change.name in ("wake", "look") else change.steps
+        if change.name == "decide":  # the entry that the claim or the step before has counted does not take place
+            kept_steps = {place: {**step, "status": _S_PENDING, "attempts": step["attempts"] - 1} for place, step in change.steps.items()}
         return Change("release", {}, kept_steps, wake_at=change.wake_at if change.name == "park" else now, releases=True)
     if change.name == "finish":
         kept = {name: value for name, value in change.fields.items() if name not in ("status", "output", "endedAt")}

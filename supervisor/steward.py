@@ -349,12 +349,12 @@ class _Steward:
         self._set_alarm()
         since = None if self._sweeps % FULL_SWEEP_EVERY == 0 else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
         self._sweeps += 1
-        if self._sweeps % BROADCASTS_EVERY == 1:
-            await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app)))
         recovered = await self._recover(ops.recover_expired(self._settings.max_crashes, since))
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
             self._wake(None, None, recovered)
+        if self._sweeps % BROADCASTS_EVERY == 1:  # last, since it may take long, and runs of dead workers wait for the others
+            await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app)))
 
     async def _find_due(self, until: datetime) -> list[dict[str, Any]]:
         try:

@@ -1,0 +1,315 @@
+"""Waits, answers and events under bad input: data that reads like commands, tokens used where they mean nothing, damage by others."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from workers import check_invariants, run_until_idle
+
+from streamline_pool import Context, Streamline, acts, create_hook, ops
+from streamline_pool.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
+from streamline_pool.procedures import Procedure
+from streamline_pool.sending import _broadcasting, finishing_broadcasts
+from support import shown
+
+NASTY: list[Any] = [
+    "$$NOW",
+    "$_id",
+    "$$ROOT",
+    {"$add": [1]},
+    {"$literal": {"$add": [1, 2]}},
+    {"a.b": 1, "$x": {"$y": "$z"}, "": 2},
+    [["$steps"], {"$set": {"status": "done"}}],
+    None,
+    {},
+    [],
+    False,
+    "",
+    0,
+]
+"""Values that mean something to an update pipeline, or that are as good as nothing to careless code."""
+
+
+class Waiting:
+    """A workflow whose first step waits in the way that the run's input says."""
+
+    def __init__(self, app: Streamline) -> None:
+        self.app = app
+        self.tokens: list[str] = []
+        self.workflow = app.workflow("waiting", steps={"first": self.first, "last": lambda ctx: ["passed on", ctx.get_output("first")]})
+
+    def first(self, ctx: Context) -> None:
+        match ctx.input:
+            case "human":
+                ctx.wait("say something", {"$add": ["$x"], "a.b": "$$NOW"})
+            case "hook":
+                self.tokens.append(create_hook(ctx, "say something").token)
+                ctx.wait("say something")
+            case "event":
+                ctx.wait_for("$go.now")
+            case "hook, then sleep":
+                self.tokens.append(create_hook(ctx, "say something").token)
+                ctx.sleep(3600)
+            case "hook, then event":
+                self.tokens.append(create_hook(ctx, "say something").token)
+                ctx.wait_for("$go.now")
+
+    def parked(self, how: str, *, run_id: str | None = None) -> str:
+        run = self.workflow.execute(self.workflow.start(how, run_id=run_id).id)
+        assert run.step("first").status == "waiting"
+        return run.id
+
+
+@pytest.fixture
+def waiting(app: Streamline) -> Waiting:
+    return Waiting(app)
+
+
+@pytest.mark.parametrize("data", NASTY, ids=shown)
+@pytest.mark.parametrize("way", ["resume", "hook", "event", "to all", "early event", "look"])
+def test_what_a_caller_sends_is_data_and_never_an_expression(app: Streamline, waiting: Waiting, way: str, data: Any) -> None:
+    """Answers and events pass through update pipelines, in which text that begins with `$` is a field of the run."""
+    match way:
+        case "resume":
+            run_id = waiting.parked("human", run_id="$x.y")
+            waiting.workflow.resume(run_id, data)
+        case "hook":
+            run_id = waiting.parked("hook", run_id="$x.y")
+            app.resume_hook(waiting.tokens[-1], data)
+        case "event":
+            run_id = waiting.parked("event", run_id="$x.y")
+            assert app.send_event("$go.now", data, run_id=run_id) == 1
+        case "to all":
+            run_id = waiting.parked("event", run_id="$x.y")
+            assert app.send_event("$go.now", data) == 1
+        case "early event":
+            run_id = waiting.workflow.start("event", run_id="$x.y").id
+            assert app.send_event("$go.now", data, run_id=run_id) == 0
+        case "look":
+            run_id = waiting.workflow.start("event", run_id="$x.y").id
+            assert app.send_event("$go.now", data) == 0
+    run = waiting.workflow.execute(run_id)
+    assert run.status == "done"
+    assert run.output == ["passed on", data]
+    assert type(run.step("first").output) is type(data)
+    assert "_item" not in run.to_dict()
+    assert "_hit" not in run.to_dict()
+
+
+def test_acts_reasons_are_text_and_never_expressions(app: Streamline, waiting: Waiting) -> None:
+    run_id = waiting.parked("human", run_id="$$NOW")
+    assert waiting.workflow.pause(run_id, reason="$$NOW").to_dict()["pauseReason"] == "$$NOW"
+    assert waiting.workflow.rewind_to(run_id, "first").paused
+    assert waiting.workflow.cancel(run_id, reason="$status").to_dict()["cancelReason"] == "$status"
+
+
+def test_a_hook_takes_as_large_an_answer_as_a_person_may_give(app: Streamline, waiting: Waiting) -> None:
+    """A command ends at 16 MiB: an answer that is sent in it twice would be refused from 8 MiB on."""
+    large = "x" * (11 * 1024 * 1024)
+    waiting.parked("hook")
+    assert app.resume_hook(waiting.tokens[-1], large).run.step("first").output == large
+
+
+@pytest.mark.parametrize("how", ["hook, then sleep", "hook, then event"])
+def test_a_hook_ends_no_sleep_and_no_wait_for_an_event(app: Streamline, waiting: Waiting, how: str) -> None:
+    """Its token belongs to a `ctx.wait` that never came; used all the same, a step would be done before its time."""
+    run_id = waiting.parked(how)
+    with pytest.raises(HookTokenError):
+        app.resume_hook(waiting.tokens[-1], "too soon")
+    assert waiting.workflow.get(run_id).step("first").status == "waiting"
+
+
+def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, waiting: Waiting) -> None:
+    """A sender that stops at the first batch of which nobody was woken would count the event as delivered, and those
+    behind it would wait for ever. Here the batch is as small as it gets, and all of it has gone on before the delivery."""
+    run_ids = sorted(waiting.parked("event") for _ in range(6))
+    event = app.store().run(acts.record_event("e1", "$go.now", 7))
+    gone_on: list[str] = []
+
+    def racing() -> Procedure[int]:
+        procedure = _broadcasting(app, event)
+        effect = next(procedure)
+        try:
+            while True:
+                if isinstance(effect, ops.Find) and effect.name == "find_waiters":
+                    effect = ops.Find(**{**{name: getattr(effect, name) for name in effect.__slots__}, "limit": 2})
+                answer = yield effect
+                if effect.name == "find_waiters" and not gone_on:
+                    gone_on.extend(found["_id"] for found in answer)
+                    for run_id in gone_on:
+                        yield acts.deliver_event(run_id, f"other {run_id}", "$go.now", 1, 100)
+                effect = procedure.send(answer)
+        except StopIteration as stop:
+            return int(stop.value)
+
+    assert app.store().drive(racing()) == 4
+    outputs = {run_id: waiting.workflow.get(run_id).step("first").output for run_id in run_ids}
+    assert outputs == {run_id: 1 if run_id in gone_on else 7 for run_id in run_ids}
+    assert app.store().collection("events").find_one({"_id": "e1"})["pending"] is False
+
+
+def test_a_damaged_waiter_keeps_an_event_from_nobody_else(app: Streamline, waiting: Waiting) -> None:
+    """The danger: one run whose steps or counters another program has spoilt ends the sender, for all who wait behind it."""
+    run_ids = sorted(waiting.parked("event") for _ in range(4))
+    app.runs.update_one({"_id": run_ids[0]}, {"$unset": {"waitGen": ""}, "$set": {"steps": {"stepId": "first"}}})
+    app.runs.update_one({"_id": run_ids[1]}, {"$set": {"steps": ["garbage", 5, None]}})
+    app.runs.update_one({"_id": run_ids[2]}, {"$unset": {"waitGen": ""}, "$set": {"seen": "garbage", "inbox": 7}})
+    assert app.send_event("$go.now", 1) == 2
+    assert app.runs.find_one({"_id": run_ids[2]})["seen"] != "garbage"
+    assert waiting.workflow.execute(run_ids[3]).status == "done"
+
+
+def test_a_run_whose_step_does_not_wait_is_not_resolved_by_a_leftover(app: Streamline, waiting: Waiting) -> None:
+    """`awaits` is an index's field; that a step waits is what its step says. A handler at work must not be overtaken."""
+    run = waiting.workflow.start("human")
+    app.runs.update_one({"_id": run.id}, {"$set": {"awaits": "$go.now"}})
+    assert app.send_event("$go.now", 1) == 0
+    assert waiting.workflow.get(run.id).step("first").status == "pending"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"inbox": "garbage"},
+        {"seen": 5},
+        {"steps.0.hooks": "garbage"},
+        {"steps.0.hooks": [5]},
+        {"steps.0.hooks": [{"hash": "text", "gen": 1}]},
+        {"steps.0.gen": "garbage"},
+        {"steps.0.waitingFor": "garbage"},
+        {"steps.0.waitingFor": {"type": "no such thing"}},
+        {"steps.0.waitingFor": {}},
+        {"steps.0.waitingFor.expiresAt": "$$NOW"},
+        {"steps": {"stepId": "first"}},
+        {"steps": [5]},
+        {"acts": "garbage"},
+        {"acts": None},
+        {"acts": {"gt": 0}},
+        {"waitGen": "garbage"},
+        {"currentStepId": {"first": 1}},
+        {"status": "no such status"},
+        {"token": "garbage"},
+        {"lease": "garbage"},
+        {"wakeAt": "garbage", "pausedWakeAt": "garbage"},
+        {"lastAct": {"$x": 1}},
+    ],
+    ids=shown,
+)
+@pytest.mark.parametrize("how", ["hook", "event"])
+def test_damage_by_another_program_is_told_and_breaks_nothing(app: Streamline, waiting: Waiting, how: str, damage: dict[str, Any]) -> None:
+    """Every call from outside either works or raises an error of ours; whatever it stores, the run's neighbours go on."""
+    run_id = waiting.parked(how)
+    neighbour = waiting.parked("human")
+    app.runs.update_one({"_id": run_id}, {"$set": damage})
+    calls = [
+        lambda: app.send_event("$go.now", 1, run_id=run_id),
+        lambda: app.send_event("$go.now", 1),
+        lambda: app.resume_hook(waiting.tokens[-1] if waiting.tokens else f"{run_id}.{'x' * 32}", 1),
+        lambda: waiting.workflow.resume(run_id, 1),
+        lambda: waiting.workflow.pause(run_id),
+        lambda: waiting.workflow.resume(run_id),
+        lambda: waiting.workflow.rewind_to(run_id, "first"),
+        lambda: waiting.workflow.cancel(run_id),
+    ]
+    for call in calls:
+        try:
+            call()
+        except WorkflowError as exc:
+            assert not exc.context.get("transient"), exc
+    waiting.workflow.resume(neighbour, 1)
+    run_until_idle(app)
+    assert waiting.workflow.get(neighbour).status == "done"
+
+
+@pytest.mark.parametrize("damage", [{"steps.0.gen": "x"}, {"steps.0.waitingFor": {"type": "?"}}, {"steps.0.hooks": [5]}], ids=shown)
+def test_an_answer_to_a_damaged_wait_says_what_is_wrong(app: Streamline, waiting: Waiting, damage: dict[str, Any]) -> None:
+    run_id = waiting.parked("hook")
+    app.runs.update_one({"_id": run_id}, {"$set": damage})
+    with pytest.raises(DataCorruptionError, match=run_id):
+        waiting.workflow.resume(run_id, 1)
+    with pytest.raises(DataCorruptionError, match=run_id):
+        app.resume_hook(waiting.tokens[-1], 1)
+
+
+def test_a_damaged_event_holds_up_no_other_and_no_steward(app: Streamline, waiting: Waiting) -> None:
+    """A steward that stumbles over one stored event would finish none of those that come after it, ever."""
+    events = app.store().collection("events")
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    run_id = waiting.parked("event")
+    deep: Any = 1
+    for _ in range(150):
+        deep = [deep]
+    events.insert_many(
+        [
+            {"_id": "no name", "at": long_ago, "pending": True, "data": 1},
+            {"_id": "odd name", "at": long_ago, "pending": True, "data": 1, "name": {"$gt": ""}},
+            {"_id": "no data", "at": long_ago, "pending": True, "name": "nobody waits for it"},
+            {"_id": "deep", "at": long_ago, "pending": True, "name": "nor for this", "data": deep},
+            {"_id": 5, "at": "no date", "pending": True, "name": "$go.now"},
+        ]
+    )
+    assert app.send_event("$go.now", 1) == 1
+    app.store().drive(finishing_broadcasts(app))
+    assert events.find_one({"_id": "no data"})["pending"] is False
+    assert waiting.workflow.execute(run_id).output == ["passed on", 1]
+
+
+def test_a_look_finds_an_event_without_data(app: Streamline, waiting: Waiting) -> None:
+    """A driver that stumbles over it loses the run's lease, again and again, until its worker is convicted of killing it."""
+    run = waiting.workflow.start("event")
+    app.store().collection("events").insert_one({"_id": "e", "name": "$go.now", "at": run.created_at, "pending": False})
+    assert waiting.workflow.execute(run.id).output == ["passed on", None]
+
+
+def test_an_entry_that_a_pause_has_prevented_is_not_counted(app: Streamline) -> None:
+    """`attempts` counts entries into the handler. A step whose condition has been decided when the pause is found is not entered."""
+    paused: list[Any] = []
+
+    def pause_once(ctx: Context) -> bool:
+        if not paused:
+            paused.append(app.pause_run(ctx.run_id))
+        return True
+
+    workflow = app.workflow("conditional", steps={"one": (lambda ctx: ctx.attempt, {"run_if": pause_once})})
+    run = workflow.execute(workflow.start().id)
+    assert run.paused
+    check_invariants([run.to_dict()])
+    assert run.step("one").status == "pending"
+    assert run.step("one").attempts == 0
+    workflow.resume(run.id)
+    assert workflow.execute(run.id).output == 1
+
+
+def test_an_event_is_sent_where_nobody_has_made_the_indexes(app: Streamline) -> None:
+    """A program that only sends, on a database in which other programs have made the runs' collection: hints need their index."""
+    app.runs.insert_one({"_id": "somebody's"})
+    app.runs.delete_one({"_id": "somebody's"})
+    assert app.send_event("go") == 0
+
+
+def test_a_nested_event_for_a_busy_run_is_not_refused_for_its_depth(app: Streamline, waiting: Waiting) -> None:
+    """A payload as deep as payloads may be lies some levels deeper in the inbox; that it is there must not make others unsendable."""
+    deep: Any = 1
+    for _ in range(99):
+        deep = [deep]
+    run_id = waiting.workflow.start("event").id
+    app.send_event("other", deep, run_id=run_id)
+    large = "x" * (250 * 1024)
+    for _ in range(8):
+        app.send_event("other", large, run_id=run_id)
+    with pytest.raises(PayloadTooLargeError, match="its inbox is full"):
+        app.send_event("other", large, run_id=run_id)
+
+
+def test_a_run_that_ends_for_want_of_room_awaits_nothing(app: Streamline, waiting: Waiting) -> None:
+    """Its entry in the index of those who wait would be found by every sender from then on."""
+    run_id = waiting.parked("event")
+    fence = ops.Fence(run_id, "lease", 1, 1)
+    app.runs.update_one({"_id": run_id}, {"$set": {"lease": {"id": "lease"}, "rev": 1}, "$unset": {"wakeAt": ""}})
+    error = InvalidStateError("full")
+    app.store().run(ops.write_statements([ops.fail_barely(fence, 0, error.code, "full", app.store().now())]))
+    document = app.runs.find_one({"_id": run_id})
+    assert document["status"] == "failed"
+    assert "awaits" not in document

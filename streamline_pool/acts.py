@@ -15,7 +15,7 @@ from .model import RunStatus, StepStatus
 from .operations import Command, Find
 
 __all__ = [
-    "EVENT_BYTES_MAX", "INBOX_BYTES_MAX", "INBOX_MAX",
+    "ACTS_KEPT", "EVENT_BYTES_MAX", "INBOX_BYTES_MAX", "INBOX_MAX",
     "answer_hook", "answer_wait", "cancel_run", "deliver_event", "deliver_to_waiters", "find_event_for", "find_pending_events",
     "find_waiters", "forget_events", "oldest_live_run", "pause_run", "read_delivered", "record_event", "rewind_run", "settle_event",
     "unpause_run",
@@ -28,6 +28,9 @@ INBOX_MAX = 100
 
 INBOX_BYTES_MAX = 2 * 1024 * 1024
 """Bytes of them; derived: a run that is otherwise full to its limit still has so much room in its document."""
+
+ACTS_KEPT = 8
+"""Ids of the latest acts that a run keeps, so that a caller knows of its own for certain when others have acted after it."""
 
 EVENT_BYTES_MAX = 256 * 1024
 """Data of one event. It is copied into every run that it reaches."""
@@ -137,7 +140,13 @@ def _run(workflow_id: str | None, run_id: str) -> Document:
 
 
 def _act(act_id: str) -> Document:
-    return {"acts": plus_one("$acts"), "lastAct": {"$literal": act_id}, "updatedAt": "$$NOW"}
+    earlier = {"$cond": [{"$isArray": ["$actIds"]}, "$actIds", []]}
+    return {
+        "acts": plus_one("$acts"),
+        "lastAct": {"$literal": act_id},
+        "actIds": {"$slice": [{"$concatArrays": [earlier, [{"$literal": act_id}]]}, -ACTS_KEPT]},
+        "updatedAt": "$$NOW",
+    }
 
 
 def _change_one(name: str, query: Document, update: list[Document], *, collection: str = "runs", upsert: bool = False) -> Command:

@@ -68,7 +68,7 @@ def _fail_full(op: ops.Command, run_id: str, now: datetime) -> ops.Command:
     """End a run in as few bytes as possible; what only a live run needs makes room for that."""
     error = {"code": ErrorCode.PAYLOAD_TOO_LARGE.value, "message": f"no room in MongoDB's 16 MiB for {op.name}", "stepId": None}
     sets = {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
-    unset = dict.fromkeys(("lease", "wakeAt", "pausedWakeAt", "awaits", "lastAct", "lane", "slot"), "")
+    unset = dict.fromkeys(("lease", "wakeAt", "pausedWakeAt", "awaits", "lastAct", "actIds", "lane", "slot"), "")
     query = {"$and": [{"_id": run_id}, op.body["updates"][0]["q"]]}
     body = {"updates": [{"q": query, "u": {"$set": sets, "$unset": unset}}]}
     return ops.Command(name="fail_full", collection="runs", verb="update", body=body, parse=ops.all_or_refused)

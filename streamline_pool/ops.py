@@ -274,7 +274,7 @@ def fail_barely(fence: Fence, place: int, code: ErrorCode, message: str, now: da
     """End a run that has no room left even for its own failure: the reason in few bytes, the checkpoint dropped."""
     error = {"code": code.value, "message": message[:100], "type": "", "stepId": None, "traceback": ""}
     sets = {"rev": fence.rev + 1, "status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
-    unset = {"lease": "", "wakeAt": "", "pausedWakeAt": "", "awaits": "", "lastAct": "", f"steps.{place}.checkpoint": ""}
+    unset = {"lease": "", "wakeAt": "", "pausedWakeAt": "", "awaits": "", "lastAct": "", "actIds": "", f"steps.{place}.checkpoint": ""}
     query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
     return Statement(fence, {"q": query, "u": {"$set": sets, "$unset": unset}}, len(message) + 600)
 

@@ -245,8 +245,8 @@ def _acting(
 ) -> Procedure[tuple[dict[str, Any], bool]]:
     """Read the run, act on it as it was found, and say whether that took effect. The stored document either way.
 
-    The act names the count of acts that was read, so it takes effect once and on that state alone. Where another act came
-    first, and nothing else (the count moved by one, and the act is not ours), ours has certainly not landed: decide anew.
+    The act names the count of acts that was read, so it takes effect once and on that state alone. On a miss the run tells
+    whose acts came since: ours is among them, or has certainly not landed and never will, and is decided anew.
     """
     for _ in range(_ROUNDS_MAX):
         found = yield from reading_run(workflow_id, run_id)
@@ -257,11 +257,14 @@ def _acting(
         if document is not None:
             return document, True
         after = yield from reading_run(workflow_id, run_id)
-        if after.get("lastAct") == act_id:
+        kept = after.get("actIds")
+        if after.get("lastAct") == act_id or (isinstance(kept, list) and act_id in kept):
             return after, True
-        if _acts_of(after) - _acts_of(found) > 1:
-            return after, False  # ours may have landed in between and have been overtaken: report what there is
-    raise InvalidStateError(f"run {run_id}: others act on it all the time; nothing was changed, try again", run_id=run_id)
+        if _acts_of(after) - _acts_of(found) > acts.ACTS_KEPT:
+            break  # ours may have been one of those that are kept no more
+    raise InvalidStateError(
+        f"run {run_id}: others act on it all the time, so what became of this act is unknown; look at it", run_id=run_id
+    )
 
 
 def _acts_of(document: Document) -> int:

@@ -121,13 +121,22 @@ def check_invariants(documents: Sequence[Mapping[str, Any]]) -> None:
         if status in ("done", "failed", "cancelled"):
             assert document["endedAt"] is not None, f"{run_id}: {status} without endedAt"
             assert "lease" not in document, f"{run_id}: {status}, and leased"
-            assert "wakeAt" not in document, f"{run_id}: {status}, and claimable"
+            assert not {"wakeAt", "pausedWakeAt", "awaits"} & set(document), f"{run_id}: {status}, and claimable or awaiting: {document}"
             if status == "failed":
                 assert document["error"]["code"], f"{run_id}: failed without saying why"
                 assert document["error"]["message"], f"{run_id}: failed without saying why"
             continue
+        where = f"{run_id}: wedged or doubly scheduled: {document}"
+        step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), {"status": "none"})
+        waits_for = step["waitingFor"]["type"] if step["status"] == "waiting" else None
+        # Who waits without a deadline is looked after by whoever answers; everybody else by a lease or an instant.
+        on_its_own = waits_for in ("human", "webhook", "event") and step["waitingFor"].get("expiresAt") is None
         if document.get("paused"):
-            continue
-        step = next(step for step in document["steps"] if step["stepId"] == document["currentStepId"])
-        waits = step["status"] == "waiting" and step["waitingFor"]["type"] != "timer"
-        assert ("lease" in document) + ("wakeAt" in document) + waits == 1, f"{run_id}: wedged or doubly scheduled: {document}"
+            assert "wakeAt" not in document, f"{run_id}: paused, and claimable: {document}"
+            scheduled = ("lease" in document) + ("pausedWakeAt" in document)
+        else:
+            assert "pausedWakeAt" not in document, where
+            scheduled = ("lease" in document) + ("wakeAt" in document)
+        assert scheduled == 1 or (scheduled == 0 and on_its_own), where
+        awaited = step["waitingFor"]["eventName"] if waits_for == "event" else None
+        assert document.get("awaits") == awaited, f"{run_id}: awaits {document.get('awaits')!r}: {document}"

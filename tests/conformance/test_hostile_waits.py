@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from workers import check_invariants, run_until_idle
 
 from streamline_pool import Context, Streamline, acts, create_hook, ops
 from streamline_pool.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
+from streamline_pool.outside import rewinding_run
 from streamline_pool.procedures import Procedure
 from streamline_pool.sending import _broadcasting, finishing_broadcasts
 from support import shown
@@ -313,3 +315,67 @@ def test_a_run_that_ends_for_want_of_room_awaits_nothing(app: Streamline, waitin
     document = app.runs.find_one({"_id": run_id})
     assert document["status"] == "failed"
     assert "awaits" not in document
+
+
+def interrupted(app: Streamline, procedure: Procedure[Any], before: str, meanwhile: Callable[[], Any]) -> Any:
+    """Run a client's procedure, and do something just before the first operation of that name."""
+    todo = [meanwhile]
+
+    def watched() -> Procedure[Any]:
+        try:
+            effect = next(procedure)
+            while True:
+                if getattr(effect, "name", None) == before and todo:
+                    todo.pop()()
+                effect = procedure.send((yield effect))
+        except StopIteration as stop:
+            return stop.value
+
+    result = app.store().drive(watched())
+    assert not todo, f"{before} was never asked for"
+    return result
+
+
+@pytest.mark.parametrize("others", [1, 2, 3, 6])
+def test_an_act_is_done_though_others_act_between_its_look_and_its_write(app: Streamline, waiting: Waiting, others: int) -> None:
+    """Told that the run was rewound, while two other acts had kept the write from matching, a caller would rely on what never was."""
+    run_id = waiting.parked("human")
+
+    def act() -> None:
+        for number in range(others):
+            waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
+
+    run = interrupted(app, rewinding_run(app, None, run_id, "first"), "rewind_run", act)
+    assert run.step("first").status == "pending"
+    assert run.to_dict()["rewinds"] == 1
+    assert run.to_dict()["acts"] == others + 1
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 5])
+def test_an_act_whose_reply_was_lost_is_known_by_its_id_whatever_others_did_since(app: Streamline, waiting: Waiting, others: int) -> None:
+    """Repeated with a new decision, a rewind would throw away the results that came after the first."""
+    run_id = waiting.parked("human")
+    landed: list[Any] = []
+
+    def land_and_act() -> None:
+        waiting.workflow.execute(run_id)
+        landed.append(waiting.workflow.get(run_id).to_dict())
+        for number in range(others):
+            waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
+
+    procedure = rewinding_run(app, None, run_id, "first")
+
+    def lossy() -> Procedure[Any]:
+        try:
+            effect = next(procedure)
+            while True:
+                if getattr(effect, "name", None) == "rewind_run" and not landed:
+                    yield effect  # the reply of this one is lost, and the caller sends it again
+                    land_and_act()
+                effect = procedure.send((yield effect))
+        except StopIteration as stop:
+            return stop.value
+
+    app.store().drive(lossy())
+    assert waiting.workflow.get(run_id).to_dict()["rewinds"] == 1
+    assert waiting.workflow.get(run_id).step("first").status == "waiting"

@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from .documents import SERVER_TICK
+from .errors import ValidationError
 from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, some_step
 from .model import RunStatus, StepStatus
-from .operations import Command, Find
+from .operations import Command, Find, Reply
 
 __all__ = [
     "ACTS_KEPT", "EVENT_BYTES_MAX", "INBOX_BYTES_MAX", "INBOX_MAX",
     "answer_hook", "answer_wait", "cancel_run", "deliver_event", "deliver_to_waiters", "find_event_for", "find_pending_events",
-    "find_waiters", "forget_events", "oldest_live_run", "pause_run", "read_delivered", "record_event", "rewind_run", "settle_event",
-    "unpause_run",
+    "find_waiters", "forget_events", "oldest_live_run", "pause_run", "read_delivered", "read_event", "record_event",
+    "rewind_run", "settle_event", "unpause_run",
 ]  # fmt: skip
 
 Document = dict[str, Any]
@@ -38,6 +40,7 @@ EVENT_BYTES_MAX = 256 * 1024
 _WAITING, _RUNNING, _PENDING, _DONE = (
     status.value for status in (StepStatus.WAITING, StepStatus.RUNNING, StepStatus.PENDING, StepStatus.DONE)
 )
+_DUPLICATE_KEY = 11000
 _IS_PAUSED: Document = {"$eq": ["$paused", True]}
 _BY_A_PERSON = ("human", "webhook")
 """Types of waits that an answer ends."""
@@ -61,6 +64,7 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id:
         "awaits": "$$REMOVE",
         "token": plus_one("$token"),
         **_act(act_id),
+        "actIds": "$$REMOVE",  # no act follows
     }
     return _change_one("cancel_run", _run(workflow_id, run_id), [{"$set": sets}])
 
@@ -149,11 +153,9 @@ def _act(act_id: str) -> Document:
     }
 
 
-def _change_one(name: str, query: Document, update: list[Document], *, collection: str = "runs", upsert: bool = False) -> Command:
+def _change_one(name: str, query: Document, update: list[Document]) -> Command:
     body: Document = {"query": query, "update": update, "new": True}
-    if upsert:
-        body["upsert"] = True
-    return Command(name=name, collection=collection, verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))
+    return Command(name=name, collection="runs", verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -261,18 +263,26 @@ def deliver_event(run_id: str, event_id: str, name: str, data: Any, size: int) -
     return _change_one("deliver_event", query, _delivering(hit, {"id": event_id, "name": name, "data": data}, is_event=True))
 
 
-def record_event(event_id: str, name: str, data: Any) -> Command:
-    """Store an event for every run that exists now and waits for it sooner or later. Yields it, with the server's time.
+def record_event(event_id: str, name: str, data: Any, at: datetime) -> Command:
+    """Store an event for every run that exists now and waits for it sooner or later. Repeating changes nothing.
 
-    It is pending until those that wait now have it. Repeating changes nothing.
+    It is pending until those that wait now have it. Which runs exist is told by `bornAt`, and not by a clock.
     """
-    sets = {
-        "name": {"$literal": name},
-        "data": {"$literal": data},
-        "at": {"$ifNull": ["$at", "$$NOW"]},
-        "pending": {"$ifNull": ["$pending", True]},
-    }
-    return _change_one("record_event", {"_id": event_id}, [{"$set": sets}], collection="events", upsert=True)
+    document = {"_id": event_id, "name": name, "data": data, "at": at, "bornAt": SERVER_TICK, "pending": True}
+    return Command(
+        name="record_event", collection="events", verb="insert", body={"documents": [document], "ordered": False}, parse=_there_now
+    )
+
+
+def _there_now(reply: Reply) -> None:
+    for error in reply.get("writeErrors", ()):
+        if error.get("code") != _DUPLICATE_KEY:
+            raise ValidationError(f"MongoDB refuses to store the event: {str(error.get('errmsg'))[:500]}")
+
+
+def read_event(event_id: str) -> Find:
+    """The event with that id, as stored."""
+    return Find(name="read_event", collection="events", filter={"_id": event_id}, limit=1)
 
 
 def find_waiters(event: Mapping[str, Any], after: str | None, limit: int) -> Find:
@@ -305,7 +315,7 @@ def _waits_for(event: Mapping[str, Any]) -> Document:
     return {
         "awaits": event["name"],
         "seen": {"$ne": event["_id"]},
-        "createdAt": {"$lte": event["at"]},
+        "bornAt": {"$lt": event.get("bornAt")},
         "status": {"$in": NON_TERMINAL_TEXTS},
     }
 
@@ -329,12 +339,12 @@ def find_pending_events(before: datetime, limit: int) -> Find:
     return Find(name="find_pending_events", collection="events", filter=query, sort=(("at", 1),), limit=limit)
 
 
-def find_event_for(name: str, since: datetime, seen: Sequence[str]) -> Find:
-    """The oldest event of that name that was sent to all from then on, and is none of those. Index streamline_event."""
-    query: Document = {"name": name, "at": {"$gte": since}}
+def find_event_for(name: str, born_at: Any, seen: Sequence[str]) -> Find:
+    """The oldest event of that name that was sent to all after a run was born, and is none of those. Index streamline_event."""
+    query: Document = {"name": name, "bornAt": {"$gt": born_at}}
     if seen:
         query["_id"] = {"$nin": list(seen)}
-    return Find(name="find_event_for", collection="events", filter=query, sort=(("at", 1),), limit=1)
+    return Find(name="find_event_for", collection="events", filter=query, sort=(("bornAt", 1),), limit=1)
 
 
 def oldest_live_run() -> Find:

@@ -24,6 +24,7 @@ __all__ = [
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
     "RUN_INDEXES",
+    "SERVER_TICK",
     "SLOTS",
     "as_payload",
     "as_stored",
@@ -64,6 +65,12 @@ PAYLOAD_DEPTH_MAX = 100
 
 NEW_RUN_BYTES_MAX = 15 * 1024 * 1024
 """The largest run that can be started. A document ends at 16 MiB; one that is full could not even be claimed."""
+
+SERVER_TICK = bson.Timestamp(0, 0)
+"""As a field of an inserted document: the server stores its logical time instead, higher than all it has given before.
+
+Which of two inserts came first is thereby told without anybody's clock: instants are estimates on whichever host made them.
+"""
 
 _SCALARS = (type(None), bool, float)
 _LEAVES = frozenset({type(None), bool, int, float, str, bytes, datetime})
@@ -117,7 +124,7 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
 """The indexes that the engine itself needs. A step's commit touches none of their fields."""
 
 EVENT_INDEXES: tuple[IndexDefinition, ...] = (
-    IndexDefinition(name="streamline_event", key={"name": 1, "at": 1}),
+    IndexDefinition(name="streamline_event", key={"name": 1, "bornAt": 1}),
     # Events whose sender has not finished: a steward does when the sender died.
     IndexDefinition(name="streamline_pending", key={"at": 1}, partial={"pending": True}),
 )
@@ -280,6 +287,7 @@ def new_run(
         # From here on: fields that the engine schedules by.
         "lane": definition.lane_of(queue),
         "slot": slot,
+        "bornAt": SERVER_TICK,
         "wakeAt": due_at,
         "token": 0,
         "rev": 0,

@@ -224,14 +224,12 @@ class Engine:
     async def _find_event(self, flight: Flight, name: str) -> Mapping[str, Any] | None:
         """An event that was sent to all since the run exists, and that it has not had."""
         document = flight.document
-        since = document.get("createdAt")
-        while isinstance(since, datetime):  # without it, nobody can say which events are older than the run
+        while True:
             try:
-                found = await self.store.run(acts.find_event_for(name, since, document.get("seen") or ()))
+                found = await self.store.run(acts.find_event_for(name, document.get("bornAt"), document.get("seen") or ()))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
-        return None
 
     async def _decide_entry(self, flight: Flight, step: StepDefinition, place: int) -> Change:
         context = Context(flight.document, place, AbortSignal(), flight)

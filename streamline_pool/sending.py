@@ -48,7 +48,8 @@ def sending_event(app: Streamline, name: str, data: Any, run_id: str | None) -> 
     event_id = app.env.new_id()
     if run_id is not None:
         return (yield from _sending_to_one(app, check_run_id(run_id), event_id, name, data, size))
-    event = yield acts.record_event(event_id, name, data)
+    yield acts.record_event(event_id, name, data, app._server_now())
+    (event,) = yield acts.read_event(event_id)
     woken = yield from _broadcasting(app, event)
     return woken
 
@@ -94,7 +95,8 @@ def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
         last = waiters[-1]["_id"]
         yield acts.deliver_to_waiters(event, waiters)
         delivered = yield acts.read_delivered([found["_id"] for found in waiters], event["_id"])
-        for lane, count in Counter(document.get("lane") for document in delivered).items():
+        lanes = (document.get("lane") for document in delivered)
+        for lane, count in Counter(lane for lane in lanes if isinstance(lane, str)).items():
             yield from app._signalling("due", wakeAt=app._server_now(), lane=lane, count=count)
         for document in delivered:
             _tell(app, document, event["_id"], event.get("data"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import Context, Streamline, acts, create_hook, ops
+from streamline_pool.documents import SERVER_TICK
 from streamline_pool.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
 from streamline_pool.outside import rewinding_run
 from streamline_pool.procedures import Procedure
@@ -127,7 +128,8 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
     """A sender that stops at the first batch of which nobody was woken would count the event as delivered, and those
     behind it would wait for ever. Here the batch is as small as it gets, and all of it has gone on before the delivery."""
     run_ids = sorted(waiting.parked("event") for _ in range(6))
-    event = app.store().run(acts.record_event("e1", "$go.now", 7))
+    app.store().run(acts.record_event("e1", "$go.now", 7, app.store().now()))
+    (event,) = app.store().run(acts.read_event("e1"))
     gone_on: list[str] = []
 
     def racing() -> Procedure[int]:
@@ -261,7 +263,9 @@ def test_a_damaged_event_holds_up_no_other_and_no_steward(app: Streamline, waiti
 def test_a_look_finds_an_event_without_data(app: Streamline, waiting: Waiting) -> None:
     """A driver that stumbles over it loses the run's lease, again and again, until its worker is convicted of killing it."""
     run = waiting.workflow.start("event")
-    app.store().collection("events").insert_one({"_id": "e", "name": "$go.now", "at": run.created_at, "pending": False})
+    app.store().collection("events").insert_one(
+        {"_id": "e", "name": "$go.now", "at": run.created_at, "bornAt": SERVER_TICK, "pending": False}
+    )
     assert waiting.workflow.execute(run.id).output == ["passed on", None]
 
 
@@ -379,3 +383,24 @@ def test_an_act_whose_reply_was_lost_is_known_by_its_id_whatever_others_did_sinc
     app.store().drive(lossy())
     assert waiting.workflow.get(run_id).to_dict()["rewinds"] == 1
     assert waiting.workflow.get(run_id).step("first").status == "waiting"
+
+
+@pytest.mark.parametrize("wrong_s", [-30.0, 30.0])
+@pytest.mark.parametrize("way", ["waits now", "waits later"])
+def test_who_existed_when_an_event_was_sent_is_no_question_of_clocks(app: Streamline, waiting: Waiting, wrong_s: float, way: str) -> None:
+    """A starter whose idea of the time is ahead would make runs that events sent after them pass by, and they wait for ever."""
+    app.store().syncing_clock()
+    old = waiting.workflow.start("event")
+    clock = app.store().clock
+    clock.read(clock.now() + timedelta(seconds=wrong_s), app.env.clock.monotonic(), app.env.clock.monotonic())
+    run = waiting.workflow.start("event")
+    app.runs.update_many({}, {"$set": {"wakeAt": datetime(2020, 1, 1, tzinfo=UTC)}})
+    if way == "waits now":
+        waiting.workflow.execute(old.id)
+        waiting.workflow.execute(run.id)
+    assert app.send_event("$go.now", 1) == (2 if way == "waits now" else 0)
+    young = waiting.workflow.start("event")
+    app.runs.update_one({"_id": young.id}, {"$set": {"wakeAt": datetime(2020, 1, 1, tzinfo=UTC)}})
+    assert waiting.workflow.execute(run.id).status == "done"
+    assert waiting.workflow.execute(old.id).status == "done"
+    assert waiting.workflow.execute(young.id).status == "waiting", "an event from before its start reached a run"

@@ -140,7 +140,7 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
                 case 10:
                     # A sender that dies once its event is stored.
                     event_id = app.env.new_id()
-                    await store.run(acts.record_event(event_id, chance.choice(NAMES), {"event": event_id}))
+                    await store.run(acts.record_event(event_id, chance.choice(NAMES), {"event": event_id}, store.now()))
                 case 11:
                     await workflow.rewind_to_async(run_id, chance.choice(STEPS))
                     record["rewinds"][run_id] += 1

@@ -287,7 +287,6 @@ def new_run(
         # From here on: fields that the engine schedules by.
         "lane": definition.lane_of(queue),
         "slot": slot,
-        "bornAt": SERVER_TICK,
         "wakeAt": due_at,
         "token": 0,
         "rev": 0,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES, SLOTS
+from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES, SERVER_TICK, SLOTS
 from .errors import ErrorCode, ValidationError
 from .expressions import (
     IS_CURRENT,
@@ -72,12 +72,16 @@ def build_info() -> Command:
 
 
 def insert_runs(documents: Sequence[Document]) -> Command:
-    """Store new runs. Yields the errors `[{index, code, keyPattern, …}]` of those that were refused."""
+    """Store new runs. Yields the errors `[{index, code, keyPattern, …}]` of those that were refused.
+
+    Each gets `bornAt`, which nobody knows before the server has stored it: which events are younger than the run.
+    """
+    stored = [{**document, "bornAt": SERVER_TICK} for document in documents]
     return Command(
         name="insert_runs",
         collection="runs",
         verb="insert",
-        body={"documents": documents, "ordered": False},
+        body={"documents": stored, "ordered": False},
         parse=lambda reply: list(reply.get("writeErrors", ())),
     )
 

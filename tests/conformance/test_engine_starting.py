@@ -16,6 +16,7 @@ import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, PayloadTooLargeError, Streamline, ValidationError
+from streamline_pool.documents import SERVER_TICK
 from support import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,6 +30,8 @@ def orders(app: Streamline) -> Any:
 def test_a_started_run_is_stored_before_start_returns(app: Streamline, orders: Any) -> None:
     run = orders.start({"item": 5}, {"source": "web"}, user_id="u1", tags=("a", "b"), priority=3)
     stored = app.runs.find_one({"_id": run.id})
+    born_at = stored.pop("bornAt")  # only the server knows it
+    assert born_at > SERVER_TICK
     assert stored == run.to_dict(), "what start returns is what a reader finds"
     assert (run.status, run.current_step_id, run.input, run.context) == ("running", "reserve", {"item": 5}, {"item": 5})
     assert (run.meta, run.user_id, run.tags, run.priority, run.queue) == ({"source": "web"}, "u1", ("a", "b"), 3, "default")

@@ -12,7 +12,7 @@ from workers import check_invariants, run_until_idle
 from streamline_pool import Context, Streamline, acts, create_hook, ops
 from streamline_pool.documents import SERVER_TICK
 from streamline_pool.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
-from streamline_pool.outside import rewinding_run
+from streamline_pool.outside import answering_hook, resuming_run, rewinding_run
 from streamline_pool.procedures import Procedure
 from streamline_pool.sending import _broadcasting, finishing_broadcasts
 from support import shown
@@ -404,3 +404,62 @@ def test_who_existed_when_an_event_was_sent_is_no_question_of_clocks(app: Stream
     assert waiting.workflow.execute(run.id).status == "done"
     assert waiting.workflow.execute(old.id).status == "done"
     assert waiting.workflow.execute(young.id).status == "waiting", "an event from before its start reached a run"
+
+
+def test_of_two_answers_that_meet_only_one_is_reported_as_accepted(app: Streamline, waiting: Waiting) -> None:
+    """Both have read that the run waits; who is told that his answer counts must be the one whose answer it is."""
+    run_id = waiting.parked("human")
+    second = resuming_run(app, None, run_id, "second")
+    with pytest.raises(InvalidStateError, match="another answer"):
+        interrupted(app, second, "answer_wait", lambda: waiting.workflow.resume(run_id, "first"))
+    run_id = waiting.parked("hook")
+    token = waiting.tokens[-1]
+    with pytest.raises(HookTokenError):
+        interrupted(app, answering_hook(app, token, "second"), "answer_hook", lambda: app.resume_hook(token, "first"))
+    assert waiting.workflow.get(run_id).step("first").output == "first"
+
+
+def test_a_resume_that_has_read_a_pause_never_answers(app: Streamline, waiting: Waiting) -> None:
+    """Somebody else un-pauses the run between the two: decided anew, the call would answer a wait that nobody has answered."""
+    run_id = waiting.parked("human")
+    waiting.workflow.pause(run_id)
+    run = interrupted(app, resuming_run(app, None, run_id, None), "unpause_run", lambda: waiting.workflow.resume(run_id))
+    assert not run.paused
+    assert run.step("first").status == "waiting"
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_event_that_comes_between_the_handler_and_its_wait_is_taken(app: Streamline, last: bool) -> None:
+    """The holder's copy of the run does not have it yet: a wait that is stored all the same waits for what it has."""
+
+    def asks(ctx: Context) -> None:
+        assert app.send_event("go", {"$n": 1}, run_id=ctx.run_id) == 0
+        ctx.set("sent", True)
+        ctx.wait_for("go")
+
+    steps = {"asks": asks} if last else {"asks": asks, "then": lambda ctx: ctx.get_output("asks")}
+    workflow = app.workflow("meeting", steps=steps)
+    run = workflow.execute(workflow.start().id)
+    assert (run.status, run.output, run.context) == ("done", {"$n": 1}, {"sent": True})
+    assert run.to_dict()["inbox"] == []
+    check_invariants([run.to_dict()])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_event_taken_from_the_inbox_under_pause_is_stored_once(app: Streamline, last: bool) -> None:
+    """Two twists at once: the wait's answer is there already, and the run was paused: the result is stored, and nothing starts."""
+    entered: list[str] = []
+
+    def asks(ctx: Context) -> None:
+        app.send_event("go", 1, run_id=ctx.run_id)
+        app.pause_run(ctx.run_id)
+        ctx.wait_for("go")
+
+    steps = {"asks": asks} if last else {"asks": asks, "then": lambda ctx: entered.append(ctx.step_id)}
+    workflow = app.workflow("meeting", steps=steps)
+    run = workflow.execute(workflow.start().id)
+    assert (run.paused, run.status, run.step("asks").output, entered) == (True, "running", 1, [])
+    assert run.to_dict()["inbox"] == []
+    check_invariants([run.to_dict()])
+    workflow.resume(run.id)
+    assert workflow.execute(run.id).status == "done"

@@ -105,6 +105,12 @@ class Scripted:
                 if step["stepId"] == document["currentStepId"]:
                     ended = False
                 assert (step["status"] in ("done", "skipped")) is ended or document["status"] == "failed", f"order: {document}"
+                if step["status"] == "waiting":
+                    # What has come already is not waited for: nobody would ever look into the inbox again.
+                    wanted = {"event": step["waitingFor"].get("eventName")}.get(step["waitingFor"]["type"])
+                    unread = [item for item in document.get("inbox", []) if item.get("name") == wanted is not None]
+                    unread += [item for item in document.get("inbox", []) if item.get("gen") == step["gen"]]
+                    assert not unread, f"{run_id} waits for what it has: {document}"
                 if step["stepId"] != document["currentStepId"]:
                     assert "hooks" not in step, f"{run_id}: hooks of a step that is over: {step}"
                 if step["status"] == "done" and isinstance(step["output"], dict) and "event" in step["output"]:
@@ -119,7 +125,7 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
         run_id = chance.choice(runs)
         payload = {"answer": app.env.new_id()}
         try:
-            match chance.randrange(14):
+            match chance.randrange(15):
                 case 0 | 1:
                     await workflow.pause_async(run_id)
                 case 2 | 3:
@@ -150,6 +156,8 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
                     await store.run(ops._update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
                     await store.run(ops.recover_expired(app.settings.max_crashes))
                 case 13:
+                    await store.drive(finishing(app))
+                case 14:
                     if number % 3 == 0 and (await workflow.cancel_async(run_id)).status == "cancelled":
                         record["cancelled"].add(run_id)
         except (InvalidStateError, HookTokenError):

@@ -12,10 +12,10 @@ from workers import check_invariants, run_until_idle
 from streamline_pool import Context, Streamline, acts, create_hook, ops
 from streamline_pool.documents import SERVER_TICK
 from streamline_pool.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
-from streamline_pool.outside import answering_hook, resuming_run, rewinding_run
+from streamline_pool.outside import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.procedures import Procedure
-from streamline_pool.sending import _broadcasting, finishing_broadcasts
-from support import shown
+from streamline_pool.sending import _broadcasting, finishing_broadcasts, sending_event
+from support import eventually, shown
 
 NASTY: list[Any] = [
     "$$NOW",
@@ -463,3 +463,115 @@ def test_an_event_taken_from_the_inbox_under_pause_is_stored_once(app: Streamlin
     check_invariants([run.to_dict()])
     workflow.resume(run.id)
     assert workflow.execute(run.id).status == "done"
+
+
+def test_an_answer_to_an_older_wait_answers_no_newer_one(app: Streamline, waiting: Waiting) -> None:
+    """Who has read the run before it was rewound answers a question that was taken back."""
+    run_id = waiting.parked("human")
+
+    def rewind_and_wait_again() -> None:
+        waiting.workflow.rewind_to(run_id, "first")
+        assert waiting.workflow.execute(run_id).step("first").status == "waiting"
+
+    with pytest.raises(InvalidStateError):
+        interrupted(app, resuming_run(app, None, run_id, "old"), "answer_wait", rewind_and_wait_again)
+    assert waiting.workflow.get(run_id).step("first").status == "waiting"
+    run_id = waiting.parked("hook")
+    old = waiting.tokens[-1]
+    with pytest.raises(HookTokenError):
+        interrupted(app, answering_hook(app, old, "old"), "answer_hook", rewind_and_wait_again)
+    with pytest.raises(HookTokenError):
+        app.resume_hook(old, "old")
+    assert waiting.workflow.get(run_id).step("first").status == "waiting"
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_expired_hook_is_refused_and_its_wait_goes_on(app: Streamline, early: bool) -> None:
+    tokens: list[str] = []
+
+    def asks(ctx: Context) -> None:
+        tokens.append(create_hook(ctx, "?", expires_in=0.001).token)
+        if early:
+            eventually(lambda: app.store().now() > ctx._document["steps"][0]["hooks"][0]["expiresAt"])
+            with pytest.raises(HookTokenError):
+                app.resume_hook(tokens[0], "too late")
+        ctx.wait("?")
+
+    workflow = app.workflow("asks", steps={"asks": asks})
+    run = workflow.execute(workflow.start().id)
+    assert run.step("asks").status == "waiting"
+    with pytest.raises(HookTokenError):
+        app.resume_hook(tokens[0], "too late")
+    assert workflow.resume(run.id, "by its name").step("asks").output == "by its name"
+
+
+def test_one_hook_is_answered_once_early_or_not(app: Streamline) -> None:
+    """The first answer is kept; a second one would be refused after the wait began, so it is before, too."""
+    tokens: list[str] = []
+
+    def asks(ctx: Context) -> None:
+        tokens.append(create_hook(ctx, "?").token)
+        app.resume_hook(tokens[0], "first")
+        with pytest.raises(HookTokenError):
+            app.resume_hook(tokens[0], "second")
+        ctx.wait("?")
+
+    workflow = app.workflow("asks", steps={"asks": asks})
+    run = workflow.execute(workflow.start().id)
+    assert (run.status, run.output, run.to_dict()["inbox"]) == ("done", "first", [])
+
+
+def recorded(app: Streamline, procedure: Procedure[Any]) -> list[ops.Command]:
+    """Run a client's procedure; the writes that it has sent, as a network may deliver them once more, later."""
+    sent: list[ops.Command] = []
+
+    def watched() -> Procedure[None]:
+        try:
+            effect = next(procedure)
+            while True:
+                if isinstance(effect, ops.Command):
+                    sent.append(effect)
+                effect = procedure.send((yield effect))
+        except StopIteration:
+            return
+
+    app.store().drive(watched())
+    assert sent
+    return sent
+
+
+LATE: dict[str, tuple[str, Callable[[Streamline, str, str], Procedure[Any]], tuple[str, ...]]] = {
+    "pause": ("human", lambda app, run_id, token: pausing_run(app, None, run_id, None), ("resume",)),
+    "resume": ("human", lambda app, run_id, token: resuming_run(app, None, run_id, None), ("pause",)),
+    "rewind": ("human", lambda app, run_id, token: rewinding_run(app, None, run_id, "first"), ("execute",)),
+    "answer": ("human", lambda app, run_id, token: resuming_run(app, None, run_id, "late"), ("rewind", "execute")),
+    "hook": ("hook", lambda app, run_id, token: answering_hook(app, token, "late"), ("rewind", "execute")),
+    "event": ("event", lambda app, run_id, token: sending_event(app, "$go.now", "late", run_id), ("rewind", "execute")),
+    "to all": ("event", lambda app, run_id, token: sending_event(app, "$go.now", "late", None), ("rewind", "execute")),
+}
+"""By name: what the run waits for, the call, and what happens to the run before a copy of the call arrives."""
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_late_copy_of_a_call_that_is_over_changes_nothing(app: Streamline, waiting: Waiting, name: str) -> None:
+    """A network that delivers a write twice must not pause a run that was resumed, or answer a question that was not asked yet."""
+    how, call, then = LATE[name]
+    run_id = waiting.parked(how)
+    if name == "resume":
+        waiting.workflow.pause(run_id)
+    sent = recorded(app, call(app, run_id, waiting.tokens[-1] if waiting.tokens else ""))
+    for act in then:
+        match act:
+            case "pause":
+                waiting.workflow.pause(run_id)
+            case "resume":
+                waiting.workflow.resume(run_id)
+            case "rewind":
+                waiting.workflow.rewind_to(run_id, "first")
+            case "execute":
+                waiting.workflow.execute(run_id)
+    before = app.runs.find_one({"_id": run_id})
+    assert before["steps"][0]["status"] == "waiting"
+    for op in sent:
+        app.store().run(op)
+    assert app.runs.find_one({"_id": run_id}) == before

@@ -38,14 +38,15 @@ class _Witness:
     """Nobody schedules around a program's own executions; only how each of them came out is wanted."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, str] = {}  # run id -> status, until its caller has taken note
+        self.outcomes: dict[str, str] = {}  # run id -> status ("" at first), while its caller waits
 
     def parked(self, lane: str, wake_at: datetime) -> None:
         """See engine.Observer."""
 
     def landed(self, run_id: str, status: str) -> None:
         """See engine.Observer."""
-        self.outcomes[run_id] = status
+        if run_id in self.outcomes:
+            self.outcomes[run_id] = status
 
     def store_answered(self, ok: bool) -> None:
         """See engine.Observer."""
@@ -74,6 +75,7 @@ class LocalRunner:
         document = await self._store.run(ops.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:
             return False
+        self._witness.outcomes[run_id] = ""
         task = self._engine.admit(document, deadline)
         try:
             await asyncio.shield(task)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import streamline_pool
 from streamline_pool import ErrorCode, Run, Streamline
 from streamline_pool.documents import HOST_INDEXES, RUN_INDEXES
 from streamline_pool.settings import OPTIONS
@@ -29,7 +30,7 @@ from streamline_pool.supervisor.health import render_metrics
 from support import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/operations.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "docs/operations.md", "docs/architecture.md", "docs/from-streamline-js.md")
 BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 SUB_COMMANDS = frozenset(cli.cli.commands)
 
@@ -179,6 +180,14 @@ def test_every_stored_field_and_index_is_in_the_readme(mongodb_uri: str, databas
         assert re.search(rf"`[^`]*\b{name}\b[^`]*`", text), f"field {name}"
     for index in (*RUN_INDEXES, *HOST_INDEXES):
         assert f"`{index.name}`" in text
+
+
+def test_every_public_name_is_in_a_document() -> None:
+    """What nobody has written about, nobody will find; and what was renamed is still written about under its old name."""
+    text = BLOCK.sub("", "\n\n".join(text_of(document) for document in DOCUMENTS))
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    missing = [name for name in streamline_pool.__all__ if not re.search(rf"(?<!\w){name}\b", code)]
+    assert not missing, f"public, but in no document: {missing}"
 
 
 def test_errors_named_in_the_documents_exist() -> None:

@@ -15,6 +15,7 @@ LINES_MAX = 500
 ORDER = [
     "errors",
     "model",
+    "progress",
     "env",
     "setting_values",
     "settings",

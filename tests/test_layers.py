@@ -26,6 +26,7 @@ ORDER = [
     "bus",
     "procedures",
     "store",
+    "timewarp",
     "tasks",
     "multi_update",
     "committer",
@@ -42,6 +43,8 @@ ORDER = [
     "worker",
     "embedded_watcher",
     "embedded",
+    "borrowed",
+    "testing",
     "__init__",
 ]
 

@@ -52,6 +52,7 @@ class BorrowedApp:
         self.crashes: list[str] = []  # steps after whose handlers the worker dies, each once
         self.store: AsyncStore | None = None  # that of the kit's loop, once it is open
         self._kit = kit
+        self._subscriber = kit.record  # kept, because `off` wants the very object that `on` was given
         self._queues = tuple(queues)
         self._before = (app.settings, app.mongodb_uri, app.database)
         self._lanes: tuple[str, ...] = ()
@@ -64,14 +65,15 @@ class BorrowedApp:
     # --- taking over and giving back ---------------------------------------------------------------------------------
 
     def take(self) -> None:
-        """Point the application, which has nothing open, at the kit's server."""
+        """Point the application, which has nothing open, at the kit's server. StoreUnavailableError if that is away."""
         app, kit = self.app, self._kit
         app._open_store = partial(JumpableStore, timeline=kit.timeline)
         app._open_async_store = partial(JumpableAsyncStore, timeline=kit.timeline, before=self._before_sending)
         app.configure(
             replace(app.settings, mongodb_uri=kit.mongodb_uri, database=self.database, queues=self._queues or app.settings.queues)
         )
-        app.events.on("*", kit.record)
+        app.events.on("*", self._subscriber)
+        app.store().run(ops.server_info())  # asked once: a server that is away is not waited for
 
     async def open(self) -> None:
         """Reach the server, read its clock, make what the engine needs there. In the kit's loop."""
@@ -91,7 +93,7 @@ class BorrowedApp:
     def give_back(self) -> None:
         """The application is as it was before `take`, and closed."""
         app = self.app
-        app.events.off("*", self._kit.record)
+        app.events.off("*", self._subscriber)
         app._open_store, app._open_async_store = Store, AsyncStore
         app.settings, app.mongodb_uri, app.database = self._before
 

@@ -101,8 +101,8 @@ class TestKit:
         database = self._databases.setdefault(where, f"streamline_test_{self._env.new_id()[-12:]}")
         guest = BorrowedApp(app, self, database, queues)
         self._close_app(app)
+        self._guests.append(guest)  # from here on it is given back, whatever fails
         guest.take()
-        self._guests.append(guest)
         self._call(guest.open())
         return app
 

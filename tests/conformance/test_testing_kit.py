@@ -471,7 +471,7 @@ def test_the_project_of_the_documentation_passes_on_a_private_server_and_leaves_
     """What is documented fails at a stranger's: a warning that is an error there, a fixture that is missing, a server that stays."""
     folder = project(tmp_path)
     with (folder / "test_orders.py").open("a") as tests:
-        tests.write("\n\ndef test_where(streamline_server):\n    open('uri', 'w').write(streamline_server)\n")
+        tests.write("\n\ndef test_where(streamline_server):\n    Path('uri').write_text(streamline_server)\n\n\nfrom pathlib import Path\n")
     done = run_pytest(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout

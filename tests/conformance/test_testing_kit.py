@@ -269,9 +269,12 @@ def test_the_queues_to_work_on_can_be_named(kit: TestKit) -> None:
 
 def test_events_are_all_there_when_they_are_asked_for(kit: TestKit, app: Streamline) -> None:
     """Subscribers hear of events on a thread of their own, in their own time."""
+    ready = threading.Event()
+    app.events.once("workflow:started", lambda event: ready.wait(10))
     flow = app.workflow("flow", steps={"one": lambda ctx: ctx.emit("mine", 1), "two": fine})
     first, second = kit.run(flow), kit.run(flow)
     names = ["workflow:started", "step:started", "mine", "step:completed", "step:started", "step:completed", "workflow:completed"]
+    threading.Timer(0.2, ready.set).start()
     assert [event.name for event in kit.events(run=first)] == names
     assert [event.run_id for event in kit.events("workflow:completed")] == [first.id, second.id]
     assert [event.data for event in kit.events("mine", run=second.id)] == [1]

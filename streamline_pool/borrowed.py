@@ -99,6 +99,11 @@ class BorrowedApp:
 
     # --- the worker --------------------------------------------------------------------------------------------------
 
+    @property
+    def has_worker(self) -> bool:
+        """True between `start` and `stop`."""
+        return self._worker is not None
+
     async def start(self) -> None:
         """Have a worker, from now on."""
         app = self.app
@@ -131,7 +136,7 @@ class BorrowedApp:
             if clock.monotonic() > deadline:
                 running = ", ".join(f"run {run_id} at step {step_id}" for run_id, step_id in worker.status().running)
                 raise TimeoutError(
-                    f"the worker is still at work: {running or worker.status()}; has it to be that long, give a longer timeout="
+                    f"the worker is still at work: {running or worker.status()}; if that is right, give it a longer timeout="
                 )
             self._changed.clear()
             try:

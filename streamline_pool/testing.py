@@ -235,8 +235,8 @@ class TestKit:
         self._at_work += 1
         failed = True
         try:
-            if self._at_work == 1:
-                for guest in self._guests:
+            for guest in self._guests:
+                if not guest.has_worker:
                     await guest.start()
             yield
             failed = False
@@ -272,24 +272,29 @@ class TestKit:
 
     async def _jump(self, target: datetime) -> None:
         async with self._turn, self._workers():
-            await self._pass_to(target)
+            await self._pass_to(target, self._deadline())
 
-    async def _pass_to(self, target: datetime) -> None:
+    async def _pass_to(self, target: datetime, deadline: float) -> None:
         """Go from instant to instant. A lease in flight would be over after a jump, so there is none when that happens."""
         while True:
-            await self._settle(self._deadline())
+            await self._settle(deadline)
             instants = [at for guest in self._guests if (at := await guest.next_due(target)) is not None]
             if not all(guest.is_at_rest() for guest in self._guests):
                 continue
             self.timeline.advance(min(instants, default=target) - self.now())
             if not instants:
                 break
-        await self._settle(self._deadline())
+            if self._env.clock.monotonic() > deadline:
+                raise TimeoutError(
+                    f"it is {self.now()}, on the way to {target}, and there is ever more to do; jump less far, or give TestKit more time"
+                )
+        await self._settle(deadline)
 
     async def _finish(self, run_id: str) -> Run:
+        deadline = self._deadline()
         async with self._turn, self._workers():
             while True:
-                await self._settle(self._deadline())
+                await self._settle(deadline)
                 guest, run = await self._find(run_id)
                 if run.is_terminal:
                     return run
@@ -298,13 +303,15 @@ class TestKit:
                     raise InvalidStateError(
                         f"finish: no time brings run {run_id} to its end: {_what_it_waits_for(run, guest)}", run_id=run_id
                     )
-                await self._pass_to(stored["wakeAt"])
+                await self._pass_to(stored["wakeAt"], deadline)
 
     async def _find(self, run_id: str) -> tuple[BorrowedApp, Run]:
-        for guest in self._guests:
-            run = await guest.app.get_run_async(run_id)
-            if run is not None and (run.workflow_id in guest.app.workflows or guest is self._guests[-1]):
+        found = [(guest, run) for guest in self._guests if (run := await guest.app.get_run_async(run_id)) is not None]
+        for guest, run in found:
+            if run.workflow_id in guest.app.workflows:  # the others only share its database
                 return guest, run
+        if found:
+            return found[0]
         raise WorkflowNotFoundError(f"no run {run_id!r} in the databases of this kit", run_id=run_id)
 
     async def _start_ticking(self) -> tuple[contextlib.AsyncExitStack, asyncio.Task[None]]:

@@ -192,6 +192,16 @@ def test_leases_end_at_the_kits_time(kit: TestKit, app: Streamline) -> None:
     assert (run.status, run.step("only").attempts) == ("done", 2)
 
 
+def test_a_jump_that_never_arrives_says_so(mongodb_uri: str) -> None:
+    """Runs that start each other for ever would keep a test busy for ever."""
+    with TestKit(mongodb_uri, timeout=1) as kit:
+        app = kit.use(Streamline(NOWHERE))
+        flow = app.workflow("flow", steps={"again": lambda ctx: app.workflows["flow"].start(start_at=1).id})
+        kit.run(flow)
+        with pytest.raises(TimeoutError, match="ever more to do; jump less far"):
+            kit.jump(365 * DAY)
+
+
 def test_time_does_not_go_back(kit: TestKit, app: Streamline) -> None:
     with pytest.raises(ValidationError):
         kit.jump(-1)
@@ -235,6 +245,7 @@ def test_code_that_waits_by_itself_runs_while_the_kit_is_working(kit: TestKit, a
     with kit.working():
         assert flow.wait_for(flow.start().id, timeout=10).status == "done"
         assert kit.run(flow).status in ("waiting", "done")
+        assert kit.run(kit.use(Streamline(NOWHERE)).workflow("flow", steps={"only": fine})).status == "done"
 
 
 def test_a_workflow_that_is_defined_later_is_worked_on_too(kit: TestKit, app: Streamline) -> None:

@@ -245,7 +245,7 @@ def test_code_that_waits_by_itself_runs_while_the_kit_is_working(kit: TestKit, a
     with kit.working():
         assert flow.wait_for(flow.start().id, timeout=10).status == "done"
         assert kit.run(flow).status in ("waiting", "done")
-        assert kit.run(kit.use(Streamline(NOWHERE)).workflow("flow", steps={"only": fine})).status == "done"
+        assert kit.run(kit.use(Streamline(NOWHERE)).workflow("later", steps={"only": fine})).status == "done"
 
 
 def test_a_workflow_that_is_defined_later_is_worked_on_too(kit: TestKit, app: Streamline) -> None:

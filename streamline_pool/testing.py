@@ -322,7 +322,9 @@ class TestKit:
     async def _tick(self) -> None:
         while True:
             async with self._turn:
-                for guest in self._guests:
+                for guest in [
+                    guest for guest in self._guests if guest.has_worker
+                ]:  # one that has just come gets its own with the next call
                     with contextlib.suppress(StoreUnavailableError):  # the next tick asks again
                         await guest.alive()
                         await guest.find_work()

@@ -194,11 +194,11 @@ def test_leases_end_at_the_kits_time(kit: TestKit, app: Streamline) -> None:
 
 def test_a_jump_that_never_arrives_says_so(mongodb_uri: str) -> None:
     """Runs that start each other for ever would keep a test busy for ever."""
-    with TestKit(mongodb_uri, timeout=1) as kit:
+    with TestKit(mongodb_uri, timeout=2) as kit:
         app = kit.use(Streamline(NOWHERE))
         flow = app.workflow("flow", steps={"again": lambda ctx: app.workflows["flow"].start(start_at=1).id})
-        kit.run(flow)
-        with pytest.raises(TimeoutError, match="ever more to do; jump less far"):
+        flow.start()
+        with pytest.raises(TimeoutError, match="ever more to do; jump less far|still at work"):  # wherever it is when time is up
             kit.jump(365 * DAY)
 
 

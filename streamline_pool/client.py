@@ -63,6 +63,8 @@ class Streamline:
         self.database = database
         self.collection_prefix = collection_prefix
         self.events = EventBus()
+        self._open_store: Callable[[Where, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
+        self._open_async_store: Callable[[Where, Env], AsyncStore] = AsyncStore
         self._workflows: dict[str, Workflow] = {}
         self._where: Where | None = None
         self._reset_connections()
@@ -156,7 +158,7 @@ class Streamline:
         store = self._store
         if store is None:
             with self._opening:
-                store = self._store = self._store or Store(self.where, self.env)
+                store = self._store = self._store or self._open_store(self.where, self.env)
         return store
 
     def store_async(self) -> AsyncStore:
@@ -165,7 +167,7 @@ class Streamline:
         loop = asyncio.get_running_loop()
         store = self._async_stores.get(loop)
         if store is None:
-            store = self._async_stores[loop] = AsyncStore(self.where, self.env)
+            store = self._async_stores[loop] = self._open_async_store(self.where, self.env)
         return store
 
     def _notice_fork(self) -> None:

@@ -29,6 +29,7 @@ ORDER = [
     "bus",
     "procedures",
     "store",
+    "timewarp",
     "tasks",
     "multi_update",
     "committer",
@@ -49,6 +50,8 @@ ORDER = [
     "worker",
     "embedded_watcher",
     "embedded",
+    "borrowed",
+    "testing",
     "__init__",
 ]
 

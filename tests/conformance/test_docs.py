@@ -30,7 +30,14 @@ from streamline_pool.supervisor.health import render_metrics
 from support import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/operations.md", "docs/architecture.md", "docs/from-streamline-js.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/from-streamline-js.md",
+    "docs/guide.md",
+    "docs/operations.md",
+    "docs/testing.md",
+)
 BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 SUB_COMMANDS = frozenset(cli.cli.commands)
 
@@ -54,6 +61,7 @@ class Reader:
             "PYTHONPATH": str(REPOSITORY),
             "STREAMLINE_MONGODB_URI": uri,
             "STREAMLINE_DATABASE": database,
+            "STREAMLINE_TEST_MONGODB_URI": uri,
         }
         self.pool: subprocess.Popen[bytes] | None = None
         self.log = folder / "pool.log"

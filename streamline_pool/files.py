@@ -2,7 +2,7 @@
 
 Owns the order of the operations. A file's record is written before its chunks and deleted after them, so that whatever a
 crash leaves has a record, and whoever looks for orphans finds it (housekeeping.py). A file is complete when its chunks
-make up the length with which its content begins.
+make up the length that the record says.
 """
 
 from __future__ import annotations
@@ -53,25 +53,23 @@ def loading_outputs(document: Mapping[str, Any]) -> Procedure[dict[str, Any]]:
     file_ids = external_ids(document)
     if not file_ids:
         return dict(document)
-    records = {record["_id"] for record in (yield file_ops.files_of(document["_id"], file_ids))}
+    lengths = {record["_id"]: record["length"] for record in (yield file_ops.files_of(document["_id"], file_ids))}
     values = {}
     for file_id in file_ids:
-        if file_id not in records:
+        if file_id not in lengths:
             raise _damaged(document, file_id, "there is no such file of this run")
         chunks = yield file_ops.read_chunks(file_id)
         try:
-            values[file_id] = decode_payload(_joined(chunks))
+            values[file_id] = decode_payload(_joined(chunks, lengths[file_id]))
         except ValueError as exc:
             raise _damaged(document, file_id, str(exc)) from exc
     return with_outputs(document, values)
 
 
-def _joined(chunks: Sequence[Mapping[str, Any]]) -> bytes:
+def _joined(chunks: Sequence[Mapping[str, Any]], length: int) -> bytes:
     """The content of a file; a ValueError when a part of it is missing."""
-    by_number = {chunk["n"]: chunk["data"] for chunk in chunks}
-    content = b"".join(by_number[n] for n in sorted(by_number))
-    length = int.from_bytes(content[:4], "little")  # a BSON document begins with its length
-    if length != len(content) or sorted(by_number) != list(range(len(by_number))):
+    content = b"".join(chunk["data"] for chunk in sorted(chunks, key=lambda chunk: chunk["n"]))
+    if len(content) != length:
         raise ValueError(f"it has {len(content)} of {length} bytes")
     return content
 

@@ -30,6 +30,7 @@ _TRIES = 60  # of a setup that others overtake, or of the build of an index that
 _PAUSE_S = 0.2
 _CONFLICTS = frozenset({85, 86})  # another index has these keys, or this name
 _BUSY = frozenset({12586, 12587})  # an index of this collection is being built
+_UNAUTHORIZED = 13
 
 
 def check_field(field: object, where: str) -> str:
@@ -144,7 +145,7 @@ def making_indexes(indexes: Sequence[IndexDefinition]) -> Procedure[list[str]]:
             for index, name in zip(indexes, names, strict=True):
                 if name is not None and index.expire_after_s != _named(existing, name).get("expireAfterSeconds"):
                     assert index.expire_after_s is not None, "_name_of lets an index differ in its TTL only where it is to have one"
-                    yield _change_ttl(name, index.expire_after_s)
+                    yield from _changing_ttl(name, index.expire_after_s)
             return [name or index.name for index, name in zip(indexes, names, strict=True)]
         except StoreUnavailableError as exc:
             # Overtaken by another process, which the next look tells; or a build that takes longer than one command may,
@@ -154,6 +155,19 @@ def making_indexes(indexes: Sequence[IndexDefinition]) -> Procedure[list[str]]:
                 raise
             yield Nap(_PAUSE_S)
     raise AssertionError("the last try either returns or raises")
+
+
+def _changing_ttl(name: str, expire_after_s: int) -> Procedure[None]:
+    try:
+        yield _change_ttl(name, expire_after_s)
+    except StoreUnavailableError as exc:
+        if getattr(exc.__cause__, "code", None) != _UNAUTHORIZED:
+            raise
+        raise StoreUnavailableError(
+            f"setup_indexes: the user may create an index, but not change the time of the TTL index {name!r} (readWrite does not hold "
+            "collMod): call setup_indexes once as a user with the role dbAdmin, or drop the index, or leave auto_cleanup_days as it was",
+            transient=False,
+        ) from exc
 
 
 def _named(existing: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:

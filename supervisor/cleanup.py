@@ -28,10 +28,10 @@ def cleanup(days: float | None, tenant: str | None, archive: bool, expired: bool
     A run that is done, failed or cancelled has ended; no other is ever touched, however old. Ages are judged by the
     database's clock. It may be interrupted and repeated, and run while pools are working; a nightly call is usual.
     """
-    if days is None and not expired:
-        raise CommandError("say what to clean up: --days N for old runs, --expired for those past their date, or both.", ExitCode.USAGE)
     if days is None and (tenant is not None or archive):
         raise CommandError(f"{'--archive' if archive else '--tenant'} needs --days: which runs are old enough?", ExitCode.USAGE)
+    if days is None and not expired:
+        raise CommandError("say what to clean up: --days N for old runs, --expired for those past their date, or both.", ExitCode.USAGE)
     if archive and tenant is not None:
         raise CommandError("--archive moves the runs of all tenants; leave --tenant out.", ExitCode.USAGE)
     with opened(values) as app:

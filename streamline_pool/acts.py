@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, some_step
+from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, server_time_in, some_step
 from .model import RunStatus, StepStatus
 from .operations import Command, Find
 
@@ -321,8 +321,11 @@ def oldest_live_run() -> Find:
     return Find(name="oldest_live_run", collection="runs", filter=query, projection={"createdAt": 1}, sort=(("createdAt", 1),), limit=1)
 
 
-def forget_events(before: datetime) -> Command:
-    """Delete events that were sent before that and delivered. Yields how many."""
-    query = {"pending": False, "at": {"$lt": before}}
+def forget_events(before: datetime | None) -> Command:
+    """Delete delivered events that were sent before that (None: any), and not just now. Yields how many."""
+    # The hour: a run that is older than the event may just be about to be stored, by a transaction for example.
+    query: Document = {"pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}
+    if before is not None:
+        query["at"] = {"$lt": before}
     body = {"deletes": [{"q": query, "limit": 0}]}
     return Command(name="forget_events", collection="events", verb="delete", body=body, parse=lambda reply: int(reply["n"]))

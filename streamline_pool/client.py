@@ -25,7 +25,7 @@ from .engine import Engine
 from .env import Env, system_env
 from .errors import StoreUnavailableError, ValidationError
 from .flight import Observer
-from .housekeeping import archiving, check_archive, deleting, dropping_orphans
+from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from .local import LocalRunner, LoopThread
 from .model import Run
@@ -337,14 +337,16 @@ class Streamline:
         """Delete runs that ended at least `days` days ago, with their files; returns how many.
 
         `tenant_id`: only those whose `tenant_field` (see `setup_indexes`; default `context.tenantId`) is equal to it.
-        `dry_run` counts and deletes nothing. Removes files that a crash has left behind as well. May be interrupted and
-        repeated, and run by several processes at once. Goes through the whole collection once, whatever it finds.
+        `dry_run` counts and deletes nothing. Removes files that a crash has left behind, too, and events that nobody can want
+        any more. May be interrupted and repeated, and run by several processes at once. Goes through the whole collection
+        once, whatever it finds.
         """
         age_s = days_in_seconds(days, "cleanup_old_runs: days")
         tenant = None if tenant_id is None else ((yield from self._tenant_path()), tenant_id)
         count = yield from deleting(housekeeping_ops.ended_before(age_s, tenant), dry_run=dry_run)
         if not dry_run:
             yield from dropping_orphans()
+            yield from forgetting_events()
         return count
 
     cleanup_old_runs, cleanup_old_runs_async = twins(_proc_cleanup_old_runs)

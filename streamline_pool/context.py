@@ -18,6 +18,7 @@ from .bus import ENGINE_EVENTS
 from .documents import as_payload, check_payload
 from .errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
 from .model import seconds
+from .payloads import EXTERNAL_KEY, is_external
 
 __all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name"]
 
@@ -183,6 +184,7 @@ class Context:
         "_ending",
         "_has_hook",
         "_input",
+        "_outputs",
         "_place",
         "_port",
         "_sets",
@@ -192,9 +194,12 @@ class Context:
         "step_id",
     )
 
-    def __init__(self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port) -> None:
+    def __init__(
+        self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port, outputs: Mapping[str, Any] | None = None
+    ) -> None:
         step = document["steps"][place]
         self._document = document
+        self._outputs = {} if outputs is None else outputs  # by file id: what the document only refers to
         self._place = place
         self._port = port
         self._sets: dict[str, Any] = {}
@@ -253,7 +258,8 @@ class Context:
         """The output of an earlier step, or None when it has none."""
         for step in self._document["steps"]:
             if step["stepId"] == step_id:
-                return _copy(step.get("output"))
+                output = step.get("output")
+                return _copy(self._outputs[output[EXTERNAL_KEY]] if is_external(output) else output)
         return None
 
     def sleep(self, delay: float | timedelta) -> NoReturn:

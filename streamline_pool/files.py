@@ -17,7 +17,7 @@ from .file_ops import CHUNK_BYTES
 from .payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
 from .procedures import Procedure
 
-__all__ = ["dropping_files", "loading_outputs", "putting_file"]
+__all__ = ["dropping_files", "loading_outputs", "putting_file", "reading_outputs"]
 
 _COMMAND_CHUNKS = 32  # 8 MiB in one command; a command ends at 16 MiB
 _DROP_MAX = 100  # files whose content one command deletes; at 64 MiB each some 25 000 chunks
@@ -50,9 +50,13 @@ def loading_outputs(document: Mapping[str, Any]) -> Procedure[dict[str, Any]]:
 
     Raises DataCorruptionError naming run, file and step when a file is missing or damaged.
     """
-    file_ids = external_ids(document)
+    return with_outputs(document, (yield from reading_outputs(document, external_ids(document))))
+
+
+def reading_outputs(document: Mapping[str, Any], file_ids: Sequence[str]) -> Procedure[dict[str, Any]]:
+    """The values in these files of a run, by id. Raises as `loading_outputs` does."""
     if not file_ids:
-        return dict(document)
+        return {}
     lengths = {record["_id"]: record["length"] for record in (yield file_ops.files_of(document["_id"], file_ids))}
     values = {}
     for file_id in file_ids:
@@ -63,7 +67,7 @@ def loading_outputs(document: Mapping[str, Any]) -> Procedure[dict[str, Any]]:
             values[file_id] = decode_payload(_joined(chunks, lengths[file_id]))
         except ValueError as exc:
             raise _damaged(document, file_id, str(exc)) from exc
-    return with_outputs(document, values)
+    return values
 
 
 def _joined(chunks: Sequence[Mapping[str, Any]], length: int) -> bytes:

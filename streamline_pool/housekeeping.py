@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
-from . import file_ops, housekeeping_ops
+from . import acts, file_ops, housekeeping_ops
 from .errors import ValidationError
 from .file_ops import FILES
 from .files import dropping_files
 from .housekeeping_ops import ARCHIVE, IDENTITY
 from .procedures import Effect, Procedure
 
-__all__ = ["archiving", "check_archive", "deleting", "dropping_orphans"]
+__all__ = ["archiving", "check_archive", "deleting", "dropping_orphans", "forgetting_events"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -30,7 +31,7 @@ Document = dict[str, Any]
 _ORPHAN_AGE_S = 86_400.0
 """The contract's day. A file without a run is an orphan at once; the day is for whoever restores a database in parts."""
 
-_ENGINES_OWN = ("runs", "hosts", "signals", "files.files", "files.chunks")
+_ENGINES_OWN = ("runs", "hosts", "signals", "events", "files.files", "files.chunks")
 _NAME_BYTES_MAX = 120  # MongoDB allows 255 with the database's name and a dot
 
 
@@ -90,6 +91,16 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection:
         yield housekeeping_ops.delete_copies(collection, revived)
     if refused:
         log.warning("archive_has_other_run", extra={"collection": stored_name, "run_ids": refused[:10], "count": len(refused)})
+
+
+def forgetting_events() -> Procedure[int]:
+    """Delete events sent to all that no run is left to want: those older than every run that has not ended. Returns how many."""
+    live = yield acts.oldest_live_run()
+    since = live[0].get("createdAt") if live else None
+    if live and not isinstance(since, datetime):
+        return 0  # another program has changed that run; which events it may want nobody knows
+    forgotten: int = yield acts.forget_events(since)
+    return forgotten
 
 
 def dropping_orphans() -> Procedure[int]:

@@ -31,7 +31,8 @@ _ORPHAN_AGE_S = 86_400.0
 """The contract's day. A file without a run is an orphan at once; the day is for whoever restores a database in parts."""
 
 _COPY_MAX = 200
-"""Runs copied by one command. Measured: some 50 ms for small ones, and more at once are no faster; at a MiB each it must still end within a socket's time."""
+"""Runs copied by one command. Measured: some 50 ms for small ones, and more at once are no faster; at a MiB each the command
+must still end within a socket's time."""
 
 _ENGINES_OWN = ("runs", "hosts", "signals", "files.files", "files.chunks")
 _NAME_BYTES_MAX = 120  # MongoDB allows 255 with the database's name and a dot

@@ -31,6 +31,7 @@ from .errors import (
     WorkflowNotFoundError,
 )
 from .model import Run, RunStatus, StepState, StepStatus
+from .parallel import Settled, execute_parallel, execute_parallel_sync
 from .settings import Settings
 from .workflow import Workflow
 
@@ -51,6 +52,7 @@ __all__ = [
     "Run",
     "RunStatus",
     "Settings",
+    "Settled",
     "StepNotFoundError",
     "StepState",
     "StepStatus",
@@ -64,5 +66,7 @@ __all__ = [
     "WorkflowError",
     "WorkflowNotFoundError",
     "__version__",
+    "execute_parallel",
+    "execute_parallel_sync",
     "global_event_bus",
 ]

@@ -30,6 +30,7 @@ ORDER = [
     "multi_update",
     "committer",
     "context",
+    "parallel",
     "cache",
     "attempt",
     "flight",

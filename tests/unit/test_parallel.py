@@ -45,6 +45,15 @@ def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return call
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """What there was before these tests need not be looked through after each of them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """No thread, no task, no complaint of asyncio's about an error or a task that nobody looked at."""

@@ -10,6 +10,7 @@ import gc
 import logging
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -365,6 +366,15 @@ def test_tasks_see_the_callers_context_variables_and_keep_their_own_to_themselve
         variable.reset(token)
 
 
+def test_tasks_that_had_to_wait_for_a_thread_see_the_callers_context_variables_too(call: Callable[..., Any]) -> None:
+    """They are started by the end of another's thread, which has no context of its own."""
+    token = variable.set("caller's")
+    try:
+        assert set(call([variable.get] * (3 * THREADS_MAX))) == {"caller's"}
+    finally:
+        variable.reset(token)
+
+
 def test_calls_can_be_nested(call: Callable[..., Any]) -> None:
     async def inner() -> list[Any]:
         return list(await execute_parallel([lambda: 1, lambda: value_of(2)]))
@@ -457,6 +467,28 @@ def test_a_plain_task_that_takes_too_long_is_over_and_what_it_returns_is_dropped
     assert returned.wait(FOREVER_S)
 
 
+def test_a_coroutine_that_comes_in_the_moment_its_time_is_up_is_dropped() -> None:
+    """Warnings are errors here: left unawaited it would fail this test."""
+
+    async def main() -> None:
+        entered, release = threading.Event(), threading.Event()
+
+        def work() -> Any:
+            entered.set()
+            assert release.wait(FOREVER_S)
+            return value_of("nobody awaits this")
+
+        parallel = asyncio.create_task(execute_parallel([work], timeout=0.05))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        release.set()
+        threading.Event().wait(0.1)  # the loop stands still: the thread's reply and the timeout meet in its next round
+        with pytest.raises(TimeoutError):
+            await parallel
+
+    asyncio.run(main())
+
+
 def test_a_plain_task_that_ends_within_the_grace_is_awaited(call: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     """When the call returns, nothing is at work any more, if that can be had at a small price."""
     entered, won, ended = threading.Event(), threading.Event(), []
@@ -509,6 +541,30 @@ def test_a_task_that_refuses_to_end_is_left_behind(call: Callable[..., Any], cap
     assert left_behind_log(caplog) == [(0, "coroutine")]
     assert ended.wait(FOREVER_S)
     eventually(lambda: not left_behind())
+
+
+def test_a_task_left_behind_is_not_collected_half_way() -> None:
+    """An event loop holds its tasks weakly; what waits for something that only itself refers to would vanish."""
+
+    async def main() -> None:
+        ended, waits = asyncio.Event(), []
+
+        async def stubborn() -> None:
+            while not ended.is_set():
+                future = asyncio.get_running_loop().create_future()
+                waits[:] = [weakref.ref(future)]
+                with contextlib.suppress(asyncio.CancelledError):
+                    await future
+                    ended.set()
+
+        assert await execute_parallel([stubborn, lambda: value_of(1)], "race") == 1
+        gc.collect()
+        future = waits[0]()
+        assert future is not None
+        future.set_result(None)
+        await ended.wait()
+
+    asyncio.run(main())
 
 
 def test_a_task_that_refuses_its_timeout_is_over_after_the_grace(caplog: pytest.LogCaptureFixture) -> None:

@@ -376,8 +376,9 @@ class _Group:
         return cancelled
 
     def _time_out(self, job: _Job) -> None:
-        job.is_late = True
-        self._stop(job)
+        if not job.task.done():  # else its result is here, and would be thrown away for the loop's own delay
+            job.is_late = True
+            self._stop(job)
 
     def _stop(self, job: _Job) -> None:
         if not job.is_stopped:

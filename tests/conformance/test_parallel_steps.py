@@ -77,17 +77,20 @@ def test_handlers_do_several_things_at_once(app: Streamline, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["async def", "def"])
 def test_a_failed_task_fails_the_attempt_and_a_timeout_says_which(app: Streamline, kind: str) -> None:
-    def refuse() -> None:
+    async def refuse() -> None:
         raise ValueError("no such source")
 
-    def tasks(ctx: Any) -> list[Any]:
-        return [lambda: asyncio.sleep(30), refuse] if ctx.input == "refuse" else [lambda: 1, lambda: asyncio.sleep(30)]
+    async def quick() -> None:
+        return
 
-    workflow = app.workflow("w", steps={"a": (handler_of(kind, tasks, timeout=0.05), {"retries": 1})})
+    def tasks(ctx: Any) -> list[Any]:
+        return [lambda: asyncio.sleep(30), refuse] if ctx.input == "refuse" else [quick, lambda: asyncio.sleep(30)]
+
+    workflow = app.workflow("w", steps={"a": (handler_of(kind, tasks, timeout=0.3), {"retries": 1})})
     refused, late = (workflow.execute(workflow.start(what).id) for what in ("refuse", "wait"))
     assert (refused.status, refused.error["type"], refused.error["message"]) == ("failed", "ValueError", "no such source")
     assert (late.status, late.error["type"]) == ("failed", "TimeoutError")
-    assert late.error["message"] == "tasks[1] took longer than its timeout of 0.05 s"
+    assert late.error["message"] == "tasks[1] took longer than its timeout of 0.3 s"
 
 
 @pytest.mark.parametrize("mode", ["all", "all_settled", "race", "any"])

@@ -72,7 +72,7 @@ async def check(ctx: Context) -> dict[str, float]:
 
 
 def is_doubtful(ctx: Context, run: Run) -> bool:
-    return min(run.step("check").output.values()) < 0.5
+    return bool(min(run.step("check").output.values()) < 0.5)
 
 
 @article.step(condition=is_doubtful)

@@ -33,6 +33,7 @@ from .errors import (
 from .hooks import Hook, create_hook
 from .model import Run, RunStatus, StepState, StepStatus, is_timeout
 from .outside import HookResult
+from .parallel import Settled, execute_parallel, execute_parallel_sync
 from .progress import (
     StepTimeline,
     StepUIState,
@@ -67,6 +68,7 @@ __all__ = [
     "Run",
     "RunStatus",
     "Settings",
+    "Settled",
     "StepNotFoundError",
     "StepState",
     "StepStatus",
@@ -86,6 +88,8 @@ __all__ = [
     "__version__",
     "can_rewind_to",
     "create_hook",
+    "execute_parallel",
+    "execute_parallel_sync",
     "get_execution_path",
     "get_step_timeline",
     "get_step_ui_states",

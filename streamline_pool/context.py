@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import threading
 from collections.abc import Generator, Mapping
@@ -20,7 +21,7 @@ from .errors import InvalidStateError, LeaseLostError, ValidationError, Workflow
 from .model import seconds
 from .payloads import EXTERNAL_KEY, is_external
 
-__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name"]
+__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name", "current_signal"]
 
 log = logging.getLogger("streamline_pool.handler")
 
@@ -91,11 +92,13 @@ class AbortSignal:
     def __await__(self) -> Generator[Any, None, str]:
         """Wait until it fires; the reason. For `async def` handlers."""
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        if self._reason is not None:
-            future.set_result(self._reason)
-        else:
-            self._futures.append(future)
-        return (yield from future)
+        self._futures.append(future)
+        if self._reason is not None:  # looked at after listing the future: one of us two sees the other
+            _set_once(future, self._reason)
+        try:
+            return (yield from future)
+        finally:
+            self._futures.remove(future)  # a handler may wait often
 
     def _fire(self, reason: str) -> None:
         """Fire, from the loop's thread. Only the first reason counts."""
@@ -105,7 +108,7 @@ class AbortSignal:
             self._reason = reason
             if self._event is not None:
                 self._event.set()
-        for future in self._futures:
+        for future in list(self._futures):
             # A `def` handler may have awaited it in a loop of its own, and have left or closed that loop.
             with contextlib.suppress(RuntimeError):
                 future.get_loop().call_soon_threadsafe(_set_once, future, reason)
@@ -114,6 +117,10 @@ class AbortSignal:
 def _set_once(future: asyncio.Future[str], reason: str) -> None:
     if not future.done():
         future.set_result(reason)
+
+
+current_signal: contextvars.ContextVar[AbortSignal | None] = contextvars.ContextVar("current_signal", default=None)
+"""The signal of the `def` handler that this thread is in: what blocks on its behalf must end when it fires."""
 
 
 class Port(Protocol):

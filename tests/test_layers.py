@@ -41,6 +41,7 @@ ORDER = [
     "committer",
     "context",
     "hooks",
+    "parallel",
     "cache",
     "attempt",
     "outcomes",

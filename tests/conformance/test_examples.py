@@ -45,14 +45,18 @@ SAYS: dict[str, tuple[str, ...]] = {
         "run 2 is done, charged 270: price done, check_for_fraud done, discount skipped, thank done, charge done",
     ),
     "newsletter": ("the run is waiting; somebody is to read the draft:", "the run is done: sent to reader-1@example.org, reader-2@"),
-    "ai_pipeline": ("waiting for a review of {'style': 0.9, 'facts': 0.4, 'tone': 0.9}", "published 3 paragraphs, reviewed by Ann"),
+    "ai_pipeline": (
+        "waiting for a review; writing took 2 attempts",
+        "scores {'style': 0.9, 'facts': 0.4, 'tone': 0.9}",
+        "published 3 paragraphs, reviewed by Ann",
+    ),
     "approval_http": (
         "the boss answers: 200",
         "somebody uses the same link again: 401 HOOK_TOKEN_INVALID",
         "the run: 200 {'output': 'a lamp ordered', 'status': 'done'}",
     ),
     "multi_tenant": ("acme: ['acme: 3', 'acme: 3']", "zeta: ['zeta: 9']", "2 of its runs removed, 1 of other tenants kept"),
-    "parallel": (),
+    "parallel": ("asked 6 suppliers", "elm: TimeoutError('tasks[4] took longer", "is done: {'supplier': 'birch'"),
 }
 """What each prints, run by itself. The two that start pools of their own have tests below."""
 

@@ -46,8 +46,7 @@ SAYS: dict[str, tuple[str, ...]] = {
     ),
     "newsletter": ("the run is waiting; somebody is to read the draft:", "the run is done: sent to reader-1@example.org, reader-2@"),
     "ai_pipeline": (
-        "waiting for a review; writing took 2 attempts",
-        "scores {'style': 0.9, 'facts': 0.4, 'tone': 0.9}",
+        "waiting for a review; writing took 2 attempts, scores {'style': 0.9, 'facts': 0.4, 'tone': 0.9}",
         "published 3 paragraphs, reviewed by Ann",
     ),
     "approval_http": (

@@ -12,7 +12,7 @@ from typing import Any
 
 from .documents import SERVER_TICK
 from .errors import ValidationError
-from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, some_step
+from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, server_time_in, some_step
 from .model import RunStatus, StepStatus
 from .operations import Command, Find, Reply
 
@@ -348,13 +348,16 @@ def find_event_for(name: str, born_at: Any, seen: Sequence[str]) -> Find:
 
 
 def oldest_live_run() -> Find:
-    """The creation time of the oldest run that has not ended: no event older than that can be wanted any more."""
+    """When the oldest run that has not ended was born: no event older than that can be wanted any more."""
     query = {"status": {"$in": NON_TERMINAL_TEXTS}}
-    return Find(name="oldest_live_run", collection="runs", filter=query, projection={"createdAt": 1}, sort=(("createdAt", 1),), limit=1)
+    return Find(name="oldest_live_run", collection="runs", filter=query, projection={"bornAt": 1}, sort=(("bornAt", 1),), limit=1)
 
 
-def forget_events(before: datetime) -> Command:
-    """Delete events that were sent before that and delivered. Yields how many."""
-    query = {"pending": False, "at": {"$lt": before}}
+def forget_events(before: Any) -> Command:
+    """Delete delivered events that are older than what was born then (None: any), and not of just now. Yields how many."""
+    # The hour: a run that is older than the event may just be about to be stored, by a transaction for example.
+    query: Document = {"pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}
+    if before is not None:
+        query["bornAt"] = {"$lt": before}
     body = {"deletes": [{"q": query, "limit": 0}]}
     return Command(name="forget_events", collection="events", verb="delete", body=body, parse=lambda reply: int(reply["n"]))

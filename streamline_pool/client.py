@@ -13,11 +13,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from . import ops
+from . import housekeeping_ops, ops
 from .bus import Event, EventBus, global_event_bus
 from .definition import Definition, check_defaults, check_id, make_steps
 from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
@@ -25,6 +25,8 @@ from .engine import Engine
 from .env import Env, system_env
 from .errors import StoreUnavailableError, ValidationError
 from .flight import Observer
+from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
+from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from .local import LocalRunner, LoopThread
 from .model import Run
 from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
@@ -63,8 +65,11 @@ class Streamline:
         self.database = database
         self.collection_prefix = collection_prefix
         self.events = EventBus()
+        self._open_store: Callable[[Where, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
+        self._open_async_store: Callable[[Where, Env], AsyncStore] = AsyncStore
         self._workflows: dict[str, Workflow] = {}
         self._where: Where | None = None
+        self._tenant_field: str | None = None  # as given to `setup_indexes` of this object
         self._reset_connections()
 
     def _reset_connections(self) -> None:
@@ -156,7 +161,7 @@ class Streamline:
         store = self._store
         if store is None:
             with self._opening:
-                store = self._store = self._store or Store(self.where, self.env)
+                store = self._store = self._store or self._open_store(self.where, self.env)
         return store
 
     def store_async(self) -> AsyncStore:
@@ -165,7 +170,7 @@ class Streamline:
         loop = asyncio.get_running_loop()
         store = self._async_stores.get(loop)
         if store is None:
-            store = self._async_stores[loop] = AsyncStore(self.where, self.env)
+            store = self._async_stores[loop] = self._open_async_store(self.where, self.env)
         return store
 
     def _notice_fork(self) -> None:
@@ -297,6 +302,84 @@ class Streamline:
         return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
 
     init_db, init_db_async = twins(_proc_init_db)
+
+    # --- indexes and housekeeping ----------------------------------------------------------------------------------
+
+    def _proc_setup_indexes(
+        self,
+        *,
+        tenant_field: str | None = None,
+        user_field: str | None = None,
+        auto_cleanup_days: float | timedelta | None = None,
+        context_fields: Sequence[str] = (),
+    ) -> Procedure[list[str]]:
+        """Create the engine's indexes and those for your own queries; returns the names of all of them.
+
+        `tenant_field` (such as "context.tenantId"): for one tenant's runs by status and age; the housekeeping below compares
+        `tenant_id` with it, too. `user_field`: for one user's runs; default "userId". `context_fields`: one index each,
+        "orderId" meaning "context.orderId". `auto_cleanup_days`: MongoDB itself deletes runs so long after their end, within
+        about a minute; another figure changes it in place, None leaves it as it is. Runs that have not ended are never touched.
+
+        May be called by every process at its start. Raises ValidationError for what cannot be a field, and when an index
+        with the same keys and other options is in the way.
+        """
+        indexes = custom_indexes(
+            tenant_field=tenant_field, user_field=user_field, auto_cleanup_days=auto_cleanup_days, context_fields=context_fields
+        )
+        names = yield from self._proc_init_db()
+        names += yield from making_indexes(indexes)
+        self._tenant_field = tenant_field or self._tenant_field
+        return names
+
+    setup_indexes, setup_indexes_async = twins(_proc_setup_indexes)
+
+    def _proc_cleanup_old_runs(self, days: float | timedelta = 30, *, tenant_id: Any = None, dry_run: bool = False) -> Procedure[int]:
+        """Delete runs that ended at least `days` days ago, with their files; returns how many.
+
+        `tenant_id`: only those whose `tenant_field` (see `setup_indexes`; default `context.tenantId`) is equal to it.
+        `dry_run` counts and deletes nothing. Removes files that a crash has left behind, too, and events that nobody can want
+        any more. May be interrupted and repeated, and run by several processes at once. Goes through the whole collection
+        once, whatever it finds.
+        """
+        age_s = days_in_seconds(days, "cleanup_old_runs: days")
+        tenant = None if tenant_id is None else ((yield from self._tenant_path()), tenant_id)
+        count = yield from deleting(housekeeping_ops.ended_before(age_s, tenant), dry_run=dry_run)
+        if not dry_run:
+            yield from dropping_orphans()
+            yield from forgetting_events()
+        return count
+
+    cleanup_old_runs, cleanup_old_runs_async = twins(_proc_cleanup_old_runs)
+
+    def _proc_archive_old_runs(self, days: float | timedelta = 90, *, to: str | None = None, dry_run: bool = False) -> Procedure[int]:
+        """Move runs that ended at least `days` days ago to another collection of this database; returns how many.
+
+        `to`: its name; default `<prefix>runs_archive`. A run is copied first and then deleted, so a crash may leave it in
+        both collections until the next call, never in neither. Files stay where they are. A run whose id the archive holds
+        already, of another run, is left where it is, with a warning in the log.
+        """
+        age_s = days_in_seconds(days, "archive_old_runs: days")
+        collection, stored_name = check_archive(to, self.where.prefix)
+        return (yield from archiving(housekeeping_ops.ended_before(age_s), collection, stored_name, dry_run=dry_run))
+
+    archive_old_runs, archive_old_runs_async = twins(_proc_archive_old_runs)
+
+    def _proc_cleanup_expired(self, *, dry_run: bool = False) -> Procedure[int]:
+        """Delete ended runs whose `context.expireAt` (a date) has passed, with their files; returns how many."""
+        return (yield from deleting(housekeeping_ops.expired(), dry_run=dry_run))
+
+    cleanup_expired, cleanup_expired_async = twins(_proc_cleanup_expired)
+
+    def _tenant_path(self) -> Procedure[str]:
+        """The field that holds a run's tenant: as this object was told, else as some other process has indexed it."""
+        if self._tenant_field is not None:
+            return self._tenant_field
+        known = yield from tenant_fields()
+        if len(known) > 1:
+            raise ValidationError(
+                f"tenant_id: tenants are indexed by {' and by '.join(known)}; call setup_indexes(tenant_field=…) first, to say which counts"
+            )
+        return known[0] if known else TENANT_FIELD
 
     # --- for workflow.py, local.py and worker.py -------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import threading
 from collections.abc import Generator, Mapping
@@ -18,8 +19,9 @@ from .bus import ENGINE_EVENTS
 from .documents import as_payload, check_payload
 from .errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
 from .model import seconds
+from .payloads import EXTERNAL_KEY, is_external
 
-__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name"]
+__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name", "current_signal"]
 
 log = logging.getLogger("streamline_pool.handler")
 
@@ -90,11 +92,13 @@ class AbortSignal:
     def __await__(self) -> Generator[Any, None, str]:
         """Wait until it fires; the reason. For `async def` handlers."""
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        if self._reason is not None:
-            future.set_result(self._reason)
-        else:
-            self._futures.append(future)
-        return (yield from future)
+        self._futures.append(future)
+        if self._reason is not None:  # looked at after listing the future: one of us two sees the other
+            _set_once(future, self._reason)
+        try:
+            return (yield from future)
+        finally:
+            self._futures.remove(future)  # a handler may wait often
 
     def _fire(self, reason: str) -> None:
         """Fire, from the loop's thread. Only the first reason counts."""
@@ -104,7 +108,7 @@ class AbortSignal:
             self._reason = reason
             if self._event is not None:
                 self._event.set()
-        for future in self._futures:
+        for future in list(self._futures):
             # A `def` handler may have awaited it in a loop of its own, and have left or closed that loop.
             with contextlib.suppress(RuntimeError):
                 future.get_loop().call_soon_threadsafe(_set_once, future, reason)
@@ -113,6 +117,10 @@ class AbortSignal:
 def _set_once(future: asyncio.Future[str], reason: str) -> None:
     if not future.done():
         future.set_result(reason)
+
+
+current_signal: contextvars.ContextVar[AbortSignal | None] = contextvars.ContextVar("current_signal", default=None)
+"""The signal of the `def` handler that this thread is in: what blocks on its behalf must end when it fires."""
 
 
 class Port(Protocol):
@@ -183,6 +191,7 @@ class Context:
         "_ending",
         "_has_hook",
         "_input",
+        "_outputs",
         "_place",
         "_port",
         "_sets",
@@ -192,9 +201,12 @@ class Context:
         "step_id",
     )
 
-    def __init__(self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port) -> None:
+    def __init__(
+        self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port, outputs: Mapping[str, Any] | None = None
+    ) -> None:
         step = document["steps"][place]
         self._document = document
+        self._outputs = {} if outputs is None else outputs  # by file id: what the document only refers to
         self._place = place
         self._port = port
         self._sets: dict[str, Any] = {}
@@ -253,7 +265,8 @@ class Context:
         """The output of an earlier step, or None when it has none."""
         for step in self._document["steps"]:
             if step["stepId"] == step_id:
-                return _copy(step.get("output"))
+                output = step.get("output")
+                return _copy(self._outputs[output[EXTERNAL_KEY]] if is_external(output) else output)
         return None
 
     def sleep(self, delay: float | timedelta) -> NoReturn:

@@ -31,6 +31,8 @@ __all__ = [
     "check_payload",
     "check_run_id",
     "check_text",
+    "decode_payload",
+    "encode_payload",
     "make_context",
     "misfit",
     "new_run",
@@ -140,7 +142,7 @@ def check_payload(value: Any, where: str) -> int:
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return 16
-    return len(_encode(value, where))
+    return len(encode_payload(value, where))
 
 
 def size_of(document: Mapping[str, Any]) -> int:
@@ -163,29 +165,38 @@ def check_run_id(run_id: object) -> str:
     return check_text(run_id, "run_id")
 
 
-def as_payload(value: Any, where: str) -> tuple[Any, int]:
+def as_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> tuple[Any, int]:
     """`value` as a reader will find it, and its size: a later step sees the same here as it would after a crash.
 
     Tuples are lists, instants are aware and have whole milliseconds, and what a handler does to the original
-    afterwards changes nothing. Raises as `check_payload` does.
+    afterwards changes nothing. Raises as `check_payload` does, with `bytes_max` as the limit.
     """
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return value, 16
-    encoded = _encode(value, where)
-    return (value if kind is str else bson.decode(encoded, codec_options=CODEC)[""]), len(encoded)
+    encoded = encode_payload(value, where, bytes_max)
+    return (value if kind is str else decode_payload(encoded)), len(encoded)
 
 
-def _encode(value: Any, where: str) -> bytes:
+def decode_payload(encoded: bytes) -> Any:
+    """The value of which `encode_payload` made these bytes; a ValueError for bytes that are damaged."""
+    try:
+        return bson.decode(encoded, codec_options=CODEC)[""]
+    except (bson.errors.BSONError, KeyError) as exc:
+        raise ValueError(f"not a payload: {exc}") from exc
+
+
+def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> bytes:
+    """A payload as bytes: the BSON document `{"": value}`, which begins with its length. Raises as `check_payload` does."""
     try:
         encoded = bson.encode({"": value}, codec_options=CODEC)
     except Exception as exc:  # noqa: BLE001 -- encoding calls user code: a mapping's own methods may raise anything
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
     size = len(encoded)
-    if size > PAYLOAD_BYTES_MAX:
+    if size > bytes_max:
         raise PayloadTooLargeError(
-            f"{where}: {size} bytes, and the limit is {PAYLOAD_BYTES_MAX}; store it elsewhere and pass a reference", path=where, size=size
+            f"{where}: {size} bytes, and the limit is {bytes_max}; store it elsewhere and pass a reference", path=where, size=size
         )
     if size > 7 * PAYLOAD_DEPTH_MAX and _is_too_deep(value):  # the shortest level takes seven bytes
         raise ValidationError(f"{where}: nested more than {PAYLOAD_DEPTH_MAX} levels deep", path=where)

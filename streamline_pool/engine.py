@@ -22,13 +22,15 @@ from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
 from .definition import Definition, StepDefinition
-from .documents import check_payload, misfit
+from .documents import check_payload, decode_payload, misfit
 from .env import Env
-from .errors import StoreUnavailableError, ValidationError, WorkflowError
+from .errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
+from .files import putting_file, reading_outputs
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper
 from .model import StepStatus
-from .outcomes import Moment, allowed, change_after, failed, version_mismatch
+from .outcomes import Decided, Moment, allowed, change_after, damaged, failed, version_mismatch
+from .payloads import EXTERNAL_KEY, external_ids, is_external
 from .store import AsyncStore, Store
 from .transitions import Change
 
@@ -38,6 +40,9 @@ log = logging.getLogger("streamline_pool")
 
 
 _READ_AGAIN_S = 0.2  # while the database does not answer; a guess
+
+
+Events = tuple[tuple[str, str | None, Any], ...]
 
 
 class _SupersededError(Exception):
@@ -155,11 +160,11 @@ class Engine:
             return
         attempt.context._close()
         flight.attempt = None
-        change, _ = self._change_after(flight, flight.place, attempt.context, Outcome(Kind.ABANDONED, None))
-        if change is None:
+        decided = self._change_after(flight, flight.place, attempt.context, Outcome(Kind.ABANDONED, None))
+        if decided is None:
             self._leave(flight)
         else:
-            flight.task = self.loop.create_task(self._fly(flight, change))
+            flight.task = self.loop.create_task(self._fly(flight, decided.change))
 
     async def _drive(self, flight: Flight, resumed: bool) -> None:
         if not resumed and self._listening():
@@ -174,36 +179,51 @@ class Engine:
             await self._store(flight, transitions.give_back(flight.document, place, self.store.now(), entered=False))
             return
         while True:
-            change, size = await self._next_change(flight)
-            if change is None or not await self._store(flight, change, size):
+            decided = await self._next_change(flight)
+            if decided is None or not await self._store_decided(flight, decided):
                 return
 
-    async def _next_change(self, flight: Flight) -> tuple[Change | None, int]:
-        """The next transition of a run and the size of what it stores; None when the run is no longer ours."""
+    async def _next_change(self, flight: Flight) -> Decided | None:
+        """The next transition of a run; None when the run is no longer ours."""
         document = flight.document
         place = transitions.current_place(document)
         now = self.store.now()
         if place is None:
-            return transitions.finish(document, now), 0
+            return Decided(transitions.finish(document, now))
         flight.place = place
         stored = document["steps"][place]
         if stored["status"] == StepStatus.WAITING.value:
             change = await self._end_wait(flight, place, stored["waitingFor"])
             # What has been found is stored as the step's output, and once more as the run's if this is the last one.
-            return change, 2 * check_payload(change.steps[place]["output"], "output") if change.name == "look" else 0
+            size = 2 * check_payload(change.steps[place]["output"], "output") if change.name == "look" else 0
+            return Decided(change, size)
         if self.draining or flight.leaving:
-            return transitions.give_back(document, place, now, entered=False), 0
+            return Decided(transitions.give_back(document, place, now, entered=False))
         if flight.lost is not None:
-            return None, 0
+            return None
+        try:
+            await self._load_outputs(flight)
+        except DataCorruptionError as exc:
+            return Decided(damaged(document, place, exc, now))
         if self.env.clock.monotonic() >= flight.deadline:
             # Looked at immediately before a handler may be entered: past the deadline another worker may hold the run.
             # If nobody does, it is given back; the write's fence sees to that.
             log.warning("lease_ran_out", extra={"run_id": flight.run_id})
-            return transitions.give_back(document, place, now, entered=False), 0
+            return Decided(transitions.give_back(document, place, now, entered=False))
         step = flight.definition.steps[place]
         if step.is_conditional and not stored.get("decided"):
-            return await self._decide_entry(flight, step, place), 0
+            return Decided(await self._decide_entry(flight, step, place))
         return await self._attempt(flight, step, place)
+
+    async def _load_outputs(self, flight: Flight) -> None:
+        """Have at hand what the run's document only refers to: handlers and conditions may ask for any earlier output."""
+        missing = [file_id for file_id in external_ids(flight.document) if file_id not in flight.outputs]
+        while missing:
+            try:
+                flight.outputs |= await self.store.drive(reading_outputs(flight.document, missing))
+                return
+            except StoreUnavailableError:
+                await self.env.async_sleep(_READ_AGAIN_S)
 
     async def _end_wait(self, flight: Flight, place: int, waiting_for: Mapping[str, Any]) -> Change:
         """A run that waits was claimed, or has just begun to wait for an event: has its wait ended? Its handler is through."""
@@ -232,9 +252,9 @@ class Engine:
                 await self.env.async_sleep(_READ_AGAIN_S)
 
     async def _decide_entry(self, flight: Flight, step: StepDefinition, place: int) -> Change:
-        context = Context(flight.document, place, AbortSignal(), flight)
+        context = Context(flight.document, place, AbortSignal(), flight, flight.outputs)
         try:
-            enter = await allowed(step, context, flight.document)
+            enter = await allowed(step, context, flight.document, flight.outputs)
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._closed:
                 raise
@@ -243,8 +263,8 @@ class Engine:
             return transitions.decide_entry(flight.document, place)
         return transitions.skip(flight.document, flight.definition, place, context._sets, self.store.now())
 
-    async def _attempt(self, flight: Flight, step: StepDefinition, place: int) -> tuple[Change | None, int]:
-        context = Context(flight.document, place, AbortSignal(), flight)
+    async def _attempt(self, flight: Flight, step: StepDefinition, place: int) -> Decided | None:
+        context = Context(flight.document, place, AbortSignal(), flight, flight.outputs)
         attempt = flight.attempt = Attempt(self.loop, context, functools.partial(self._stuck, flight))
         if self._listening():
             self.publish(flight.document, (("step:started", step.id, {"attempt": context.attempt}),))
@@ -257,16 +277,34 @@ class Engine:
         self.env.probe("handler.after")
         return self._change_after(flight, place, context, outcome)
 
-    def _change_after(self, flight: Flight, place: int, context: Context, outcome: Outcome) -> tuple[Change | None, int]:
+    def _change_after(self, flight: Flight, place: int, context: Context, outcome: Outcome) -> Decided | None:
         """What an attempt's outcome means for the run; None if that is no longer ours to say."""
         if flight.lost is not None or self._closed:
-            return None, 0
+            return None
         return change_after(flight.document, flight.definition, place, context, outcome, self._moment())
 
     def _moment(self) -> Moment:
-        return Moment(self.store.now(), self.env.random())
+        return Moment(self.store.now(), self.env.random(), self.env.new_id)
 
     # --- storing ---------------------------------------------------------------------------------------------------
+
+    async def _store_decided(self, flight: Flight, decided: Decided) -> bool:
+        """As `_store`; a large output goes into its file first, so that nothing ever refers to a file that is not there."""
+        if decided.file is None:
+            return await self._store(flight, decided.change, decided.size)
+        file = decided.file
+        while True:
+            try:
+                await self.store.drive(putting_file(file.id, file.content, flight.run_id))
+                break
+            except StoreUnavailableError:
+                await self.env.async_sleep(_READ_AGAIN_S)
+            except ValidationError as exc:
+                step = flight.definition.steps[flight.place]
+                return await self._store(flight, failed(flight.document, step, flight.place, failure_of(exc), self._moment()))
+        flight.outputs[file.id] = decode_payload(file.content)
+        # Should the commit find the run lost, the file stays until the run is deleted: the write may have landed before.
+        return await self._store(flight, decided.change, decided.size)
 
     async def _store(self, flight: Flight, change: Change, size: int = 0) -> bool:
         """Make a transition durable. True if the run is still ours and goes on."""
@@ -332,7 +370,7 @@ class Engine:
         else:
             transitions.apply(flight.document, change)
         if self._listening():
-            self.publish(flight.document, change.events)
+            self.publish(flight.document, _with_values(change.events, flight.outputs))
         if change.name in ("retry", "fail"):
             _log_failure(flight, change)
         if change.releases and change.wake_at is not None:
@@ -412,6 +450,11 @@ class Engine:
             )
             self._own_events.publish(event)
             global_event_bus.publish(event)
+
+
+def _with_values(events: Events, outputs: Mapping[str, Any]) -> Events:
+    """Events whose data is an output that the document only refers to."""
+    return tuple((name, step_id, outputs.get(data[EXTERNAL_KEY], data) if is_external(data) else data) for name, step_id, data in events)
 
 
 def _unknown(document: Mapping[str, Any]) -> str:

@@ -77,6 +77,7 @@ class Flight:
         "lease_id",
         "leaving",
         "lost",
+        "outputs",
         "place",
         "renew_now",
         "saving",
@@ -91,6 +92,7 @@ class Flight:
         self.deadline = deadline  # monotonic seconds; past it no handler is entered
         self.lost: str | None = None  # why the run is known to be no longer ours; None while it may be
         self.attempt: Attempt | None = None  # while a handler is at work
+        self.outputs: dict[str, Any] = {}  # by file id: outputs that the document only refers to, once somebody may want them
         self.place = 0  # of the step at hand
         self.renew_now = False
         self.leaving = False  # no further step is to be entered here

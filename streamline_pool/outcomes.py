@@ -15,47 +15,64 @@ from . import transitions
 from .attempt import Kind, Outcome, failure_of, timeout_failure
 from .context import Context, Ending, SleepEnding, WaitEnding
 from .definition import Definition, StepDefinition
-from .documents import as_payload, parse_run
+from .documents import parse_run
 from .errors import ErrorCode, WorkflowError
+from .payloads import split_output, with_outputs
 from .transitions import Change, Document, Failure
 
-__all__ = ["Moment", "allowed", "change_after", "failed", "version_mismatch"]
+__all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
+
+
+class File(NamedTuple):
+    """A large output, to be stored beside the run before anything refers to it."""
+
+    id: str
+    content: bytes
+
+
+class Decided(NamedTuple):
+    """What is to be stored of a run."""
+
+    change: Change
+    size: int = 0  # bytes that it takes in the document, payloads only
+    file: File | None = None
 
 
 class Moment(NamedTuple):
-    """When and by what chance something is decided."""
+    """When, by what chance and under which id something is decided."""
 
     now: datetime  # the server's time
     chance: float  # uniform in [0, 1), for jitter
+    new_id: Callable[[], str]  # for a file
 
     def after(self, seconds: float) -> datetime:
         """The instant so many seconds from now, in whole milliseconds."""
         return self.now + timedelta(milliseconds=round(seconds * 1000))
 
 
-def change_after(
-    document: Document, definition: Definition, place: int, context: Context, outcome: Outcome, at: Moment
-) -> tuple[Change, int]:
-    """The transition that follows an attempt at the step at `place`, and the size in bytes of what it stores."""
+def change_after(document: Document, definition: Definition, place: int, context: Context, outcome: Outcome, at: Moment) -> Decided:
+    """The transition that follows an attempt at the step at `place`."""
     step = definition.steps[place]
     reason = context.signal.reason
     if reason == "timeout":
-        return failed(document, step, place, timeout_failure(step), at), 0
+        return Decided(failed(document, step, place, timeout_failure(step), at))
     ending = context._ending  # also when the handler swallowed it and returned
     if ending is None and outcome.kind is Kind.ENDED:
         ending = outcome.value
     if ending is not None:
-        return _ended(document, definition, place, ending, context._sets, at), context._sets_bytes
+        return Decided(_ended(document, definition, place, ending, context._sets, at), context._sets_bytes)
     if outcome.kind is Kind.RETURNED:
+        file_id = at.new_id()
         try:
-            output, size = as_payload(outcome.value, f"output of step {step.id}")
+            output, content, size = split_output(outcome.value, f"output of step {step.id}", file_id)
         except WorkflowError as exc:
-            return failed(document, step, place, failure_of(exc), at), 0
+            return Decided(failed(document, step, place, failure_of(exc), at))
+        change = transitions.advance(document, definition, place, output, context._sets, at.now)
         # The last step's output is stored once more, as the run's.
-        return transitions.advance(document, definition, place, output, context._sets, at.now), 2 * size + context._sets_bytes
+        return Decided(change, 2 * size + context._sets_bytes, None if content is None else File(file_id, content))
     if reason in ("shutdown", "lease-lost"):
-        return transitions.give_back(document, place, at.now, entered=True), 0
-    return failed(document, step, place, failure_of(outcome.value), at), 0
+        return Decided(transitions.give_back(document, place, at.now, entered=True))
+    return Decided(failed(document, step, place, failure_of(outcome.value), at))
 
 
 def _ended(document: Document, definition: Definition, place: int, ending: Ending, sets: Mapping[str, Any], at: Moment) -> Change:
@@ -77,12 +94,18 @@ def failed(document: Document, step: StepDefinition, place: int, failure: Failur
     return transitions.step_failed(document, step, place, failure, at.now, at.after(delay_s))
 
 
-async def allowed(step: StepDefinition, context: Context, document: Mapping[str, Any]) -> bool:
+def damaged(document: Document, place: int, exc: WorkflowError, now: datetime) -> Change:
+    """The run ends because a part of it, such as the file of an output, is missing."""
+    failure = Failure(exc.code, exc.message, type(exc).__name__, "", False)
+    return transitions.fail_run(document, place, failure, now, failures=document["failures"], code=exc.code)
+
+
+async def allowed(step: StepDefinition, context: Context, document: Mapping[str, Any], outputs: Mapping[str, Any]) -> bool:
     """Whether the step is to be entered: `condition`, then `skip_if`, then `run_if`; each may be async."""
     questions: list[tuple[Callable[[], Any], bool]] = []
     if step.condition is not None:
         condition = step.condition
-        questions.append((lambda: condition(context, parse_run(document)), True))
+        questions.append((lambda: condition(context, parse_run(with_outputs(document, outputs))), True))
     if step.skip_if is not None:
         skip_if = step.skip_if
         questions.append((lambda: skip_if(context), False))

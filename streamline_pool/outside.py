@@ -7,13 +7,16 @@ once and names what it has read in its act's filter; after a lost reply the same
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import acts, ops
-from .documents import SLOTS, as_payload, check_run_id, check_text, misfit, parse_run, size_of
+from .documents import SLOTS, check_run_id, check_text, decode_payload, misfit, parse_run, size_of
 from .errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, StepNotFoundError, WorkflowNotFoundError
+from .files import loading_outputs, putting_file
 from .hooks import hash_token, run_id_of
 from .model import TERMINAL, Run, RunStatus, StepStatus
+from .payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
 from .procedures import Procedure
 from .transitions import arrived
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ITEM_BYTES", "HookResult",
-    "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "pausing_run", "publish_resumed", "reading_run",
+    "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "making_run", "pausing_run", "publish_resumed",
+    "reading_run",
     "resuming_run", "rewinding_run", "ringing",
 ]  # fmt: skip
 
@@ -42,7 +46,15 @@ def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Proced
     """The run with that id, of that workflow or (None) of any."""
     check_run_id(run_id)
     found = yield ops.get_run(workflow_id, run_id)
-    return parse_run(found[0]) if found else None
+    return (yield from making_run(found[0])) if found else None
+
+
+def making_run(document: Document) -> Procedure[Run]:
+    """The `Run` of a stored document, with outputs that are stored beside it. Raises DataCorruptionError."""
+    run = parse_run(document)  # garbage is reported as such, before its files are looked for
+    if not external_ids(document):
+        return run
+    return replace(parse_run((yield from loading_outputs(document))), document=document)
 
 
 def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
@@ -78,12 +90,12 @@ def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason
             if not stored.is_terminal:
                 continue  # it changed between the two reads: decide again
             if found.get("lastAct") != act_id:
-                return stored
+                return (yield from making_run(found))
             document = found  # our own write had landed, its reply was lost
         yield from app._signalling("cancel", runId=run_id)
         yield from app._signalling("ended", runs=[run_id])
         app._publish(document, "workflow:cancelled", reason)
-        return parse_run(document)
+        return (yield from making_run(document))
 
 
 def pausing_run(app: Streamline, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
@@ -102,19 +114,19 @@ def pausing_run(app: Streamline, workflow_id: str | None, run_id: str, reason: s
     if landed:
         yield from app._signalling("cancel", runId=run_id)  # its holder looks at the database at once, and finds the pause
         app._publish(document, "workflow:paused", reason)
-    return parse_run(document)
+    return (yield from making_run(document))
 
 
 def resuming_run(app: Streamline, workflow_id: str | None, run_id: str, payload: Any) -> Procedure[Run]:
     """Un-pause a paused run, else answer its wait; see `Workflow.resume`. What was read first decides, through all repetitions."""
     check_run_id(run_id)
-    payload, _ = as_payload(payload, "resume: payload")
+    answer = split_output(payload, "resume: payload", app.env.new_id())
     found = yield from _reading_live_run(workflow_id, run_id)
     if found.get("paused") is True and found["status"] not in TERMINAL:
         if payload is not None:
             raise InvalidStateError(f"run {run_id} is paused: resume it without a payload first; its wait stays unanswered", run_id=run_id)
         return (yield from _unpausing_run(app, workflow_id, run_id))
-    return (yield from _answering_wait(app, workflow_id, found, payload))
+    return (yield from _answering_wait(app, workflow_id, found, answer))
 
 
 def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run]:
@@ -129,15 +141,16 @@ def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Pro
     if landed:
         yield from ringing(app, document)
         app._publish(document, "workflow:resumed", None)
-    return parse_run(document)
+    return (yield from making_run(document))
 
 
-def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, payload: Any) -> Procedure[Run]:
+def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, answer: SplitOutput) -> Procedure[Run]:
     run_id, step = found["_id"], _current_step(found)
     if step is None or step["status"] != StepStatus.WAITING or step["waitingFor"]["type"] not in ("human", "webhook"):
         raise InvalidStateError(f"run {run_id} waits for nobody's answer: it is {_standing(found)}", run_id=run_id, status=found["status"])
     answer_id = app.env.new_id()
-    document = yield acts.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], payload, answer_id)
+    yield from _putting(answer, run_id)
+    document = yield acts.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
     if document is None:
         document = yield from _reading_live_run(workflow_id, run_id)
         if answered_step(document, answer_id) is None:
@@ -147,14 +160,15 @@ def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, p
                 status=document["status"],
             )
     yield from ringing(app, document)
-    publish_resumed(app, document, step["stepId"], payload)
-    return parse_run(document)
+    publish_resumed(app, document, step["stepId"], _value(answer))
+    return (yield from making_run(document))
 
 
 def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookResult]:
     """Answer by a hook token; see `Streamline.resume_hook`. Whether the token is good is the database's decision."""
     run_id, token_hash = run_id_of(token), hash_token(token)
-    payload, size = as_payload(payload, "resume_hook: payload")
+    answer = split_output(payload, "resume_hook: payload", app.env.new_id())
+    size = answer.size + ITEM_BYTES
     try:
         step, hook = _hook_of((yield from _reading_live_run(None, run_id)), token_hash)
     except WorkflowNotFoundError:
@@ -162,20 +176,32 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
     if step is None or hook is None:
         raise _bad_token()
     answer_id = app.env.new_id()
+    yield from _putting(answer, run_id)
     document = yield acts.answer_hook(
-        run_id, step["stepId"], hook["gen"], token_hash, hook.get("expiresAt"), payload, size + ITEM_BYTES, answer_id
+        run_id, step["stepId"], hook["gen"], token_hash, hook.get("expiresAt"), answer.stored, size, answer_id
     )
     if document is None:
         document = yield from _reading_live_run(None, run_id)
         in_inbox = document["status"] not in TERMINAL and arrived(document, {"id": answer_id}) is not None
         if not in_inbox and answered_step(document, answer_id) is None:
             if _hook_of(document, token_hash)[1] is not None and step["status"] != StepStatus.WAITING:
-                check_not_full(document, size + ITEM_BYTES)
+                check_not_full(document, size)
             raise _bad_token()
     if answered_step(document, answer_id) is not None:
         yield from ringing(app, document)
-        publish_resumed(app, document, step["stepId"], payload)
-    return HookResult(run_id, parse_run(document))
+        publish_resumed(app, document, step["stepId"], _value(answer))
+    return HookResult(run_id, (yield from making_run(document)))
+
+
+def _putting(answer: SplitOutput, run_id: str) -> Procedure[None]:
+    """A large answer goes into its file first. If the answer is refused the file stays, until the run is deleted."""
+    if answer.content is not None:
+        assert is_external(answer.stored), "what has content is stored as its marker"
+        yield from putting_file(answer.stored[EXTERNAL_KEY], answer.content, run_id)
+
+
+def _value(answer: SplitOutput) -> Any:
+    return answer.stored if answer.content is None else decode_payload(answer.content)
 
 
 ITEM_BYTES = 200  # of an inbox item beside its data
@@ -234,7 +260,7 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
     if landed:
         yield from app._signalling("cancel", runId=run_id)  # whoever still holds it finds out at once
         yield from ringing(app, document)
-    return parse_run(document)
+    return (yield from making_run(document))
 
 
 # --- shared ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from .documents import as_payload, check_payload, check_run_id
 from .errors import InvalidStateError, PayloadTooLargeError, ValidationError
 from .model import TERMINAL
 from .outside import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
+from .payloads import EXTERNAL_KEY, is_external
 from .procedures import Procedure
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def sending_event(app: Streamline, name: str, data: Any, run_id: str | None) -> 
     yield from app._ensuring(None)
     check_event_name(name, "send_event")
     data, size = as_payload(data, "send_event: data")
+    if is_external(data):
+        raise ValidationError(f"send_event: data: a mapping with {EXTERNAL_KEY!r} alone stands for a file; add another key, or rename it")
     if size > acts.EVENT_BYTES_MAX:
         raise PayloadTooLargeError(
             f"send_event: data of {size} bytes, and the limit is {acts.EVENT_BYTES_MAX}, because every run that it reaches gets a copy; "

@@ -17,7 +17,7 @@ from .definition import Definition, Handler, StepDefinition, check_id, check_que
 from .documents import SLOTS, as_stored, check_payload, check_run_id, check_text, make_context, new_run, parse_run
 from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from .model import TERMINAL, Run, RunStatus, seconds
-from .outside import cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
+from .outside import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
 from .procedures import Listen, Procedure
 
 if TYPE_CHECKING:
@@ -356,14 +356,14 @@ class Workflow:
             # The time is cut into equal pieces, so that the last look is at its end and not after it.
             left_s = max(0.001, until - clock.monotonic())
             poll_s = left_s / math.ceil(left_s / poll_s)
+        check_run_id(run_id)
         yield from self.app._ensuring(None)
         tail = ops.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
         while True:
-            run = yield from getting_run(self.app, self.id, run_id)
-            if run is None:
-                raise WorkflowNotFoundError(f"workflow {self.id}: no run {run_id!r}", run_id=run_id)
+            document = yield from reading_run(self.id, run_id)
+            run = parse_run(document)
             if run.status in TERMINAL:
-                return run
+                return (yield from making_run(document))
             if until is not None and clock.monotonic() >= until:
                 raise TimeoutError(f"run {run_id} is still {run.status} after {timeout} s, at step {run.current_step_id}")
             yield Listen(tail, poll_s)

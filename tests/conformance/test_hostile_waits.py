@@ -575,3 +575,17 @@ def test_a_late_copy_of_a_call_that_is_over_changes_nothing(app: Streamline, wai
     for op in sent:
         app.store().run(op)
     assert app.runs.find_one({"_id": run_id}) == before
+
+
+def test_an_event_is_forgotten_when_no_run_is_left_that_is_older(app: Streamline, waiting: Waiting) -> None:
+    """Told by the starter's clock, a run that is still to wait for it might seem to be the younger of the two."""
+    run = waiting.workflow.start("event")
+    app.send_event("$go.now", 1)
+    events = app.store().collection("events")
+    hours_ago = datetime.now(UTC) - timedelta(hours=2)
+    events.update_many({}, {"$set": {"at": hours_ago}})
+    app.cleanup_old_runs(30)
+    assert events.count_documents({}) == 1
+    assert waiting.workflow.execute(run.id).status == "done"
+    app.cleanup_old_runs(30)
+    assert events.count_documents({}) == 0

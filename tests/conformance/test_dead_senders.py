@@ -1,0 +1,66 @@
+"""A real pool finishes what a sender left undone when it died: everybody who waits gets the event, once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pool_process import ROOT, running
+
+from streamline_pool import Context, Streamline, acts
+from support import eventually
+
+APP = """
+from streamline_pool import Streamline
+
+app = Streamline()
+waiting = app.workflow("waiting", steps={"first": lambda ctx: ctx.wait_for("go"), "last": lambda ctx: ctx.get_output("first")})
+"""
+
+SENDER = """
+import os, sys
+from streamline_pool import Streamline
+
+app = Streamline(sys.argv[1], database=sys.argv[2])
+store = app.store()
+run = store.run
+
+def dying(op, session=None):
+    if op.name == sys.argv[3]:
+        os.kill(os.getpid(), 9)
+    return run(op, session)
+
+store.run = dying
+app.send_event("go", "sent")
+"""
+
+
+@pytest.mark.parametrize("dies_before", ["find_waiters", "deliver_to_waiters", "settle_event"])
+def test_a_pool_finishes_the_event_of_a_sender_that_was_killed(
+    app: Streamline, mongodb_uri: str, database: str, tmp_path: Path, dies_before: str
+) -> None:
+    """Once it is stored, the event is acknowledged or may be: those who wait have nobody else who would tell them."""
+
+    def first(ctx: Context) -> None:
+        ctx.wait_for("go")
+
+    workflow = app.workflow("waiting", steps={"first": first, "last": lambda ctx: ctx.get_output("first")})
+    run_ids = [workflow.execute(workflow.start().id).id for _ in range(3)]
+    command = [sys.executable, "-c", SENDER, mongodb_uri, database, dies_before]
+    sender = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
+    assert sender.returncode == -9, sender.stderr
+    events = app.store().collection("events")
+    assert events.count_documents({"pending": True}) == 1
+    # A steward looks for events whose sender has had its time; that has passed.
+    events.update_one({}, {"$set": {"at": app.store().now() - timedelta(minutes=1)}})
+    assert app.store().run(acts.find_pending_events(app.store().now(), 10))
+    with running(tmp_path, APP, mongodb_uri, "--workers", "1", database=database) as pool:
+        pool.ready()
+        eventually(lambda: app.runs.count_documents({"status": "done"}) == len(run_ids), timeout=30)
+        eventually(lambda: events.count_documents({"pending": True}) == 0)
+    assert [workflow.get(run_id).output for run_id in run_ids] == ["sent"] * 3
+    assert all(len(document["seen"]) == 1 for document in app.runs.find())

@@ -7,6 +7,7 @@ make an `app` at import and still be forked. What can be done with one workflow 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -17,18 +18,20 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from . import ops
+from .broadcast import ActEvents, Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .definition import Definition, check_defaults, check_id, make_steps
 from .documents import HOST_INDEXES, RUN_INDEXES
 from .engine import Engine
 from .env import Env, system_env
-from .errors import StoreUnavailableError, ValidationError
+from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .flight import Observer
 from .local import LocalRunner, LoopThread
 from .model import Run
 from .procedures import Procedure
 from .settings import DEFAULT_MONGODB_URI, Settings
 from .store import AsyncStore, Store, Where
+from .stream import EventStream, open_stream
 from .workflow import Workflow, cancelling_run, getting_run, twins
 
 __all__ = ["Streamline"]
@@ -59,7 +62,7 @@ class Streamline:
         self.mongodb_uri = mongodb_uri  # as given in code; None: not given
         self.database = database
         self.collection_prefix = collection_prefix
-        self.events = EventBus()
+        self.events = EventBus(self._open_stream)
         self._workflows: dict[str, Workflow] = {}
         self._where: Where | None = None
         self._reset_connections()
@@ -71,6 +74,7 @@ class Streamline:
         self._async_stores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = weakref.WeakKeyDictionary()
         self._runners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LocalRunner] = weakref.WeakKeyDictionary()
         self._background: LoopThread | None = None
+        self._act_events = ActEvents(self.env)
 
     # --- workflows -------------------------------------------------------------------------------------------------
 
@@ -186,8 +190,9 @@ class Streamline:
         return self.store().collection("runs")
 
     def close(self) -> None:
-        """Release connections, threads and local executions. The app opens again on its next use."""
+        """Release connections, threads, streams and local executions. The app opens again on its next use."""
         self._notice_fork()
+        self.events.close_streams()
         if self._background is not None:
             self._background.call(self.close_async())
             self._background.close()
@@ -266,6 +271,7 @@ class Streamline:
             env=self.env,
             definition_of=self.definition_of,
             events=self.events,
+            broadcast=Broadcaster(store, self.env),
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
             observer=observer,
@@ -293,11 +299,24 @@ class Streamline:
         if runner is not None:
             await runner.shutdown(timeout_s)
 
+    def _open_stream(self, names: frozenset[str] | None, run_id: str | None) -> EventStream:
+        return open_stream(self.store(), self.env, names, run_id)
+
     def _drive(self, procedure: Procedure[T], session: Any) -> T:
-        return self.store().drive(procedure, session)
+        store = self.store()
+        result = store.drive(procedure, session)
+        for signal in self._act_events.take():
+            with contextlib.suppress(WorkflowError):  # those who stream see by the numbers that they missed it
+                store.run(signal)
+        return result
 
     async def _drive_async(self, procedure: Procedure[T], session: Any) -> T:
-        return await self.store_async().drive(procedure, session)
+        store = self.store_async()
+        result = await store.drive(procedure, session)
+        for signal in self._act_events.take():
+            with contextlib.suppress(WorkflowError):
+                await store.run(signal)
+        return result
 
     def _ensuring(self, session: Any) -> Procedure[None]:
         """Indexes and clock, once per connection. Outside of a caller's transaction, which cannot create indexes."""
@@ -337,3 +356,4 @@ class Streamline:
         event = Event(name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=None, data=data, at=self._server_now())
         self.events.publish(event)
         global_event_bus.publish(event)
+        self._act_events.add(event)  # sent by whatever drives this act

@@ -34,8 +34,8 @@ def numbers(app: Streamline) -> list[int]:
     return [batch["first"] + place for batch in batches(app) for place in range(len(batch["events"]))]
 
 
-def publishing(app: Streamline, scenario: Callable[[Broadcaster], Any]) -> None:
-    """Run a scenario with a broadcaster at work in its loop; it is closed afterwards."""
+def publishing(app: Streamline, scenario: Callable[[Broadcaster], Any], settle: Callable[[], bool] = lambda: True) -> None:
+    """Run a scenario with a broadcaster at work in its loop; it is closed once that has settled."""
 
     async def run() -> None:
         store = app.store_async()
@@ -45,6 +45,9 @@ def publishing(app: Streamline, scenario: Callable[[Broadcaster], Any]) -> None:
         outcome = scenario(broadcaster)
         if asyncio.iscoroutine(outcome):
             await outcome
+        async with asyncio.timeout(15):
+            while not await asyncio.to_thread(settle):
+                await asyncio.sleep(0.01)
         await broadcaster.close()
         await app.close_async()
 
@@ -59,11 +62,8 @@ def test_a_busy_publisher_sends_few_batches_in_order(app: Streamline) -> None:
         for number in range(500):
             broadcaster.publish(event(number))
             await asyncio.sleep(0)
-        async with asyncio.timeout(10):
-            while len(await asyncio.to_thread(numbers, app)) < 500:
-                await asyncio.sleep(0.01)
 
-    publishing(app, scenario)
+    publishing(app, scenario, settle=lambda: len(numbers(app)) == 500)
     assert numbers(app) == list(range(500))
     assert [each["data"] for batch in batches(app) for each in batch["events"]] == list(range(500))
     assert len(batches(app)) < 50
@@ -117,6 +117,17 @@ def test_what_cannot_be_stored_is_left_out(app: Streamline) -> None:
     odd, large = (each["data"] for batch in batches(app) for each in batch["events"])
     assert odd == {"$omitted": None}
     assert large["$omitted"] > 13_000_000
+
+
+def test_what_the_server_refuses_holds_up_nothing_else(app: Streamline) -> None:
+    """A name may be as long as it likes; a batch that is sent again for ever would be the last one of its publisher."""
+
+    def scenario(broadcaster: Broadcaster) -> None:
+        broadcaster.attend([("l", 60.0)])
+        broadcaster.publish(replace(event(0), name="x" * 17_000_000))
+        broadcaster.publish(event(1))
+
+    publishing(app, scenario, settle=lambda: numbers(app) == [1])
 
 
 def test_a_listener_that_is_silent_is_served_no_more(app: Streamline) -> None:

@@ -224,13 +224,13 @@ class _Reader:
                 if self._closing.is_set():
                     return
                 if signal is not None:
-                    self._since = max(self._since, min(signal["at"], self._store.now()))
                     self._take(signal)
                 if self._env.clock.monotonic() >= self._renew_at:
                     self._store.drive(self._calling())
 
     def _take(self, signal: Mapping[str, Any]) -> None:
         try:
+            self._since = max(self._since, min(signal["at"], self._store.now()))
             match signal["kind"]:
                 case "events":
                     self._take_batch(signal)

@@ -36,7 +36,8 @@ def remove_listener(listener: str) -> Command:
 
 def find_listeners() -> Find:
     """Whoever streams: `_id` and `expireAt`. The expired may still be among them."""
-    return Find(name="find_listeners", collection="hosts", filter={"listener": True}, projection={"expireAt": 1})
+    query = {"listener": True, "_id": {"$type": "string"}, "expireAt": {"$type": "date"}}  # whatever another program has put there
+    return Find(name="find_listeners", collection="hosts", filter=query, projection={"expireAt": 1})
 
 
 def find_pools(seen_within_s: float) -> Find:

@@ -76,7 +76,8 @@ class Listeners:
 
     def confirmed(self, message: Publishing) -> None:
         """Every worker publishes for these."""
-        self._confirmed.put_nowait(message.listeners)
+        if message.listeners:
+            self._confirmed.put_nowait(message.listeners)
 
     async def answer(self) -> None:
         """A duty of the steward: tell listeners that the workers publish for them. They ask again if that is lost."""

@@ -21,7 +21,7 @@ import pytest
 from pool_process import ROOT, PoolProcess, running
 from workers import Pool
 
-from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, embedded, global_event_bus
+from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, embedded, global_event_bus, stream_ops
 from streamline_pool import stream as stream_module
 from streamline_pool.broadcast import EVENT_DATA_BYTES_MAX
 from streamline_pool.stream import EventStream
@@ -146,11 +146,16 @@ def test_a_stream_gives_every_event_of_every_pool_exactly_once_from_its_first_mo
     pools = [start(2).ready(), start(2).ready()]
     on_record(app, 2)
     run_two(app, 3)
+    run_ids: list[str] = []
+
+    def both_have_worked() -> bool:
+        run_ids.extend(run_two(app, 10))
+        pids = {app.runs.find_one({"_id": run_id})["steps"][0]["output"] for run_id in run_ids}
+        return all(pids & set(pool.workers()) for pool in pools)
+
     with app.events.stream() as stream:
-        begun = time.monotonic()
-        run_ids = run_two(app, 60)
+        eventually(both_have_worked, timeout=30)
         read = read_until(stream, "workflow:completed", len(run_ids))
-        assert time.monotonic() - begun < 10
         assert stream.missed == 0
     by_run: dict[str | None, list[tuple[str, str | None]]] = {}
     for event in read:
@@ -222,6 +227,29 @@ def test_a_stream_that_goes_on_is_served_beyond_its_first_word(
     eventually(lambda: not list(hosts.find({"listener": True})))
 
 
+def test_a_call_that_was_lost_is_found_by_a_sweep(app: Streamline, start: Callable[..., PoolProcess]) -> None:
+    """Losing a signal costs time and nothing else, here as everywhere."""
+    start(1, "--lease", "2").ready()
+    app.store().run(stream_ops.put_listener("listener:unheard", "h", 1))
+    answers = {"kind": "heard", "listeners": "listener:unheard"}
+    eventually(lambda: app.store().collection("signals").find_one(answers), timeout=20)
+
+
+def test_records_that_another_program_has_put_there_harm_nobody(app: Streamline, start: Callable[..., PoolProcess]) -> None:
+    """A steward that stumbles over one would stumble again after every restart, until the pool has used up its budget."""
+    app.init_db()
+    hosts, signals = app.store().collection("hosts"), app.store().collection("signals")
+    hosts.insert_many([{"_id": 5, "listener": True}, {"_id": "x", "listener": True, "expireAt": "never"}])
+    pool = start(1, "--lease", "2").ready()
+    with app.events.stream("workflow:completed") as stream:
+        now = app.store().now()
+        signals.insert_many([{"kind": kind, "at": now, "listener": 7} for kind in ("listen", "unlisten", "heard", "events")])
+        signals.insert_one({"kind": "heard", "at": now, "listeners": [stream._reader.id]})
+        run_two(app, 1)
+        read_until(stream, "workflow:completed")
+    assert not pool.logged("child_died")
+
+
 def test_a_frozen_pool_delays_a_stream_by_two_seconds_and_is_named(
     app: Streamline, start: Callable[..., PoolProcess], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,7 +315,8 @@ def test_programs_are_heard_too(app: Streamline, make_app: Callable[..., Streaml
         workflow.execute(run.id)
         workflow.cancel(unwanted.id, reason="why not")
         # An act is sent at once, the rest in batches: two publishers, between which there is no order.
-        read = [next(stream) for _ in range(8)]
+        read = read_until(stream, "workflow:completed")
+        read += [] if any(event.name == "workflow:cancelled" for event in read) else read_until(stream, "workflow:cancelled")
         assert stream.missed == 0
     assert Counter((event.name, event.run_id, event.step_id) for event in read) == {
         ("workflow:started", run.id, None): 1,

@@ -30,7 +30,22 @@ from .errors import (
     WorkflowError,
     WorkflowNotFoundError,
 )
-from .model import Run, RunStatus, StepState, StepStatus
+from .hooks import Hook, create_hook
+from .model import Run, RunStatus, StepState, StepStatus, is_timeout
+from .outside import HookResult
+from .parallel import Settled, execute_parallel, execute_parallel_sync
+from .progress import (
+    StepTimeline,
+    StepUIState,
+    WaitingInfo,
+    WorkflowProgress,
+    can_rewind_to,
+    get_execution_path,
+    get_step_timeline,
+    get_step_ui_states,
+    get_waiting_info,
+    get_workflow_progress,
+)
 from .settings import Settings
 from .workflow import Workflow
 
@@ -42,6 +57,8 @@ __all__ = [
     "ErrorCode",
     "Event",
     "EventBus",
+    "Hook",
+    "HookResult",
     "HookTokenError",
     "InvalidStateError",
     "LeaseLostError",
@@ -51,18 +68,33 @@ __all__ = [
     "Run",
     "RunStatus",
     "Settings",
+    "Settled",
     "StepNotFoundError",
     "StepState",
     "StepStatus",
+    "StepTimeline",
     "StepTimeoutError",
+    "StepUIState",
     "StoreUnavailableError",
     "Streamline",
     "ValidationError",
     "VersionMismatchError",
+    "WaitingInfo",
     "Workflow",
     "WorkflowCancelledError",
     "WorkflowError",
     "WorkflowNotFoundError",
+    "WorkflowProgress",
     "__version__",
+    "can_rewind_to",
+    "create_hook",
+    "execute_parallel",
+    "execute_parallel_sync",
+    "get_execution_path",
+    "get_step_timeline",
+    "get_step_ui_states",
+    "get_waiting_info",
+    "get_workflow_progress",
     "global_event_bus",
+    "is_timeout",
 ]

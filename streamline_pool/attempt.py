@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future
 from enum import Enum
 from typing import Any, NamedTuple
 
-from .context import Context, Ending
+from .context import Context, Ending, current_signal
 from .definition import Handler, StepDefinition
 from .errors import ErrorCode, NonRetriableError, ValidationError
 from .transitions import Failure
@@ -151,6 +151,7 @@ class Attempt:
 def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
     if context.signal.aborted:
         return Outcome(Kind.ABANDONED, None)  # it waited for a thread until its attempt was over
+    token = current_signal.set(context.signal)
     try:
         value = handler(context)
         outcome = Outcome(Kind.RETURNED, value)
@@ -158,6 +159,8 @@ def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
         outcome = Outcome(Kind.ENDED, ending)
     except BaseException as exc:  # noqa: BLE001 -- as above
         outcome = Outcome(Kind.RAISED, exc)
+    finally:
+        current_signal.reset(token)  # the thread goes on to other handlers
     if _forks != forks:
         # The handler forked, and this is the child coming back: the run belongs to the parent.
         os._exit(0)

@@ -66,7 +66,7 @@ class EventBus:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._subscribers: dict[str, list[tuple[Subscriber, bool]]] = {}
-        self._backlog: queue.Queue[Event | None] = queue.Queue(_BACKLOG_MAX)
+        self._backlog: queue.Queue[Event | threading.Event | None] = queue.Queue(_BACKLOG_MAX)
         self._thread: threading.Thread | None = None
         self.dropped = 0
 
@@ -95,7 +95,8 @@ class EventBus:
     def off(self, name: str, subscriber: Subscriber) -> None:
         """Undo `on` or `once`; does nothing if that was never said."""
         with self._lock:
-            kept = [entry for entry in self._subscribers.get(name, []) if entry[0] is not subscriber]
+            # Equal, not identical: each look at a bound method makes a new object.
+            kept = [entry for entry in self._subscribers.get(name, []) if entry[0] != subscriber]
             if kept:
                 self._subscribers[name] = kept
             else:
@@ -125,6 +126,9 @@ class EventBus:
 
     def _deliver(self) -> None:
         while (event := self._backlog.get()) is not None:
+            if isinstance(event, threading.Event):
+                event.set()
+                continue
             for name in (event.name, "*"):
                 for subscriber, once in list(self._subscribers.get(name, ())):
                     if once:
@@ -160,6 +164,15 @@ class EventBus:
         """End every stream that was opened here."""
         for stream in list(self._streams):
             stream.close()
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Return once what was published before has been delivered; False if that takes longer. Not for subscribers."""
+        if self._thread is None:
+            return True
+        reached = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._backlog.put(reached, timeout=timeout_s)
+        return reached.wait(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """End the streams, deliver what waits, then end the thread. The bus can be used again afterwards."""

@@ -13,11 +13,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from . import ops
+from . import housekeeping_ops, ops
 from .broadcast import ActEvents, Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .definition import Definition, check_defaults, check_id, make_steps
@@ -26,13 +26,17 @@ from .engine import Engine
 from .env import Env, system_env
 from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .flight import Observer
+from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
+from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from .local import LocalRunner, LoopThread
 from .model import Run
+from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .procedures import Procedure
+from .sending import sending_event
 from .settings import DEFAULT_MONGODB_URI, Settings
 from .store import AsyncStore, Store, Where
 from .stream import EventStream, open_stream
-from .workflow import Workflow, cancelling_run, getting_run, twins
+from .workflow import Workflow, twins
 
 __all__ = ["Streamline"]
 
@@ -63,8 +67,11 @@ class Streamline:
         self.database = database
         self.collection_prefix = collection_prefix
         self.events = EventBus(self._open_stream)
+        self._open_store: Callable[[Where, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
+        self._open_async_store: Callable[[Where, Env], AsyncStore] = AsyncStore
         self._workflows: dict[str, Workflow] = {}
         self._where: Where | None = None
+        self._tenant_field: str | None = None  # as given to `setup_indexes` of this object
         self._reset_connections()
 
     def _reset_connections(self) -> None:
@@ -157,7 +164,7 @@ class Streamline:
         store = self._store
         if store is None:
             with self._opening:
-                store = self._store = self._store or Store(self.where, self.env)
+                store = self._store = self._store or self._open_store(self.where, self.env)
         return store
 
     def store_async(self) -> AsyncStore:
@@ -166,7 +173,7 @@ class Streamline:
         loop = asyncio.get_running_loop()
         store = self._async_stores.get(loop)
         if store is None:
-            store = self._async_stores[loop] = AsyncStore(self.where, self.env)
+            store = self._async_stores[loop] = self._open_async_store(self.where, self.env)
         return store
 
     def _notice_fork(self) -> None:
@@ -240,6 +247,45 @@ class Streamline:
 
     cancel_run, cancel_run_async = twins(_proc_cancel_run)
 
+    def _proc_pause_run(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
+        """Pause a run of whatever workflow; see `Workflow.pause`."""
+        return (yield from pausing_run(self, None, run_id, reason))
+
+    pause_run, pause_run_async = twins(_proc_pause_run)
+
+    def _proc_resume_run(self, run_id: str, payload: Any = None) -> Procedure[Run]:
+        """Resume a run of whatever workflow; see `Workflow.resume`."""
+        return (yield from resuming_run(self, None, run_id, payload))
+
+    resume_run, resume_run_async = twins(_proc_resume_run)
+
+    def _proc_rewind_run(self, run_id: str, step_id: str) -> Procedure[Run]:
+        """Rewind a run of whatever workflow; see `Workflow.rewind_to`."""
+        return (yield from rewinding_run(self, None, run_id, step_id))
+
+    rewind_run, rewind_run_async = twins(_proc_rewind_run)
+
+    def _proc_resume_hook(self, token: str, payload: Any = None) -> Procedure[HookResult]:
+        """Answer by the token of a hook; the payload becomes the output of the step that made it.
+
+        HookTokenError, and nothing is changed, if the token is wrong, used, expired or of a wait that is over. On a paused
+        run the answer is stored, and the run goes on when it is resumed.
+        """
+        return (yield from answering_hook(self, token, payload))
+
+    resume_hook, resume_hook_async = twins(_proc_resume_hook)
+
+    def _proc_send_event(self, name: str, data: Any = None, *, run_id: str | None = None) -> Procedure[int]:
+        """Deliver a durable event to one run, or to every run that waits for it; the number of runs woken now.
+
+        To one run: it is kept if the run does not wait for it yet. To all: it reaches the runs that wait now, and those
+        that exist now and wait later, each once. WorkflowNotFoundError for an unknown `run_id`, PayloadTooLargeError
+        (nothing stored) for a full inbox or more than 256 KiB.
+        """
+        return (yield from sending_event(self, name, data, run_id))
+
+    send_event, send_event_async = twins(_proc_send_event)
+
     def _proc_workers(self) -> Procedure[list[dict[str, Any]]]:
         """What every pool that has spoken lately says of itself: one document per pool, with its workers."""
         hosts: list[dict[str, Any]] = yield ops.list_hosts()
@@ -260,6 +306,84 @@ class Streamline:
         return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES)]
 
     init_db, init_db_async = twins(_proc_init_db)
+
+    # --- indexes and housekeeping ----------------------------------------------------------------------------------
+
+    def _proc_setup_indexes(
+        self,
+        *,
+        tenant_field: str | None = None,
+        user_field: str | None = None,
+        auto_cleanup_days: float | timedelta | None = None,
+        context_fields: Sequence[str] = (),
+    ) -> Procedure[list[str]]:
+        """Create the engine's indexes and those for your own queries; returns the names of all of them.
+
+        `tenant_field` (such as "context.tenantId"): for one tenant's runs by status and age; the housekeeping below compares
+        `tenant_id` with it, too. `user_field`: for one user's runs; default "userId". `context_fields`: one index each,
+        "orderId" meaning "context.orderId". `auto_cleanup_days`: MongoDB itself deletes runs so long after their end, within
+        about a minute; another figure changes it in place, None leaves it as it is. Runs that have not ended are never touched.
+
+        May be called by every process at its start. Raises ValidationError for what cannot be a field, and when an index
+        with the same keys and other options is in the way.
+        """
+        indexes = custom_indexes(
+            tenant_field=tenant_field, user_field=user_field, auto_cleanup_days=auto_cleanup_days, context_fields=context_fields
+        )
+        names = yield from self._proc_init_db()
+        names += yield from making_indexes(indexes)
+        self._tenant_field = tenant_field or self._tenant_field
+        return names
+
+    setup_indexes, setup_indexes_async = twins(_proc_setup_indexes)
+
+    def _proc_cleanup_old_runs(self, days: float | timedelta = 30, *, tenant_id: Any = None, dry_run: bool = False) -> Procedure[int]:
+        """Delete runs that ended at least `days` days ago, with their files; returns how many.
+
+        `tenant_id`: only those whose `tenant_field` (see `setup_indexes`; default `context.tenantId`) is equal to it.
+        `dry_run` counts and deletes nothing. Removes files that a crash has left behind, too, and events that nobody can want
+        any more. May be interrupted and repeated, and run by several processes at once. Goes through the whole collection
+        once, whatever it finds.
+        """
+        age_s = days_in_seconds(days, "cleanup_old_runs: days")
+        tenant = None if tenant_id is None else ((yield from self._tenant_path()), tenant_id)
+        count = yield from deleting(housekeeping_ops.ended_before(age_s, tenant), dry_run=dry_run)
+        if not dry_run:
+            yield from dropping_orphans()
+            yield from forgetting_events()
+        return count
+
+    cleanup_old_runs, cleanup_old_runs_async = twins(_proc_cleanup_old_runs)
+
+    def _proc_archive_old_runs(self, days: float | timedelta = 90, *, to: str | None = None, dry_run: bool = False) -> Procedure[int]:
+        """Move runs that ended at least `days` days ago to another collection of this database; returns how many.
+
+        `to`: its name; default `<prefix>runs_archive`. A run is copied first and then deleted, so a crash may leave it in
+        both collections until the next call, never in neither. Files stay where they are. A run whose id the archive holds
+        already, of another run, is left where it is, with a warning in the log.
+        """
+        age_s = days_in_seconds(days, "archive_old_runs: days")
+        collection, stored_name = check_archive(to, self.where.prefix)
+        return (yield from archiving(housekeeping_ops.ended_before(age_s), collection, stored_name, dry_run=dry_run))
+
+    archive_old_runs, archive_old_runs_async = twins(_proc_archive_old_runs)
+
+    def _proc_cleanup_expired(self, *, dry_run: bool = False) -> Procedure[int]:
+        """Delete ended runs whose `context.expireAt` (a date) has passed, with their files; returns how many."""
+        return (yield from deleting(housekeeping_ops.expired(), dry_run=dry_run))
+
+    cleanup_expired, cleanup_expired_async = twins(_proc_cleanup_expired)
+
+    def _tenant_path(self) -> Procedure[str]:
+        """The field that holds a run's tenant: as this object was told, else as some other process has indexed it."""
+        if self._tenant_field is not None:
+            return self._tenant_field
+        known = yield from tenant_fields()
+        if len(known) > 1:
+            raise ValidationError(
+                f"tenant_id: tenants are indexed by {' and by '.join(known)}; call setup_indexes(tenant_field=…) first, to say which counts"
+            )
+        return known[0] if known else TENANT_FIELD
 
     # --- for workflow.py, local.py and worker.py -------------------------------------------------------------------
 
@@ -347,13 +471,23 @@ class Streamline:
 
     def _signalling(self, kind: str, **fields: Any) -> Procedure[None]:
         """Send a signal; a failure costs latency only, so nobody is told."""
+        if kind == "cancel":
+            self._check_here(fields["runId"])
         try:
             yield ops.send_signal(kind, self._server_now(), **fields)
         except StoreUnavailableError as exc:
             log.debug("signal_lost", extra={"kind": kind, "error": str(exc)})
 
-    def _publish(self, document: Mapping[str, Any], name: str, data: Any) -> None:
-        event = Event(name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=None, data=data, at=self._server_now())
+    def _check_here(self, run_id: str) -> None:
+        """This program may be executing the run itself; it tails no signals."""
+        for loop, runner in list(self._runners.items()):
+            with contextlib.suppress(RuntimeError):  # a loop that is closed executes nothing
+                loop.call_soon_threadsafe(runner.check, run_id)
+
+    def _publish(self, document: Mapping[str, Any], name: str, data: Any, step_id: str | None = None) -> None:
+        event = Event(
+            name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=step_id, data=data, at=self._server_now()
+        )
         self.events.publish(event)
         global_event_bus.publish(event)
         self._act_events.add(event)  # sent by whatever drives this act

@@ -23,6 +23,7 @@ __all__ = [
     "check_id",
     "check_queue",
     "check_version",
+    "is_coroutine_function",
     "make_step",
     "make_steps",
 ]
@@ -126,7 +127,7 @@ def make_step(workflow_id: str, step_id: str, handler: object, options: Mapping[
     return StepDefinition(
         id=step_id,
         handler=handler,
-        is_async=_is_async(handler),
+        is_async=is_coroutine_function(handler),
         retry=_retry_policy(where, options),
         timeout_s=None if timeout is None else seconds(timeout, f"{where}: timeout"),
         **{name: options.get(name) for name in _CONDITIONS},
@@ -163,7 +164,8 @@ def check_version(workflow_id: str, version: object) -> str:
     return version
 
 
-def _is_async(handler: Callable[..., Any]) -> bool:
+def is_coroutine_function(handler: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine, without calling it. False for a `def` or lambda that returns one."""
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004 -- objects with an async __call__
 
 

@@ -20,6 +20,7 @@ from .model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
     "CODEC",
+    "EVENT_INDEXES",
     "HOST_INDEXES",
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
@@ -28,6 +29,10 @@ __all__ = [
     "as_payload",
     "as_stored",
     "check_payload",
+    "check_run_id",
+    "check_text",
+    "decode_payload",
+    "encode_payload",
     "make_context",
     "misfit",
     "new_run",
@@ -111,8 +116,16 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
         partial={"idempotencyKey": {"$type": "string"}},
         unique=True,
     ),
+    # Runs that wait for an event, so that one sent to all finds them.
+    IndexDefinition(name="streamline_awaits", key={"awaits": 1}, partial={"awaits": {"$exists": True}}),
 )
 """The indexes that the engine itself needs. A step's commit touches none of their fields."""
+
+EVENT_INDEXES: tuple[IndexDefinition, ...] = (
+    IndexDefinition(name="streamline_event", key={"name": 1, "at": 1}),
+    # Events whose sender has not finished: a steward does when the sender died.
+    IndexDefinition(name="streamline_pending", key={"at": 1}, partial={"pending": True}),
+)
 
 HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_expire", key={"expireAt": 1}, expire_after_s=0),)
 
@@ -125,20 +138,35 @@ def check_payload(value: Any, where: str) -> int:
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return 16
-    return len(_encode(value, where))
+    return len(encode_payload(value, where))
 
 
-def as_payload(value: Any, where: str) -> tuple[Any, int]:
+def check_text(value: object, where: str) -> str:
+    """`value` if it is text that can be stored; a ValidationError otherwise."""
+    if not isinstance(value, str):
+        raise ValidationError(f"{where}: must be text, not {type(value)}")
+    check_payload(value, where)
+    return value
+
+
+def check_run_id(run_id: object) -> str:
+    """`run_id` if it can name a run; a ValidationError otherwise."""
+    if not isinstance(run_id, str) or not 1 <= len(run_id) <= 100:
+        raise ValidationError(f"run_id {run_id!r}: a run id is text of 1 to 100 characters")
+    return check_text(run_id, "run_id")
+
+
+def as_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> tuple[Any, int]:
     """`value` as a reader will find it, and its size: a later step sees the same here as it would after a crash.
 
     Tuples are lists, instants are aware and have whole milliseconds, and what a handler does to the original
-    afterwards changes nothing. Raises as `check_payload` does.
+    afterwards changes nothing. Raises as `check_payload` does, with `bytes_max` as the limit.
     """
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return value, 16
-    encoded = _encode(value, where)
-    return (value if kind is str else bson.decode(encoded, codec_options=CODEC)[""]), len(encoded)
+    encoded = encode_payload(value, where, bytes_max)
+    return (value if kind is str else decode_payload(encoded)), len(encoded)
 
 
 def packed(document: Document) -> tuple[Any, int]:
@@ -148,21 +176,30 @@ def packed(document: Document) -> tuple[Any, int]:
     """
     try:
         encoded = bson.encode(document, codec_options=CODEC)
-    except Exception as exc:  # noqa: BLE001 -- as in `_encode`
+    except Exception as exc:  # noqa: BLE001 -- as in `encode_payload`
         raise ValidationError(f"cannot store {document.get('name')!r}: {exc}") from None
     return RawBSONDocument(encoded, codec_options=_RAW_CODEC), len(encoded)
 
 
-def _encode(value: Any, where: str) -> bytes:
+def decode_payload(encoded: bytes) -> Any:
+    """The value of which `encode_payload` made these bytes; a ValueError for bytes that are damaged."""
+    try:
+        return bson.decode(encoded, codec_options=CODEC)[""]
+    except (bson.errors.BSONError, KeyError) as exc:
+        raise ValueError(f"not a payload: {exc}") from exc
+
+
+def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> bytes:
+    """A payload as bytes: the BSON document `{"": value}`, which begins with its length. Raises as `check_payload` does."""
     try:
         encoded = bson.encode({"": value}, codec_options=CODEC)
     except Exception as exc:  # noqa: BLE001 -- encoding calls user code: a mapping's own methods may raise anything
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
     size = len(encoded)
-    if size > PAYLOAD_BYTES_MAX:
+    if size > bytes_max:
         raise PayloadTooLargeError(
-            f"{where}: {size} bytes, and the limit is {PAYLOAD_BYTES_MAX}; store it elsewhere and pass a reference", path=where, size=size
+            f"{where}: {size} bytes, and the limit is {bytes_max}; store it elsewhere and pass a reference", path=where, size=size
         )
     if size > 7 * PAYLOAD_DEPTH_MAX and _is_too_deep(value):  # the shortest level takes seven bytes
         raise ValidationError(f"{where}: nested more than {PAYLOAD_DEPTH_MAX} levels deep", path=where)
@@ -295,6 +332,9 @@ def misfit(document: Mapping[str, Any]) -> str | None:
         return "field 'steps' is empty"
     if not isinstance(document.get("waitGen", 0), int):
         return f"field 'waitGen' is {document['waitGen']!r}, expected a whole number"
+    for name in ("inbox", "seen"):
+        if not isinstance(document.get(name, []), list):
+            return f"field {name!r} is {document[name]!r}, expected a list"
     for place, step in enumerate(steps):
         reason = _step_misfit(step)
         if reason:
@@ -342,6 +382,10 @@ def _step_misfit(step: Any) -> str | None:
             return "waiting, but 'waitingFor' does not say for what"
         if waiting_for["type"] == "timer" and not isinstance(waiting_for.get("resumeAt"), datetime):
             return f"waitingFor.resumeAt is {waiting_for.get('resumeAt')!r}, expected a date"
+        if not isinstance(waiting_for.get("expiresAt"), (datetime, type(None))):
+            return f"waitingFor.expiresAt is {waiting_for['expiresAt']!r}, expected a date"
+        if waiting_for["type"] == "event" and not isinstance(waiting_for.get("eventName"), str):
+            return f"waitingFor.eventName is {waiting_for.get('eventName')!r}, expected text"
     return None
 
 

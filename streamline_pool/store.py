@@ -72,8 +72,8 @@ class Where:
         self.shown = redact_uri(uri)
 
     def collection(self, name: str) -> str:
-        """The stored name of the collection that operations call `name`."""
-        return self.prefix + name
+        """The stored name of the collection that operations call `name`; one that begins with "/" is a stored name itself."""
+        return name[1:] if name.startswith("/") else self.prefix + name
 
     def client_options(self) -> dict[str, Any]:
         """Options of every client; what the URI itself sets wins."""
@@ -441,7 +441,7 @@ class AsyncStore(_StoreBase):
         await self.client.close()
 
 
-_ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_signals())
+_ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_indexes("events"), ops.ensure_signals())
 
 
 def _milliseconds(wait_s: float) -> int:

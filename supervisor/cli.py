@@ -26,6 +26,7 @@ from streamline_pool.errors import StoreUnavailableError, ValidationError, Workf
 from streamline_pool.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.supervisor import commands, runs
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle, wants_private_server
+from streamline_pool.supervisor.cleanup import cleanup
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
 from streamline_pool.supervisor.doctor import doctor
 from streamline_pool.supervisor.logs import setup_logging
@@ -66,7 +67,7 @@ def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: 
     return _run_the_pool()
 
 
-for command in (*commands.ALL, doctor, runs.runs, systemd):
+for command in (*commands.ALL, cleanup, doctor, runs.runs, systemd):
     cli.add_command(command)
 
 

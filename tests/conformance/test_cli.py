@@ -86,7 +86,7 @@ def test_help_names_every_option_with_its_variable_and_every_command(offline: Sh
     for option in OPTIONS:
         assert f"--{option.name}" in text
         assert f"[env: {option.env};" in text
-    for name in ("check", "demo", "doctor", "init-db", "runs", "start", "systemd", "workers"):
+    for name in ("check", "cleanup", "demo", "doctor", "init-db", "runs", "start", "systemd", "workers"):
         assert name in text
         assert offline(name, "--help").returncode == 0
     assert offline("--version").stdout.startswith("streamline-pool ")

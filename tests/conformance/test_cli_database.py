@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,6 @@ from typing import Any
 import pytest
 from cli_shell import NOWHERE, Shell, wait_for_line
 from pymongo import MongoClient
-from pymongo.errors import PyMongoError
-
-from streamline_pool import embedded
-from support import eventually
 
 
 @pytest.mark.parametrize(
@@ -112,37 +106,6 @@ def test_doctor_finds_nothing_broken_here(shell: Shell) -> None:
 
 
 # --- rights ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of a server that asks for passwords and is no replica set; users `writer` and `reader` of database `shop`."""
-    folder = tmp_path_factory.mktemp("guarded")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [str(embedded.find_mongod()), "--auth", "--dbpath", str(folder), "--port", port, "--bind_ip", "127.0.0.1"]
-    server = subprocess.Popen([*command, "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"], stdout=subprocess.DEVNULL)
-    address = f"127.0.0.1:{port}"
-    try:
-        eventually(lambda: _is_up(address), timeout=30)
-        with MongoClient[dict[str, Any]](f"mongodb://{address}") as client:
-            client["admin"].command("createUser", "root", pwd="s3cret", roles=["root"])
-        with MongoClient[dict[str, Any]](f"mongodb://root:s3cret@{address}") as client:
-            client["shop"].command("createUser", "reader", pwd="s3cret", roles=["read"])
-            client["shop"].command("createUser", "writer", pwd="s3cret", roles=["readWrite"])
-        yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def _is_up(address: str) -> bool:
-    try:
-        with MongoClient[dict[str, Any]](f"mongodb://{address}", serverSelectionTimeoutMS=200) as client:
-            return bool(client["admin"].command("ping")["ok"])
-    except PyMongoError:
-        return False
 
 
 def test_a_lacking_right_is_3_and_named(offline: Shell, guarded: str) -> None:

@@ -134,3 +134,25 @@ def test_waiting_threads_and_tasks_are_woken() -> None:
         return [await thread, *[await task for task in tasks], await signal]
 
     assert asyncio.run(work()) == [True, "shutdown", "shutdown", "shutdown"]
+
+
+def test_a_signal_that_fires_while_somebody_begins_to_wait_is_not_missed() -> None:
+    """A `def` handler waits on a thread of its own, and the signal fires in another: between its look and its place in the list."""
+    signal = AbortSignal()
+
+    class Firing(list[Any]):
+        def append(self, future: Any) -> None:
+            signal._fire("cancelled")
+            super().append(future)
+
+    signal._futures = Firing()
+
+    async def wait() -> str:
+        return await asyncio.wait_for(_awaited(signal), 10)
+
+    assert asyncio.run(wait()) == "cancelled"
+    assert signal._futures == []
+
+
+async def _awaited(signal: AbortSignal) -> str:
+    return await signal

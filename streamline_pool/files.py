@@ -1,0 +1,98 @@
+"""Files beside the runs, as procedures: store one, load the outputs of a run, drop some.
+
+Owns the order of the operations. A file's record is written before its chunks and deleted after them, so that whatever a
+crash leaves has a record, and whoever looks for orphans finds it (housekeeping.py). A file is complete when its chunks
+make up the length that the record says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from . import file_ops
+from .documents import decode_payload
+from .errors import DataCorruptionError
+from .file_ops import CHUNK_BYTES
+from .payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
+from .procedures import Procedure
+
+__all__ = ["dropping_files", "loading_outputs", "putting_file", "reading_outputs"]
+
+_COMMAND_CHUNKS = 32  # 8 MiB in one command; a command ends at 16 MiB
+_DROP_MAX = 100  # files whose content one command deletes; at 64 MiB each some 25 000 chunks
+
+
+def putting_file(file_id: str, content: bytes, run_id: str) -> Procedure[None]:
+    """Store a file durably, before anything refers to it. May be repeated under the same id, with the same content only.
+
+    The procedure of `split_output(...).content`. Raises StoreUnavailableError.
+    """
+    if not (yield file_ops.any_file()):
+        # Nobody pays for these indexes before there is a file; a user with readWrite may create them.
+        yield file_ops.ensure_file_index()
+        yield file_ops.ensure_chunk_index()
+    yield file_ops.insert_file(file_id, run_id, len(content))
+    for first, chunks in _commands(content):
+        yield file_ops.insert_chunks(file_id, first, chunks)
+
+
+def _commands(content: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """The chunks by command, each list with the number of its first."""
+    size = _COMMAND_CHUNKS * CHUNK_BYTES
+    for start in range(0, len(content), size):
+        part = content[start : start + size]
+        yield start // CHUNK_BYTES, [part[place : place + CHUNK_BYTES] for place in range(0, len(part), CHUNK_BYTES)]
+
+
+def loading_outputs(document: Mapping[str, Any]) -> Procedure[dict[str, Any]]:
+    """A copy of a run document with every output in it. Costs nothing when all of them are there already.
+
+    Raises DataCorruptionError naming run, file and step when a file is missing or damaged.
+    """
+    return with_outputs(document, (yield from reading_outputs(document, external_ids(document))))
+
+
+def reading_outputs(document: Mapping[str, Any], file_ids: Sequence[str]) -> Procedure[dict[str, Any]]:
+    """The values in these files of a run, by id. Raises as `loading_outputs` does."""
+    if not file_ids:
+        return {}
+    lengths = {record["_id"]: record["length"] for record in (yield file_ops.files_of(document["_id"], file_ids))}
+    values = {}
+    for file_id in file_ids:
+        if file_id not in lengths:
+            raise _damaged(document, file_id, "there is no such file of this run")
+        chunks = yield file_ops.read_chunks(file_id)
+        try:
+            values[file_id] = decode_payload(_joined(chunks, lengths[file_id]))
+        except ValueError as exc:
+            raise _damaged(document, file_id, str(exc)) from exc
+    return values
+
+
+def _joined(chunks: Sequence[Mapping[str, Any]], length: int) -> bytes:
+    """The content of a file; a ValueError when a part of it is missing."""
+    content = b"".join(chunk["data"] for chunk in sorted(chunks, key=lambda chunk: chunk["n"]))
+    if len(content) != length:
+        raise ValueError(f"it has {len(content)} of {length} bytes")
+    return content
+
+
+def _damaged(document: Mapping[str, Any], file_id: str, reason: str) -> DataCorruptionError:
+    steps = document.get("steps") or ()
+    holders = [step["stepId"] for step in steps if is_external(step.get("output")) and step["output"][EXTERNAL_KEY] == file_id]
+    where = f"output of step {holders[0]}" if holders else "output"
+    remedy = f"restore it, or rewind the run to step {holders[0]}" if holders else "restore it"
+    return DataCorruptionError(
+        f"run {document['_id']}: {where} is in file {file_id}, and {reason}; {remedy}", run_id=document["_id"], file_id=file_id
+    )
+
+
+def dropping_files(file_ids: Sequence[str]) -> Procedure[int]:
+    """Delete files, in batches. Ids of files that do not exist are fine. Returns how many there were."""
+    dropped = 0
+    for start in range(0, len(file_ids), _DROP_MAX):
+        batch = file_ids[start : start + _DROP_MAX]
+        yield file_ops.delete_chunks(batch)
+        dropped += yield file_ops.delete_files(batch)
+    return dropped

@@ -1,0 +1,135 @@
+"""What the end of an attempt means for its run: from a handler's outcome to the transition that is to be stored.
+
+Owns the reading of outcomes, conditions and version mismatches. Pure but for the users' own predicates: it writes
+nothing, and clock and chance come as arguments. engine.py performs what is decided here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from . import transitions
+from .attempt import Kind, Outcome, failure_of, timeout_failure
+from .context import Context, Ending, SleepEnding, WaitEnding
+from .definition import Definition, StepDefinition
+from .documents import parse_run
+from .errors import ErrorCode, WorkflowError
+from .payloads import split_output, with_outputs
+from .transitions import Change, Document, Failure
+
+__all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
+
+
+class File(NamedTuple):
+    """A large output, to be stored beside the run before anything refers to it."""
+
+    id: str
+    content: bytes
+
+
+class Decided(NamedTuple):
+    """What is to be stored of a run."""
+
+    change: Change
+    size: int = 0  # bytes that it takes in the document, payloads only
+    file: File | None = None
+
+
+class Moment(NamedTuple):
+    """When, by what chance and under which id something is decided."""
+
+    now: datetime  # the server's time
+    chance: float  # uniform in [0, 1), for jitter
+    new_id: Callable[[], str]  # for a file
+
+    def after(self, seconds: float) -> datetime:
+        """The instant so many seconds from now, in whole milliseconds."""
+        return self.now + timedelta(milliseconds=round(seconds * 1000))
+
+
+def change_after(document: Document, definition: Definition, place: int, context: Context, outcome: Outcome, at: Moment) -> Decided:
+    """The transition that follows an attempt at the step at `place`."""
+    step = definition.steps[place]
+    reason = context.signal.reason
+    if reason == "timeout":
+        return Decided(failed(document, step, place, timeout_failure(step), at))
+    ending = context._ending  # also when the handler swallowed it and returned
+    if ending is None and outcome.kind is Kind.ENDED:
+        ending = outcome.value
+    if ending is not None:
+        return Decided(_ended(document, definition, place, ending, context._sets, at), context._sets_bytes)
+    if outcome.kind is Kind.RETURNED:
+        file_id = at.new_id()
+        try:
+            output, content, size = split_output(outcome.value, f"output of step {step.id}", file_id)
+        except WorkflowError as exc:
+            return Decided(failed(document, step, place, failure_of(exc), at))
+        change = transitions.advance(document, definition, place, output, context._sets, at.now)
+        # The last step's output is stored once more, as the run's.
+        return Decided(change, 2 * size + context._sets_bytes, None if content is None else File(file_id, content))
+    if reason in ("shutdown", "lease-lost"):
+        return Decided(transitions.give_back(document, place, at.now, entered=True))
+    return Decided(failed(document, step, place, failure_of(outcome.value), at))
+
+
+def _ended(document: Document, definition: Definition, place: int, ending: Ending, sets: Mapping[str, Any], at: Moment) -> Change:
+    """The handler left by `ctx.sleep`, `ctx.wait` or `ctx.wait_for`. What has arrived already is not waited for."""
+    if isinstance(ending, SleepEnding):
+        return transitions.sleep(document, place, at.after(ending.delay_s), sets, at.now)
+    assert isinstance(ending, WaitEnding), "a handler ends in a sleep or in a wait"
+    waiting_for = dict(ending.waiting_for)
+    if ending.timeout_s is not None:
+        waiting_for["expiresAt"] = at.after(ending.timeout_s)
+    begin = transitions.await_event if waiting_for["type"] == "event" else transitions.wait
+    waiting = begin(document, place, waiting_for, sets, at.now)
+    return transitions.take(document, definition, waiting, at.now) or waiting
+
+
+def failed(document: Document, step: StepDefinition, place: int, failure: Failure, at: Moment) -> Change:
+    """The attempt failed: another one after its back-off, or the end of the run."""
+    delay_s = step.retry.delay_after(document["failures"] + 1, at.chance)
+    return transitions.step_failed(document, step, place, failure, at.now, at.after(delay_s))
+
+
+def damaged(document: Document, place: int, exc: WorkflowError, now: datetime) -> Change:
+    """The run ends because a part of it, such as the file of an output, is missing."""
+    failure = Failure(exc.code, exc.message, type(exc).__name__, "", False)
+    return transitions.fail_run(document, place, failure, now, failures=document["failures"], code=exc.code)
+
+
+async def allowed(step: StepDefinition, context: Context, document: Mapping[str, Any], outputs: Mapping[str, Any]) -> bool:
+    """Whether the step is to be entered: `condition`, then `skip_if`, then `run_if`; each may be async."""
+    questions: list[tuple[Callable[[], Any], bool]] = []
+    if step.condition is not None:
+        condition = step.condition
+        questions.append((lambda: condition(context, parse_run(with_outputs(document, outputs))), True))
+    if step.skip_if is not None:
+        skip_if = step.skip_if
+        questions.append((lambda: skip_if(context), False))
+    if step.run_if is not None:
+        run_if = step.run_if
+        questions.append((lambda: run_if(context), True))
+    for ask, wanted in questions:
+        answer = ask()
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if bool(answer) is not wanted:
+            return False
+    return True
+
+
+def version_mismatch(document: Document, definition: Definition, now: datetime) -> Change | None:
+    """How the run fails when its stored steps are not those of the version it names; None when they are."""
+    stored = [step["stepId"] for step in document["steps"]]
+    if stored == list(definition.index):
+        return None
+    message = (
+        f"run {document['_id']} was stored with steps {', '.join(stored)}, but workflow {definition.workflow_id} "
+        f"{definition.version} has {', '.join(definition.index)}; give changed steps a new version"
+    )
+    failure = Failure(ErrorCode.VERSION_MISMATCH, message, "VersionMismatchError", "", False)
+    place = transitions.current_place(document) or 0
+    return transitions.fail_run(document, place, failure, now, failures=document["failures"], code=failure.code)

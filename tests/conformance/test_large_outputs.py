@@ -1,0 +1,175 @@
+"""Outputs that do not fit into a run's document: kept beside it, given back as if they were in it, limited at 64 MiB."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from workers import run_until_idle
+
+from streamline_pool import DataCorruptionError, PayloadTooLargeError, Streamline, create_hook, ops
+from streamline_pool.payloads import EXTERNAL_BYTES, OUTPUT_BYTES_MAX
+
+LARGE = b"x" * (EXTERNAL_BYTES + 1)
+
+
+def marker(stored: Any) -> bool:
+    return isinstance(stored, dict) and list(stored) == ["$external"]
+
+
+def test_a_large_output_is_beside_the_run_and_handlers_and_programs_get_the_value(app: Streamline) -> None:
+    """A document of many megabytes is rewritten at every step, and ends at sixteen."""
+    seen: list[Any] = []
+    flow = app.workflow(
+        "flow",
+        steps={
+            "make": lambda ctx: LARGE,
+            "use": lambda ctx: seen.append(ctx.get_output("make")),
+            "ask": (lambda ctx: "entered", {"condition": lambda ctx, run: run.step("make").output == LARGE}),
+            "end": lambda ctx: ctx.get_output("make"),
+        },
+    )
+    run = flow.execute(flow.start().id)
+    assert seen == [LARGE]
+    assert [run.output, run.step("make").output, run.step("ask").output] == [LARGE, LARGE, "entered"]
+    stored = app.runs.find_one({"_id": run.id})
+    assert marker(stored["steps"][0]["output"])
+    assert marker(stored["output"])
+    assert marker(run.to_dict()["output"]), "`to_dict` is the stored document"
+    for reader in (flow.get, flow.wait_for):
+        read = reader(run.id)
+        assert read is not None
+        assert read.output == LARGE
+
+
+def test_another_worker_loads_what_the_first_has_stored(app: Streamline) -> None:
+    """After a sleep, a crash or a wait the value is in nobody's memory."""
+    flow = app.workflow(
+        "flow",
+        steps={
+            "make": lambda ctx: {"data": LARGE},
+            "nap": lambda ctx: ctx.sleep(0.01),
+            "end": lambda ctx: len(ctx.get_output("make")["data"]),
+        },
+    )
+    run = flow.start()
+    run_until_idle(app)
+    ended = flow.wait_for(run.id, timeout=10)
+    assert ended.output == len(LARGE)
+
+
+def test_the_limit_is_64_mib_and_beyond_it_the_step_fails_at_once(app: Streamline) -> None:
+    """Made once: a second attempt would give the same."""
+    calls: list[int] = []
+
+    def make(ctx: Any) -> bytes:
+        calls.append(1)
+        return bytes(ctx.input)
+
+    flow = app.workflow("flow", steps={"make": make})
+    most = OUTPUT_BYTES_MAX - 100
+    assert len(flow.execute(flow.start(most).id).output) == most
+    failed = flow.execute(flow.start(OUTPUT_BYTES_MAX + 1).id)
+    assert (failed.status, failed.error["code"]) == ("failed", "PAYLOAD_TOO_LARGE")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_large_answer_is_an_output_like_any_other(app: Streamline, early: bool) -> None:
+    tokens: list[str] = []
+
+    def ask(ctx: Any) -> None:
+        tokens.append(create_hook(ctx, "send the file").token)
+        if early:
+            app.resume_hook(tokens[0], LARGE)
+        ctx.wait("send the file")
+
+    flow = app.workflow("flow", steps={"ask": ask, "end": lambda ctx: ctx.get_output("ask"), "sign": lambda ctx: ctx.wait("sign")})
+    run = flow.execute(flow.start().id)
+    if not early:
+        assert app.resume_hook(tokens[0], LARGE).run.step("ask").output == LARGE
+        run = flow.execute(run.id)
+    assert run.step("end").output == LARGE
+    signed = flow.resume(run.id, [LARGE])
+    assert signed.step("sign").output == [LARGE]
+    assert all(marker(step["output"]) for step in app.runs.find_one({"_id": run.id})["steps"])
+
+
+def test_a_payload_above_the_limit_is_refused_and_nothing_is_stored(app: Streamline) -> None:
+    flow = app.workflow("flow", steps={"ask": lambda ctx: ctx.wait("?")})
+    run = flow.execute(flow.start().id)
+    with pytest.raises(PayloadTooLargeError):
+        flow.resume(run.id, b"x" * (OUTPUT_BYTES_MAX + 1))
+    assert flow.resume(run.id, "small").step("ask").output == "small"
+    assert app.store().collection("files.files").count_documents({}) == 0
+
+
+def test_an_output_that_looks_like_a_marker_comes_back_as_it_was(app: Streamline) -> None:
+    """Else a handler could have the engine read any file, or fail for one that does not exist."""
+    odd = {"$external": "of my own"}
+    flow = app.workflow("flow", steps={"make": lambda ctx: odd, "end": lambda ctx: [ctx.get_output("make")]})
+    assert flow.execute(flow.start().id).output == [odd]
+
+
+def test_a_lost_file_fails_its_run_alone_and_says_which(app: Streamline) -> None:
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "end": lambda ctx: 1})
+    run = flow.execute(flow.start().id)
+    app.store().collection("files.files").delete_many({})
+    run_until_idle(app)
+    stored = app.runs.find_one({"_id": run.id})
+    assert (stored["status"], stored["error"]["code"], stored["error"]["stepId"]) == ("failed", "DATA_CORRUPTION", "end")
+    with pytest.raises(DataCorruptionError, match="output of step make"):
+        flow.get(run.id)
+    with pytest.raises(DataCorruptionError, match="output of step make"):
+        flow.rewind_to(run.id, "end")
+    assert flow.rewind_to(run.id, "make").status == "running"
+
+
+def test_subscribers_are_told_the_value(app: Streamline) -> None:
+    heard: dict[str, Any] = {}
+    app.events.on("*", lambda event: heard.update({event.name: event.data}))
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE})
+    flow.execute(flow.start().id)
+    app.events.flush()
+    assert heard["step:completed"] == heard["workflow:completed"] == LARGE
+
+
+CRASHING = """
+import os, signal, sys
+from streamline_pool import Streamline, ops
+app = Streamline(sys.argv[1], database=sys.argv[2])
+flow = app.workflow("flow", steps={"make": lambda ctx: b"x" * 300_000})
+from streamline_pool.store import AsyncStore
+run_op = AsyncStore.run
+async def dying(self, op, session=None):
+    if op.name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await run_op(self, op, session)
+AsyncStore.run = dying
+flow.execute(sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("operation", ["insert_file", "insert_chunks", "commit_runs"])
+def test_a_crash_between_file_and_commit_loses_nothing(
+    make_app: Callable[..., Streamline], mongodb_uri: str, database: str, operation: str
+) -> None:
+    """The step is done again and its file is written again; what the dead process has left goes with the run."""
+    app = make_app(lease_s=0.5)
+    flow = app.workflow("flow", steps={"make": lambda ctx: b"y" * 300_000})
+    run = flow.start()
+    died = subprocess.run([sys.executable, "-c", CRASHING, mongodb_uri, database, operation, run.id], timeout=50, capture_output=True)
+    assert died.returncode == -9, died.stderr
+    app.runs.update_one({"_id": run.id}, {"$set": {"lease.expiresAt": run.created_at}})
+    app.store().run(ops.recover_expired(3))
+    run_until_idle(app)
+    ended = flow.wait_for(run.id, timeout=20)
+    assert ended.output == b"y" * 300_000
+    assert ended.step("make").attempts == 2
+    files = app.store().collection("files.files")
+    assert files.count_documents({}) == (1 if operation == "insert_file" else 2)
+    assert app.cleanup_old_runs(0) == 1
+    assert files.count_documents({}) == app.store().collection("files.chunks").count_documents({}) == 0

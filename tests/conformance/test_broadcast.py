@@ -204,7 +204,7 @@ def test_a_batch_of_unknown_outcome_is_sent_again_and_read_once(app: Streamline,
 
 
 def test_every_event_of_a_run_is_published(app: Streamline) -> None:
-    """A name that is never published is a promise to subscribers that is not kept."""
+    """A name that is never published is a promise to subscribers that is not kept. `workflow:recovered` is in test_stream.py."""
     heard: list[str] = []
     app.events.on("*", lambda each: heard.append(each.name))
     steps: dict[str, Any] = {
@@ -216,9 +216,10 @@ def test_every_event_of_a_run_is_published(app: Streamline) -> None:
     app.workflow("bad", steps={"a": (lambda ctx: 1 / 0, {"retries": 1})}).start()
     unwanted = app.workflow("unwanted", steps={"a": lambda ctx: 1})
     unwanted.cancel(unwanted.start().id)
+    unwanted.pause(unwanted.start().id)
     run_until_idle(app)
     wanted = {
-        *(f"workflow:{what}" for what in ("started", "completed", "failed", "waiting", "resumed", "cancelled", "retry")),
+        *(f"workflow:{what}" for what in ("started", "completed", "failed", "waiting", "resumed", "cancelled", "retry", "paused")),
         *(f"step:{what}" for what in ("started", "completed", "failed", "waiting", "skipped", "retry-scheduled")),
     }
     eventually(lambda: wanted <= set(heard))

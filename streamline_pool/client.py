@@ -18,12 +18,13 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from . import housekeeping_ops, ops
+from .broadcast import ActEvents, Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .definition import Definition, check_defaults, check_id, make_steps
 from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from .engine import Engine
 from .env import Env, system_env
-from .errors import StoreUnavailableError, ValidationError
+from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .flight import Observer
 from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
@@ -34,6 +35,7 @@ from .procedures import Procedure
 from .sending import sending_event
 from .settings import DEFAULT_MONGODB_URI, Settings
 from .store import AsyncStore, Store, Where
+from .stream import EventStream, open_stream
 from .workflow import Workflow, twins
 
 __all__ = ["Streamline"]
@@ -64,7 +66,7 @@ class Streamline:
         self.mongodb_uri = mongodb_uri  # as given in code; None: not given
         self.database = database
         self.collection_prefix = collection_prefix
-        self.events = EventBus()
+        self.events = EventBus(self._open_stream)
         self._open_store: Callable[[Where, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
         self._open_async_store: Callable[[Where, Env], AsyncStore] = AsyncStore
         self._workflows: dict[str, Workflow] = {}
@@ -79,6 +81,7 @@ class Streamline:
         self._async_stores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = weakref.WeakKeyDictionary()
         self._runners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LocalRunner] = weakref.WeakKeyDictionary()
         self._background: LoopThread | None = None
+        self._act_events = ActEvents(self.env)
 
     # --- workflows -------------------------------------------------------------------------------------------------
 
@@ -194,8 +197,9 @@ class Streamline:
         return self.store().collection("runs")
 
     def close(self) -> None:
-        """Release connections, threads and local executions. The app opens again on its next use."""
+        """Release connections, threads, streams and local executions. The app opens again on its next use."""
         self._notice_fork()
+        self.events.close_streams()
         if self._background is not None:
             self._background.call(self.close_async())
             self._background.close()
@@ -391,6 +395,7 @@ class Streamline:
             env=self.env,
             definition_of=self.definition_of,
             events=self.events,
+            broadcast=Broadcaster(store, self.env),
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
             observer=observer,
@@ -418,11 +423,24 @@ class Streamline:
         if runner is not None:
             await runner.shutdown(timeout_s)
 
+    def _open_stream(self, names: frozenset[str] | None, run_id: str | None) -> EventStream:
+        return open_stream(self.store(), self.env, names, run_id)
+
     def _drive(self, procedure: Procedure[T], session: Any) -> T:
-        return self.store().drive(procedure, session)
+        store = self.store()
+        result = store.drive(procedure, session)
+        for signal in self._act_events.take():
+            with contextlib.suppress(WorkflowError):  # those who stream see by the numbers that they missed it
+                store.run(signal)
+        return result
 
     async def _drive_async(self, procedure: Procedure[T], session: Any) -> T:
-        return await self.store_async().drive(procedure, session)
+        store = self.store_async()
+        result = await store.drive(procedure, session)
+        for signal in self._act_events.take():
+            with contextlib.suppress(WorkflowError):
+                await store.run(signal)
+        return result
 
     def _ensuring(self, session: Any) -> Procedure[None]:
         """Indexes and clock, once per connection. Outside of a caller's transaction, which cannot create indexes."""
@@ -475,3 +493,4 @@ class Streamline:
         )
         self.events.publish(event)
         global_event_bus.publish(event)
+        self._act_events.add(event)  # sent by whatever drives this act

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import bson
+from bson.raw_bson import RawBSONDocument
 
 from .definition import Definition
 from .errors import DataCorruptionError, PayloadTooLargeError, ValidationError
@@ -36,6 +37,7 @@ __all__ = [
     "make_context",
     "misfit",
     "new_run",
+    "packed",
     "parse_run",
     "size_of",
 ]
@@ -54,6 +56,8 @@ CODEC: bson.CodecOptions[Document] = bson.CodecOptions(
 What another program has stored and Python has no value for (a date beyond the year 9999, text that is not UTF-8) is
 read as the nearest thing: one such document must not make a whole batch unreadable.
 """
+
+_RAW_CODEC: bson.CodecOptions[Any] = CODEC.with_options(document_class=RawBSONDocument)
 
 SLOTS = 16
 """Runs are spread over this many slots, so that workers claim from different ends of the queue. Derived: a find
@@ -176,6 +180,18 @@ def as_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> tu
         return value, 16
     encoded = encode_payload(value, where, bytes_max)
     return (value if kind is str else decode_payload(encoded)), len(encoded)
+
+
+def packed(document: Document) -> tuple[Any, int]:
+    """A document in its stored form, to be sent as it is now without being encoded again, and its size in bytes.
+
+    Raises ValidationError for what BSON cannot hold.
+    """
+    try:
+        encoded = bson.encode(document, codec_options=CODEC)
+    except Exception as exc:  # noqa: BLE001 -- as in `encode_payload`
+        raise ValidationError(f"cannot store {document.get('name')!r}: {exc}") from None
+    return RawBSONDocument(encoded, codec_options=_RAW_CODEC), len(encoded)
 
 
 def decode_payload(encoded: bytes) -> Any:

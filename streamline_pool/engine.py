@@ -17,6 +17,7 @@ from typing import Any
 
 from . import acts, ops, transitions
 from .attempt import Attempt, Kind, Outcome, failure_of
+from .broadcast import Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
@@ -60,6 +61,7 @@ class Engine:
         env: Env,
         definition_of: Callable[[Mapping[str, Any]], Definition | None],
         events: EventBus,
+        broadcast: Broadcaster,
         lease_s: float,
         threads_max: int,
         observer: Observer,
@@ -73,6 +75,7 @@ class Engine:
         self.steps_total = 0
         self._definition_of = definition_of
         self._own_events = events
+        self.broadcast = broadcast
         self._observer = observer
         self._committer = GroupCommitter(store, env, observer.store_answered)
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
@@ -88,6 +91,7 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self._committer.start()
+        self.broadcast.start()
         self.leases.start()
 
     async def close(self) -> None:
@@ -98,6 +102,7 @@ class Engine:
             if flight.task is not None:
                 flight.task.cancel()
         await self._committer.close()
+        await self.broadcast.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- admission -------------------------------------------------------------------------------------------------
@@ -433,7 +438,7 @@ class Engine:
     # --- events ----------------------------------------------------------------------------------------------------
 
     def _listening(self) -> bool:
-        return self._own_events.active or global_event_bus.active
+        return self._own_events.active or global_event_bus.active or self.broadcast.active
 
     def _publish_claimed(self, flight: Flight) -> None:
         document = flight.document
@@ -443,13 +448,14 @@ class Engine:
             self.publish(document, (("workflow:recovered", document["currentStepId"], {"crashes": document["crashes"]}),))
 
     def publish(self, document: Mapping[str, Any], events: tuple[tuple[str, str | None, Any], ...]) -> None:
-        """Tell the subscribers, in this process, what has durably happened."""
+        """Tell the subscribers in this process, and those who stream, what has durably happened."""
         for name, step_id, data in events:
             event = Event(
                 name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=step_id, data=data, at=self.store.now()
             )
             self._own_events.publish(event)
             global_event_bus.publish(event)
+            self.broadcast.publish(event)
 
 
 def _with_values(events: Events, outputs: Mapping[str, Any]) -> Events:

@@ -448,4 +448,4 @@ def remove_host(host_id: str) -> Command:
 
 def list_hosts() -> Find:
     """Every pool that has spoken lately."""
-    return Find(name="list_hosts", collection="hosts", filter={}, sort=(("_id", 1),))
+    return Find(name="list_hosts", collection="hosts", filter={"listener": {"$exists": False}}, sort=(("_id", 1),))

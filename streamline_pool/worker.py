@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 from . import ops
+from .bus import Event, global_event_bus
 from .client import Streamline
 from .engine import Engine
 from .env import Env
@@ -82,6 +83,7 @@ class Worker:
         self._held = False
         self._leaving = False
         self._backlog = True  # there may be due runs that this worker has not seen
+        self._claims_fail = False  # since the last one that did not
         self._looking = False  # a claim is under way: what it brings is neither in flight yet nor due any more
         self._suspects_left = False  # a look has passed some over, because one was in flight
         self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
@@ -109,6 +111,7 @@ class Worker:
         engine.start()
         try:
             await self._connect(store)
+            await engine.broadcast.look()  # a stream that was opened before this worker is to see its first run, too
             self._state = "ready"
             self._notify()
             self._wanted.set()
@@ -185,6 +188,11 @@ class Worker:
         self._wanted.set()
         self._notify()
 
+    def attend(self, listeners: Iterable[tuple[str, float]]) -> None:
+        """Publish events for those who stream: their ids, each with the seconds for which it is served unless said again."""
+        if self._engine is not None:
+            self._engine.broadcast.attend(listeners)
+
     def reslot(self, index: int, total: int) -> None:
         """This worker's place among the workers of its host has changed."""
         self._lookout.reslot(index, total)
@@ -224,13 +232,22 @@ class Worker:
                 await self._claim_due(store, engine, min(room, _CLAIM_MAX))
                 if self._gate == "one":
                     self._gate = "closed"  # one batch was let through; the breaker says what comes next
+            self._claims_fail = False
         except WorkflowError as exc:
             # A claim of unknown outcome is forgotten: it is never renewed, and recovered when it expires.
             self.store_answered(False)
             log.warning("claim_failed", extra={"error": str(exc)})
-            self._backlog = True
+            if not self._claims_fail:  # once for each outage, as far as subscribers are concerned
+                self._publish_failure(engine, exc)
+            self._claims_fail = self._backlog = True
             delay_s = self._retry_pause_s()
             engine.loop.call_later(delay_s, self._wanted.set)
+
+    def _publish_failure(self, engine: Engine, exc: WorkflowError) -> None:
+        data, at = {"error": exc.message}, engine.now()
+        event = Event(name="scheduler:error", run_id=None, workflow_id=None, step_id=None, data=data, at=at)
+        for bus in (self._app.events, global_event_bus, engine.broadcast):
+            bus.publish(event)
 
     def _retry_pause_s(self) -> float:
         ceiling = min(0.1 * 2.0 ** min(self._consecutive_failures, 10), _RETRY_MAX_S)  # 2**1100, after hours, is no float

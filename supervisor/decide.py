@@ -15,6 +15,7 @@ from streamline_pool.supervisor.messages import (
     STORE_UNREACHABLE_EXIT,
     AbortHint,
     AbortRun,
+    Audience,
     Beat,
     BootFailed,
     Checked,
@@ -27,6 +28,7 @@ from streamline_pool.supervisor.messages import (
     Poke,
     PoolFacts,
     Probe,
+    Publish,
     Released,
     Reslot,
     Ring,
@@ -36,6 +38,7 @@ from streamline_pool.supervisor.messages import (
 )
 from streamline_pool.supervisor.state import (
     Action,
+    Attended,
     Dump,
     Ending,
     Event,
@@ -140,6 +143,11 @@ def _on_message(state: State, member: Member, event: Heard, now: float) -> Decis
         case AbortHint(run_id=run_id, owner=owner, reason=reason):
             holders = [m for m in state.workers if owner in (None, m.owner)]
             return state, [Send(pid=m.pid, message=AbortRun(run_id=run_id, reason=reason)) for m in holders]
+        case Audience(listeners=listeners):
+            seq = state.pokes + 1
+            attended = Attended(seq=seq, until={listener: now + left_s for listener, left_s in listeners})
+            publish = Publish(seq=seq, listeners=listeners)
+            return replace(state, pokes=seq, attended=attended), [Send(pid=m.pid, message=publish) for m in state.workers]
         case StewardBeat(ready=ready):
             starts = ready and member.phase == "starting"
             return (put(state, replace(member, phase="ready")) if starts else state), []
@@ -275,6 +283,9 @@ def _on_forked(state: State, event: Forked, now: float) -> Decision:
         actions.append(Send(pid=event.pid, message=Hold(held=True)))
     if state.breaker.state != "closed":
         actions.append(Send(pid=event.pid, message=Gate(state="closed")))
+    if state.attended is not None:
+        publish = Publish(seq=state.attended.seq, listeners=state.attended.left(now))
+        actions.append(Send(pid=event.pid, message=publish))
     return state, actions
 
 

@@ -15,9 +15,10 @@ import orjson
 
 __all__ = [
     "BOOT_FAILED_EXIT", "FROM_STEWARD", "FROM_WORKER", "STORE_UNREACHABLE_EXIT", "TO_STEWARD", "TO_WORKER",
-    "AbortHint", "AbortRun", "Beat", "BootFailed", "Check", "Checked", "Circuit", "CircuitState", "Close", "Died", "Drain", "Evidence",
-    "FrameReader", "FromSteward", "FromWorker", "Gate", "GateState", "Hold", "MessageError", "Parked", "Poke", "PoolFacts", "Probe",
-    "Released", "Reslot", "Ring", "StewardBeat", "Stop", "ToSteward", "ToWorker", "Wake", "WorkerFacts", "decode", "encode",
+    "AbortHint", "AbortRun", "Audience", "Beat", "BootFailed", "Check", "Checked", "Circuit", "CircuitState", "Close", "Died", "Drain",
+    "Evidence", "FrameReader", "FromSteward", "FromWorker", "Gate", "GateState", "Hold", "MessageError", "Parked", "Poke", "PoolFacts",
+    "Probe", "Publish", "Publishing", "Released", "Reslot", "Ring", "StewardBeat", "Stop", "ToSteward", "ToWorker", "Wake", "WorkerFacts",
+    "decode", "encode",
 ]  # fmt: skip
 
 VERSION = 1  # raised with every incompatible change; both ends are one fork of one program, so a mismatch is a bug
@@ -94,6 +95,14 @@ class Poke:
     seq: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Send events for these listeners, and for nobody else; answered by a beat that names `seq`."""
+
+    seq: int
+    listeners: tuple[tuple[str, float], ...]  # (id, seconds for which it is served unless said again)
+
+
 # ---- worker -> supervisor ------------------------------------------------------------------------------------------
 
 
@@ -114,6 +123,7 @@ class Beat:
     lru: dict[str, int]  # counters of the run cache
     parked: tuple[tuple[str, int], ...] = ()  # (lane, wakeAt in epoch ms) written since the last beat
     poke: int = 0  # the highest `Poke.seq` received
+    publish: int = 0  # ... and the highest `Publish.seq`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +210,13 @@ class PoolFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Publishing:
+    """Every worker that there is publishes for these listeners."""
+
+    listeners: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
     """The workers are gone: remove the host record and exit 0."""
 
@@ -231,6 +248,13 @@ class AbortHint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Audience:
+    """All who stream events, as far as this host knows: workers are to publish for them. Answered by `Publishing`."""
+
+    listeners: tuple[tuple[str, float], ...]  # (id, seconds for which it is served unless said again)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Released:
     """The leases of a dead worker are free again: `runs` of them."""
 
@@ -252,10 +276,10 @@ class Probe:
     error: str | None = None
 
 
-ToWorker = Ring | AbortRun | Gate | Hold | Reslot | Drain | Stop | Poke
+ToWorker = Ring | AbortRun | Gate | Hold | Reslot | Drain | Stop | Poke | Publish
 FromWorker = Beat | BootFailed
-ToSteward = Died | Parked | Check | Circuit | PoolFacts | Close
-FromSteward = StewardBeat | Wake | AbortHint | Released | Checked | Probe | BootFailed
+ToSteward = Died | Parked | Check | Circuit | PoolFacts | Publishing | Close
+FromSteward = StewardBeat | Wake | AbortHint | Audience | Released | Checked | Probe | BootFailed
 
 M_co = TypeVar("M_co", covariant=True)
 

@@ -15,8 +15,8 @@ from streamline_pool.supervisor.breaker import Breaker
 from streamline_pool.supervisor.messages import Beat, Died, FromSteward, FromWorker, ToSteward, ToWorker
 
 __all__ = [
-    "Action", "Burst", "Dump", "Ending", "Event", "Exit", "Exited", "ForkFailed", "Forked", "Garbled", "Heard", "Kill", "Limits", "Log",
-    "Measured", "Member", "Phase", "Role", "Send", "Signalled", "Spawn", "State", "Tick", "Trial", "Vacancy",
+    "Action", "Attended", "Burst", "Dump", "Ending", "Event", "Exit", "Exited", "ForkFailed", "Forked", "Garbled", "Heard", "Kill",
+    "Limits", "Log", "Measured", "Member", "Phase", "Role", "Send", "Signalled", "Spawn", "State", "Tick", "Trial", "Vacancy",
 ]  # fmt: skip
 
 Role = Literal["steward", "worker"]
@@ -90,6 +90,19 @@ class Burst:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attended:
+    """Those who stream events, and whether every worker is known to publish for them."""
+
+    seq: int  # of the `Publish` that told them
+    until: Mapping[str, float]  # id of each -> when it ceases to be served, unless the steward says otherwise
+    confirmed: bool = False  # the steward has been told so
+
+    def left(self, now: float) -> tuple[tuple[str, float], ...]:
+        """Each with the seconds that it has left."""
+        return tuple((listener, until - now) for listener, until in self.until.items() if until > now)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
     """The pool is going to exit with `code`.
 
@@ -119,7 +132,8 @@ class State:
     rolling: frozenset[int] = frozenset()  # pids that a HUP still has to recycle
     burst: Burst | None = None
     burst_again_at: float = 0.0
-    pokes: int = 0  # the last poke or check number used
+    pokes: int = 0  # the last poke, check or publish number used
+    attended: Attended | None = None  # None: nobody streams
     ints: int = 0  # SIGINTs so far
     ending: Ending | None = None
     crashes: tuple[float, ...] = ()  # instants of the crashes of the last minute

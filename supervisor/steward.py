@@ -18,7 +18,6 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 from streamline_pool import ops
-from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.multi_update import update_many
@@ -26,7 +25,9 @@ from streamline_pool.sending import finishing_broadcasts
 from streamline_pool.settings import Settings
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
+from streamline_pool.supervisor.host_record import host_record, shape
 from streamline_pool.supervisor.link import Link, arm_orphan_exit
+from streamline_pool.supervisor.listeners import LISTENER_SIGNALS, Listeners
 from streamline_pool.supervisor.messages import (
     BOOT_FAILED_EXIT,
     STORE_UNREACHABLE_EXIT,
@@ -43,6 +44,7 @@ from streamline_pool.supervisor.messages import (
     Parked,
     PoolFacts,
     Probe,
+    Publishing,
     Released,
     StewardBeat,
     ToSteward,
@@ -78,7 +80,7 @@ WAKE_PAUSE_S = 0.002  # rings for one lane are told at once, then together: a fl
 FACTS_FRESH_S = 5.0
 HINT_BYTES_MAX = 64 * 1024
 REMOVE_TIMEOUT_S = 1.0  # the host record expires by itself; leaving is not delayed for it
-SIGNAL_KINDS = ("due", "cancel")
+SIGNAL_KINDS = ("due", "cancel", *LISTENER_SIGNALS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +121,15 @@ class _Steward:
 
     def __init__(self, app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> None:
         self.closing = asyncio.Event()
+        self._store = app.store_async()
+        self._listeners = Listeners(app, self._store, env, boot.host_id, self.say)
+        self._listeners.broadcast.start()
         self.duties: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (
             self._tail,
             self._sweep,
             self._release_dead,
             self._answer_checks,
+            self._listeners.answer,
             self._probe_when_doubtful,
             self._keep_host_record,
         )
@@ -132,10 +138,10 @@ class _Steward:
         self._env = env
         self._boot = boot
         self._loop = asyncio.get_running_loop()
-        self._store = app.store_async()
         self._lanes = app.lanes(settings.queues)
         self._link = Link(sock, TO_STEWARD, self._hear, self._orphaned)
         self._ready = False
+        self._failing = False  # what is attempted again and again, at the last time
         self._health: asyncio.Server | None = None
         self._dead: asyncio.Queue[Died] = asyncio.Queue()  # bounded by the pool's restart budget
         self._checks: asyncio.Queue[int] = asyncio.Queue()  # one at a time, by the supervisor's rules
@@ -196,6 +202,7 @@ class _Steward:
         """Forget this host in the database, if that is quickly done."""
         try:
             async with asyncio.timeout(REMOVE_TIMEOUT_S):
+                await self._listeners.broadcast.close()
                 await self._store.run(ops.remove_host(self._boot.host_id))
                 await self._store.close()
         except (WorkflowError, TimeoutError) as exc:
@@ -218,9 +225,11 @@ class _Steward:
                 if state != "closed":
                     self._doubtful.set()
                 if state != "half-open":
-                    self._publish(f"scheduler:circuit-{state}")
+                    self._listeners.publish(f"scheduler:circuit-{state}")
+            case Publishing():
+                self._listeners.confirmed(message)
             case PoolFacts() as facts:
-                if self._facts is None or _shape(facts) != _shape(self._facts):
+                if self._facts is None or shape(facts) != shape(self._facts):
                     self._pool_changed.set()
                 self._facts, self._facts_at = facts, self._env.clock.monotonic()
             case Close():
@@ -235,12 +244,6 @@ class _Steward:
 
     def _fresh_facts(self) -> PoolFacts | None:
         return self._facts if self._env.clock.monotonic() - self._facts_at < FACTS_FRESH_S else None
-
-    def _publish(self, name: str) -> None:
-        """Tell subscribers. Here and not in the supervisor, which must not have their thread."""
-        event = Event(name=name, run_id=None, workflow_id=None, step_id=None, data=None, at=self._store.now())
-        self._app.events.publish(event)
-        global_event_bus.publish(event)
 
     # ---- waking workers --------------------------------------------------------------------------------------------
 
@@ -323,6 +326,8 @@ class _Steward:
         lane = signal.get("lane")
         if signal["kind"] == "cancel":
             self._hint(AbortHint(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
+        elif signal["kind"] in LISTENER_SIGNALS:
+            self._listeners.on_signal(signal)
         elif isinstance(lane, str) and lane in self._lanes:
             self._plan(lane, signal.get("wakeAt") or signal["at"], signal.get("runId"), signal.get("count", 1))
             self._set_alarm()
@@ -347,12 +352,15 @@ class _Steward:
             else:
                 self._plan(found["lane"], found["wakeAt"], found["_id"])
         self._set_alarm()
-        since = None if self._sweeps % FULL_SWEEP_EVERY == 0 else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
+        full = self._sweeps % FULL_SWEEP_EVERY == 0
+        since = None if full else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
         self._sweeps += 1
         recovered = await self._recover(ops.recover_expired(self._settings.max_crashes, since))
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
             self._wake(None, None, recovered)
+        if full:
+            await self._listeners.look(lambda op: self._run(op, READ_TIMEOUT_S))
         if self._sweeps % BROADCASTS_EVERY == 1:  # last, since it may take long, and runs of dead workers wait for the others
             await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app)))
 
@@ -417,7 +425,9 @@ class _Steward:
 
     async def _put_host_record(self) -> None:
         if self._facts is not None:
-            await self._run(ops.put_host(host_record(self._boot, self._lanes, self._facts), HOST_TTL_S), READ_TIMEOUT_S)
+            boot = self._boot
+            record = host_record(boot.host_id, boot.host, boot.pid, self._lanes, self._facts)
+            await self._run(ops.put_host(record, HOST_TTL_S), READ_TIMEOUT_S)
 
     # ---- operations ------------------------------------------------------------------------------------------------
 
@@ -439,8 +449,12 @@ class _Steward:
             await act()
         except WorkflowError as exc:
             log.debug("steward_retries", extra={"error": exc.message})
+            if not self._failing:  # once for each outage, as far as subscribers are concerned
+                self._listeners.publish("scheduler:error", {"error": exc.message})
+            self._failing = True
             self._doubtful.set()
             return False
+        self._failing = False
         return True
 
     async def _recover(self, op: ops.Command) -> int:
@@ -464,37 +478,6 @@ class _Steward:
         """Exponential back-off with jitter."""
         ceiling = min(longest_s, 0.05 * 2.0 ** min(failures, 20))
         await asyncio.sleep(ceiling * (0.5 + self._env.random() / 2))
-
-
-def host_record(boot: StewardBoot, lanes: Sequence[str], facts: PoolFacts) -> dict[str, Any]:
-    """What `streamline-pool workers` and `runs show` know of this pool."""
-    return {
-        "_id": boot.host_id,
-        "host": boot.host,
-        "pid": boot.pid,
-        "state": _pool_state(facts),
-        "lanes": list(lanes),
-        "circuit": facts.circuit,
-        "target": facts.target,
-        "restarts": facts.restarts,
-        "recycled": facts.recycled,
-        "runs_total": facts.runs_total,
-        "steps_total": facts.steps_total,
-        "workers": [asdict(worker) for worker in facts.workers],
-    }
-
-
-def _pool_state(facts: PoolFacts) -> str:
-    if facts.draining:
-        return "draining"
-    if facts.held:
-        return "holding"
-    return "ready" if facts.ready else "starting"
-
-
-def _shape(facts: PoolFacts) -> object:
-    """What of the pool's facts is worth a write when it changes; figures can wait for the next regular one."""
-    return _pool_state(facts), facts.target, facts.circuit, [(worker.pid, worker.state) for worker in facts.workers]
 
 
 def _epoch_ms(at: datetime) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from streamline_pool.supervisor.messages import Check, Close, Drain, Poke, Stop
+from streamline_pool.supervisor.messages import Check, Close, Drain, Poke, Publishing, Stop
 from streamline_pool.supervisor.state import Action, Burst, Ending, Exit, Kill, Log, Member, Send, Spawn, State, Vacancy
 
 __all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "Decision", "ask_idle", "begin_ending", "dismiss", "put", "settle"]
@@ -31,9 +31,9 @@ def settle(state: State, now: float) -> Decision:
     """Apply every rule once."""
     rules: tuple[Callable[[State, float], Decision], ...]
     if state.ending is None:
-        rules = (_overdue, _announce, _recycle, _roll, _fill, _prove_idle)
+        rules = (_overdue, _announce, _recycle, _roll, _fill, _confirm_publishing, _prove_idle)
     else:
-        rules = (_overdue, _fill, _end)
+        rules = (_overdue, _fill, _confirm_publishing, _end)
     actions: list[Action] = []
     for rule in rules:
         state, more = rule(state, now)
@@ -174,6 +174,17 @@ def _fill(state: State, now: float) -> Decision:
     first = not state.ready
     spawns: list[Action] = [Spawn(role=v.role, index=v.index, total=state.target, first=first) for v in due]
     return replace(state, vacancies=later), spawns
+
+
+def _confirm_publishing(state: State, now: float) -> Decision:
+    """Tell the steward once every worker publishes for those who stream; they wait for it."""
+    attended, steward = state.attended, state.steward
+    if attended is None or attended.confirmed or steward is None:
+        return state, []
+    if any(m.beat is None or m.beat.publish < attended.seq for m in state.workers if m.phase != "dying"):
+        return state, []
+    state = replace(state, attended=replace(attended, confirmed=True))
+    return state, [Send(pid=steward.pid, message=Publishing(listeners=tuple(attended.until)))]
 
 
 def _prove_idle(state: State, now: float) -> Decision:

@@ -32,6 +32,7 @@ from streamline_pool.supervisor.messages import (
     Gate,
     Hold,
     Poke,
+    Publish,
     Reslot,
     Ring,
     Stop,
@@ -81,7 +82,7 @@ class _WorkerProcess:
         self._env = env
         owner = f"{boot.host}:{os.getpid()}:{boot.nonce}"
         self._worker = Worker(app, settings, owner=owner, index=boot.index, total=boot.total, env=env, notify=self._beat_soon)
-        self._poke = 0
+        self._poke = self._publish = 0  # the highest numbers received
         self._beat_pending = False
         self._beaten_at = 0.0
         self._booted = False
@@ -123,6 +124,10 @@ class _WorkerProcess:
                 worker.stop(grace_s)
             case Poke(seq=seq):
                 self._poke = seq
+                self._beat()
+            case Publish(seq=seq, listeners=listeners):
+                worker.attend(listeners)
+                self._publish = seq
                 self._beat()
             case _:
                 assert_never(message)
@@ -168,6 +173,7 @@ class _WorkerProcess:
                 lru=dict(status.lru),
                 parked=parked,
                 poke=self._poke,
+                publish=self._publish,
             )
         )
 

@@ -34,6 +34,7 @@ DOCUMENTS = (
     "README.md",
     "docs/architecture.md",
     "docs/from-streamline-js.md",
+    "docs/guarantees.md",
     "docs/guide.md",
     "docs/operations.md",
     "docs/testing.md",
@@ -226,6 +227,17 @@ def test_files_named_in_the_documents_exist() -> None:
     for document in DOCUMENTS:
         for path in re.findall(r"\b(?:tests|docs|examples|loadtests)/[\w/]+\.\w+", text_of(document)):
             assert (REPOSITORY / path).exists(), f"{document}: {path}"
+
+
+def test_every_guarantee_names_tests_that_exist() -> None:
+    """A promise whose proof was renamed away is a promise without proof."""
+    text = text_of("docs/guarantees.md")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| operation", "| what"))]
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
+        assert named, f"no test is named: {row}"
+        for path, test in named:
+            assert not test or f"def {test}(" in text_of(path), f"{path}::{test}"
 
 
 @pytest.mark.parametrize("package", ["streamline_pool", "supervisor"])

@@ -13,6 +13,7 @@ from streamline_pool.supervisor.decide import decide
 from streamline_pool.supervisor.messages import (
     AbortHint,
     AbortRun,
+    Audience,
     BootFailed,
     Circuit,
     Close,
@@ -23,6 +24,8 @@ from streamline_pool.supervisor.messages import (
     Parked,
     Poke,
     Probe,
+    Publish,
+    Publishing,
     Released,
     Reslot,
     Ring,
@@ -466,3 +469,58 @@ def test_a_trial_worker_that_dies_is_followed_by_another() -> None:
     assert script.state.breaker.state == "open"
     script.hear(STEWARD, Probe(ok=True))
     assert script.sent(Gate) == [(102, Gate(state="one"))]
+
+
+# ---- who streams ---------------------------------------------------------------------------------------------------
+
+
+def test_the_steward_hears_that_all_publish_when_the_last_one_does() -> None:
+    """A stream that is told too early misses what the last worker does."""
+    script = Script(workers=2).started()
+    script.hear(STEWARD, Audience(listeners=(("l", 90.0),)))
+    told = script.sent(Publish)
+    assert [(pid, message.listeners) for pid, message in told] == [(101, (("l", 90.0),)), (102, (("l", 90.0),))]
+    seq = told[0][1].seq
+    script.beat(101, publish=seq)
+    script.beat(102, publish=seq - 1)
+    assert not script.sent(Publishing)
+    script.beat(102, publish=seq)
+    assert script.sent(Publishing) == [(STEWARD, Publishing(listeners=("l",)))]
+    script.beat(101, publish=seq)
+    assert not script.sent(Publishing), "once"
+
+
+def test_a_worker_that_dies_is_not_waited_for_and_its_successor_is_told() -> None:
+    script = Script(workers=2).started()
+    script.hear(STEWARD, Audience(listeners=(("l", 90.0),)))
+    seq = script.sent(Publish)[0][1].seq
+    script.beat(101, publish=seq)
+    script.dies(102)
+    assert script.sent(Publishing) == [(STEWARD, Publishing(listeners=("l",)))]
+    script.wait(10.0)
+    script.beat(103)
+    script.signal(signal.SIGTTIN)
+    ((pid, publish),) = script.sent(Publish)
+    assert (pid, publish.seq) == (104, seq)
+    ((listener, left_s),) = publish.listeners
+    assert (listener, round(left_s)) == ("l", 80), "ten seconds of it have passed"
+
+
+def test_workers_born_when_the_last_listener_has_gone_are_told_of_nobody() -> None:
+    script = Script(workers=1).started()
+    script.hear(STEWARD, Audience(listeners=(("l", 1.0),)))
+    script.wait(2.0)
+    script.signal(signal.SIGTTIN)
+    assert [message.listeners for _, message in script.sent(Publish)] == [()]
+    script.hear(STEWARD, Audience(listeners=()))
+    assert [message.listeners for _, message in script.sent(Publish)] == [(), ()]
+
+
+def test_a_draining_worker_publishes_to_its_end() -> None:
+    """Its last steps are events like any others."""
+    script = Script(workers=1).started()
+    script.signal(signal.SIGTERM)
+    script.hear(STEWARD, Audience(listeners=(("l", 90.0),)))
+    ((pid, publish),) = script.sent(Publish)
+    script.beat(pid, publish=publish.seq, state="draining")
+    assert script.sent(Publishing)

@@ -1,0 +1,96 @@
+"""Who streams events, as the steward of a host knows, and what the steward itself publishes for them.
+
+Hears of listeners by signals, and finds in the database those whose signal was lost or was sent before this host was
+there. Has the supervisor tell the workers, and answers for the host once all of them publish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from streamline_pool import ops, stream_ops
+from streamline_pool.broadcast import Broadcaster
+from streamline_pool.bus import Event, global_event_bus
+from streamline_pool.env import Env
+from streamline_pool.errors import WorkflowError
+from streamline_pool.store import AsyncStore
+from streamline_pool.stream_ops import LISTENER_TTL_S
+from streamline_pool.supervisor.messages import Audience, Publishing
+
+if TYPE_CHECKING:
+    from streamline_pool.client import Streamline
+
+__all__ = ["LISTENER_SIGNALS", "Listeners"]
+
+log = logging.getLogger("streamline_pool")
+
+LISTENER_SIGNALS = ("listen", "unlisten")
+_SAME_S = 5.0  # a record and the signal that went with it may tell of times as different as that
+_LISTENERS_MAX = 1_000  # a guess, far above any use; beyond it the next ones are not served
+
+
+class Listeners:
+    """The listeners that this host knows. `say` takes what the supervisor is to hear."""
+
+    def __init__(self, app: Streamline, store: AsyncStore, env: Env, pool: str, say: Callable[[Audience], None]) -> None:
+        self._bus = app.events
+        self._store = store
+        self._env = env
+        self._pool = pool
+        self._say = say
+        self._until: dict[str, float] = {}  # id -> when its last word has worn out; monotonic seconds
+        self._confirmed: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()  # one for each `Audience`
+        self.broadcast = Broadcaster(store, env)
+
+    def on_signal(self, signal: Mapping[str, Any]) -> None:
+        """Somebody begins to stream, goes on, or ends."""
+        listener, now = signal.get("listener"), self._env.clock.monotonic()
+        if not isinstance(listener, str):
+            return
+        if signal["kind"] == "unlisten":
+            if self._until.pop(listener, None) is not None:
+                self._tell(now)
+        elif listener in self._until or len(self._until) < _LISTENERS_MAX:
+            self._until[listener] = now + LISTENER_TTL_S
+            self._tell(now)
+
+    async def look(self, run: Callable[[ops.Op], Awaitable[Any]]) -> None:
+        """Look in the database for those whose signal was lost, or older than this steward."""
+        found = await run(stream_ops.find_listeners())
+        now, server_now = self._env.clock.monotonic(), self._store.now()
+        until = {row["_id"]: now + (row["expireAt"] - server_now) / timedelta(seconds=1) for row in found[:_LISTENERS_MAX]}
+        news = {listener: at for listener, at in until.items() if at > max(now, self._until.get(listener, 0.0) + _SAME_S)}
+        if news:
+            self._until |= news
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        self._until = {listener: at for listener, at in self._until.items() if at > now}
+        left = tuple((listener, at - now) for listener, at in self._until.items())
+        self.broadcast.attend(left)
+        self._say(Audience(listeners=left))
+
+    def confirmed(self, message: Publishing) -> None:
+        """Every worker publishes for these."""
+        if message.listeners:
+            self._confirmed.put_nowait(message.listeners)
+
+    async def answer(self) -> None:
+        """A duty of the steward: tell listeners that the workers publish for them. They ask again if that is lost."""
+        while True:
+            listeners = await self._confirmed.get()
+            try:
+                await self._store.run(stream_ops.heard(self._pool, listeners, self._store.now()))
+            except WorkflowError as exc:
+                log.debug("signal_lost", extra={"kind": "heard", "error": str(exc)})
+
+    def publish(self, name: str, data: Any = None) -> None:
+        """Tell subscribers of something that the steward has seen. Here and not in the supervisor, which must not have their thread."""
+        event = Event(name=name, run_id=None, workflow_id=None, step_id=None, data=data, at=self._store.now())
+        self._bus.publish(event)
+        global_event_bus.publish(event)
+        self.broadcast.publish(event)

@@ -19,28 +19,10 @@ from .errors import DataCorruptionError, PayloadTooLargeError, ValidationError
 from .model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
-    "CODEC",
-    "EVENT_INDEXES",
-    "HOST_INDEXES",
-    "PAYLOAD_BYTES_MAX",
-    "PAYLOAD_DEPTH_MAX",
-    "RUN_INDEXES",
-    "SERVER_TICK",
-    "SLOTS",
-    "as_payload",
-    "as_stored",
-    "check_payload",
-    "check_run_id",
-    "check_text",
-    "decode_payload",
-    "encode_payload",
-    "make_context",
-    "misfit",
-    "new_run",
-    "packed",
-    "parse_run",
-    "size_of",
-]
+    "CODEC", "EVENT_INDEXES", "HOST_INDEXES", "PAYLOAD_BYTES_MAX", "PAYLOAD_DEPTH_MAX", "RUN_INDEXES", "SERVER_TICK", "SLOTS",
+    "as_payload", "as_stored", "check_payload", "check_run_id", "check_text", "decode_payload", "encode_payload", "make_context",
+    "misfit", "new_run", "packed", "parse_run", "size_of",
+]  # fmt: skip
 
 Document = dict[str, Any]
 

@@ -15,6 +15,7 @@ from .errors import HookTokenError, InvalidStateError, PayloadTooLargeError, Ste
 from .hooks import hash_token, run_id_of
 from .model import TERMINAL, Run, RunStatus, StepStatus
 from .procedures import Procedure
+from .transitions import arrived
 
 if TYPE_CHECKING:
     from .client import Streamline
@@ -154,8 +155,7 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
     )
     if document is None:
         document = yield from reading_run(None, run_id)
-        in_inbox = any(item.get("id") == answer_id for item in document.get("inbox") or ())
-        if not in_inbox and not _names_answer(document, answer_id):
+        if arrived(document, {"id": answer_id}) is None and not _names_answer(document, answer_id):
             if _hook_of(document, token_hash)[1] is not None and step["status"] != StepStatus.WAITING:
                 check_not_full(document, size + ITEM_BYTES)
             raise _bad_token()

@@ -161,7 +161,8 @@ def answer_hook(
 ) -> Command:
     """Answer by a hook: end its wait, or keep the answer for the wait that is not stored yet. Yields the document or None.
 
-    The filter holds the token's hash, its generation and its expiry by the server's clock; one answer per hook.
+    The filter holds the token's hash, its generation and its expiry by the server's clock; one answer per hook. A step
+    that made a hook and then sleeps or waits for an event is not answered: its hook has no wait.
     """
     has_hook = {"stepId": step_id, "hooks": {"$elemMatch": {"hash": token_hash, "gen": gen}}}
     early = {
@@ -173,7 +174,7 @@ def answer_hook(
     query: Document = {
         **_run(None, run_id),
         "currentStepId": step_id,
-        "$or": [{"steps": {"$elemMatch": {**has_hook, "status": _WAITING, "gen": gen}}}, early],
+        "$or": [{"steps": {"$elemMatch": {**has_hook, "status": _WAITING, "gen": gen, "waitingFor.type": "webhook"}}}, early],
     }
     if expires_at is not None:
         query["$expr"] = {"$lt": ["$$NOW", expires_at]}

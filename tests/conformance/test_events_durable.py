@@ -421,11 +421,10 @@ def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
     assert stored(outside, run)["steps"][0]["attempts"] == 1
 
 
-@pytest.mark.slow  # the steward looks for such events every half minute
 @pytest.mark.timeout(120)
 def test_the_pool_finishes_for_a_sender_that_was_killed(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     single = outside.workflows["single"]
-    with outside_pool(tmp_path, mongodb_uri, database):
+    with outside_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward looks for such events every two seconds
         run = single.start()
         until_step(outside, run, "listen", "waiting")
         sent_at = datetime.now(UTC) - timedelta(seconds=60)

@@ -62,32 +62,23 @@ def test_a_run_whose_last_step_or_every_step_is_skipped_is_done(app: Streamline)
 def test_predicates_see_the_run_as_it_is_and_may_be_async(app: Streamline, name: str, kind: str) -> None:
     seen: list[Any] = []
 
-    def look(ctx: Any, run: Any = None) -> bool:
-        seen.append(
-            (ctx.step_id, ctx.get_output("one"), ctx.context, ctx.input, None if run is None else (run.id == ctx.run_id, run.status))
-        )
+    def look(ctx: Any, *run: Any) -> bool:
+        known = [(one.id == ctx.run_id, one.status) for one in run]
+        seen.append((ctx.step_id, ctx.get_output("one"), ctx.context, ctx.input, known))
         return name != "skip_if"
 
-    async def look_async(ctx: Any) -> bool:
+    async def look_async(ctx: Any, *run: Any) -> bool:
         await asyncio.sleep(0)
-        return look(ctx)
-
-    async def look_async_with_run(ctx: Any, run: Any) -> bool:
-        await asyncio.sleep(0)
-        return look(ctx, run)
-
-    predicate = look if kind == "def" else look_async_with_run if name == "condition" else look_async
-    if kind == "def" and name != "condition":
-        predicate = lambda ctx: look(ctx)  # noqa: E731 -- one argument is what these are called with
+        return look(ctx, *run)
 
     def one(ctx: Any) -> str:
         ctx.set("k", "set by one")
         return "one"
 
-    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", {name: predicate})})
+    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", {name: look if kind == "def" else look_async})})
     assert workflow.execute(workflow.start({"i": 1}).id).output == "two"
-    run_seen = (True, "running") if name == "condition" else None
-    assert seen == [("two", "one", {"i": 1, "k": "set by one"}, {"i": 1}, run_seen)]
+    known = [(True, "running")] if name == "condition" else []
+    assert seen == [("two", "one", {"i": 1, "k": "set by one"}, {"i": 1}, known)]
 
 
 def test_condition_then_skip_if_then_run_if_and_the_first_no_ends_it(app: Streamline) -> None:

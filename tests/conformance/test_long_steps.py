@@ -115,7 +115,7 @@ def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(mongodb_
 def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and_its_result(
     mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """Renewal proves that the worker lives. One that is stopped does not renew: another takes over, and the first one's result is refused."""
+    """A worker that is stopped does not renew: another takes over, and the first one's result is refused when it wakes."""
     with pool_of(tmp_path, mongodb_uri, database, "--lease", "1", "--stall-timeout", "30") as (pool, app):
         run = app.workflows["asleep"].start(2.0)
         (first,) = eventually(lambda: told(app, "entered", run), timeout=20)

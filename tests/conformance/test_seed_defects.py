@@ -23,7 +23,7 @@ Those that other files test already are only referred to (in this folder, unless
 | event waits die with the process | test_events_durable.py::test_an_event_wait_outlives_every_process |
 | a future start never fires in an idle process | here |
 | failed runs lack endedAt and a reason | here |
-| a raced idempotent start returns what was never stored | test_engine_starting.py::test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it |
+| a raced idempotent start returns a phantom | test_engine_starting.py::test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it |
 | | test_engine_starting.py::test_of_four_processes_with_one_key_on_a_new_database_one_wins |
 | the same key in two workflows returns the wrong run | test_engine_starting.py::test_an_idempotency_key_belongs_to_one_workflow |
 | two applications with the same database disturb each other | test_isolation.py::test_two_pools_on_one_database_run_each_its_own |

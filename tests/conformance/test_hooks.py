@@ -25,9 +25,11 @@ from streamline_pool import (
     Streamline,
     ValidationError,
     Workflow,
+    acts,
     create_hook,
     is_timeout,
 )
+from streamline_pool.hooks import hash_token
 from support import eventually
 
 
@@ -134,6 +136,21 @@ def test_an_expired_token_is_refused_by_the_servers_clock_and_the_wait_goes_on(a
     refused(app, token)
     assert offering.workflow.get(run.id).step("offer").status == "waiting"
     assert offering.workflow.resume(run.id, "in person").step("offer").output == "in person"
+
+
+def test_the_databases_own_filter_holds_hash_generation_and_expiry(app: Streamline) -> None:
+    """Between a look at the run and the answer everything may have changed; what the look has shown decides nothing."""
+    offering = Offering(app)
+    run, token = offering.begin()
+    before = stored(app, run)
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    good, gen = hash_token(token), before["waitGen"]
+    wrong = [(hash_token(token + "x"), gen, None), (good, gen + 1, None), (good, gen - 1, None), (good, gen, past), (b"", gen, None)]
+    for token_hash, number, expires_at in wrong:
+        answer = acts.answer_hook(run.id, "offer", number, token_hash, expires_at, "stolen", 100, "answer")
+        assert app.store().run(answer) is None
+        assert stored(app, run) == before
+    assert app.store().run(acts.answer_hook(run.id, "offer", gen, good, None, "mine", 100, "answer"))["steps"][0]["output"] == "mine"
 
 
 def test_a_token_expires_while_nobody_looks(app: Streamline) -> None:

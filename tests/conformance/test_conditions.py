@@ -11,7 +11,7 @@ from outside_app import stored
 from pool_process import running
 from workers import check_invariants, run_until_idle
 
-from streamline_pool import Streamline, ops
+from streamline_pool import Streamline, create_hook, ops
 
 CONDITIONS = ["condition", "skip_if", "run_if"]
 
@@ -136,6 +136,22 @@ def test_a_no_is_not_asked_for_again_and_a_rewind_decides_anew(app: Streamline) 
     workflow.rewind_to(run.id, "a")
     assert workflow.execute(run.id).step("a").output == "entered"
     assert log == ["run_if", "run_if"]
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("act", ["wait", "wait_for", "create_hook"])
+def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str, act: str) -> None:
+    """The step that would wait has not been entered; its run must fail with the reason, not stand still."""
+
+    def predicate(ctx: Any, *run: Any) -> bool:
+        create_hook(ctx, "?") if act == "create_hook" else getattr(ctx, act)("why")
+        return True
+
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 1})})
+    failed = workflow.execute(workflow.start().id)
+    code = "STEP_FAILED" if act == "create_hook" else "VALIDATION_ERROR"
+    assert (failed.status, failed.error["code"], failed.document["waitGen"]) == ("failed", code, 0)
+    assert "hooks" not in failed.document["steps"][0]
 
 
 FLIPPING = """

@@ -6,6 +6,7 @@ unless it was cancelled it can still be brought to its end.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import threading
@@ -489,6 +490,38 @@ def test_a_rewind_that_cannot_be_says_why_and_changes_nothing(app: Streamline, a
     with pytest.raises(WorkflowNotFoundError):
         rewind("nobody", "one")
     assert stored(app, run) == before
+
+
+def test_every_act_has_an_asyncio_twin_that_does_the_same(app: Streamline) -> None:
+    tokens: list[str] = []
+
+    async def one(ctx: Any) -> None:
+        tokens.append(create_hook(ctx, "?").token)
+        ctx.wait("?")
+
+    workflow = app.workflow("w", steps={"one": one, "two": lambda ctx: ctx.wait("?"), "three": lambda ctx: ctx.wait_for("news")})
+
+    async def play() -> list[Any]:
+        seen: list[Any] = []
+        async with app:
+            run = await workflow.start_async()
+            await workflow.execute_async(run.id)
+            seen.append((await workflow.pause_async(run.id, reason="why")).paused)
+            seen.append((await app.resume_run_async(run.id)).paused)
+            seen.append((await app.resume_hook_async(tokens[0], "by hook")).run.step("one").output)
+            await workflow.execute_async(run.id)
+            seen.append((await workflow.resume_async(run.id, "by a person")).step("two").output)
+            await workflow.execute_async(run.id)
+            seen.append(await app.send_event_async("news", "sent"))
+            seen.append((await workflow.rewind_to_async(run.id, "two")).step("two").status)
+            seen.append((await app.pause_run_async(run.id)).paused)
+            seen.append((await app.rewind_run_async(run.id, "one")).step("one").status)
+            seen.append((await workflow.cancel_async(run.id)).status)
+            with pytest.raises(InvalidStateError):
+                await workflow.resume_async(run.id)
+        return seen
+
+    assert asyncio.run(play()) == [True, False, "by hook", "by a person", 1, "pending", True, "pending", "cancelled"]
 
 
 # --- against each other ---------------------------------------------------------------------------------------------

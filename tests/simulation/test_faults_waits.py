@@ -1,7 +1,7 @@
 """As test_faults.py, for a run that waits in every way: a hook answered early, events sent before, a deadline that passes.
 
 Each begins and ends a wait by writes of its own (the hook, the wait, the taking of what has arrived, the look, the time-out),
-and each of them fails once, in every way.
+and each of them fails once, in every way. The same again for a run that is paused while each of its handlers works.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from streamline_pool.env import system_env
 class Waiter:
     """The handlers of the run. What comes from outside comes through `sound`, which no fault hits."""
 
-    def __init__(self, app: Streamline, sound: Streamline) -> None:
+    def __init__(self, app: Streamline, sound: Streamline, pausing: bool) -> None:
+        self.pausing = pausing
         self.entries: Counter[str] = Counter()
         self.too_late: list[str] = []
         self._app = app
@@ -44,6 +45,15 @@ class Waiter:
         if step["status"] in ("done", "waiting"):
             self.too_late.append(f"{ctx.step_id} was entered, and is {step}")
         self.entries[ctx.step_id] += 1
+        if self.pausing:
+            self._sound.pause_run(ctx.run_id)
+
+    def has_ended(self, run_id: str) -> bool:
+        """Whether it has; a run that is paused and nobody's is resumed."""
+        document = self._sound.runs.find_one({"_id": run_id})
+        if document["paused"] and "lease" not in document and document["endedAt"] is None:
+            self._sound.resume_run(run_id)
+        return document["endedAt"] is not None
 
     def offer(self, ctx: Any) -> None:
         self.enter(ctx)
@@ -67,7 +77,7 @@ async def drive(app: Streamline, sound: Streamline, waiter: Waiter, faults: Faul
     assert isinstance(blocking, FaultyBlockingStore)
     blocking.faults = faults
     async with Pool(app, recover_every_s=0.05) as pool:
-        await pool.until(lambda: sound.runs.find_one({"_id": run.id})["endedAt"] is not None, timeout=60)
+        await pool.until(lambda: waiter.has_ended(run.id), timeout=60)
         await pool.until_idle(timeout=60)
         faults.first = 0  # the draining is not part of it
         await asyncio.gather(*getattr(store, "late", []), return_exceptions=True)
@@ -76,16 +86,20 @@ async def drive(app: Streamline, sound: Streamline, waiter: Waiter, faults: Faul
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("pausing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["not paused", "paused"])
 @pytest.mark.parametrize("kind", ["unknown", pytest.param("lost", marks=pytest.mark.slow), pytest.param("late", marks=pytest.mark.slow)])
-def test_a_run_that_waits_hears_all_of_it_once_whichever_of_its_operations_fails(make_app: Callable[..., Streamline], kind: str) -> None:
+def test_a_run_that_waits_hears_all_of_it_once_whichever_of_its_operations_fails(
+    make_app: Callable[..., Streamline], kind: str, pausing: bool
+) -> None:
     """An answer that was accepted, or an event that was sent, is neither lost nor taken twice by a write of unknown fate."""
     system = system_env()
     hasty = replace(system, sleep=lambda s: system.sleep(s / HASTE), async_sleep=lambda s: asyncio.sleep(s / HASTE))
     app, sound = make_app(env=hasty, lease_s=0.5, max_crashes=20), make_app()
     app._store = FaultyBlockingStore(app.where, app.env)
     app._store.faults = Faults("none", 0, 0)
-    waiter = Waiter(app, sound)
-    for number in range(1, OPERATIONS_MAX):
+    waiter = Waiter(app, sound, pausing)
+    operations_max = 90 if pausing else OPERATIONS_MAX  # each pause costs a miss, a read, a twin and another claim
+    for number in range(1, operations_max):
         faults = Faults(kind, number, 1)
         waiter.entries.clear()
         document = asyncio.run(drive(app, sound, waiter, faults))
@@ -102,6 +116,7 @@ def test_a_run_that_waits_hears_all_of_it_once_whichever_of_its_operations_fails
         for step in document["steps"]:
             assert waiter.entries[step["stepId"]] <= step["attempts"], f"{where}: {step}"
         if not faults.hit:
+            print(f"{number - 1} operations")
             assert number > 10, "the loop ended before it tested anything"
             return
-    raise AssertionError(f"a run of {OPERATIONS_MAX} operations: something spins")
+    raise AssertionError(f"a run of {operations_max} operations: something spins")

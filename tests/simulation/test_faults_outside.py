@@ -18,6 +18,7 @@ from streamline_pool import Streamline, create_hook, ops
 from streamline_pool.env import system_env
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.store import Store
+from support import eventually
 
 LATE_S = 0.02  # how long a copy of a write that was given up on is under way
 OPERATIONS_MAX = 20  # a call needs some five; more would mean that a fault makes it spin
@@ -73,6 +74,15 @@ class Scene:
             for name, ending in endings.items()
         }
 
+        self.heard: list[str] = []
+        app.events.on("*", lambda event: self.heard.append(event.name))
+
+    def told(self, document: dict[str, Any]) -> list[str]:
+        """What subscribers have heard of the run as a whole so far."""
+        self.app._publish(document, "mark", None)
+        eventually(lambda: "mark" in self.heard)
+        return [name for name in self.heard if name.startswith("workflow:")]
+
     def begin(self, kind: str, paused: bool) -> str:
         workflow = self.workflows[kind]
         run = workflow.execute(workflow.start().id)
@@ -96,6 +106,10 @@ CALLS: dict[str, tuple[str, bool, Callable[[Scene, str], Any]]] = {
 }
 
 
+TOLD: dict[str, str | None] = {"event to the inbox": None, "pause": "workflow:paused", "cancel": "workflow:cancelled", "rewind": None}
+"""What subscribers hear, once; of all others that the run was resumed."""
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["lost", "unknown", "late"])
 @pytest.mark.parametrize("call", CALLS)
@@ -111,6 +125,7 @@ def test_an_outside_call_takes_effect_once_whichever_of_its_operations_fails(
     for number in range(1, OPERATIONS_MAX):
         run_id = scene.begin(waits_for, paused)
         before = app.runs.find_one({"_id": run_id})
+        scene.heard.clear()
         store.fail(kind, number)
         try:
             result: Any = act(scene, run_id)
@@ -119,6 +134,8 @@ def test_an_outside_call_takes_effect_once_whichever_of_its_operations_fails(
         hit = store.hit
         store.settle()
         after = app.runs.find_one({"_id": run_id})
+        told = TOLD.get(call, "workflow:resumed")
+        assert scene.told(after) == ([told] if told else []), f"operation {number} ({hit}) {kind}"
         check_effect(scene, call, before, after, result, f"operation {number} ({hit}) {kind}")
         if hit is None:
             assert number > 1, "the loop ended before it tested anything"

@@ -348,6 +348,9 @@ class Context:
 
     def _check_open(self) -> None:
         if self._closed:
+            if self.signal.reason in ("cancelled", "lease-lost"):
+                # As if the call itself had found out: whether it or the signal is first is a matter of milliseconds.
+                self.signal.raise_if_aborted()
             raise InvalidStateError(f"run {self.run_id}: this attempt at step {self.step_id} is over; its ctx can do nothing more")
 
     def _close(self) -> None:

@@ -231,10 +231,13 @@ def arrived(document: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> Do
     """The oldest item of the inbox that has the `wanted` fields, or None."""
     if wanted is None:
         return None
-    for item in document.get("inbox") or ():
-        if isinstance(item, dict) and all(item.get(name) == value for name, value in wanted.items()):
-            return item
-    return None
+    inbox = document.get("inbox")
+    return next((item for item in inbox if _has(item, wanted)), None) if isinstance(inbox, list) else None
+
+
+def _has(item: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether an item of the inbox, in which another program may have put anything, has these fields."""
+    return isinstance(item, dict) and all(item.get(name) == value for name, value in wanted.items())
 
 
 def take(document: Document, definition: Definition, waiting: Change, now: datetime) -> Change | None:
@@ -368,8 +371,7 @@ def apply(document: Document, change: Change) -> None:
     for name in change.unset:
         document.pop(name, None)
     if change.takes is not None:
-        wanted = change.takes.items()
-        document["inbox"] = [item for item in document.get("inbox") or () if not all(item.get(name) == value for name, value in wanted)]
+        document["inbox"] = [item for item in document.get("inbox") or () if not _has(item, change.takes)]
     if change.seen is not None:
         document["seen"] = [*(document.get("seen") or ()), change.seen]
     document["rev"] += 1

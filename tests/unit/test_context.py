@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
-from streamline_pool.context import AbortSignal, Context, Ending
+from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError, create_hook
+from streamline_pool.context import AbortSignal, Context, Ending, WaitEnding
 
 
 class Port:
@@ -18,6 +19,10 @@ class Port:
 
     def save_checkpoint(self, value: Any, size: int) -> None:
         self.calls.append(("checkpoint", value))
+
+    def save_hook(self, reason: str, expires_s: float | None) -> str:
+        self.calls.append(("hook", reason, expires_s))
+        return "token"
 
     def heartbeat(self) -> None:
         self.calls.append("heartbeat")
@@ -88,10 +93,92 @@ def test_only_names_of_ones_own_can_be_emitted(name: Any) -> None:
 def test_after_its_end_ctx_does_nothing() -> None:
     ctx, port = made()
     ctx._close()
-    for act in (lambda: ctx.set("k", 1), lambda: ctx.sleep(1), ctx.heartbeat, lambda: ctx.emit("x"), lambda: ctx.checkpoint(1)):
+    acts = (
+        lambda: ctx.set("k", 1), lambda: ctx.sleep(1), ctx.heartbeat, lambda: ctx.emit("x"), lambda: ctx.checkpoint(1),
+        lambda: ctx.wait("why"), lambda: ctx.wait_for("e"), lambda: create_hook(ctx, "why"),
+    )  # fmt: skip
+    for act in acts:
         with pytest.raises(InvalidStateError):
             act()
     assert port.calls == []
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------
+
+
+def ended(act: Any) -> WaitEnding:
+    with pytest.raises(WaitEnding) as caught:
+        act()
+    assert not isinstance(caught.value, Exception), "`except Exception` in a handler lets it pass"
+    return caught.value
+
+
+def test_a_wait_says_for_whom_for_what_and_how_long() -> None:
+    plain = ended(lambda: made()[0].wait("approve?"))
+    assert (plain.waiting_for, plain.timeout_s) == ({"type": "human", "reason": "approve?"}, None)
+    full = ended(lambda: made()[0].wait("approve?", {"a": (1, 2)}, timeout=timedelta(minutes=1)))
+    assert (full.waiting_for, full.timeout_s) == ({"type": "human", "reason": "approve?", "data": {"a": [1, 2]}}, 60.0)
+    event = ended(lambda: made()[0].wait_for("paid", timeout=5))
+    assert (event.waiting_for["type"], event.waiting_for["eventName"], event.timeout_s) == ("event", "paid", 5.0)
+
+
+def test_the_first_ending_counts_whatever_kinds_there_are() -> None:
+    ctx, _ = made()
+    first = ended(lambda: ctx.wait("why"))
+    for act in (lambda: ctx.wait_for("e"), lambda: ctx.sleep(1)):
+        with pytest.raises(Ending) as caught:
+            act()
+        assert caught.value is first
+
+
+@pytest.mark.parametrize("reason", [None, "", 5, ["x"], "x" * 1001, "\ud800"])
+def test_a_wait_and_a_hook_need_a_reason_that_can_be_shown(reason: Any) -> None:
+    ctx, port = made()
+    for act in (lambda: ctx.wait(reason), lambda: create_hook(ctx, reason)):
+        with pytest.raises(ValidationError):
+            act()
+    assert port.calls == []
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "5", True, float("nan"), float("inf"), 10**12, timedelta(0), timedelta(days=-1)])
+def test_a_timeout_that_cannot_be_is_refused(timeout: Any) -> None:
+    """Refused, it fails the attempt at once with the argument's name; taken, it would end at once, or never."""
+    ctx, port = made()
+    for act in (
+        lambda: ctx.wait("why", timeout=timeout),
+        lambda: ctx.wait_for("e", timeout=timeout),
+        lambda: create_hook(ctx, "why", expires_in=timeout),
+    ):
+        with pytest.raises(ValidationError):
+            act()
+    assert port.calls == []
+
+
+@pytest.mark.parametrize("name", [None, "", 5, "x" * 201, "a\0b", "\ud800", b"e", ["e"]])
+def test_the_name_of_an_event_is_text(name: Any) -> None:
+    with pytest.raises(ValidationError, match=r"ctx\.wait_for"):
+        made()[0].wait_for(name)
+
+
+def test_what_a_wait_shows_must_be_storable_and_its_path_is_named() -> None:
+    with pytest.raises(ValidationError, match=r"wait\.data\.a\[1\]: cannot store"):
+        made()[0].wait("why", {"a": [1, object()]})
+
+
+def test_a_hook_is_registered_with_its_reason_and_its_expiry_and_one_is_open_at_a_time() -> None:
+    ctx, port = made()
+    assert create_hook(ctx, "approve?", expires_in=timedelta(hours=1)) == ("token", "/hooks/token")
+    assert port.calls == [("hook", "approve?", 3600.0)]
+    with pytest.raises(InvalidStateError, match="one at a time"):
+        create_hook(ctx, "another")
+    assert len(port.calls) == 1
+
+
+def test_the_wait_of_a_step_with_a_hook_is_a_webhook_wait() -> None:
+    """Also in a later attempt: the token of the first one may be with somebody."""
+    ctx, _ = made()
+    ctx._document["steps"][1]["hooks"] = [{"hash": b"h", "gen": 1}]
+    assert ended(lambda: ctx.wait("why")).waiting_for["type"] == "webhook"
 
 
 # --- the signal -----------------------------------------------------------------------------------------------------

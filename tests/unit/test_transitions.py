@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamline_pool import transitions
+from streamline_pool import is_timeout, transitions
 from streamline_pool.definition import Definition, make_step
 from streamline_pool.documents import misfit
 from streamline_pool.errors import ErrorCode
@@ -41,10 +41,36 @@ def held(current: str = "a", **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def waiting() -> dict[str, Any]:
-    document = held(status="waiting")
-    document["steps"][0].update(status="waiting", waitingFor={"type": "timer", "reason": "sleep", "resumeAt": LATER})
+def waiting(waiting_for: dict[str, Any] | None = None, current: str = "a", **changes: Any) -> dict[str, Any]:
+    """A run whose current step waits, as somebody who has just claimed it finds it."""
+    document = held(current, status="waiting", waitGen=3, **changes)
+    step = next(step for step in document["steps"] if step["stepId"] == current)
+    step.update(status="waiting", waitingFor=waiting_for or TIMER, gen=3)
     return document
+
+
+def hooked(current: str = "a", **changes: Any) -> dict[str, Any]:
+    """A run whose handler at work has made a hook, by which nobody has answered yet."""
+    document = held(current, **changes)
+    next(step for step in document["steps"] if step["stepId"] == current)["hooks"] = [{"hash": b"h", "gen": document["waitGen"] + 1}]
+    return document
+
+
+TIMER = {"type": "timer", "reason": "sleep", "resumeAt": LATER}
+HUMAN = {"type": "human", "reason": "approve?"}
+WEBHOOK = {"type": "webhook", "reason": "approve?"}
+EVENT = {"type": "event", "reason": "event paid", "eventName": "paid"}
+BY_LATER = {"expiresAt": LATER}
+PAID = {"id": "e1", "name": "paid", "data": 7}
+ANSWER = {"id": "x1", "stepId": "a", "gen": 1, "data": "yes"}
+
+
+def taken(document: dict[str, Any], place: int, waiting_for: dict[str, Any]) -> Change:
+    """What becomes of a wait whose answer is in the inbox already."""
+    begin = transitions.await_event if waiting_for["type"] == "event" else transitions.wait
+    change = transitions.take(document, DEFINITION, begin(document, place, waiting_for, {"k": 1}, NOW), NOW)
+    assert change is not None
+    return change
 
 
 CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
@@ -56,6 +82,45 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "sleep": (held(), transitions.sleep(held(), 0, LATER, {"k": 1}, NOW)),
     "wake": (waiting(), transitions.wake(waiting(), DEFINITION, 0, LATER)),
     "park": (waiting(), transitions.park(waiting(), 0)),
+    "wait": (held(), transitions.wait(held(), 0, HUMAN, {"k": 1}, NOW)),
+    "wait until": (held(), transitions.wait(held(), 0, HUMAN | BY_LATER, {}, NOW)),
+    "wait with a hook": (hooked(), transitions.wait(hooked(), 0, WEBHOOK, {}, NOW)),
+    "wait at the last": (held("b"), transitions.wait(held("b"), 1, HUMAN, {}, NOW)),
+    "await": (held(), transitions.await_event(held(), 0, EVENT, {"k": 1}, NOW)),
+    "await until": (held(), transitions.await_event(held(), 0, EVENT | BY_LATER, {}, NOW)),
+    "take an event": (held(inbox=[PAID]), taken(held(inbox=[PAID]), 0, EVENT)),
+    "take an answer": (hooked(inbox=[ANSWER]), taken(hooked(inbox=[ANSWER]), 0, WEBHOOK)),
+    "take at the last": (held("b", inbox=[PAID]), taken(held("b", inbox=[PAID]), 1, EVENT)),
+    "look, inbox": (
+        waiting(EVENT, awaits="paid", inbox=[PAID]),
+        transitions.look_found(waiting(EVENT, awaits="paid", inbox=[PAID]), DEFINITION, 0, PAID, NOW),
+    ),
+    "look, broadcast": (
+        waiting(EVENT, awaits="paid"),
+        transitions.look_found(waiting(EVENT, awaits="paid"), DEFINITION, 0, {"_id": "e2", "name": "paid", "data": 8}, NOW),
+    ),
+    "look at the last": (
+        waiting(EVENT, "b", awaits="paid", inbox=[PAID]),
+        transitions.look_found(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), DEFINITION, 1, PAID, NOW),
+    ),
+    "time out": (waiting(HUMAN | BY_LATER), transitions.time_out(waiting(HUMAN | BY_LATER), DEFINITION, 0, LATER)),
+    "time out an event": (
+        waiting(EVENT | BY_LATER, awaits="paid"),
+        transitions.time_out(waiting(EVENT | BY_LATER, awaits="paid"), DEFINITION, 0, LATER),
+    ),
+    "park a wait": (waiting(HUMAN), transitions.park(waiting(HUMAN), 0)),
+    "park a wait until": (waiting(WEBHOOK | BY_LATER), transitions.park(waiting(WEBHOOK | BY_LATER), 0)),
+    "park an event": (waiting(EVENT, awaits="paid"), transitions.park(waiting(EVENT, awaits="paid"), 0)),
+    "park an event until": (
+        waiting(EVENT | BY_LATER, awaits="paid"),
+        transitions.park(waiting(EVENT | BY_LATER, awaits="paid"), 0),
+    ),
+    "advance with a hook": (hooked(), transitions.advance(hooked(), DEFINITION, 0, "out", {}, NOW)),
+    "retry with a hook": (hooked(), transitions.step_failed(hooked(), STEP_A, 0, FAILURE, NOW, LATER)),
+    "fail while awaiting": (
+        held(failures=1, awaits="paid"),
+        transitions.step_failed(held(failures=1, awaits="paid"), STEP_A, 0, FAILURE, NOW, LATER),
+    ),
     "retry": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail": (held(failures=1), transitions.step_failed(held(failures=1), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail at once": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE._replace(retriable=False), NOW, LATER)),
@@ -72,13 +137,40 @@ def applied(name: str) -> tuple[dict[str, Any], Change, dict[str, Any]]:
     return before, change, after
 
 
+def waits_for_an_outside_act(document: dict[str, Any]) -> bool:
+    step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), None)
+    return step is not None and step["status"] == "waiting" and step["waitingFor"]["type"] in ("human", "webhook", "event")
+
+
 @every
-def test_a_run_is_left_leased_or_due_or_ended(name: str) -> None:
-    """The one place where a run could be wedged is where its next state is made."""
+def test_a_run_is_left_leased_or_due_or_ended_or_waits_for_an_outside_act(name: str) -> None:
+    """The one place where a run could be wedged is where its next state is made. A deadline makes a wait due."""
     _, change, after = applied(name)
     ended = after["status"] in ("done", "failed", "cancelled")
-    assert (not change.releases) + (change.wake_at is not None) + ended == 1
+    nobodys = change.releases and change.wake_at is None and not ended
+    assert (not change.releases) + (change.wake_at is not None) + ended + nobodys == 1
+    assert not nobodys or waits_for_an_outside_act(after)
     assert not ended or after["endedAt"] is not None
+
+
+@every
+def test_events_find_a_run_exactly_while_it_waits_for_one(name: str) -> None:
+    """`awaits` is what an event is delivered by: without it the run is missed, with it too long it is hit in the wrong place."""
+    _, _, after = applied(name)
+    step = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), {})
+    waits = after["status"] == "waiting" and step.get("waitingFor", {}).get("type") == "event"
+    assert after.get("awaits") == ("paid" if waits else None)
+
+
+@every
+def test_a_waiting_step_says_which_wait_it_is_and_no_other_step_does(name: str) -> None:
+    """An answer names the wait that it answers: an old one must never fit a newer wait."""
+    before, change, after = applied(name)
+    began = [place for place, step in change.steps.items() if step["status"] == "waiting"]
+    for place in began:
+        assert after["steps"][place]["gen"] == after["waitGen"] == before["waitGen"] + 1
+    for step in after["steps"]:
+        assert ("gen" in step) == ("waitingFor" in step) == (step["status"] == "waiting")
 
 
 @every
@@ -114,11 +206,19 @@ def test_under_pause_nothing_is_started_or_ended(name: str) -> None:
     transitions.apply(after, paused)
     assert paused.releases
     assert after["status"] != "done"
-    assert after["status"] == "failed" or paused.wake_at is not None
+    assert after["status"] == "failed" or paused.wake_at is not None or waits_for_an_outside_act(after)
     started = [step for old, step in zip(before["steps"], after["steps"], strict=True) if step["attempts"] > old["attempts"]]
     assert not started
-    if name == "wake":
-        assert after["steps"][0]["status"] == "waiting", "pausing never ends a sleep"
+    if before["status"] == "waiting":
+        assert after["steps"] == before["steps"], "pausing never ends a sleep or a wait"
+        assert after.get("inbox") == before.get("inbox"), "and takes nothing for one"
+        assert after.get("awaits") == before.get("awaits")
+
+
+def test_under_pause_a_wait_keeps_its_deadline_and_an_event_wait_its_look() -> None:
+    """An event that was sent to all before is found only by who looks for it; parked without a look it would wait for ever."""
+    instants = {name: transitions.under_pause(*CHANGES[name], LATER).wake_at for name in ("wait", "wait until", "await", "await until")}
+    assert instants == {"wait": None, "wait until": LATER, "await": LATER, "await until": LATER}
 
 
 def test_done_and_advance_are_one_write() -> None:
@@ -175,3 +275,83 @@ def test_without_a_grant_the_next_step_is_left_to_the_next_holder() -> None:
 def test_a_sleep_is_ended_only_by_the_servers_clock() -> None:
     assert CHANGES["wake"][1].not_before == LATER
     assert CHANGES["park"][1].wake_at == LATER
+
+
+def test_a_wait_is_not_begun_if_its_answer_has_come() -> None:
+    """Between the hook and the wait somebody may answer; only the write itself can tell whether anybody has."""
+    assert CHANGES["wait with a hook"][1].unless_arrived == {"stepId": "a", "gen": 1}
+    assert CHANGES["await"][1].unless_arrived == {"name": "paid"}
+    assert CHANGES["wait"][1].unless_arrived is None, "nobody can answer a wait without a hook before it is there"
+
+
+def test_awaiting_keeps_the_lease_until_broadcasts_were_looked_for() -> None:
+    """Given up before the look, the run would miss an event that was sent while it was on its way to wait."""
+    assert not CHANGES["await"][1].releases
+    assert CHANGES["wait"][1].releases
+
+
+@pytest.mark.parametrize("name", ["take an event", "take an answer", "take at the last"])
+def test_what_has_arrived_is_the_output_and_counts_as_a_wait(name: str) -> None:
+    before, change, after = applied(name)
+    place = 1 if name == "take at the last" else 0
+    step, item = after["steps"][place], before["inbox"][0]
+    assert (step["status"], step["output"], step["answer"]) == ("done", item["data"], item["id"])
+    assert (after["waitGen"], after["context"], after["inbox"]) == (1, {"old": 1, "k": 1}, [])
+    assert "step:waiting" not in [event for event, _, _ in change.events], "it has not waited"
+    assert after["output" if place else "currentStepId"] == (7 if place else "b")
+
+
+def test_only_what_is_waited_for_is_taken() -> None:
+    others = [{"id": "e0", "name": "other", "data": 1}, {"id": "x0", "stepId": "b", "gen": 1, "data": 2}, "garbage", {}]
+    assert transitions.take(held(inbox=others), DEFINITION, CHANGES["await"][1], NOW) is None
+    assert transitions.take(hooked(inbox=[{**ANSWER, "gen": 2}]), DEFINITION, CHANGES["wait with a hook"][1], NOW) is None
+    later = {**PAID, "id": "e9", "data": 99}
+    document = held(inbox=[*others, PAID, later])
+    change = taken(document, 0, EVENT)
+    transitions.apply(document, change)
+    assert (document["steps"][0]["output"], document["inbox"]) == (7, [*others, later]), "the oldest, and no other"
+
+
+def test_a_broadcast_that_was_taken_is_remembered_and_one_from_the_inbox_leaves_it() -> None:
+    assert (CHANGES["look, broadcast"][1].seen, CHANGES["look, broadcast"][1].takes) == ("e2", None)
+    assert (CHANGES["look, inbox"][1].seen, applied("look, inbox")[2]["inbox"]) == (None, [])
+    for name, answer in (("look, broadcast", "e2"), ("look, inbox", "e1")):
+        assert applied(name)[2]["steps"][0]["answer"] == answer
+
+
+@pytest.mark.parametrize("name", ["look, inbox", "look, broadcast", "look at the last", "time out", "time out an event", "wake"])
+def test_the_end_of_a_wait_is_told_in_order(name: str) -> None:
+    told = [event for event, _, _ in CHANGES[name][1].events]
+    assert told[:2] == ["step:completed", "workflow:resumed"]
+    assert told[2:] == (["workflow:completed"] if name == "look at the last" else [])
+
+
+@pytest.mark.parametrize("name", ["time out", "time out an event"])
+def test_a_wait_times_out_only_by_the_servers_clock_and_says_so(name: str) -> None:
+    _, change, after = applied(name)
+    assert change.not_before == LATER
+    assert is_timeout(after["steps"][0]["output"])
+    assert after["steps"][0]["output"]["$timeout"]["type"] == ("event" if name == "time out an event" else "human")
+
+
+@pytest.mark.parametrize(
+    ("name", "instant"),
+    [("park", LATER), ("park a wait", None), ("park a wait until", LATER), ("park an event", None), ("park an event until", LATER)],
+)
+def test_a_parked_run_has_the_instant_of_its_own_wait(name: str, instant: datetime | None) -> None:
+    before, change, after = applied(name)
+    assert change.wake_at == instant
+    assert (after["steps"], after["waitGen"], after.get("awaits")) == (before["steps"], before["waitGen"], before.get("awaits"))
+
+
+def test_hooks_live_through_a_retry_and_die_with_their_step() -> None:
+    """Somebody may hold the token of the attempt that failed; nobody may answer a step that is over."""
+    assert applied("retry with a hook")[2]["steps"][0]["hooks"] == [{"hash": b"h", "gen": 1}]
+    assert "hooks" not in applied("advance with a hook")[2]["steps"][0]
+    assert CHANGES["advance with a hook"][1].takes == {"stepId": "a"}, "an answer that nobody waited for goes, too"
+
+
+def test_a_wait_and_its_end_reset_the_counts_of_failures_and_lost_workers() -> None:
+    for name in ("wait", "await", "take an event", "look, inbox", "time out"):
+        _, _, after = applied(name)
+        assert (after["crashes"], after["failures"]) == (0, 0), name

@@ -1,0 +1,196 @@
+"""Conditional steps: decided once, stored with the step, and no crash, wait or restart decides anew."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outside_app import stored
+from pool_process import running
+from workers import check_invariants, run_until_idle
+
+from streamline_pool import Streamline, create_hook, ops
+
+CONDITIONS = ["condition", "skip_if", "run_if"]
+
+
+def asked(answers: list[bool], name: str, log: list[str]) -> Any:
+    """A predicate that gives these answers (whether the step is entered), one at each asking, and is on record."""
+
+    def ask(*args: Any) -> bool:
+        log.append(name)
+        enter = answers.pop(0) if len(answers) > 1 else answers[0]
+        return not enter if name == "skip_if" else enter
+
+    return (lambda ctx, run: ask()) if name == "condition" else (lambda ctx: ask())
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_skipped_step_is_stored_as_such_and_the_run_goes_on(app: Streamline, name: str) -> None:
+    entered: list[str] = []
+    steps = {
+        "one": lambda ctx: "one",
+        "maybe": (lambda ctx: entered.append("maybe"), {name: asked([False], name, [])}),
+        "end": lambda ctx: [ctx.get_output("one"), ctx.get_output("maybe")],
+    }
+    heard: list[tuple[str, str | None]] = []
+    app.events.on("*", lambda event: heard.append((event.name, event.step_id)))
+    workflow = app.workflow("w", steps=steps)
+    done = workflow.execute(workflow.start().id)
+    app.events.close()
+    step = done.step("maybe")
+    assert (done.status, done.output, entered) == ("done", ["one", None], [])
+    assert (step.status, step.attempts, step.output, step.ended_at is not None) == ("skipped", 0, None, True)
+    assert ("step:skipped", "maybe") in heard
+    assert ("step:started", "maybe") not in heard
+
+
+def test_a_run_whose_last_step_or_every_step_is_skipped_is_done(app: Streamline) -> None:
+    skip = {"skip_if": lambda ctx: True}
+    last = app.workflow("last", steps={"one": lambda ctx: 1, "two": (lambda ctx: 2, skip)})
+    every = app.workflow("every", steps={"one": (lambda ctx: 1, skip), "two": (lambda ctx: 2, skip)})
+    for workflow in (last, every):
+        done = workflow.execute(workflow.start().id)
+        check_invariants([done.to_dict()])
+        assert (done.status, done.output, done.step("two").status) == ("done", None, "skipped")
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_predicates_see_the_run_as_it_is_and_may_be_async(app: Streamline, name: str, kind: str) -> None:
+    seen: list[Any] = []
+
+    def look(ctx: Any, *run: Any) -> bool:
+        known = [(one.id == ctx.run_id, one.status) for one in run]
+        seen.append((ctx.step_id, ctx.get_output("one"), ctx.context, ctx.input, known))
+        return name != "skip_if"
+
+    async def look_async(ctx: Any, *run: Any) -> bool:
+        await asyncio.sleep(0)
+        return look(ctx, *run)
+
+    def one(ctx: Any) -> str:
+        ctx.set("k", "set by one")
+        return "one"
+
+    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", {name: look if kind == "def" else look_async})})
+    assert workflow.execute(workflow.start({"i": 1}).id).output == "two"
+    known = [(True, "running")] if name == "condition" else []
+    assert seen == [("two", "one", {"i": 1, "k": "set by one"}, {"i": 1}, known)]
+
+
+def test_condition_then_skip_if_then_run_if_and_the_first_no_ends_it(app: Streamline) -> None:
+    for says_no, expected in (("condition", CONDITIONS[:1]), ("skip_if", CONDITIONS[:2]), ("run_if", CONDITIONS)):
+        log: list[str] = []
+        options = {name: asked([name != says_no], name, log) for name in CONDITIONS}
+        workflow = app.workflow(f"no-{says_no.replace('_', '-')}", steps={"a": (lambda ctx: 1, options)})
+        assert workflow.execute(workflow.start().id).step("a").status == "skipped"
+        assert log == expected
+
+
+@pytest.mark.parametrize("loss", ["a failed attempt", "a lost worker", "a pause", "a drain"])
+def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
+    """The condition reads a clock, a flag, another service; half of the step's work is done when it changes its mind."""
+    log: list[str] = []
+    lost: list[str] = []
+
+    def work(ctx: Any) -> str:
+        if not lost:
+            lost.append(ctx.run_id)
+            match loss:
+                case "a failed attempt":
+                    raise ValueError("once")
+                case "a lost worker":
+                    app.store().run(ops._update_many("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}]))
+                    app.store().run(ops.recover_expired(5))
+                    ctx.signal.wait(0.2)
+                case "a pause":
+                    app.pause_run(ctx.run_id)
+                    raise ValueError("during the pause")
+                case "a drain":
+                    return ctx.sleep(0.05)
+        return "entered"
+
+    workflow = app.workflow("w", steps={"a": (work, {"retry_delay": 0, "run_if": asked([True, False], "run_if", log)}), "b": lambda ctx: 1})
+    run = workflow.start()
+    run_until_idle(app)
+    if loss == "a pause":
+        workflow.resume(run.id)
+    run_until_idle(app)
+    done = workflow.get(run.id)
+    assert (done.status, done.step("a").status, log) == ("done", "done", ["run_if"])
+
+
+def test_a_no_is_not_asked_for_again_and_a_rewind_decides_anew(app: Streamline) -> None:
+    log: list[str] = []
+    steps = {"a": (lambda ctx: "entered", {"run_if": asked([False, True], "run_if", log)}), "b": lambda ctx: ctx.wait("?")}
+    workflow = app.workflow("w", steps=steps)
+    run = workflow.execute(workflow.start().id)
+    workflow.pause(run.id)
+    workflow.resume(run.id)
+    workflow.rewind_to(run.id, "b")
+    assert workflow.execute(run.id).step("a").status == "skipped"
+    assert log == ["run_if"]
+    workflow.rewind_to(run.id, "a")
+    assert workflow.execute(run.id).step("a").output == "entered"
+    assert log == ["run_if", "run_if"]
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("act", ["wait", "wait_for", "create_hook"])
+def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str, act: str) -> None:
+    """The step that would wait has not been entered; its run must fail with the reason, not stand still."""
+
+    def predicate(ctx: Any, *run: Any) -> bool:
+        create_hook(ctx, "?") if act == "create_hook" else getattr(ctx, act)("why")
+        return True
+
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 1})})
+    failed = workflow.execute(workflow.start().id)
+    code = "STEP_FAILED" if act == "create_hook" else "VALIDATION_ERROR"
+    assert (failed.status, failed.error["code"], failed.document["waitGen"]) == ("failed", code, 0)
+    assert "hooks" not in failed.document["steps"][0]
+
+
+FLIPPING = """
+import os
+from streamline_pool import Streamline
+
+app = Streamline()
+
+def told(ctx, what):
+    evidence = app.store().collection("evidence")
+    evidence.insert_one({"run": ctx.run_id, "what": what, "pid": os.getpid()})
+    return evidence.count_documents({"run": ctx.run_id, "what": what})
+
+def die_once(ctx):
+    if told(ctx, "entered") == 1:
+        os.kill(os.getpid(), 9)
+    return "entered"
+
+app.workflow("flipping", steps={
+    "yes": (die_once, {"run_if": lambda ctx: told(ctx, "asked yes") == 1}),
+    "no": (die_once, {"skip_if": lambda ctx: told(ctx, "asked no") == 1}),
+    "kill": lambda ctx: os.kill(os.getpid(), 9) if told(ctx, "killed") == 1 else ctx.get_output("no"),
+})
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_after_the_decision_flips_it_neither_way(
+    app: Streamline, mongodb_uri: str, database: str, tmp_path: Path
+) -> None:
+    """Each predicate changes its mind after the first asking; workers die in the step that was entered and after the one skipped."""
+    with running(tmp_path, FLIPPING, mongodb_uri, "--workers", "2", database=database) as pool:
+        pool.ready()
+        flipping = app.workflow("flipping", steps={name: lambda ctx: None for name in ("yes", "no", "kill")})
+        done = flipping.wait_for(flipping.start().id, timeout=40)
+    assert [step.status for step in done.steps] == ["done", "skipped", "done"]
+    assert [step.attempts for step in done.steps] == [2, 0, 2]
+    told = [entry["what"] for entry in app.store().collection("evidence").find()]
+    assert {what: told.count(what) for what in ("asked yes", "asked no", "entered", "killed")} == {
+        "asked yes": 1, "asked no": 1, "entered": 2, "killed": 2,
+    }  # fmt: skip
+    assert stored(app, done)["status"] == "done"

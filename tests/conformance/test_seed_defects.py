@@ -1,0 +1,464 @@
+"""What the library that this one follows did wrong, and must not happen here: a test for each of its known defects.
+
+Those that other files test already are only referred to (in this folder, unless it says otherwise), and
+`test_every_reference_names_a_test_that_exists` keeps the table true.
+
+| defect | test |
+|---|---|
+| a crash between "step done" and "advance" wedges the run | unit/test_transitions.py::test_done_and_advance_are_one_write |
+| | chaos/test_kills.py::test_a_crash_or_a_freeze_at_a_named_point_wedges_nothing |
+| a run that died mid-step is never taken over | test_supervisor.py::test_the_runs_of_a_killed_worker_restart_at_once |
+| | test_engine_leases.py::test_an_expired_lease_is_taken_back_and_counted_once_by_any_number_of_sweeps |
+| answering a run twice | test_waits.py::test_of_two_answers_from_two_processes_exactly_one_counts |
+| an old token answers a newer wait | test_hooks.py::test_a_token_of_a_wait_that_is_over_does_not_answer_the_next_one |
+| resume of a paused run answers its wait | here |
+| resume does not refresh the lease, so an approved run is recovered as stale | here |
+| cancel relabels a finished run | test_engine_cancel.py::test_cancelling_what_has_ended_changes_nothing_and_tells_nobody |
+| resume revives a cancelled run | here |
+| whole-document writes overwrite concurrent progress | here |
+| waitFor hangs on a stale cache | here |
+| | test_engine_waiting.py::test_the_loss_of_a_signal_costs_one_poll |
+| events before the wait are lost | test_events_durable.py::test_an_event_reaches_a_run_whenever_it_is_sent |
+| events during a pause are lost | test_events_durable.py::test_an_event_sent_during_a_pause_is_not_lost |
+| event waits die with the process | test_events_durable.py::test_an_event_wait_outlives_every_process |
+| a future start never fires in an idle process | here |
+| failed runs lack endedAt and a reason | here |
+| a raced idempotent start returns a phantom | test_engine_starting.py::test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it |
+| | test_engine_starting.py::test_of_four_processes_with_one_key_on_a_new_database_one_wins |
+| the same key in two workflows returns the wrong run | test_engine_starting.py::test_an_idempotency_key_belongs_to_one_workflow |
+| two applications with the same database disturb each other | test_isolation.py::test_two_pools_on_one_database_run_each_its_own |
+| long timers overflow | here |
+| a handler raising None-like or string-like things breaks failure handling | here |
+| | test_engine_retries.py::test_whatever_a_handler_does_is_its_runs_failure_alone |
+| keys with dots or $ change shape | here |
+| clean-up of listeners or timers leaks after shutdown | here |
+| timed-out attempts keep running beside their retry | here |
+| status derived from a stale copy | here |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from elsewhere import elsewhere
+from outside_app import outside_app, outside_pool, stored
+from workers import check_invariants, run_until_idle
+
+from streamline_pool import InvalidStateError, Streamline, create_hook, ops
+from support import eventually
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_every_reference_names_a_test_that_exists() -> None:
+    assert __doc__ is not None
+    references = re.findall(r"((?:unit/|chaos/)?test_\w+\.py)::(test_\w+)", __doc__)
+    assert len(references) > 10
+    for file, name in references:
+        path = TESTS / file if "/" in file else TESTS / "conformance" / file
+        assert f"def {name}(" in path.read_text(), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("kind", ["human", "webhook", "event"])
+def test_resuming_a_paused_run_never_answers_its_wait(app: Streamline, kind: str) -> None:
+    """Somebody takes back the pause, and the invoice is approved by it."""
+
+    def ask(ctx: Any) -> None:
+        if kind == "event":
+            ctx.wait_for("news")
+        if kind == "webhook":
+            create_hook(ctx, "?")
+        ctx.wait("?")
+
+    workflow = app.workflow("w", steps={"ask": ask})
+    run = workflow.execute(workflow.start().id)
+    workflow.pause(run.id)
+    with pytest.raises(InvalidStateError):
+        workflow.resume(run.id, "an answer")
+    resumed = workflow.resume(run.id)
+    assert (resumed.paused, resumed.status, resumed.step("ask").status, resumed.step("ask").output) == (False, "waiting", "waiting", None)
+    run_until_idle(app)
+    assert workflow.get(run.id).step("ask").status == "waiting"
+
+
+def test_a_run_that_was_just_answered_is_not_taken_for_lost(app: Streamline) -> None:
+    """The answer came long after the last sign of life; a sweep at that moment must not count a lost worker, or enter a step twice."""
+    entered: list[int] = []
+    workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "act": lambda ctx: entered.append(ctx.attempt)})
+    run = workflow.execute(workflow.start().id)
+    long_ago = datetime.now(UTC) - timedelta(days=9)
+    app.runs.update_one({"_id": run.id}, {"$set": {"updatedAt": long_ago, "startedAt": long_ago, "steps.0.startedAt": long_ago}})
+    workflow.resume(run.id, "yes")
+    before = stored(app, run)
+    assert app.store().run(ops.recover_expired(3)) == 0
+    assert stored(app, run) == before
+    app.store().run(ops.claim_run(run.id, None, "claim", "worker", 60.0))
+    assert app.store().run(ops.recover_expired(3)) == 0, "and whoever takes it up has a lease of his own"
+    document = stored(app, run)
+    assert (document["crashes"], document["lease"]["owner"], entered) == (0, "worker", [])
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("payload", [None, "yes"])
+def test_a_cancelled_run_is_revived_by_nothing(app: Streamline, paused: bool, payload: Any) -> None:
+    workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?", timeout=0.1), "act": lambda ctx: 1})
+    run = workflow.execute(workflow.start().id)
+    if paused:
+        workflow.pause(run.id)
+    workflow.cancel(run.id)
+    before = stored(app, run)
+    with pytest.raises(InvalidStateError):
+        workflow.resume(run.id, payload)
+    with pytest.raises(InvalidStateError):
+        workflow.rewind_to(run.id, "ask")
+    assert workflow.pause(run.id).document == before
+    run_until_idle(app)
+    assert stored(app, run) == before
+
+
+def test_what_others_write_into_a_run_at_work_is_not_overwritten(app: Streamline) -> None:
+    """Every write of the holder names the fields it changes; a program's own fields and what arrives meanwhile stay."""
+    entered, go = threading.Event(), threading.Event()
+
+    def work(ctx: Any) -> str:
+        ctx.set("mine", 1)
+        ctx.checkpoint("half")
+        entered.set()
+        go.wait(20)
+        ctx.checkpoint("three quarters")
+        return "worked"
+
+    workflow = app.workflow("w", steps={"work": work, "hear": lambda ctx: ctx.wait_for("news"), "end": lambda ctx: 1}, context=dict)
+    run = workflow.start({"theirs": {"kept": 1}}, {"note": "old"})
+    thread = threading.Thread(target=workflow.execute, args=(run.id,))
+    thread.start()
+    assert entered.wait(20)
+    app.send_event("news", "meanwhile", run_id=run.id)
+    app.send_event("other", "kept", run_id=run.id)
+    change = {"meta.note": "new", "context.theirs.added": 2, "context.more": 3, "dashboard": "seen", "tags": ["x"]}
+    app.runs.update_one({"_id": run.id}, {"$set": change})
+    go.set()
+    thread.join(20)
+    document = stored(app, run)
+    assert document["status"] == "done"
+    assert document["context"] == {"theirs": {"kept": 1, "added": 2}, "more": 3, "mine": 1}
+    assert (document["meta"], document["dashboard"], document["tags"]) == ({"note": "new"}, "seen", ["x"])
+    assert document["steps"][1]["output"] == "meanwhile"
+    assert [item["data"] for item in document["inbox"]] == ["kept"]
+
+
+def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
+    make_app: Callable[..., Streamline], mongodb_uri: str, database: str
+) -> None:
+    """Status from a stale copy; `wait_for` on a stale cache: this program has seen, driven and cached the run before."""
+    app = make_app()
+    entered: list[str] = []
+    workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "act": lambda ctx: entered.append(ctx.run_id)})
+    with elsewhere(mongodb_uri, database) as other:
+        runs = [workflow.execute(workflow.start().id) for _ in range(3)]
+        answered, cancelled, rewound = runs
+        other.call("resume_run", answered.id, "yes")
+        assert workflow.get(answered.id).status == "running"
+        other.call("cancel_run", cancelled.id)
+        assert workflow.get(cancelled.id).status == "cancelled"
+        assert workflow.wait_for(cancelled.id, timeout=5).status == "cancelled"
+        assert workflow.execute(cancelled.id).status == "cancelled"
+        with pytest.raises(InvalidStateError):
+            workflow.resume(cancelled.id, "yes")
+        assert workflow.execute(answered.id).status == "done"
+        other.call("rewind_run", answered.id, "act")
+        with pytest.raises(TimeoutError):
+            workflow.wait_for(answered.id, timeout=0.2)
+        other.call("pause_run", rewound.id)
+        assert (workflow.get(rewound.id).paused, workflow.execute(rewound.id).paused) == (True, True)
+    assert entered == [answered.id]
+
+
+@pytest.mark.timeout(120)
+def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, tmp_path: Path) -> None:
+    """Nothing else happens: no other run, no signal at that time, no traffic; only the timer can know."""
+    with outside_app(mongodb_uri, database) as app, outside_pool(tmp_path, mongodb_uri, database):
+        approval = app.workflows["approval"]
+        late_s = []
+        runs = [approval.start(start_at=delay_s) for delay_s in (0.5, 1.5, 8.0)]  # the last: longer than a sweep looks ahead
+        assert {run.status for run in runs} == {"draft"}
+        for run in runs:
+            begun = eventually(lambda run=run: stored(app, run).get("startedAt"), timeout=20)
+            late_s.append((begun - run.document["wakeAt"]).total_seconds())
+    print([f"{late * 1000:.0f} ms" for late in late_s])
+    assert min(late_s) >= 0
+    assert min(late_s) < 0.1
+    assert max(late_s) < 2.0, "a sweep that found it by accident would come only every six seconds"
+
+
+def _worker_lost(app: Streamline, run_id: str) -> None:
+    for _ in range(3):
+        app.store().run(ops.claim_run(run_id, None, "claim", "worker", 60.0))
+        app.store().run(ops.release_owner("worker", 3, {"signal": "SIGKILL"}))
+
+
+def _corrupted(app: Streamline, run_id: str) -> None:
+    app.runs.update_one({"_id": run_id}, {"$set": {"rev": "garbage"}})
+
+
+def _misplaced(app: Streamline, run_id: str) -> None:
+    app.runs.update_one({"_id": run_id}, {"$set": {"steps.0.stepId": "other", "currentStepId": "other"}})
+
+
+def _paused(app: Streamline, run_id: str) -> None:
+    app.pause_run(run_id)
+    app.resume_run(run_id)
+
+
+@pytest.mark.parametrize(
+    ("handler", "meanwhile", "code"),
+    [
+        (lambda ctx: 1 / 0, _paused, "MAX_RETRIES_EXCEEDED"),
+        (lambda ctx: object(), _paused, "VALIDATION_ERROR"),
+        (lambda ctx: ctx.signal.wait(9), _paused, "MAX_RETRIES_EXCEEDED"),
+        (lambda ctx: 1, _worker_lost, "WORKER_CRASHED"),
+        (lambda ctx: 1, _corrupted, "DATA_CORRUPTION"),
+        (lambda ctx: 1, _misplaced, "VERSION_MISMATCH"),
+    ],
+    ids=["raised", "unstorable", "timed out", "lost workers", "corrupted", "misplaced"],
+)
+def test_whatever_a_run_fails_of_it_says_so_and_when(app: Streamline, handler: Any, meanwhile: Any, code: str) -> None:
+    """A TTL on `endedAt` removes what has it, and nothing else."""
+    workflow = app.workflow("w", steps={"a": (handler, {"retries": 2, "retry_delay": 0, "timeout": 0.1})})
+    run = workflow.start()
+    meanwhile(app, run.id)
+    run_until_idle(app)
+    document = stored(app, run)
+    check_invariants([document])
+    assert (document["status"], document["error"]["code"]) == ("failed", code)
+    assert document["error"]["message"]
+    assert timedelta(0) <= datetime.now(UTC) - document["endedAt"] < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("days", [25, 60, 365, 36_000])
+def test_no_timer_is_too_long(app: Streamline, days: int) -> None:
+    """2^31 milliseconds are 24.8 days: where that overflows, a timer fires at once."""
+    delay = timedelta(days=days)
+    workflow = app.workflow(
+        "w",
+        steps={"nap": lambda ctx: ctx.sleep(delay), "after": lambda ctx: 1},
+    )
+    asking = app.workflow("asking", steps={"ask": lambda ctx: ctx.wait("?", timeout=delay), "after": lambda ctx: 1})
+    hearing = app.workflow("hearing", steps={"hear": lambda ctx: ctx.wait_for("news", timeout=delay), "after": lambda ctx: 1})
+    hooked = app.workflow("hooked", steps={"ask": lambda ctx: create_hook(ctx, "?", expires_in=delay) and ctx.wait("?")})
+    runs = [flow.start() for flow in (workflow, asking, hearing, hooked)] + [workflow.start(start_at=delay)]
+    run_until_idle(app)
+    for run in runs[:3]:
+        document = stored(app, run)
+        assert (document["status"], document["steps"][1]["status"]) == ("waiting", "pending")
+        assert abs(document["wakeAt"] - datetime.now(UTC) - delay) < timedelta(minutes=1)
+    hook = stored(app, runs[3])["steps"][0]["hooks"][0]
+    assert abs(hook["expiresAt"] - datetime.now(UTC) - delay) < timedelta(minutes=1)
+    draft = stored(app, runs[4])
+    assert (draft["status"], draft["steps"][0]["attempts"]) == ("draft", 0)
+
+
+class Empty(Exception):
+    """An exception that has nothing to say."""
+
+    def __str__(self) -> str:
+        return ""
+
+
+class Nothing(BaseException):
+    """No `Exception`, false, and silent."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return ""
+
+
+class Odd(Exception):
+    """Its name and text are not what anybody expects."""
+
+    def __str__(self) -> Any:
+        return None  # noqa: PLE0307 -- that is the point
+
+    code = "NO_SUCH_CODE"
+    message = None
+
+
+def _raise(value: Any) -> Callable[[Any], None]:
+    def handler(ctx: Any) -> None:
+        raise value
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    "value", [None, "text", 5, ValueError(), ValueError(None), ValueError(""), Empty(), Empty, Nothing(), Odd(), {"code": "X"}], ids=repr
+)
+@pytest.mark.parametrize("retries", [1, 2])
+def test_whatever_is_raised_ends_in_a_failure_that_can_be_read(app: Streamline, value: Any, retries: int) -> None:
+    """`raise None`, `raise "text"` and exceptions that are false or silent are what careless programs do."""
+    workflow = app.workflow("w", steps={"a": (_raise(value), {"retries": retries, "retry_delay": 0})})
+    run = workflow.start()
+    run_until_idle(app)
+    failed = workflow.get(run.id)
+    check_invariants([failed.to_dict()])
+    assert (failed.status, failed.step("a").status, failed.step("a").attempts) == ("failed", "failed", retries)
+    for error in (failed.error, failed.step("a").error):
+        assert error["type"] == (type(value).__name__ if isinstance(value, BaseException) else "Empty" if value is Empty else "TypeError")
+        assert error["message"].strip()
+
+
+ODD = {"a.b": 1, "$inc": {"$set": 2, "": 3}, "x.$[].y": [{"..": None}], "$$NOW": "$$REMOVE", ".": {"$ref": 1}, " ": 4, "é.": 5}
+
+
+def test_keys_with_dots_and_dollars_keep_their_shape_on_every_way(app: Streamline) -> None:
+    tokens: list[str] = []
+
+    def work(ctx: Any) -> Any:
+        assert ctx.input == ODD
+        assert ctx.context == ODD
+        assert ctx.get_checkpoint() == (None if ctx.attempt == 1 else ODD)
+        ctx.checkpoint(ODD)
+        if ctx.attempt == 1:
+            raise ValueError("once more, with the checkpoint")
+        for key, value in ODD.items():
+            ctx.set(f"set {key}", value)
+            ctx.set(key, {"set": value})
+        return ODD
+
+    def ask(ctx: Any) -> None:
+        ctx.wait("?", ODD)
+
+    def offer(ctx: Any) -> None:
+        tokens.append(create_hook(ctx, "?").token)
+        ctx.wait("?")
+
+    workflow = app.workflow(
+        "w",
+        steps={
+            "work": (work, {"retry_delay": 0}),
+            "ask": ask,
+            "offer": offer,
+            "hear": lambda ctx: ctx.wait_for("a.$b"),
+            "hear_all": lambda ctx: ctx.wait_for("a.$b"),
+            "end": lambda ctx: [ctx.get_output(step) for step in workflow.steps[:-1]],
+        },
+    )
+    run = workflow.start(ODD, ODD)
+    run_until_idle(app)
+    waiting = workflow.get(run.id)
+    assert waiting.step("ask").waiting_for["data"] == ODD
+    assert waiting.meta == ODD
+    assert waiting.context == ODD | {f"set {key}": value for key, value in ODD.items()} | {
+        key: {"set": value} for key, value in ODD.items()
+    }
+    workflow.resume(run.id, ODD)
+    run_until_idle(app)
+    app.resume_hook(tokens[0], ODD)
+    run_until_idle(app)
+    app.send_event("a.$b", ODD, run_id=run.id)
+    run_until_idle(app)
+    app.send_event("a.$b", ODD)
+    run_until_idle(app)
+    assert workflow.get(run.id).output == [ODD] * 5
+
+
+def test_an_app_that_is_closed_leaves_nothing_behind(make_app: Callable[..., Streamline]) -> None:
+    """Opened and closed for hours, as a web application's workers or a test suite do, it must not collect threads, sockets or timers."""
+    process = psutil.Process()
+
+    def use() -> None:
+        app = make_app()
+        app.events.on("*", lambda event: None)
+        workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600), "quick": lambda ctx: 1})
+        timed = app.workflow("timed", steps={"a": (lambda ctx: 1, {"timeout": 3600})})
+        timed.execute(timed.start().id)
+        run = workflow.execute(workflow.start().id)
+        with pytest.raises(TimeoutError):
+            workflow.wait_for(run.id, timeout=0.01)
+        app.close()
+
+    use()
+
+    def left_behind() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), process.num_fds()
+
+    before = left_behind()
+    for _ in range(5):
+        use()
+    eventually(lambda: left_behind()[0] <= before[0] and left_behind()[1] <= before[1] + 2)
+
+
+def test_an_app_used_in_an_event_loop_leaves_no_task_in_it(make_app: Callable[..., Streamline]) -> None:
+    async def use() -> set[str]:
+        before = asyncio.all_tasks()
+        app = make_app()
+        workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600)})
+        async with app:
+            run = await workflow.start_async()
+            await workflow.execute_async(run.id)
+            with pytest.raises(TimeoutError):
+                await workflow.wait_for_async(run.id, timeout=0.01)
+        return {repr(task) for task in asyncio.all_tasks() - before}
+
+    assert asyncio.run(use()) == set()
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_timed_out_attempt_does_not_write_beside_its_retry(app: Streamline, kind: str) -> None:
+    """A coroutine is cancelled and has ended before the next attempt begins; of a thread nothing counts any more."""
+    alive: list[str] = []
+    late: list[str] = []
+    over = threading.Event()
+
+    def stubborn(ctx: Any) -> str:
+        if ctx.attempt == 2:
+            return "second"
+        ctx.signal.wait(20)
+        time.sleep(0.2)  # a thread goes on, whatever it is told; this is what it does then
+        for act in (
+            lambda: ctx.set("late", 1),
+            lambda: ctx.checkpoint("late"),
+            lambda: ctx.wait("late?"),
+            lambda: create_hook(ctx, "late"),
+        ):
+            try:
+                act()
+            except BaseException as exc:  # noqa: BLE001 -- a wait is no Exception
+                late.append(type(exc).__name__)
+        over.set()
+        return "first"
+
+    async def obedient(ctx: Any) -> str:
+        assert alive == [], "the attempt before is still at work"
+        if ctx.attempt == 2:
+            over.set()
+            return "second"
+        alive.append("first")
+        try:
+            await asyncio.sleep(20)
+        finally:
+            await asyncio.sleep(0.1)
+            alive.clear()
+        return "first"
+
+    handler = stubborn if kind == "def" else obedient
+    workflow = app.workflow("w", steps={"a": (handler, {"timeout": 0.1, "retries": 2, "retry_delay": 0}), "b": lambda ctx: ctx.context})
+    run = workflow.start()
+    run_until_idle(app)
+    assert over.wait(20)
+    done = workflow.get(run.id)
+    assert (done.status, done.step("a").output, done.step("a").attempts, done.output) == ("done", "second", 2, {})
+    assert late == (["InvalidStateError"] * 4 if kind == "def" else [])

@@ -37,7 +37,7 @@ def make_owner(env: Env) -> str:
 class _Quiet:
     """Nobody schedules around a program's own executions."""
 
-    def parked(self, lane: str, wake_at: datetime) -> None:
+    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """See engine.Observer."""
 
     def landed(self, run_id: str, status: str) -> None:

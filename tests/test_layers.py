@@ -39,6 +39,7 @@ ORDER = [
     "workflow",
     "client",
     "lookout",
+    "alarms",
     "worker",
     "embedded_watcher",
     "embedded",

@@ -275,7 +275,8 @@ class Engine:
             make = ops.commit_under_pause if twin else ops.commit
             self.env.probe("commit.before")
             try:
-                verdict = await self._committer.write(make(flight.fence(), change, now, size + STATEMENT_BYTES))
+                statement = make(flight.fence(), change, now, size + STATEMENT_BYTES)
+                verdict = await self._committer.write(statement, express=change.name == "wake")
             except ValidationError as exc:
                 if change.name == "fail":
                     return await self._fail_barely(flight, exc)
@@ -320,7 +321,7 @@ class Engine:
         if change.name in ("retry", "fail"):
             _log_failure(flight, change)
         if change.releases and change.wake_at is not None:
-            self._observer.parked(flight.document["lane"], change.wake_at)
+            self._observer.parked(flight.document["lane"], change.wake_at, flight.run_id)
         return not change.releases
 
     async def _read_held(self, flight: Flight) -> dict[str, Any] | None:
@@ -335,8 +336,7 @@ class Engine:
         """Somebody says that something was done to this run from outside: find out, if it is in flight here."""
         flight = self.flights.get(run_id)
         if flight is not None:
-            flight.renew_now = True
-            self.leases.renew_soon()
+            self.leases.check(flight)
 
     # --- flight.Ground ---------------------------------------------------------------------------------------------
 

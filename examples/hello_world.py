@@ -8,10 +8,7 @@ Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that en
 
 from __future__ import annotations
 
-import contextlib
-import os
-
-from streamline_pool import Context, Settings, Streamline, embedded
+from streamline_pool import Context, Streamline, embedded
 
 __all__ = ["app", "hello", "main"]
 
@@ -31,11 +28,7 @@ async def measure(ctx: Context) -> dict[str, object]:
 
 
 def main() -> int:
-    with contextlib.ExitStack() as stack:
-        if not os.environ.get("STREAMLINE_MONGODB_URI"):
-            server = stack.enter_context(embedded.start(None))
-            app.configure(Settings(mongodb_uri=server.uri))
-        stack.enter_context(app)
+    with embedded.serving(app):
         run = hello.start({"name": "world"})  # stored: from here on any pool could take it
         run = hello.execute(run.id)  # or drive it right here
         print(f"run {run.id} is {run.status}: {run.output}")

@@ -30,7 +30,21 @@ from .errors import (
     WorkflowError,
     WorkflowNotFoundError,
 )
-from .model import Run, RunStatus, StepState, StepStatus
+from .hooks import Hook, create_hook
+from .model import Run, RunStatus, StepState, StepStatus, is_timeout
+from .outside import HookResult
+from .progress import (
+    StepTimeline,
+    StepUIState,
+    WaitingInfo,
+    WorkflowProgress,
+    can_rewind_to,
+    get_execution_path,
+    get_step_timeline,
+    get_step_ui_states,
+    get_waiting_info,
+    get_workflow_progress,
+)
 from .settings import Settings
 from .workflow import Workflow
 
@@ -42,6 +56,8 @@ __all__ = [
     "ErrorCode",
     "Event",
     "EventBus",
+    "Hook",
+    "HookResult",
     "HookTokenError",
     "InvalidStateError",
     "LeaseLostError",
@@ -54,15 +70,27 @@ __all__ = [
     "StepNotFoundError",
     "StepState",
     "StepStatus",
+    "StepTimeline",
     "StepTimeoutError",
+    "StepUIState",
     "StoreUnavailableError",
     "Streamline",
     "ValidationError",
     "VersionMismatchError",
+    "WaitingInfo",
     "Workflow",
     "WorkflowCancelledError",
     "WorkflowError",
     "WorkflowNotFoundError",
+    "WorkflowProgress",
     "__version__",
+    "can_rewind_to",
+    "create_hook",
+    "get_execution_path",
+    "get_step_timeline",
+    "get_step_ui_states",
+    "get_waiting_info",
+    "get_workflow_progress",
     "global_event_bus",
+    "is_timeout",
 ]

@@ -51,7 +51,7 @@ class EventBus:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._subscribers: dict[str, list[tuple[Subscriber, bool]]] = {}
-        self._backlog: queue.Queue[Event | None] = queue.Queue(_BACKLOG_MAX)
+        self._backlog: queue.Queue[Event | threading.Event | None] = queue.Queue(_BACKLOG_MAX)
         self._thread: threading.Thread | None = None
         self.dropped = 0
 
@@ -80,7 +80,8 @@ class EventBus:
     def off(self, name: str, subscriber: Subscriber) -> None:
         """Undo `on` or `once`; does nothing if that was never said."""
         with self._lock:
-            kept = [entry for entry in self._subscribers.get(name, []) if entry[0] is not subscriber]
+            # Equal, not identical: each look at a bound method makes a new object.
+            kept = [entry for entry in self._subscribers.get(name, []) if entry[0] != subscriber]
             if kept:
                 self._subscribers[name] = kept
             else:
@@ -110,6 +111,9 @@ class EventBus:
 
     def _deliver(self) -> None:
         while (event := self._backlog.get()) is not None:
+            if isinstance(event, threading.Event):
+                event.set()
+                continue
             for name in (event.name, "*"):
                 for subscriber, once in list(self._subscribers.get(name, ())):
                     if once:
@@ -119,6 +123,15 @@ class EventBus:
                     except Exception:
                         # A subscriber is a guest: its failure is logged and is nobody else's.
                         log.exception("subscriber_failed", extra={"event": event.name, "run_id": event.run_id})
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Return once what was published before has been delivered; False if that takes longer. Not for subscribers."""
+        if self._thread is None:
+            return True
+        reached = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._backlog.put(reached, timeout=timeout_s)
+        return reached.wait(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Deliver what waits, then end the thread. The bus can be used again afterwards."""

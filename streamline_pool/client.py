@@ -7,6 +7,7 @@ make an `app` at import and still be forked. What can be done with one workflow 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -26,10 +27,12 @@ from .errors import StoreUnavailableError, ValidationError
 from .flight import Observer
 from .local import LocalRunner, LoopThread
 from .model import Run
+from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .procedures import Procedure
+from .sending import sending_event
 from .settings import DEFAULT_MONGODB_URI, Settings
 from .store import AsyncStore, Store, Where
-from .workflow import Workflow, cancelling_run, getting_run, twins
+from .workflow import Workflow, twins
 
 __all__ = ["Streamline"]
 
@@ -60,6 +63,8 @@ class Streamline:
         self.database = database
         self.collection_prefix = collection_prefix
         self.events = EventBus()
+        self._open_store: Callable[[Where, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
+        self._open_async_store: Callable[[Where, Env], AsyncStore] = AsyncStore
         self._workflows: dict[str, Workflow] = {}
         self._where: Where | None = None
         self._reset_connections()
@@ -153,7 +158,7 @@ class Streamline:
         store = self._store
         if store is None:
             with self._opening:
-                store = self._store = self._store or Store(self.where, self.env)
+                store = self._store = self._store or self._open_store(self.where, self.env)
         return store
 
     def store_async(self) -> AsyncStore:
@@ -162,7 +167,7 @@ class Streamline:
         loop = asyncio.get_running_loop()
         store = self._async_stores.get(loop)
         if store is None:
-            store = self._async_stores[loop] = AsyncStore(self.where, self.env)
+            store = self._async_stores[loop] = self._open_async_store(self.where, self.env)
         return store
 
     def _notice_fork(self) -> None:
@@ -234,6 +239,45 @@ class Streamline:
         return (yield from cancelling_run(self, None, run_id, reason))
 
     cancel_run, cancel_run_async = twins(_proc_cancel_run)
+
+    def _proc_pause_run(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
+        """Pause a run of whatever workflow; see `Workflow.pause`."""
+        return (yield from pausing_run(self, None, run_id, reason))
+
+    pause_run, pause_run_async = twins(_proc_pause_run)
+
+    def _proc_resume_run(self, run_id: str, payload: Any = None) -> Procedure[Run]:
+        """Resume a run of whatever workflow; see `Workflow.resume`."""
+        return (yield from resuming_run(self, None, run_id, payload))
+
+    resume_run, resume_run_async = twins(_proc_resume_run)
+
+    def _proc_rewind_run(self, run_id: str, step_id: str) -> Procedure[Run]:
+        """Rewind a run of whatever workflow; see `Workflow.rewind_to`."""
+        return (yield from rewinding_run(self, None, run_id, step_id))
+
+    rewind_run, rewind_run_async = twins(_proc_rewind_run)
+
+    def _proc_resume_hook(self, token: str, payload: Any = None) -> Procedure[HookResult]:
+        """Answer by the token of a hook; the payload becomes the output of the step that made it.
+
+        HookTokenError, and nothing is changed, if the token is wrong, used, expired or of a wait that is over. On a paused
+        run the answer is stored, and the run goes on when it is resumed.
+        """
+        return (yield from answering_hook(self, token, payload))
+
+    resume_hook, resume_hook_async = twins(_proc_resume_hook)
+
+    def _proc_send_event(self, name: str, data: Any = None, *, run_id: str | None = None) -> Procedure[int]:
+        """Deliver a durable event to one run, or to every run that waits for it; the number of runs woken now.
+
+        To one run: it is kept if the run does not wait for it yet. To all: it reaches the runs that wait now, and those
+        that exist now and wait later, each once. WorkflowNotFoundError for an unknown `run_id`, PayloadTooLargeError
+        (nothing stored) for a full inbox or more than 256 KiB.
+        """
+        return (yield from sending_event(self, name, data, run_id))
+
+    send_event, send_event_async = twins(_proc_send_event)
 
     def _proc_workers(self) -> Procedure[list[dict[str, Any]]]:
         """What every pool that has spoken lately says of itself: one document per pool, with its workers."""
@@ -328,12 +372,22 @@ class Streamline:
 
     def _signalling(self, kind: str, **fields: Any) -> Procedure[None]:
         """Send a signal; a failure costs latency only, so nobody is told."""
+        if kind == "cancel":
+            self._check_here(fields["runId"])
         try:
             yield ops.send_signal(kind, self._server_now(), **fields)
         except StoreUnavailableError as exc:
             log.debug("signal_lost", extra={"kind": kind, "error": str(exc)})
 
-    def _publish(self, document: Mapping[str, Any], name: str, data: Any) -> None:
-        event = Event(name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=None, data=data, at=self._server_now())
+    def _check_here(self, run_id: str) -> None:
+        """This program may be executing the run itself; it tails no signals."""
+        for loop, runner in list(self._runners.items()):
+            with contextlib.suppress(RuntimeError):  # a loop that is closed executes nothing
+                loop.call_soon_threadsafe(runner.check, run_id)
+
+    def _publish(self, document: Mapping[str, Any], name: str, data: Any, step_id: str | None = None) -> None:
+        event = Event(
+            name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=step_id, data=data, at=self._server_now()
+        )
         self.events.publish(event)
         global_event_bus.publish(event)

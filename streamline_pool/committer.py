@@ -20,6 +20,7 @@ from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from .ops import Statement
 from .store import AsyncStore
 from .tasks import end_tasks
+from .transitions import arrived
 
 __all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
 
@@ -46,6 +47,7 @@ class Verdict(Enum):
     PAUSED = "paused"  # not stored, the run is paused: send the twin
     RESUMED = "resumed"  # the twin was not stored, the run is no longer paused: send the first form
     NOT_YET = "not yet"  # not stored: by the server's clock its instant has not come
+    ARRIVED = "arrived"  # not stored: what the run is about to wait for is in its inbox
 
 
 _Item = tuple[Statement, "asyncio.Future[Verdict]"]
@@ -198,9 +200,9 @@ def judge(statement: Statement, document: Mapping[str, Any] | None) -> Verdict |
     landed = document.get("rev") == fence.rev + 1
     if lease_id != fence.lease_id:
         # Nobody has claimed, released or acted since (the token stands): the lease went with this very write.
-        gave_up = lease_id is None and landed and document.get("token") == fence.token and "$unset" in statement.update["u"]
+        gave_up = lease_id is None and landed and document.get("token") == fence.token and _releases(statement)
         return Verdict.LANDED_BY_READ if gave_up else Verdict.FENCED
-    if landed and "$unset" not in statement.update["u"]:
+    if landed and not _releases(statement):
         return Verdict.LANDED_BY_READ
     if document.get("rev") != fence.rev:
         return Verdict.FENCED
@@ -209,7 +211,14 @@ def judge(statement: Statement, document: Mapping[str, Any] | None) -> Verdict |
         return Verdict.RESUMED
     if isinstance(wanted, dict) and document.get("paused") is True:
         return Verdict.PAUSED
-    return Verdict.NOT_YET if "$expr" in statement.update["q"] else None
+    if "$expr" in statement.update["q"]:
+        return Verdict.NOT_YET
+    inbox = statement.update["q"].get("inbox")
+    return Verdict.ARRIVED if inbox is not None and arrived(document, inbox["$not"]["$elemMatch"]) is not None else None
+
+
+def _releases(statement: Statement) -> bool:
+    return "lease" in statement.update["u"].get("$unset", ())
 
 
 def _resolve(future: asyncio.Future[Verdict], verdict: Verdict) -> None:

@@ -12,18 +12,18 @@ import logging
 import threading
 from collections.abc import Generator, Mapping
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from .bus import ENGINE_EVENTS
 from .documents import as_payload, check_payload
 from .errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
 from .model import seconds
 
-__all__ = ["AbortSignal", "Context", "Ending", "SleepEnding"]
+__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name"]
 
 log = logging.getLogger("streamline_pool.handler")
 
-SLEEP_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime` arithmetic is what ends
+WAIT_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime` arithmetic is what ends
 
 
 class Ending(BaseException):
@@ -35,6 +35,14 @@ class SleepEnding(Ending):
 
     def __init__(self, delay_s: float) -> None:
         self.delay_s = delay_s
+
+
+class WaitEnding(Ending):
+    """The handler is through; its step is done when somebody answers, or when `timeout_s` seconds have passed."""
+
+    def __init__(self, waiting_for: Mapping[str, Any], timeout_s: float | None) -> None:
+        self.waiting_for = waiting_for  # as stored, but for `expiresAt`
+        self.timeout_s = timeout_s  # None: waits for ever
 
 
 class AbortSignal:
@@ -113,11 +121,36 @@ class Port(Protocol):
     def save_checkpoint(self, value: Any, size: int) -> None:
         """Store the checkpoint; durable on return. Raises LeaseLostError when the run is no longer ours."""
 
+    def save_hook(self, reason: str, expires_s: float | None) -> str:
+        """Store a hook of the step at hand; durable on return. The token. Raises as `save_checkpoint` does."""
+
     def heartbeat(self) -> None:
         """Renew the lease soon."""
 
     def emit(self, name: str, data: Any) -> None:
         """Publish an event now."""
+
+
+def check_event_name(name: Any, where: str) -> str:
+    """A name by which events are sent and waited for; a ValidationError otherwise."""
+    if not isinstance(name, str) or not 1 <= len(name) <= 200 or "\0" in name:
+        raise ValidationError(f"{where}: the name of an event is text of 1 to 200 characters, not {name!r}")
+    check_payload(name, where)
+    return name
+
+
+def _bounded(value: float | timedelta, where: str, *, zero_ok: bool = False) -> float:
+    value_s = seconds(value, where, zero_ok=zero_ok)
+    if value_s > WAIT_MAX_S:
+        raise ValidationError(f"{where}: {value_s} seconds is more than a hundred years")
+    return value_s
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not 1 <= len(value) <= 1_000:
+        raise ValidationError(f"{where}: a reason is text of 1 to 1000 characters, for whoever is to answer, not {value!r}")
+    check_payload(value, where)
+    return value
 
 
 class _Stored:
@@ -148,6 +181,7 @@ class Context:
         "_context",
         "_document",
         "_ending",
+        "_has_hook",
         "_input",
         "_place",
         "_port",
@@ -166,6 +200,7 @@ class Context:
         self._sets: dict[str, Any] = {}
         self._sets_bytes = 0  # an upper bound: a key set twice counts twice
         self._ending: Ending | None = None
+        self._has_hook = False  # made by this attempt
         self._closed = False
         self.step_id: str = step["stepId"]
         self.attempt: int = step["attempts"]  # 1-based; counts entries into the handler, those of lost workers too
@@ -221,14 +256,47 @@ class Context:
                 return _copy(step.get("output"))
         return None
 
-    def sleep(self, delay: float | timedelta) -> None:
+    def sleep(self, delay: float | timedelta) -> NoReturn:
         """End this handler; its step is done after that time, and the handler is not called again. Outlives every restart."""
-        delay_s = seconds(delay, "ctx.sleep", zero_ok=True)
-        if delay_s > SLEEP_MAX_S:
-            raise ValidationError(f"ctx.sleep: {delay_s} seconds is more than a hundred years")
-        self._end(SleepEnding(delay_s))
+        self._end(SleepEnding(_bounded(delay, "ctx.sleep", zero_ok=True)))
 
-    def _end(self, ending: Ending) -> None:
+    def wait(self, reason: str, data: Any = None, *, timeout: float | timedelta | None = None) -> NoReturn:
+        """End this handler; its step is done when somebody answers, by `Workflow.resume` or by the hook made before.
+
+        The answer's payload is the step's output. `reason` and `data` are for whoever is to answer (`waiting_for` of the
+        step). After `timeout` seconds without an answer the output is one for which `streamline_pool.is_timeout` is true.
+        """
+        self._check_open()
+        wanted = {"type": "webhook" if self._hooks() else "human", "reason": _text(reason, "ctx.wait: reason")}
+        if data is not None:
+            wanted["data"], _ = as_payload(data, "wait.data")
+        self._end(WaitEnding(wanted, None if timeout is None else _bounded(timeout, "ctx.wait: timeout")))
+
+    def wait_for(self, event_name: str, *, timeout: float | timedelta | None = None) -> NoReturn:
+        """End this handler; its step is done when an event of that name comes, by `app.send_event`, or has come already.
+
+        The event's data is the step's output. `timeout`: as for `wait`.
+        """
+        self._check_open()
+        name = check_event_name(event_name, "ctx.wait_for")
+        wanted = {"type": "event", "reason": f"event {name}", "eventName": name}
+        self._end(WaitEnding(wanted, None if timeout is None else _bounded(timeout, "ctx.wait_for: timeout")))
+
+    def _add_hook(self, reason: str, expires_s: float | None) -> str:
+        """Store a hook; see hooks.create_hook."""
+        self._check_open()
+        _text(reason, "create_hook: reason")
+        if expires_s is not None and expires_s > WAIT_MAX_S:
+            raise ValidationError(f"create_hook: expires_in: {expires_s} seconds is more than a hundred years")
+        if self._has_hook:
+            raise InvalidStateError(f"run {self.run_id}: step {self.step_id} has an open hook already; a step has one at a time")
+        self._has_hook = True
+        return self._port.save_hook(reason, expires_s)
+
+    def _hooks(self) -> Any:
+        return self._document["steps"][self._place].get("hooks")
+
+    def _end(self, ending: Ending) -> NoReturn:
         self._check_open()
         self._ending = self._ending or ending
         raise self._ending

@@ -19,6 +19,7 @@ from .model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
     "CODEC",
+    "EVENT_INDEXES",
     "HOST_INDEXES",
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
@@ -27,6 +28,8 @@ __all__ = [
     "as_payload",
     "as_stored",
     "check_payload",
+    "check_run_id",
+    "check_text",
     "make_context",
     "misfit",
     "new_run",
@@ -107,8 +110,16 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
         partial={"idempotencyKey": {"$type": "string"}},
         unique=True,
     ),
+    # Runs that wait for an event, so that one sent to all finds them.
+    IndexDefinition(name="streamline_awaits", key={"awaits": 1}, partial={"awaits": {"$exists": True}}),
 )
 """The indexes that the engine itself needs. A step's commit touches none of their fields."""
+
+EVENT_INDEXES: tuple[IndexDefinition, ...] = (
+    IndexDefinition(name="streamline_event", key={"name": 1, "at": 1}),
+    # Events whose sender has not finished: a steward does when the sender died.
+    IndexDefinition(name="streamline_pending", key={"at": 1}, partial={"pending": True}),
+)
 
 HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_expire", key={"expireAt": 1}, expire_after_s=0),)
 
@@ -122,6 +133,21 @@ def check_payload(value: Any, where: str) -> int:
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
         return 16
     return len(_encode(value, where))
+
+
+def check_text(value: object, where: str) -> str:
+    """`value` if it is text that can be stored; a ValidationError otherwise."""
+    if not isinstance(value, str):
+        raise ValidationError(f"{where}: must be text, not {type(value)}")
+    check_payload(value, where)
+    return value
+
+
+def check_run_id(run_id: object) -> str:
+    """`run_id` if it can name a run; a ValidationError otherwise."""
+    if not isinstance(run_id, str) or not 1 <= len(run_id) <= 100:
+        raise ValidationError(f"run_id {run_id!r}: a run id is text of 1 to 100 characters")
+    return check_text(run_id, "run_id")
 
 
 def as_payload(value: Any, where: str) -> tuple[Any, int]:
@@ -279,6 +305,9 @@ def misfit(document: Mapping[str, Any]) -> str | None:
         return "field 'steps' is empty"
     if not isinstance(document.get("waitGen", 0), int):
         return f"field 'waitGen' is {document['waitGen']!r}, expected a whole number"
+    for name in ("inbox", "seen"):
+        if not isinstance(document.get(name, []), list):
+            return f"field {name!r} is {document[name]!r}, expected a list"
     for place, step in enumerate(steps):
         reason = _step_misfit(step)
         if reason:
@@ -326,6 +355,10 @@ def _step_misfit(step: Any) -> str | None:
             return "waiting, but 'waitingFor' does not say for what"
         if waiting_for["type"] == "timer" and not isinstance(waiting_for.get("resumeAt"), datetime):
             return f"waitingFor.resumeAt is {waiting_for.get('resumeAt')!r}, expected a date"
+        if not isinstance(waiting_for.get("expiresAt"), (datetime, type(None))):
+            return f"waitingFor.expiresAt is {waiting_for['expiresAt']!r}, expected a date"
+        if waiting_for["type"] == "event" and not isinstance(waiting_for.get("eventName"), str):
+            return f"waitingFor.eventName is {waiting_for.get('eventName')!r}, expected text"
     return None
 
 

@@ -19,16 +19,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import bson
 
 from streamline_pool.env import Clock, system_env
 from streamline_pool.errors import StoreUnavailableError
+from streamline_pool.settings import Settings
 
-__all__ = ["DEFAULT_DATA_DIR", "EmbeddedServer", "find_mongod", "start"]
+__all__ = ["DEFAULT_DATA_DIR", "EmbeddedServer", "find_mongod", "serving", "start"]
 
 DEFAULT_DATA_DIR = Path(".streamline/mongod")
 REPLICA_SET = "rs0"
@@ -70,6 +72,31 @@ def find_mongod(explicit: str | os.PathLike[str] | None = None) -> Path:
         if os.access(candidate, os.X_OK):
             return candidate
     raise StoreUnavailableError(f"No mongod found: looked on PATH and for the extra `embedded`. {_HOW_TO_GET_ONE}")
+
+
+@contextlib.contextmanager
+def serving(app: App) -> Iterator[str]:
+    """Give `app` a database for a while and close it at the end: the one that STREAMLINE_MONGODB_URI names, else a private one.
+
+    Yields the server's URI. For programs that are to work on the first command; the private server ends with the block.
+    """
+    with contextlib.ExitStack() as stack:
+        uri = os.environ.get("STREAMLINE_MONGODB_URI")
+        if not uri:
+            uri = stack.enter_context(start(None)).uri
+        app.configure(replace(app.settings, mongodb_uri=uri))
+        stack.callback(app.close)
+        yield uri
+
+
+class App(Protocol):
+    """What `serving` needs of a `Streamline`, which is defined above this module."""
+
+    settings: Settings
+
+    def configure(self, settings: Settings) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def start(

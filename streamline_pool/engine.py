@@ -8,33 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from . import ops, transitions
-from .attempt import Attempt, Kind, Outcome, failure_of, timeout_failure
+from . import acts, ops, transitions
+from .attempt import Attempt, Kind, Outcome, failure_of
 from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
-from .context import AbortSignal, Context, SleepEnding
+from .context import AbortSignal, Context
 from .definition import Definition, StepDefinition
-from .documents import as_payload, misfit, parse_run
+from .documents import misfit
 from .env import Env
-from .errors import ErrorCode, StoreUnavailableError, ValidationError, WorkflowError
+from .errors import StoreUnavailableError, ValidationError, WorkflowError
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper
 from .model import StepStatus
+from .outcomes import Moment, allowed, change_after, failed, version_mismatch
 from .store import AsyncStore, Store
-from .transitions import Change, Failure
+from .transitions import Change
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("streamline_pool")
+
+
+_READ_AGAIN_S = 0.2  # while the database does not answer; a guess
 
 
 class _SupersededError(Exception):
@@ -145,14 +148,14 @@ class Engine:
             self._empty.set()
         self._observer.landed(flight.run_id, flight.document["status"] if flight.lost is None else "lost")
 
-    def _stuck(self, flight: Flight, step: StepDefinition, attempt: Attempt, what: str) -> None:
+    def _stuck(self, flight: Flight, attempt: Attempt, what: str) -> None:
         """A handler does not end. A thread leaves its driver free; a coroutine holds its driver, so a new one goes on."""
         self._observer.stuck(what)
         if attempt.settled is not None or flight.attempt is not attempt:
             return
         attempt.context._close()
         flight.attempt = None
-        change, _ = self._change_after(flight, step, flight.place, attempt.context, Outcome(Kind.ABANDONED, None))
+        change, _ = self._change_after(flight, flight.place, attempt.context, Outcome(Kind.ABANDONED, None))
         if change is None:
             self._leave(flight)
         else:
@@ -161,9 +164,9 @@ class Engine:
     async def _drive(self, flight: Flight, resumed: bool) -> None:
         if not resumed and self._listening():
             self._publish_claimed(flight)
-        misplaced = _version_mismatch(flight)
+        misplaced = version_mismatch(flight.document, flight.definition, self.store.now())
         if misplaced is not None:
-            await self._store(flight, misplaced(self.store.now()))
+            await self._store(flight, misplaced)
             return
         if flight.document.get("paused") is True:
             # Paused between the claim's update and its read-back: given up at once.
@@ -185,7 +188,7 @@ class Engine:
         flight.place = place
         stored = document["steps"][place]
         if stored["status"] == StepStatus.WAITING.value:
-            return transitions.wake(document, flight.definition, place, now), 0
+            return await self._end_wait(flight, place, stored["waitingFor"]), 0
         if self.draining or flight.leaving:
             return transitions.give_back(document, place, now, entered=False), 0
         if flight.lost is not None:
@@ -200,22 +203,49 @@ class Engine:
             return await self._decide_entry(flight, step, place), 0
         return await self._attempt(flight, step, place)
 
+    async def _end_wait(self, flight: Flight, place: int, waiting_for: Mapping[str, Any]) -> Change:
+        """A run that waits was claimed, or has just begun to wait for an event: has its wait ended? Its handler is through."""
+        document, definition = flight.document, flight.definition
+        if waiting_for["type"] == "timer":
+            return transitions.wake(document, definition, place, self.store.now())
+        if waiting_for["type"] == "event":
+            # Looked up first, whoever claimed the run and why: no broadcast may be missed for a deadline or a crash.
+            name = waiting_for["eventName"]
+            found = transitions.arrived(document, {"name": name}) or await self._find_event(flight, name)
+            if found is not None:
+                return transitions.look_found(document, definition, place, found, self.store.now())
+        now, expires_at = self.store.now(), waiting_for.get("expiresAt")
+        if expires_at is not None and expires_at <= now:
+            return transitions.time_out(document, definition, place, now)
+        return transitions.park(document, place)
+
+    async def _find_event(self, flight: Flight, name: str) -> Mapping[str, Any] | None:
+        """An event that was sent to all since the run exists, and that it has not had."""
+        document = flight.document
+        since = document.get("createdAt")
+        while isinstance(since, datetime):  # without it, nobody can say which events are older than the run
+            try:
+                found = await self.store.run(acts.find_event_for(name, since, document.get("seen") or ()))
+                return dict(found[0]) if found else None
+            except StoreUnavailableError:
+                await self.env.async_sleep(_READ_AGAIN_S)
+        return None
+
     async def _decide_entry(self, flight: Flight, step: StepDefinition, place: int) -> Change:
         context = Context(flight.document, place, AbortSignal(), flight)
         try:
-            enter = await _allowed(step, context, flight.document)
+            enter = await allowed(step, context, flight.document)
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._closed:
                 raise
-            return self._failed(flight, step, place, failure_of(exc))
-        now = self.store.now()
+            return failed(flight.document, step, place, failure_of(exc), self._moment())
         if enter:
             return transitions.decide_entry(flight.document, place)
-        return transitions.skip(flight.document, flight.definition, place, context._sets, now)
+        return transitions.skip(flight.document, flight.definition, place, context._sets, self.store.now())
 
     async def _attempt(self, flight: Flight, step: StepDefinition, place: int) -> tuple[Change | None, int]:
         context = Context(flight.document, place, AbortSignal(), flight)
-        attempt = flight.attempt = Attempt(self.loop, context, functools.partial(self._stuck, flight, step))
+        attempt = flight.attempt = Attempt(self.loop, context, functools.partial(self._stuck, flight))
         if self._listening():
             self.publish(flight.document, (("step:started", step.id, {"attempt": context.attempt}),))
         outcome = await attempt.run(step, self._threads)
@@ -225,41 +255,16 @@ class Engine:
         flight.attempt = None
         self.steps_total += 1
         self.env.probe("handler.after")
-        return self._change_after(flight, step, place, context, outcome)
+        return self._change_after(flight, place, context, outcome)
 
-    def _change_after(
-        self, flight: Flight, step: StepDefinition, place: int, context: Context, outcome: Outcome
-    ) -> tuple[Change | None, int]:
-        """What an attempt's outcome means for the run."""
-        reason = context.signal.reason
-        document, now = flight.document, self.store.now()
+    def _change_after(self, flight: Flight, place: int, context: Context, outcome: Outcome) -> tuple[Change | None, int]:
+        """What an attempt's outcome means for the run; None if that is no longer ours to say."""
         if flight.lost is not None or self._closed:
             return None, 0
-        if reason == "timeout":
-            return self._failed(flight, step, place, timeout_failure(step)), 0
-        ending = context._ending  # also when the handler swallowed it and returned
-        if ending is None and isinstance(outcome.value, SleepEnding) and outcome.kind is Kind.ENDED:
-            ending = outcome.value
-        if isinstance(ending, SleepEnding):
-            until = now + timedelta(milliseconds=round(ending.delay_s * 1000))
-            return transitions.sleep(document, place, until, context._sets, now), context._sets_bytes
-        if outcome.kind is Kind.RETURNED:
-            try:
-                output, size = as_payload(outcome.value, f"output of step {step.id}")
-            except WorkflowError as exc:
-                return self._failed(flight, step, place, failure_of(exc)), 0
-            # The last step's output is stored once more, as the run's.
-            size = 2 * size + context._sets_bytes
-            return transitions.advance(document, flight.definition, place, output, context._sets, now), size
-        if reason in ("shutdown", "lease-lost"):
-            return transitions.give_back(document, place, now, entered=True), 0
-        return self._failed(flight, step, place, failure_of(outcome.value)), 0
+        return change_after(flight.document, flight.definition, place, context, outcome, self._moment())
 
-    def _failed(self, flight: Flight, step: StepDefinition, place: int, failure: Failure) -> Change:
-        now = self.store.now()
-        delay_s = step.retry.delay_after(flight.document["failures"] + 1, self.env.random())
-        retry_at = now + timedelta(milliseconds=round(delay_s * 1000))
-        return transitions.step_failed(flight.document, step, place, failure, now, retry_at)
+    def _moment(self) -> Moment:
+        return Moment(self.store.now(), self.env.random())
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +274,7 @@ class Engine:
             # The next step would not be entered here: leave it to whoever claims the run, in this same write.
             change = transitions.without_grant(flight.document, change, self.store.now())
         first, twin = change, False
-        await flight.checkpoints_done()
+        await flight.saves_done()
         while True:
             now = self.store.now()
             make = ops.commit_under_pause if twin else ops.commit
@@ -281,7 +286,7 @@ class Engine:
                 if change.name == "fail":
                     return await self._fail_barely(flight, exc)
                 step = flight.definition.steps[flight.place]
-                change = first = self._failed(flight, step, flight.place, failure_of(exc))
+                change = first = failed(flight.document, step, flight.place, failure_of(exc), self._moment())
                 continue
             self.env.probe("commit.after")
             if verdict is Verdict.LANDED or verdict is Verdict.LANDED_BY_READ:
@@ -291,7 +296,18 @@ class Engine:
                 log.info("run_fenced", extra={"run_id": flight.run_id, "change": change.name})
                 return False
             if verdict is Verdict.NOT_YET:
-                change = first = transitions.park_timer(flight.document, flight.place)
+                change = first = transitions.park(flight.document, flight.place)
+            elif verdict is Verdict.ARRIVED:
+                # What the run was about to wait for came first: it is in the document, and not in our copy yet.
+                document = await self._read_held(flight)
+                if document is None:
+                    flight.lost = flight.lost or "lease-lost"
+                    return False
+                flight.document = document
+                change = first = transitions.take(document, flight.definition, first, now) or first
+                if (self.draining or flight.leaving) and change.name == "advance":
+                    change = first = transitions.without_grant(document, change, now)
+                twin = False
             else:
                 twin = verdict is Verdict.PAUSED
                 change = transitions.under_pause(flight.document, first, self.store.now()) if twin else first
@@ -330,7 +346,7 @@ class Engine:
                 found = await self.store.run(ops.read_held(flight.run_id, flight.lease_id))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
-                await self.env.async_sleep(0.2)
+                await self.env.async_sleep(_READ_AGAIN_S)
 
     def check(self, run_id: str) -> None:
         """Somebody says that something was done to this run from outside: find out, if it is in flight here."""
@@ -414,39 +430,3 @@ def _log_failure(flight: Flight, change: Change) -> None:
         error = flight.document["error"]
         more = f"streamline-pool runs show {flight.run_id}"  # with the traceback, which is too long for a line
         log.error("run_failed", extra={**fields, "error": f"{error['code']}: {error['type']}: {error['message']}", "more": more})
-
-
-async def _allowed(step: StepDefinition, context: Context, document: Mapping[str, Any]) -> bool:
-    """`condition`, then `skip_if`, then `run_if`; each may be async."""
-    questions: list[tuple[Callable[[], Any], bool]] = []
-    if step.condition is not None:
-        condition = step.condition
-        questions.append((lambda: condition(context, parse_run(document)), True))
-    if step.skip_if is not None:
-        skip_if = step.skip_if
-        questions.append((lambda: skip_if(context), False))
-    if step.run_if is not None:
-        run_if = step.run_if
-        questions.append((lambda: run_if(context), True))
-    for ask, wanted in questions:
-        answer = ask()
-        if inspect.isawaitable(answer):
-            answer = await answer
-        if bool(answer) is not wanted:
-            return False
-    return True
-
-
-def _version_mismatch(flight: Flight) -> Callable[[datetime], Change] | None:
-    """How the run fails when its stored steps are not those of the version it names; None when they are."""
-    stored = [step["stepId"] for step in flight.document["steps"]]
-    if stored == list(flight.definition.index):
-        return None
-    message = (
-        f"run {flight.run_id} was stored with steps {', '.join(stored)}, but workflow {flight.definition.workflow_id} "
-        f"{flight.definition.version} has {', '.join(flight.definition.index)}; give changed steps a new version"
-    )
-    failure = Failure(ErrorCode.VERSION_MISMATCH, message, "VersionMismatchError", "", False)
-    place = transitions.current_place(flight.document) or 0
-    failures = flight.document["failures"]
-    return lambda now: transitions.fail_run(flight.document, place, failure, now, failures=failures, code=failure.code)

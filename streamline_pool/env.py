@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import secrets
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -55,6 +56,7 @@ class Env:
 
     clock: Clock
     new_id: Callable[[], str]  # 32 hex digits: 48 bits of time, 80 random bits
+    new_secret: Callable[[], str]  # 32 characters of `A-Z a-z 0-9 _ -`: 192 random bits
     random: Callable[[], float]  # uniform in [0, 1)
     sleep: Callable[[float], None]  # seconds
     async_sleep: Callable[[float], Awaitable[None]]  # seconds
@@ -98,6 +100,7 @@ def system_env() -> Env:
     return Env(
         clock=SystemClock(),
         new_id=_time_ordered_id,
+        new_secret=lambda: secrets.token_urlsafe(24),
         random=random.SystemRandom().random,
         sleep=time.sleep,
         async_sleep=asyncio.sleep,

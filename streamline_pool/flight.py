@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from datetime import datetime
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from . import ops
 from .attempt import Attempt
 from .committer import Verdict, judge, refusal
 from .definition import Definition
+from .env import Env
 from .errors import InvalidStateError, LeaseLostError, StoreUnavailableError
+from .hooks import hash_token, make_token
 from .procedures import Procedure
 from .store import Store
 from .transitions import Document
 
 __all__ = ["STATEMENT_BYTES", "Flight", "Observer"]
 
-_CHECKPOINT_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
+_SAVE_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
+_HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
 STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: some 450
 
 
@@ -45,6 +49,7 @@ class Observer(Protocol):
 class Ground(Protocol):
     """What a flight needs of its engine."""
 
+    env: Env
     loop: asyncio.AbstractEventLoop
     loop_thread: int
 
@@ -65,8 +70,7 @@ class Flight:
     __slots__ = (
         "_ground",
         "attempt",
-        "blocking_checkpoint",
-        "checkpointing",
+        "blocking_save",
         "deadline",
         "definition",
         "document",
@@ -75,6 +79,7 @@ class Flight:
         "lost",
         "place",
         "renew_now",
+        "saving",
         "task",
     )
 
@@ -90,8 +95,8 @@ class Flight:
         self.renew_now = False
         self.leaving = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
-        self.checkpointing: asyncio.Future[None] | None = None  # a checkpoint under way: no other write may be sent
-        self.blocking_checkpoint = threading.Lock()  # held while one is under way on a thread
+        self.saving: asyncio.Future[None] | None = None  # a checkpoint or hook under way: no other write may be sent
+        self.blocking_save = threading.Lock()  # held while one is under way on a thread
 
     @property
     def run_id(self) -> str:
@@ -111,53 +116,71 @@ class Flight:
     # --- context.Port ----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, value: Any, size: int) -> None:
-        """See context.Port. On the loop's own thread only a blocking write can be durable on return.
+        """See context.Port."""
+        self._save("checkpoint", lambda: value, size)
+
+    def save_hook(self, reason: str, expires_s: float | None) -> str:
+        """See context.Port."""
+        token = make_token(self.run_id, self._ground.env.new_secret())
+        hook: dict[str, Any] = {"hash": hash_token(token), "gen": self.document.get("waitGen", 0) + 1, "reason": reason}
+        if expires_s is not None:
+            hook["expiresAt"] = self._ground.now() + timedelta(milliseconds=round(expires_s * 1000))
+        # Those of earlier attempts stay good: somebody may hold one of them.
+        self._save("hooks", lambda: [*self.document["steps"][self.place].get("hooks", ()), hook], _HOOK_BYTES)
+        return token
+
+    def _save(self, field: str, value: Callable[[], Any], size: int) -> None:
+        """Store one field of the step at hand; durable on return. On the loop's own thread only a blocking write can be that.
 
         The threads of an `async def` handler take the same way: waiting for a loop that waits for them would be for ever.
         """
         if not self.definition.steps[self.place].is_async and threading.get_ident() != self._ground.loop_thread:
-            asyncio.run_coroutine_threadsafe(self._save_checkpoint(value, size), self._ground.loop).result()
+            asyncio.run_coroutine_threadsafe(self._save_in_group(field, value, size), self._ground.loop).result()
             return
-        with self.blocking_checkpoint:
+        with self.blocking_save:
             self._check_at_work()
-            statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
+            saved = value()
+            statement = self._statement(field, saved, size)
             try:
                 verdict = self._ground.blocking_store().drive(_write_alone(statement))
             except StoreUnavailableError:
                 self.lost = "lease-lost"  # whether it landed is unknown, so nothing more may be sent for this run
                 raise
-            self._checkpoint_landed(verdict, value)
+            self._save_landed(verdict, field, saved)
 
-    async def _save_checkpoint(self, value: Any, size: int) -> None:
-        while self.checkpointing is not None:
-            await self.checkpointing
+    async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
+        while self.saving is not None:
+            await self.saving
         self._check_at_work()
-        done = self.checkpointing = self._ground.loop.create_future()
+        done = self.saving = self._ground.loop.create_future()
         try:
-            statement = ops.save_checkpoint(self.fence(), self.place, value, self._ground.now(), size + STATEMENT_BYTES)
-            self._checkpoint_landed(await self._ground.write(statement), value)
+            saved = value()
+            self._save_landed(await self._ground.write(self._statement(field, saved, size)), field, saved)
         finally:
-            self.checkpointing = None
+            self.saving = None
             done.set_result(None)
+
+    def _statement(self, field: str, value: Any, size: int) -> ops.Statement:
+        return ops.save_in_step(self.fence(), self.place, field, value, self._ground.now(), size + STATEMENT_BYTES)
 
     def _check_at_work(self) -> None:
         if self.attempt is None:
-            raise InvalidStateError(f"run {self.run_id}: no handler is at work; the checkpoint was not stored", run_id=self.run_id)
+            raise InvalidStateError(f"run {self.run_id}: no handler is at work; nothing was stored", run_id=self.run_id)
 
-    async def checkpoints_done(self) -> None:
-        """Return once no checkpoint is under way. None begins any more, since the attempt is over."""
-        while self.checkpointing is not None:
-            await self.checkpointing
-        while self.blocking_checkpoint.locked():
-            await asyncio.sleep(_CHECKPOINT_POLL_S)
+    async def saves_done(self) -> None:
+        """Return once no such write is under way. None begins any more, since the attempt is over."""
+        while self.saving is not None:
+            await self.saving
+        while self.blocking_save.locked():
+            await asyncio.sleep(_SAVE_POLL_S)
 
-    def _checkpoint_landed(self, verdict: Verdict, value: Any) -> None:
+    def _save_landed(self, verdict: Verdict, field: str, value: Any) -> None:
         if verdict not in (Verdict.LANDED, Verdict.LANDED_BY_READ):
             self.lost = self.lost or "lease-lost"
             self._ground.loop.call_soon_threadsafe(self.abort, "lease-lost")
-            raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; the checkpoint was not stored", run_id=self.run_id)
+            raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; the step's {field} was not stored", run_id=self.run_id)
         self.document["rev"] += 1
-        self.document["steps"][self.place]["checkpoint"] = value
+        self.document["steps"][self.place][field] = value
 
     def heartbeat(self) -> None:
         """See context.Port."""

@@ -34,14 +34,19 @@ def make_owner(env: Env) -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{env.new_id()[-8:]}"
 
 
-class _Quiet:
-    """Nobody schedules around a program's own executions."""
+class _Witness:
+    """Nobody schedules around a program's own executions; only how each of them came out is wanted."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}  # run id -> status ("" at first), while its caller waits
 
     def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """See engine.Observer."""
 
     def landed(self, run_id: str, status: str) -> None:
         """See engine.Observer."""
+        if run_id in self.outcomes:
+            self.outcomes[run_id] = status
 
     def store_answered(self, ok: bool) -> None:
         """See engine.Observer."""
@@ -53,8 +58,9 @@ class _Quiet:
 class LocalRunner:
     """Claims and drives runs in one event loop, one call at a time each."""
 
-    def __init__(self, make_engine: Callable[[AsyncStore, _Quiet], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
-        self._engine = make_engine(store, _Quiet())
+    def __init__(self, make_engine: Callable[[AsyncStore, _Witness], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
+        self._witness = _Witness()
+        self._engine = make_engine(store, self._witness)
         self._store = store
         self._env = env
         self._lease_s = lease_s
@@ -69,16 +75,22 @@ class LocalRunner:
         document = await self._store.run(ops.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:
             return False
+        self._witness.outcomes[run_id] = ""
         task = self._engine.admit(document, deadline)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             # The caller has given up, which says nothing against the run: its handler stops, others may claim it.
             self._engine.give_up(run_id)
+            self._witness.outcomes.pop(run_id, None)
             raise
-        if document["status"] in ("done", "failed"):
+        if self._witness.outcomes.pop(run_id, None) in ("done", "failed"):
             await _ring(self._store, ops.send_signal("ended", self._store.now(), runs=[run_id]))
         return True
+
+    def check(self, run_id: str) -> None:
+        """Somebody in this program has acted on the run: if it is executed here, look at the database at once."""
+        self._engine.check(run_id)
 
     @contextlib.contextmanager
     def caller(self) -> Iterator[None]:

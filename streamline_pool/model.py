@@ -15,16 +15,20 @@ from typing import Any
 
 from .errors import StepNotFoundError, ValidationError
 
-__all__ = ["NON_TERMINAL", "RUN_MOVES", "STEP_MOVES", "TERMINAL", "RetryPolicy", "Run", "RunStatus", "StepState", "StepStatus", "seconds"]
+__all__ = [
+    "NON_TERMINAL", "RUN_MOVES", "STEP_MOVES", "TERMINAL",
+    "RetryPolicy", "Run", "RunStatus", "StepState", "StepStatus",
+    "is_timeout", "seconds", "timeout_output",
+]  # fmt: skip
 
 
 class RunStatus(StrEnum):
     """Where a run stands. One sentence each: who moves it in, who moves it out."""
 
     DRAFT = "draft"  # in: `start(start_at=)`; out: the claim, once its time has come
-    RUNNING = "running"  # in: `start`, a claim; out: the holder's commit, or an outside act
+    RUNNING = "running"  # in: `start`, a claim, an answer, `rewind_to`; out: the holder's commit, or an outside act
     WAITING = "waiting"  # in: a sleep, a wait, a retry's back-off; out: the claim once due, or an answer
-    DONE = "done"  # in: the commit of the last step; out: `rewind_to` only
+    DONE = "done"  # in: the commit of the last step, or of the end of its wait; out: `rewind_to` only
     FAILED = "failed"  # in: a step out of retries, a convicted crash; out: `rewind_to` only
     CANCELLED = "cancelled"  # in: `cancel`; final
 
@@ -44,7 +48,7 @@ RUN_MOVES: Mapping[RunStatus, frozenset[RunStatus]] = MappingProxyType(
     {
         RunStatus.DRAFT: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
         RunStatus.RUNNING: frozenset({RunStatus.RUNNING, RunStatus.WAITING, RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED}),
-        RunStatus.WAITING: frozenset({RunStatus.WAITING, RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
+        RunStatus.WAITING: frozenset({RunStatus.WAITING, RunStatus.RUNNING, RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED}),
         RunStatus.DONE: frozenset({RunStatus.RUNNING}),
         RunStatus.FAILED: frozenset({RunStatus.RUNNING}),
         RunStatus.CANCELLED: frozenset(),
@@ -81,6 +85,19 @@ def seconds(value: float | timedelta, where: str, *, zero_ok: bool = False) -> f
             f"{where}: a duration must be finite and {'at least 0' if zero_ok else 'above 0'}, not {value!r}", where=where
         )
     return float(value)
+
+
+_TIMEOUT_KEY = "$timeout"  # no handler returns such a key by accident; MongoDB stores it like any other
+
+
+def timeout_output(waiting_for: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    """The output of a step whose wait nobody answered in time: what it waited for, and when that was given up."""
+    return {_TIMEOUT_KEY: {"type": waiting_for["type"], "reason": waiting_for.get("reason"), "at": now}}
+
+
+def is_timeout(output: Any) -> bool:
+    """True for the output of a step whose `ctx.wait` or `ctx.wait_for` was not answered within its `timeout`."""
+    return isinstance(output, Mapping) and len(output) == 1 and isinstance(output.get(_TIMEOUT_KEY), Mapping)
 
 
 _BACKOFF_CAP_S = 60.0  # the contract's ceiling, before jitter

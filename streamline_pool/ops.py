@@ -1,7 +1,8 @@
-"""Every query and update of this package, named, as data. Does no I/O: store.py runs them.
+"""Every query and update of the engine, named, as data. Does no I/O: store.py runs them. Outside acts are in acts.py.
 
-Owns every filter and every update operator. All writes are `w: majority, j: true`, all reads that decide are
-majority reads on the primary (store.py sees to both). Filters of states are derived from model.py's tables.
+Owns filters and update operators of runs that start, are claimed, held and recovered, of signals and of hosts. All
+writes are `w: majority, j: true`, all reads that decide are majority reads on the primary (store.py sees to both).
+Filters of states are derived from model.py's tables.
 """
 
 from __future__ import annotations
@@ -10,9 +11,20 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from .documents import HOST_INDEXES, RUN_INDEXES, SLOTS
+from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES, SLOTS
 from .errors import ErrorCode, ValidationError
-from .model import NON_TERMINAL, TERMINAL, RunStatus, StepStatus
+from .expressions import (
+    IS_CURRENT,
+    NON_TERMINAL_TEXTS,
+    NOT_PAUSED,
+    TERMINAL_TEXTS,
+    map_steps,
+    plus_one,
+    server_time_in,
+    some_step,
+    text_of,
+)
+from .model import RunStatus, StepStatus
 from .operations import Command, Fence, Find, Op, Reply, Signal, Statement, Tail
 from .transitions import Change
 
@@ -20,10 +32,7 @@ __all__ = ["Command", "Fence", "Find", "Op", "Signal", "Statement", "Tail"]
 
 Document = dict[str, Any]
 
-_TERMINAL = sorted(status.value for status in TERMINAL)
-_NON_TERMINAL = sorted(status.value for status in NON_TERMINAL)
-_NOT_PAUSED = {"$ne": True}
-_NOT_ENDED = {"$nin": _TERMINAL}  # so that a `wakeAt` which another program wrote revives nothing
+_NOT_ENDED = {"$nin": TERMINAL_TEXTS}  # so that a `wakeAt` which another program wrote revives nothing
 # In an expression a missing field is less than any date, so the first half is what keeps leased and ended runs out.
 _DUE = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
 
@@ -35,8 +44,8 @@ SIGNALS_BYTES = 16 * 1024 * 1024
 
 
 def ensure_indexes(collection: str = "runs") -> Command:
-    """Create the engine's indexes; does nothing when they exist."""
-    made = RUN_INDEXES if collection == "runs" else HOST_INDEXES
+    """Create the engine's indexes of a collection; does nothing when they exist."""
+    made = {"runs": RUN_INDEXES, "hosts": HOST_INDEXES, "events": EVENT_INDEXES}[collection]
     body = {"indexes": [index.spec() for index in made]}
     return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body=body)
 
@@ -177,7 +186,7 @@ def claim_run(
 
 
 def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | None) -> Document:
-    query: Document = {"_id": run_id, "status": _NOT_ENDED, "paused": _NOT_PAUSED, **_DUE}
+    query: Document = {"_id": run_id, "status": _NOT_ENDED, "paused": NOT_PAUSED, **_DUE}
     if lanes is not None:
         query["lane"] = {"$in": list(lanes)}
     if crashes_below is not None:
@@ -187,44 +196,25 @@ def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | No
 
 def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
     enterable = {"$in": ["$$step.status", [StepStatus.PENDING.value, StepStatus.RUNNING.value]]}
-    entry = {"status": StepStatus.RUNNING.value, "attempts": _plus_one("$$step.attempts"), "startedAt": "$$NOW"}
-    step = {"$cond": [{"$and": [_IS_CURRENT, enterable]}, {"$mergeObjects": ["$$step", entry]}, "$$step"]}
+    entry = {"status": StepStatus.RUNNING.value, "attempts": plus_one("$$step.attempts"), "startedAt": "$$NOW"}
+    step = {"$cond": [{"$and": [IS_CURRENT, enterable]}, {"$mergeObjects": ["$$step", entry]}, "$$step"]}
     # A run whose current step waits stays `waiting` until its holder has ended that wait.
-    waits = {"$and": [_IS_CURRENT, {"$eq": ["$$step.status", StepStatus.WAITING.value]}]}
-    some_wait = {"$anyElementTrue": [{"$map": {"input": _STEPS, "as": "step", "in": waits}}]}
-    unknown = {"$not": [{"$in": ["$status", _NON_TERMINAL]}]}  # left for documents.misfit to report
-    lease = {"id": lease_id, "owner": owner, "token": _plus_one("$token"), "expiresAt": _server_time_in(lease_s)}
+    waits = {"$and": [IS_CURRENT, {"$eq": ["$$step.status", StepStatus.WAITING.value]}]}
+    some_wait = some_step(waits)
+    unknown = {"$not": [{"$in": ["$status", NON_TERMINAL_TEXTS]}]}  # left for documents.misfit to report
+    lease = {"id": lease_id, "owner": owner, "token": plus_one("$token"), "expiresAt": server_time_in(lease_s)}
     return [
         {
             "$set": {
                 "wakeAt": "$$REMOVE",
-                "token": _plus_one("$token"),
+                "token": plus_one("$token"),
                 "lease": {"$mergeObjects": [lease]},  # replaces whatever is there; a plain document would be merged into it
                 "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
                 "status": {"$cond": [{"$or": [some_wait, unknown]}, "$status", RunStatus.RUNNING.value]},
-                "steps": _map_steps(step),
+                "steps": map_steps(step),
             }
         }
     ]
-
-
-# A pipeline that meets a value of the wrong type fails as a whole, and with it every other run of the batch.
-# These expressions hold whatever another program did to a document; documents.misfit then reports it.
-
-_IS_CURRENT: Document = {"$and": [{"$eq": [{"$type": "$$step"}, "object"]}, {"$eq": ["$$step.stepId", "$currentStepId"]}]}
-_STEPS: Document = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
-
-
-def _map_steps(expression: Document) -> Document:
-    return {"$cond": [{"$isArray": ["$steps"]}, {"$map": {"input": _STEPS, "as": "step", "in": expression}}, "$steps"]}
-
-
-def _plus_one(path: str) -> Document:
-    return {"$add": [{"$cond": [{"$isNumber": path}, path, 0]}, 1]}
-
-
-def _text(path: str) -> Document:
-    return {"$cond": [{"$eq": [{"$type": path}, "string"]}, path, "(unknown)"]}
 
 
 def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
@@ -237,36 +227,46 @@ def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
 
 def commit(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
     """Store one transition of a run that is not paused."""
-    query = _fenced(fence, paused=False)
-    if change.not_before is not None:
-        query["$expr"] = {"$lte": [change.not_before, "$$NOW"]}
-    return Statement(fence, {"q": query, "u": _commit_update(fence, change, now, "wakeAt")}, size)
+    return Statement(fence, {"q": _fenced(fence, change, paused=False), "u": _commit_update(fence, change, now, "wakeAt")}, size)
 
 
 def commit_under_pause(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
     """Store what `transitions.under_pause` left of a transition, on a run that is paused."""
-    return Statement(fence, {"q": _fenced(fence, paused=True), "u": _commit_update(fence, change, now, "pausedWakeAt")}, size)
+    return Statement(fence, {"q": _fenced(fence, change, paused=True), "u": _commit_update(fence, change, now, "pausedWakeAt")}, size)
 
 
-def _fenced(fence: Fence, *, paused: bool) -> Document:
-    return {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev, "paused": True if paused else _NOT_PAUSED}
+def _fenced(fence: Fence, change: Change, *, paused: bool) -> Document:
+    query: Document = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev, "paused": True if paused else NOT_PAUSED}
+    if change.not_before is not None:
+        query["$expr"] = {"$lte": [change.not_before, "$$NOW"]}
+    if change.unless_arrived is not None:
+        query["inbox"] = {"$not": {"$elemMatch": change.unless_arrived}}
+    return query
 
 
 def _commit_update(fence: Fence, change: Change, now: datetime, wake_field: str) -> Document:
     sets: Document = {"rev": fence.rev + 1, "updatedAt": now, **change.fields}
     for place, step in change.steps.items():
         sets[f"steps.{place}"] = step
-    if not change.releases:
-        return {"$set": sets}
-    if change.wake_at is not None:
-        sets[wake_field] = change.wake_at
-    return {"$set": sets, "$unset": {"lease": ""}}
+    update: Document = {"$set": sets}
+    unset = dict.fromkeys(change.unset, "")
+    if change.releases:
+        unset["lease"] = ""
+        if change.wake_at is not None:
+            sets[wake_field] = change.wake_at
+    if unset:
+        update["$unset"] = unset
+    if change.takes is not None:
+        update["$pull"] = {"inbox": change.takes}
+    if change.seen is not None:
+        update["$push"] = {"seen": change.seen}
+    return update
 
 
-def save_checkpoint(fence: Fence, place: int, value: Any, now: datetime, size: int) -> Statement:
-    """Store a step's checkpoint; the lease stays, also under pause."""
+def save_in_step(fence: Fence, place: int, field: str, value: Any, now: datetime, size: int) -> Statement:
+    """Store one field of the step at hand, its checkpoint or its hooks; the lease stays, also under pause."""
     query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
-    sets = {"rev": fence.rev + 1, "updatedAt": now, f"steps.{place}.checkpoint": value}
+    sets = {"rev": fence.rev + 1, "updatedAt": now, f"steps.{place}.{field}": value}
     return Statement(fence, {"q": query, "u": {"$set": sets}}, size)
 
 
@@ -291,8 +291,8 @@ def write_statements(statements: Sequence[Statement]) -> Command:
 
 
 def read_fences(run_ids: Sequence[str]) -> Find:
-    """What decides the fate of fenced writes that did not all match: lease, rev and pause of each run."""
-    projection = {"lease.id": 1, "rev": 1, "token": 1, "paused": 1, "status": 1, "cancelReason": 1}
+    """What decides the fate of fenced writes that did not all match: lease, rev, pause and inbox of each run."""
+    projection = {"lease.id": 1, "rev": 1, "token": 1, "paused": 1, "status": 1, "inbox.name": 1, "inbox.stepId": 1, "inbox.gen": 1}
     return Find(name="read_fences", collection="runs", filter={"_id": {"$in": list(run_ids)}}, projection=projection)
 
 
@@ -304,7 +304,7 @@ def read_held(run_id: str, lease_id: str) -> Find:
 def renew(run_ids: Sequence[str], lease_ids: Sequence[str], lease_s: float) -> Command:
     """Extend the leases of runs that have a live task, never "all of this worker". Yields how many matched."""
     query = {"_id": {"$in": list(run_ids)}, "lease.id": {"$in": list(lease_ids)}}
-    update = [{"$set": {"lease.expiresAt": _server_time_in(lease_s)}}]
+    update = [{"$set": {"lease.expiresAt": server_time_in(lease_s)}}]
     return _update_many("renew", query, update)
 
 
@@ -340,15 +340,15 @@ def _describe_death(evidence: Mapping[str, Any]) -> str:
 
 
 def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Command:
-    crashes = _plus_one("$crashes")
+    crashes = plus_one("$crashes")
     convicted = {"$gte": [crashes, max_crashes]}
     message = {
         "$concat": [
             {"$toString": crashes},
             " workers were lost while they ran step ",
-            _text("$currentStepId"),
+            text_of("$currentStepId"),
             "; the last one, ",
-            _text("$lease.owner"),
+            text_of("$lease.owner"),
             ": ",
             {"$literal": evidence},
         ]
@@ -358,19 +358,20 @@ def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Com
     failed = {"$mergeObjects": ["$$step", {"status": StepStatus.FAILED.value, "error": error, "endedAt": "$$NOW"}]}
     pending = {"$mergeObjects": ["$$step", {"status": StepStatus.PENDING.value}]}
     step = {
-        "$cond": [{"$and": [_IS_CURRENT, convicted]}, failed, {"$cond": [{"$and": [_IS_CURRENT, was_running]}, pending, "$$step"]}],
+        "$cond": [{"$and": [IS_CURRENT, convicted]}, failed, {"$cond": [{"$and": [IS_CURRENT, was_running]}, pending, "$$step"]}],
     }
     paused = {"$eq": ["$paused", True]}
     # Due since it was created, so that it goes before younger runs and does not wait behind a whole backlog once more.
     due_at = {"$cond": [{"$eq": [{"$type": "$createdAt"}, "date"]}, {"$min": ["$createdAt", "$$NOW"]}, "$$NOW"]}
     alive = {
         "lease": "$$REMOVE",
-        "token": _plus_one("$token"),
+        "token": plus_one("$token"),
         "updatedAt": "$$NOW",
         "crashes": crashes,
-        "steps": _map_steps(step),
+        "steps": map_steps(step),
         "wakeAt": {"$cond": [{"$or": [convicted, paused]}, "$$REMOVE", due_at]},
         "pausedWakeAt": {"$cond": [{"$and": [paused, {"$not": [convicted]}]}, due_at, "$$REMOVE"]},
+        "awaits": {"$cond": [convicted, "$$REMOVE", "$awaits"]},
         "status": {"$cond": [convicted, RunStatus.FAILED.value, "$status"]},
         "error": {"$cond": [convicted, {**error, "stepId": "$currentStepId", "traceback": ""}, "$error"]},
         "endedAt": {"$cond": [convicted, "$$NOW", "$endedAt"]},
@@ -406,46 +407,10 @@ def mark_corrupt(run_id: str, reason: str, now: datetime) -> Command:
     }
     update = {
         "$set": {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now},
-        "$unset": {"lease": "", "wakeAt": "", "pausedWakeAt": ""},
+        "$unset": {"lease": "", "wakeAt": "", "pausedWakeAt": "", "awaits": ""},
     }
-    query = {"_id": run_id, "status": {"$nin": _TERMINAL}}
+    query = {"_id": run_id, "status": {"$nin": TERMINAL_TEXTS}}
     return _update_many("mark_corrupt", query, update)
-
-
-# --- outside acts --------------------------------------------------------------------------------------------------
-
-
-def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id: str) -> Command:
-    """Cancel a run that has not ended, whoever holds it. Yields the cancelled document or None.
-
-    Takes the lease away (token + 1), so the holder's next write misses: a cancel that won has won for good.
-    """
-    query: Document = {"_id": run_id, "status": {"$in": _NON_TERMINAL}}
-    if workflow_id is not None:
-        query["workflowId"] = workflow_id
-    update = [
-        {
-            "$set": {
-                "status": RunStatus.CANCELLED.value,
-                "cancelReason": {"$literal": reason},
-                "endedAt": "$$NOW",
-                "updatedAt": "$$NOW",
-                "lease": "$$REMOVE",
-                "wakeAt": "$$REMOVE",
-                "pausedWakeAt": "$$REMOVE",
-                "token": _plus_one("$token"),
-                "acts": _plus_one("$acts"),
-                "lastAct": {"$literal": act_id},
-            }
-        }
-    ]
-    return Command(
-        name="cancel_run",
-        collection="runs",
-        verb="findAndModify",
-        body={"query": query, "update": update, "new": True},
-        parse=lambda reply: reply.get("value"),
-    )
 
 
 # --- signals -------------------------------------------------------------------------------------------------------
@@ -467,7 +432,7 @@ def signals_since(since: datetime, **match: Any) -> Tail:
 def put_host(record: Mapping[str, Any], ttl_s: float) -> Command:
     """Store what a pool on some host says of itself; it vanishes `ttl_s` seconds after its last word."""
     fields = {name: {"$literal": value} for name, value in record.items() if name != "_id"}
-    update = [{"$set": {**fields, "seenAt": "$$NOW", "expireAt": _server_time_in(ttl_s)}}]
+    update = [{"$set": {**fields, "seenAt": "$$NOW", "expireAt": server_time_in(ttl_s)}}]
     return Command(
         name="put_host", collection="hosts", verb="update", body={"updates": [{"q": {"_id": record["_id"]}, "u": update, "upsert": True}]}
     )
@@ -481,7 +446,3 @@ def remove_host(host_id: str) -> Command:
 def list_hosts() -> Find:
     """Every pool that has spoken lately."""
     return Find(name="list_hosts", collection="hosts", filter={}, sort=(("_id", 1),))
-
-
-def _server_time_in(seconds: float) -> Document:
-    return {"$dateAdd": {"startDate": "$$NOW", "unit": "millisecond", "amount": round(seconds * 1000)}}

@@ -441,7 +441,7 @@ class AsyncStore(_StoreBase):
         await self.client.close()
 
 
-_ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_signals())
+_ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_indexes("events"), ops.ensure_signals())
 
 
 def _milliseconds(wait_s: float) -> int:

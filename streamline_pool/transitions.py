@@ -12,23 +12,29 @@ from typing import Any, NamedTuple
 
 from .definition import Definition, StepDefinition
 from .errors import ErrorCode
-from .model import RunStatus, StepStatus
+from .model import RunStatus, StepStatus, timeout_output
 
 __all__ = [
     "Change",
     "Failure",
     "advance",
     "apply",
+    "arrived",
+    "await_event",
     "current_place",
     "decide_entry",
     "fail_run",
     "finish",
     "give_back",
-    "park_timer",
+    "look_found",
+    "park",
     "skip",
     "sleep",
     "step_failed",
+    "take",
+    "time_out",
     "under_pause",
+    "wait",
     "wake",
     "without_grant",
 ]
@@ -55,6 +61,10 @@ class Change(NamedTuple):
     wake_at: datetime | None = None  # from when the run may be claimed again
     releases: bool = False  # the lease is given up with this write
     not_before: datetime | None = None  # the server's clock must have passed this instant, else nothing is written
+    unless_arrived: Mapping[str, Any] | None = None  # nothing is written if the inbox holds an item with these fields
+    takes: Mapping[str, Any] | None = None  # items with these fields leave the inbox
+    seen: str | None = None  # id of an event that this run has taken, and must never take again
+    unset: tuple[str, ...] = ()  # top-level fields that end with this write
 
 
 class Failure(NamedTuple):
@@ -91,7 +101,16 @@ def advance(document: Document, definition: Definition, place: int, output: Any,
         "durationMs": _milliseconds(started, now),
         "output": output,
     }
-    return _next_step(document, definition, place, done, ("step:completed", step["stepId"], output), sets, now)
+    change = _next_step(document, definition, place, done, ("step:completed", step["stepId"], output), sets, now)
+    if "hooks" in step or "awaits" in document:
+        change = _closed(document, step, change)
+    return change
+
+
+def _closed(document: Document, step: Document, change: Change) -> Change:
+    """The step's hooks end with it, and so do answers to them that nobody has waited for; the run awaits no event any more."""
+    takes = {"stepId": step["stepId"]} if "hooks" in step else None
+    return change._replace(takes=takes, unset=("awaits",) if "awaits" in document else ())
 
 
 def skip(document: Document, definition: Definition, place: int, sets: Mapping[str, Any], now: datetime) -> Change:
@@ -163,30 +182,106 @@ def decide_entry(document: Document, place: int) -> Change:
 
 def sleep(document: Document, place: int, until: datetime, sets: Mapping[str, Any], now: datetime) -> Change:
     """The handler ended in `ctx.sleep`: the step waits for an instant, and is done when that has come."""
-    step = document["steps"][place]
-    waiting_for = {"type": "timer", "reason": "sleep", "resumeAt": until}
-    waiting = {**_entered(step), "status": _S_WAITING, "waitingFor": waiting_for}
-    fields: Document = {
-        "status": _WAITING,
-        "waitGen": document.get("waitGen", 0) + 1,
-        "crashes": 0,
-        "failures": 0,
-        **_context_fields(document, sets),
-    }
-    events = (("step:waiting", step["stepId"], waiting_for), ("workflow:waiting", step["stepId"], waiting_for))
-    return Change("sleep", fields, {place: waiting}, events, wake_at=until, releases=True)
+    change = _begin_wait(document, place, {"type": "timer", "reason": "sleep", "resumeAt": until}, sets)
+    return change._replace(name="sleep", wake_at=until, releases=True)
 
 
 def wake(document: Document, definition: Definition, place: int, now: datetime) -> Change:
     """The sleep is over: its step is done, provided that the server's clock agrees."""
-    change = advance(document, definition, place, None, {}, now)
-    events = (*change.events[:1], ("workflow:resumed", document["steps"][place]["stepId"], None), *change.events[1:])
-    return change._replace(name="wake", events=events, not_before=document["steps"][place]["waitingFor"]["resumeAt"])
+    change = _resumed(document, definition, place, None, now)
+    return change._replace(name="wake", not_before=document["steps"][place]["waitingFor"]["resumeAt"])
 
 
-def park_timer(document: Document, place: int) -> Change:
-    """Claimed before its instant (an outside act did that): back to waiting for its own `wakeAt`."""
-    return Change("park", {"status": _WAITING}, {}, wake_at=document["steps"][place]["waitingFor"]["resumeAt"], releases=True)
+def wait(document: Document, place: int, waiting_for: Document, sets: Mapping[str, Any], now: datetime) -> Change:
+    """The handler ended in `ctx.wait`: the step waits for a person's answer, or for the answer to its hook.
+
+    `waiting_for` is stored as it is; its `expiresAt`, if there is one, is when the wait is given up. An answer that
+    came to the hook before is in the inbox: then this is not written, and `take` follows instead.
+    """
+    change = _begin_wait(document, place, waiting_for, sets)
+    unless = {"stepId": document["steps"][place]["stepId"], "gen": change.fields["waitGen"]}
+    return change._replace(
+        name="wait",
+        wake_at=waiting_for.get("expiresAt"),
+        releases=True,
+        unless_arrived=unless if "hooks" in document["steps"][place] else None,
+    )
+
+
+def await_event(document: Document, place: int, waiting_for: Document, sets: Mapping[str, Any], now: datetime) -> Change:
+    """The handler ended in `ctx.wait_for`: from now on events find the run. It is kept until broadcasts were looked for.
+
+    Not written if the event is in the inbox already; `take` follows instead.
+    """
+    change = _begin_wait(document, place, waiting_for, sets)
+    fields = {**change.fields, "awaits": waiting_for["eventName"]}
+    return change._replace(name="await", fields=fields, unless_arrived={"name": waiting_for["eventName"]})
+
+
+def _begin_wait(document: Document, place: int, waiting_for: Document, sets: Mapping[str, Any]) -> Change:
+    step = document["steps"][place]
+    gen = document.get("waitGen", 0) + 1
+    waiting = {**_entered(step), "status": _S_WAITING, "waitingFor": waiting_for, "gen": gen}
+    fields: Document = {"status": _WAITING, "waitGen": gen, "crashes": 0, "failures": 0, **_context_fields(document, sets)}
+    events = (("step:waiting", step["stepId"], waiting_for), ("workflow:waiting", step["stepId"], waiting_for))
+    return Change("", fields, {place: waiting}, events)
+
+
+def arrived(document: Mapping[str, Any], wanted: Mapping[str, Any] | None) -> Document | None:
+    """The oldest item of the inbox that has the `wanted` fields, or None."""
+    if wanted is None:
+        return None
+    for item in document.get("inbox") or ():
+        if isinstance(item, dict) and all(item.get(name) == value for name, value in wanted.items()):
+            return item
+    return None
+
+
+def take(document: Document, definition: Definition, waiting: Change, now: datetime) -> Change | None:
+    """What a wait comes to whose answer has arrived before it: the step is done at once. None: it has not arrived."""
+    item = arrived(document, waiting.unless_arrived)
+    if item is None:
+        return None
+    (place,) = waiting.steps
+    change = advance(document, definition, place, item["data"], {}, now)
+    kept = {name: value for name, value in waiting.fields.items() if name in ("waitGen", "context") or name.startswith("context.")}
+    # A hook's answers go with the step (`_closed`); an event is one item of several.
+    takes = change.takes if "stepId" in item else {"id": item["id"]}
+    return _answered(change._replace(fields={**change.fields, **kept}, takes=takes), place, item["id"])
+
+
+def _answered(change: Change, place: int, answer_id: str) -> Change:
+    """The step keeps whose answer it was: a caller whose reply was lost asks for it."""
+    return change._replace(steps={**change.steps, place: {**change.steps[place], "answer": answer_id}})
+
+
+def look_found(document: Document, definition: Definition, place: int, item: Mapping[str, Any], now: datetime) -> Change:
+    """A waiting run has found what it waits for: in its inbox, or among the events that were sent to all."""
+    change = _resumed(document, definition, place, item["data"], now)
+    if "_id" in item:  # sent to all
+        return _answered(change._replace(name="look", seen=item["_id"]), place, item["_id"])
+    return _answered(change._replace(name="look", takes={"id": item["id"]}), place, item["id"])
+
+
+def time_out(document: Document, definition: Definition, place: int, now: datetime) -> Change:
+    """Nobody answered in time: the step is done with an output that says so, provided that the server's clock agrees."""
+    waiting_for = document["steps"][place]["waitingFor"]
+    change = _resumed(document, definition, place, timeout_output(waiting_for, now), now)
+    return change._replace(name="wake", not_before=waiting_for["expiresAt"])
+
+
+def _resumed(document: Document, definition: Definition, place: int, output: Any, now: datetime) -> Change:
+    """The end of a wait: its step is done, and the run goes on."""
+    change = advance(document, definition, place, output, {}, now)
+    resumed = ("workflow:resumed", document["steps"][place]["stepId"], output)
+    return change._replace(events=(*change.events[:1], resumed, *change.events[1:]))
+
+
+def park(document: Document, place: int) -> Change:
+    """Nothing has ended the wait: back to it, with its own `wakeAt`, or none if only an outside act can end it."""
+    waiting_for = document["steps"][place]["waitingFor"]
+    wake_at = waiting_for.get("resumeAt" if waiting_for["type"] == "timer" else "expiresAt")
+    return Change("park", {"status": _WAITING}, {}, wake_at=wake_at, releases=True)
 
 
 def step_failed(document: Document, step: StepDefinition, place: int, failure: Failure, now: datetime, retry_at: datetime) -> Change:
@@ -215,7 +310,7 @@ def fail_run(document: Document, place: int, failure: Failure, now: datetime, *,
     failed = {**_entered(stored), "status": _S_FAILED, "error": step_error, "endedAt": now, "durationMs": _milliseconds(started, now)}
     fields = {"status": _FAILED, "error": run_error, "endedAt": now, "failures": failures}
     events = (("step:failed", stored["stepId"], step_error), ("workflow:failed", None, run_error))
-    return Change("fail", fields, {place: failed}, events, releases=True)
+    return Change("fail", fields, {place: failed}, events, releases=True, unset=("awaits",) if "awaits" in document else ())
 
 
 def give_back(document: Document, place: int, now: datetime, *, entered: bool) -> Change:
@@ -233,7 +328,7 @@ def give_back(document: Document, place: int, now: datetime, *, entered: bool) -
 def without_grant(document: Document, change: Change, now: datetime) -> Change:
     """A step's result without the start of the next one: whoever claims the run grants and counts that."""
     ended = dict(list(change.steps.items())[:1])
-    return Change("advance", change.fields, ended, change.events, wake_at=_in_turn(document, now), releases=True)
+    return change._replace(name="advance", steps=ended, wake_at=_in_turn(document, now), releases=True)
 
 
 def _in_turn(document: Document, now: datetime) -> datetime:
@@ -248,12 +343,14 @@ def under_pause(document: Document, change: Change, now: datetime) -> Change:
     `wake_at` of what this returns goes to `pausedWakeAt`. Only a handler's result is stored; ending a sleep
     is left to the holder after resume.
     """
-    if change.name in ("wake", "decide", "park", "release") or (change.name == "finish" and not change.steps):
-        kept_steps = {} if change.name == "wake" else change.steps
+    if change.name in ("wake", "look", "decide", "park", "release") or (change.name == "finish" and not change.steps):
+        kept_steps = {} if change.name in ("wake", "look") else change.steps
         return Change("release", {}, kept_steps, wake_at=change.wake_at if change.name == "park" else now, releases=True)
     if change.name == "finish":
         kept = {name: value for name, value in change.fields.items() if name not in ("status", "output", "endedAt")}
-        return Change("advance", kept, change.steps, change.events[:1], wake_at=now, releases=True)
+        return change._replace(name="advance", fields=kept, events=change.events[:1], wake_at=now, releases=True)
+    if change.name == "await":
+        return change._replace(wake_at=now, releases=True)  # it still owes its look for what was sent to all
     return without_grant(document, change, now) if change.name == "advance" and not change.releases else change
 
 
@@ -266,12 +363,22 @@ def apply(document: Document, change: Change) -> None:
             document[name] = value
     for place, step in change.steps.items():
         document["steps"][place] = step
+    for name in change.unset:
+        document.pop(name, None)
+    if change.takes is not None:
+        wanted = change.takes.items()
+        document["inbox"] = [item for item in document.get("inbox") or () if not all(item.get(name) == value for name, value in wanted)]
+    if change.seen is not None:
+        document["seen"] = [*(document.get("seen") or ()), change.seen]
     document["rev"] += 1
+
+
+_KEPT = frozenset({"stepId", "attempts", "startedAt", "checkpoint", "decided", "error", "hooks"})
 
 
 def _entered(step: Document) -> Document:
     """What a step keeps from its entry, without what belonged to an earlier wait or failure."""
-    return {key: value for key, value in step.items() if key in ("stepId", "attempts", "startedAt", "checkpoint", "decided", "error")}
+    return {key: value for key, value in step.items() if key in _KEPT}
 
 
 def _error(failure: Failure) -> Document:

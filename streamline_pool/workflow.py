@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from . import ops
 from .definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
-from .documents import SLOTS, as_stored, check_payload, make_context, new_run, parse_run
+from .documents import SLOTS, as_stored, check_payload, check_run_id, check_text, make_context, new_run, parse_run
 from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from .model import TERMINAL, Run, RunStatus, seconds
+from .outside import cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .procedures import Listen, Procedure
 
 if TYPE_CHECKING:
     from .client import Streamline
 
-__all__ = ["Workflow", "cancelling_run", "getting_run", "twins"]
+__all__ = ["Workflow", "twins"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -207,9 +208,9 @@ class Workflow:
         check_payload(meta, "meta")
         if isinstance(tags, str) or not isinstance(tags, Iterable):
             raise ValidationError(f"start: tags must be a sequence of texts, not {tags!r}")
-        tags = [_check_text(tag, "start: tags") for tag in tags]
+        tags = [check_text(tag, "start: tags") for tag in tags]
         if user_id is not None:
-            _check_text(user_id, "start: user_id")
+            check_text(user_id, "start: user_id")
         queue = self.queue if queue is None else check_queue(queue)
         now = self.app._server_now()
         due_at = _due_at(start_at, now)
@@ -220,7 +221,7 @@ class Workflow:
             check_payload(context, "context")
             document = new_run(
                 definition,
-                run_id=_check_run_id(run_id) if run_id is not None else env.new_id(),
+                run_id=check_run_id(run_id) if run_id is not None else env.new_id(),
                 input=input,
                 context=context,
                 meta=meta,
@@ -319,6 +320,31 @@ class Workflow:
 
     cancel, cancel_async = twins(_proc_cancel)
 
+    def _proc_pause(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
+        """Start no further step until `resume`; the step in progress is finished and stored. A terminal run is returned unchanged."""
+        return (yield from pausing_run(self.app, self.id, run_id, reason))
+
+    pause, pause_async = twins(_proc_pause)
+
+    def _proc_resume(self, run_id: str, payload: Any = None) -> Procedure[Run]:
+        """Answer the wait that the run is in: the payload becomes the step's output. A paused run is only un-paused.
+
+        Of two concurrent answers one wins. InvalidStateError: the other; a run that waits for nobody's answer; a payload
+        for a paused run.
+        """
+        return (yield from resuming_run(self.app, self.id, run_id, payload))
+
+    resume, resume_async = twins(_proc_resume)
+
+    def _proc_rewind_to(self, run_id: str, step_id: str) -> Procedure[Run]:
+        """Bring that step and all later ones back to pending and the run into the queue, whatever it is doing now.
+
+        InvalidStateError: it was cancelled, or has not come to that step yet. StepNotFoundError: it has no such step.
+        """
+        return (yield from rewinding_run(self.app, self.id, run_id, step_id))
+
+    rewind_to, rewind_to_async = twins(_proc_rewind_to)
+
     def _proc_wait_for(
         self, run_id: str, *, timeout: float | timedelta | None = None, poll_interval: float | timedelta = 1.0
     ) -> Procedure[Run]:
@@ -378,54 +404,10 @@ class Workflow:
         return await self.app._drive_async(procedure, session)
 
 
-def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run | None]:
-    """The run with that id, of that workflow or (None) of any."""
-    _check_run_id(run_id)
-    found = yield ops.get_run(workflow_id, run_id)
-    return parse_run(found[0]) if found else None
-
-
-def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
-    """Cancel a run; see `Workflow.cancel`."""
-    _check_run_id(run_id)
-    if reason is not None:
-        _check_text(reason, "cancel: reason")
-    act_id = app.env.new_id()
-    while True:
-        document = yield ops.cancel_run(workflow_id, run_id, reason, act_id)
-        if document is None:
-            found = yield ops.get_run(workflow_id, run_id)
-            if not found:
-                raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
-            stored = parse_run(found[0])
-            if not stored.is_terminal:
-                continue  # it changed between the two reads: decide again
-            if found[0].get("lastAct") != act_id:
-                return stored
-            document = found[0]  # our own write had landed, its reply was lost
-        yield from app._signalling("cancel", runId=run_id)
-        yield from app._signalling("ended", runs=[run_id])
-        app._publish(document, "workflow:cancelled", reason)
-        return parse_run(document)
-
-
-def _check_run_id(run_id: object) -> str:
-    if not isinstance(run_id, str) or not 1 <= len(run_id) <= 100:
-        raise ValidationError(f"run_id {run_id!r}: a run id is text of 1 to 100 characters")
-    return _check_text(run_id, "run_id")
-
-
 def _check_key(key: object) -> str:
     if not isinstance(key, str) or not 1 <= len(key) <= 500:
         raise ValidationError(f"idempotency_key {key!r}: a key is text of 1 to 500 characters")
-    return _check_text(key, "idempotency_key")
-
-
-def _check_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValidationError(f"{where}: must be text, not {type(value)}")
-    check_payload(value, where)
-    return value
+    return check_text(key, "idempotency_key")
 
 
 def _due_at(start_at: datetime | timedelta | float | None, now: datetime) -> datetime:

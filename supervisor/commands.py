@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import click
-import orjson
 
 import streamline_pool
 from streamline_pool.client import Streamline
@@ -28,7 +27,18 @@ from streamline_pool.supervisor.application import (
     served,
     settle,
 )
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json, print_table, say_error, short, span, told, unreachable
+from streamline_pool.supervisor.console import (
+    CommandError,
+    ExitCode,
+    parsed_json,
+    print_json,
+    print_table,
+    say_error,
+    short,
+    span,
+    told,
+    unreachable,
+)
 from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
@@ -119,7 +129,7 @@ def init_db(as_json: bool, **values: Any) -> int:
 def start(workflow: str, input_text: str | None, wait: bool, timeout: float | None, as_json: bool, **values: Any) -> int:
     """Store a run of WORKFLOW, to be worked on by any pool; prints its id."""
     given = {name: values.pop(name) for name in ("run_id", "idempotency_key", "priority", "queue")}
-    run_input = _parsed_input(input_text)
+    run_input = parsed_json("--input", input_text)
     with opened(values, needed_for="start") as app:
         if workflow not in app.workflows:
             raise CommandError(_no_such_workflow(workflow, list(app.workflows)), ExitCode.USAGE)
@@ -156,24 +166,6 @@ def somebody_works_on(app: Streamline, run: Run) -> None:
     lane = f"{run.queue}/{run.workflow_id}/{run.version}"
     if not any(lane in (host.get("lanes") or ()) for host in hosts):
         click.echo(f"{explain(run.to_dict(), hosts, now)}\nThis command waits for that; Ctrl-C ends the wait, not the run.", err=True)
-
-
-def _parsed_input(text: str | None) -> Any:
-    if text is None:
-        return None
-    where = "--input"
-    try:
-        if text == "-":
-            text, where = sys.stdin.read(), "standard input"
-        elif text.startswith("@"):
-            where = text[1:]
-            text = Path(where).read_text("utf-8")
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as exc:
-        advice = " Text needs double quotes inside single ones: --input '\"text\"'." if where == "--input" else ""
-        raise CommandError(f"{where} is not JSON: {exc.msg} (line {exc.lineno}, column {exc.colno}).{advice}", ExitCode.USAGE) from None
-    except (OSError, UnicodeDecodeError) as exc:
-        raise CommandError(f"--input: cannot read {where}: {getattr(exc, 'strerror', None) or exc}", ExitCode.USAGE) from None
 
 
 def _no_such_workflow(workflow: str, known: Sequence[str]) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import IntEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,6 +27,7 @@ __all__ = [
     "ExitCode",
     "ago",
     "package_version",
+    "parsed_json",
     "print_json",
     "print_table",
     "say_error",
@@ -102,6 +105,25 @@ def print_json(value: Any) -> None:
     """One JSON document on standard output: instants as ISO 8601 in UTC, bytes as base64, other BSON types as text."""
     options = orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
     click.echo(orjson.dumps(value, default=_jsonable, option=options).decode())
+
+
+def parsed_json(option: str, text: str | None) -> Any:
+    """What an option says in JSON: as typed, of a file (`@FILE`) or of standard input (`-`). None if it was not given."""
+    if text is None:
+        return None
+    where = option
+    try:
+        if text == "-":
+            text, where = sys.stdin.read(), "standard input"
+        elif text.startswith("@"):
+            where = text[1:]
+            text = Path(where).read_text("utf-8")
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        advice = f" Text needs double quotes inside single ones: {option} '\"text\"'." if where == option else ""
+        raise CommandError(f"{where} is not JSON: {exc.msg} (line {exc.lineno}, column {exc.colno}).{advice}", ExitCode.USAGE) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise CommandError(f"{option}: cannot read {where}: {getattr(exc, 'strerror', None) or exc}", ExitCode.USAGE) from None
 
 
 def _jsonable(value: Any) -> Any:

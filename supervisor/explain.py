@@ -82,7 +82,8 @@ def _waiting(step: Document, run: Document, now: datetime) -> str:
         "event": f"the event {waits.get('eventName')!r}",
     }.get(str(kind), f"{kind}")
     limit = f"; it gives up {ago(waits['expiresAt'], now)}" if waits.get("expiresAt") else ""
-    return f"{at_step.capitalize()} waits for {what}{limit}."
+    advice = f" Answer it with: streamline-pool runs resume {run.get('_id')} --payload JSON" if kind == "human" else ""
+    return f"{at_step.capitalize()} waits for {what}{limit}.{advice}"
 
 
 def _claimable(run: Document, step: Document, hosts: Sequence[Document], now: datetime) -> str:

@@ -1,4 +1,4 @@
-"""`streamline-pool runs`: list, show, cancel and watch stored runs, without needing the application."""
+"""`streamline-pool runs`: look at stored runs, and act on them from outside, without needing the application."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamline_pool.errors import WorkflowNotFoundError
 from streamline_pool.model import Run, RunStatus
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.commands import ended_well, print_end, somebody_works_on
-from streamline_pool.supervisor.console import ExitCode, ago, print_json, print_table, short, span, told
+from streamline_pool.supervisor.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
 from streamline_pool.supervisor.explain import explain, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
@@ -26,7 +26,7 @@ _WATCH_INTERVAL_S = 0.5  # between looks at a watched run; a guess: people do no
 
 @click.group()
 def runs() -> None:
-    """Look at stored runs, or stop one."""
+    """Look at stored runs, or act on one."""
 
 
 @runs.command("list")
@@ -133,12 +133,58 @@ def cancel(run_id: str, reason: str | None, as_json: bool, **values: Any) -> int
     """Stop a run for good, wherever it is being worked on. A run that has ended stays as it is."""
     with opened(values) as app:
         run = app.cancel_run(run_id, reason=reason)
+    cancelled = run.status is RunStatus.CANCELLED
+    ended = f"run {run.id} had ended already ({run.status}); nothing was changed"
+    return _told(run, as_json, f"run {run.id} is cancelled" if cancelled else ended)
+
+
+@runs.command()
+@click.argument("run_id")
+@click.option("--reason", metavar="TEXT", help="Stored with the run, for whoever looks at it later.")
+@setting_options(*CONNECTION)
+@json_option
+def pause(run_id: str, reason: str | None, as_json: bool, **values: Any) -> int:
+    """Start no further step of a run until it is resumed. A step in progress is finished and stored."""
+    with opened(values) as app:
+        run = app.pause_run(run_id, reason=reason)
+    ended = f"run {run.id} had ended already ({run.status}); nothing was changed"
+    return _told(run, as_json, f"run {run.id} is paused" if run.paused else ended)
+
+
+@runs.command(short_help="Resume a paused run, or answer one that waits for somebody.")
+@click.argument("run_id")
+@click.option("--payload", "payload_text", metavar="JSON", help="The answer; @FILE reads a file, - reads standard input.")
+@setting_options(*CONNECTION)
+@json_option
+def resume(run_id: str, payload_text: str | None, as_json: bool, **values: Any) -> int:
+    """Resume a paused run, or answer one that waits for somebody.
+
+    A run that waits (ctx.wait) goes on with the payload as the output of its step. A paused run just goes on where it
+    was, and takes no payload.
+    """
+    payload = parsed_json("--payload", payload_text)
+    with opened(values) as app:
+        run = app.resume_run(run_id, payload)
+    return _told(run, as_json, f"run {run.id} goes on{f' with step {run.current_step_id}' if run.current_step_id else ''}")
+
+
+@runs.command()
+@click.argument("run_id")
+@click.argument("step_id")
+@setting_options(*CONNECTION)
+@json_option
+def rewind(run_id: str, step_id: str, as_json: bool, **values: Any) -> int:
+    """Run a step and all later ones of a run again, whether it has ended, failed or is under way. A cancelled run stays so."""
+    with opened(values) as app:
+        run = app.rewind_run(run_id, step_id)
+    return _told(run, as_json, f"run {run.id} is back at step {step_id}{', and paused' if run.paused else ''}")
+
+
+def _told(run: Run, as_json: bool, sentence: str) -> int:
     if as_json:
         print_json(run.to_dict())
-    elif run.status is RunStatus.CANCELLED:
-        click.echo(f"run {run.id} is cancelled")
     else:
-        click.echo(f"run {run.id} had ended already ({run.status}); nothing was changed")
+        click.echo(sentence)
     return ExitCode.OK
 
 

@@ -22,6 +22,7 @@ from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.env import Env
 from streamline_pool.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.multi_update import update_many
+from streamline_pool.sending import finishing_broadcasts
 from streamline_pool.settings import Settings
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
@@ -78,6 +79,7 @@ HOST_CHANGE_PAUSE_S = 5.0  # a changed pool is shown at most this often
 RELEASE_LOOK_BACK = timedelta(seconds=60)  # a dead worker's leases that ended earlier are found by the sweep
 OVERDUE = timedelta(seconds=3)  # within what a worker looks back, see lookout.py
 FULL_SWEEP_EVERY = 10  # sweeps; in between, only leases that ended since the last ones are looked for
+BROADCASTS_EVERY = 5  # sweeps; senders finish what they began, unless they die in between
 SWEEP_LIMIT = 1_000  # due runs looked at per sweep; more than the pool can have use for before the next
 WAKE_PAUSE_S = 0.002  # rings for one lane are told at once, then together: a flood costs 500 messages a second
 FACTS_FRESH_S = 5.0
@@ -368,6 +370,8 @@ class _Steward:
         self._set_alarm()
         since = None if self._sweeps % FULL_SWEEP_EVERY == 0 else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
         self._sweeps += 1
+        if self._sweeps % BROADCASTS_EVERY == 1:
+            await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app)))
         recovered = await self._recover(ops.recover_expired(self._settings.max_crashes, since))
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
@@ -442,12 +446,16 @@ class _Steward:
     # ---- operations ------------------------------------------------------------------------------------------------
 
     async def _run(self, op: ops.Op, timeout_s: float) -> Any:
-        """One operation with a deadline: a frozen server keeps connections open and answers nothing."""
+        """One operation with a deadline."""
+        return await self._within(timeout_s, op.name, self._store.run(op))
+
+    async def _within(self, timeout_s: float, name: str, work: Awaitable[T]) -> T:
+        """A frozen server keeps connections open and answers nothing."""
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._store.run(op)
+                return await work
         except TimeoutError:
-            raise StoreUnavailableError(f"{op.name}: no answer within {timeout_s:g} s", transient=True) from None
+            raise StoreUnavailableError(f"{name}: no answer within {timeout_s:g} s", transient=True) from None
 
     async def _attempt(self, act: Callable[[], Awaitable[None]]) -> bool:
         """Do what will be done again anyway; a failure only raises doubt about the database."""

@@ -33,6 +33,16 @@ def charge(ctx):
         raise ValueError("card refused")
     return "charged"
 
+asking = app.workflow("asking")
+
+@asking.step
+def ask(ctx):
+    ctx.wait("may it?", {"amount": 5})
+
+@asking.step
+def act(ctx):
+    return ctx.get_output("ask")
+
 slow = app.workflow("slow", version="2.0.0", queue="mail")
 
 @slow.step

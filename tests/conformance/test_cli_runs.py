@@ -69,7 +69,7 @@ def test_list_filters_and_limits(shell: Shell) -> None:
 
 
 def test_an_unknown_run_is_5(shell: Shell) -> None:
-    for words in (("show",), ("cancel",), ("watch",)):
+    for words in (("show",), ("cancel",), ("watch",), ("pause",), ("resume",), ("rewind", "nobody")):
         done = shell("runs", *words, "nobody", "--json")
         assert (done.returncode, done.stdout) == (5, "")
         assert "nobody" in done.stderr
@@ -89,6 +89,29 @@ def test_start_reads_input_from_anywhere_and_says_what_is_wrong_with_it(shell: S
         done = shell("start", *words)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_a_run_is_answered_paused_resumed_and_rewound_from_the_command(shell: Shell) -> None:
+    """Operators have no Python prompt at hand: whatever a program can do to a run, the command can."""
+    shell("start", "asking", "--id", "a-1")
+    shell("--burst")
+    assert "waits for an answer (may it?). Answer it with: streamline-pool runs resume a-1" in shell("runs", "show", "a-1").stdout
+    refused = shell("runs", "pause", "a-1", "--reason", "audit")
+    assert refused.stdout == "run a-1 is paused\n"
+    assert "It is paused (audit)" in shell("runs", "show", "a-1").stdout
+    early = shell("runs", "resume", "a-1", "--payload", "true")
+    assert early.returncode == 1
+    assert "INVALID_STATE: run a-1 is paused" in early.stderr
+    assert shell.json("runs", "resume", "a-1")["status"] == "waiting", "the wait stays unanswered"
+    assert shell("runs", "resume", "a-1", "--payload", "{no").returncode == 2
+    assert shell("runs", "resume", "a-1", "--payload", '{"ok": true}').stdout == "run a-1 goes on with step act\n"
+    shell("--burst")
+    assert shell.json("runs", "show", "a-1")["output"] == {"ok": True}
+    again = shell("runs", "resume", "a-1", "--payload", "1")
+    assert (again.returncode, "waits for nobody's answer: it is done" in again.stderr) == (1, True)
+    assert shell("runs", "rewind", "a-1", "ask").stdout == "run a-1 is back at step ask\n"
+    assert "no step 'nowhere'" in shell("runs", "rewind", "a-1", "nowhere").stderr
+    assert shell.json("runs", "show", "a-1")["steps"][1] == {"stepId": "act", "status": "pending", "attempts": 0}
 
 
 def test_an_idempotency_key_starts_one_run(shell: Shell) -> None:

@@ -30,7 +30,34 @@ def processes_of(word: str) -> list[int]:
     return [process.pid for process in psutil.process_iter(["cmdline"]) if any(word in part for part in process.info["cmdline"] or ())]
 
 
-@pytest.mark.parametrize("name", ["hello_world", "stdlib_index", "web_scraper"])
+EXAMPLES = sorted(path.stem for path in (REPOSITORY / "examples").glob("*.py") if path.stem != "__init__")
+
+SAYS: dict[str, tuple[str, ...]] = {
+    "hello_world": ("is done: {'greeting': 'Hello, world!', 'characters': 13}",),
+    "wait_and_resume": (
+        "run 1 is waiting: it wants somebody to approve the expense, {'amount': 120}",
+        "run 1 is done: booked, approved by Ann",
+        "run 2 is done: nobody answered; the expense is refused",
+    ),
+    "sleep": ("welcome, Ann; the run is waiting until", "the run is done: Ann, are you still there?"),
+    "conditional": (
+        "run 1 is done, charged 25: price done, check_for_fraud skipped, discount done, thank skipped, charge done",
+        "run 2 is done, charged 270: price done, check_for_fraud done, discount skipped, thank done, charge done",
+    ),
+    "newsletter": ("the run is waiting; somebody is to read the draft:", "the run is done: sent to reader-1@example.org, reader-2@"),
+    "ai_pipeline": ("waiting for a review of {'style': 0.9, 'facts': 0.4, 'tone': 0.9}", "published 3 paragraphs, reviewed by Ann"),
+    "approval_http": (
+        "the boss answers: 200",
+        "somebody uses the same link again: 401 HOOK_TOKEN_INVALID",
+        "the run: 200 {'output': 'a lamp ordered', 'status': 'done'}",
+    ),
+    "multi_tenant": ("acme: ['acme: 3', 'acme: 3']", "zeta: ['zeta: 9']", "2 of its runs removed, 1 of other tenants kept"),
+    "parallel": (),
+}
+"""What each prints, run by itself. The two that start pools of their own have tests below."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_each_is_an_application(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     app, threads = import_app(f"examples.{name}:app")
@@ -38,10 +65,18 @@ def test_each_is_an_application(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert threads == []
 
 
-def test_hello_world_runs_alone(tmp_path: Path) -> None:
-    said = run(str(REPOSITORY / "examples" / "hello_world.py"), folder=tmp_path)
-    assert "is done: {'greeting': 'Hello, world!', 'characters': 13}" in said
+def test_every_example_is_run() -> None:
+    assert {*SAYS, "stdlib_index", "web_scraper"} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_each_runs_by_one_command_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    """The first thing a stranger does with an example is to run it, wherever they are."""
+    said = run(str(REPOSITORY / "examples" / f"{name}.py"), folder=tmp_path)
+    for words in SAYS[name]:
+        assert words in said
     assert list(tmp_path.iterdir()) == []
+    assert processes_of(f"examples.{name}:app") == []
 
 
 def test_the_web_scraper_saves_every_page_of_a_real_site() -> None:

@@ -49,6 +49,20 @@ def test_once_means_once_and_off_means_off(bus: EventBus) -> None:
     assert not bus.active
 
 
+def test_flush_returns_when_what_was_published_is_delivered(bus: EventBus) -> None:
+    """Whoever looks at what a subscriber has collected needs to know that it is all."""
+    assert bus.flush(), "nothing was ever published"
+    go_on, heard = threading.Event(), []
+    bus.on("a", lambda e: go_on.wait(10))
+    bus.on("*", lambda e: heard.append(e.data))
+    for number in range(3):
+        bus.publish(event("a", number))
+    assert not bus.flush(timeout_s=0.05)
+    go_on.set()
+    assert bus.flush()
+    assert heard == [0, 1, 2]
+
+
 def test_events_arrive_in_the_order_they_were_published(bus: EventBus) -> None:
     heard: list[int] = []
     bus.on("a", lambda e: heard.append(e.data))

@@ -51,7 +51,10 @@ CASES = [
         run("waiting", step=WAITS | {"waitingFor": {"type": "timer", "resumeAt": later(300)}}, wakeAt=later(300)),
         "Step charge sleeps; it goes on in 5 min.",
     ),
-    (run("waiting", step=WAITS | {"waitingFor": {"type": "human", "reason": "approve"}}), "Step charge waits for an answer (approve)."),
+    (
+        run("waiting", step=WAITS | {"waitingFor": {"type": "human", "reason": "approve"}}),
+        "Step charge waits for an answer (approve). Answer it with: streamline-pool runs resume r1 --payload JSON",
+    ),
     (
         run("waiting", step=WAITS | {"waitingFor": {"type": "event", "eventName": "paid", "expiresAt": later(7200)}}, wakeAt=later(7200)),
         "Step charge waits for the event 'paid'; it gives up in 2 h.",

@@ -55,7 +55,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "decide": (held(), transitions.decide_entry(held(), 0)),
     "sleep": (held(), transitions.sleep(held(), 0, LATER, {"k": 1}, NOW)),
     "wake": (waiting(), transitions.wake(waiting(), DEFINITION, 0, LATER)),
-    "park": (waiting(), transitions.park_timer(waiting(), 0)),
+    "park": (waiting(), transitions.park(waiting(), 0)),
     "retry": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail": (held(failures=1), transitions.step_failed(held(failures=1), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail at once": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE._replace(retriable=False), NOW, LATER)),

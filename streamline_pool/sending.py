@@ -1,0 +1,104 @@
+"""Durable events: to one run, or to every run that waits for them now or later. Client procedures, without I/O.
+
+Owns the order of the steps by which an event reaches everybody once, whoever dies in between: it is stored first, then
+those who wait get it, then it counts as delivered. The steward repeats the last two for senders that have died.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from . import acts
+from .context import check_event_name
+from .documents import as_payload, check_run_id
+from .errors import InvalidStateError, PayloadTooLargeError
+from .model import TERMINAL
+from .outside import ITEM_BYTES, check_not_full, publish_resumed, reading_run, ringing
+from .procedures import Procedure
+
+if TYPE_CHECKING:
+    from .client import Streamline
+
+__all__ = ["finishing_broadcasts", "sending_event"]
+
+_WAITERS_MAX = 500  # runs woken by one command; a guess: an event of 256 KiB makes such a command 128 MB, see `_chunk`
+_CHUNK_BYTES = 16 * 1024 * 1024
+_ROUNDS_MAX = 20  # looks at a run that others act on at the same moment; a guess
+_SENDER_S = 15.0  # a sender that has not finished by then is taken for dead; above what a procedure repeats for
+_PENDING_MAX = 100  # events finished for dead senders at a time
+
+
+def sending_event(app: Streamline, name: str, data: Any, run_id: str | None) -> Procedure[int]:
+    """Deliver an event; see `Streamline.send_event`."""
+    check_event_name(name, "send_event")
+    data, size = as_payload(data, "send_event: data")
+    if size > acts.EVENT_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"send_event: data of {size} bytes, and the limit is {acts.EVENT_BYTES_MAX}, because every run that it reaches gets a copy; "
+            "store it elsewhere and pass a reference",
+            size=size,
+        )
+    event_id = app.env.new_id()
+    if run_id is not None:
+        return (yield from _sending_to_one(app, check_run_id(run_id), event_id, name, data, size))
+    event = yield acts.record_event(event_id, name, data)
+    woken = yield from _broadcasting(app, event)
+    return woken
+
+
+def _sending_to_one(app: Streamline, run_id: str, event_id: str, name: str, data: Any, size: int) -> Procedure[int]:
+    for _ in range(_ROUNDS_MAX):
+        document = yield acts.deliver_event(run_id, event_id, name, data, size + ITEM_BYTES)
+        if document is None:
+            document = yield from reading_run(None, run_id)
+            if event_id not in (document.get("seen") or ()):
+                if document["status"] in TERMINAL:
+                    return 0
+                check_not_full(document, size + ITEM_BYTES)
+                continue  # it has got room between the two reads
+        if not _tell(app, document, event_id, data):
+            return 0
+        yield from ringing(app, document)
+        return 1
+    raise InvalidStateError(f"run {run_id}: others act on it all the time; the event was not delivered, send it again", run_id=run_id)
+
+
+def _tell(app: Streamline, document: Mapping[str, Any], event_id: str, data: Any) -> bool:
+    """Publish that this event has woken the run, if it has."""
+    woken = [step["stepId"] for step in document["steps"] if step.get("answer") == event_id]
+    if woken:
+        publish_resumed(app, document, woken[0], data)
+    return bool(woken)
+
+
+def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
+    """Wake everybody who waits for a stored event; the number of runs woken by this call."""
+    chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (as_payload(event["data"], "data")[1] + 3_000)))
+    total = 0
+    while True:
+        waiters = yield acts.find_waiters(event, chunk)
+        if not waiters:
+            break
+        yield acts.deliver_to_waiters(event, waiters)
+        delivered = yield acts.read_delivered([found["_id"] for found in waiters], event["_id"])
+        for lane, count in Counter(document.get("lane") for document in delivered).items():
+            yield from app._signalling("due", wakeAt=app._server_now(), lane=lane, count=count)
+        for document in delivered:
+            _tell(app, document, event["_id"], event["data"])
+        total += len(delivered)
+        if not delivered:
+            break  # all of them have gone on meanwhile, or are too full to be updated: those look for it themselves
+    yield acts.settle_event(event["_id"])
+    return total
+
+
+def finishing_broadcasts(app: Streamline) -> Procedure[int]:
+    """Do what senders that have died left undone; how many events that were. Any number of stewards may."""
+    before = app._server_now() - timedelta(seconds=_SENDER_S)
+    pending = yield acts.find_pending_events(before, _PENDING_MAX)
+    for event in pending:
+        yield from _broadcasting(app, event)
+    return len(pending)

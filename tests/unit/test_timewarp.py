@@ -1,0 +1,70 @@
+"""Where a test's time is put into an operation: wherever the server is asked for the time, and nowhere else."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from streamline_pool import ops
+from streamline_pool.timewarp import Timeline, shifted
+
+DAY_MS = 86_400_000
+LATER = {"$add": ["$$NOW", DAY_MS]}
+
+
+def command(verb: str, **body: object) -> ops.Command:
+    return ops.Command(name="any", collection="runs", verb=verb, body=body)
+
+
+def test_a_pipeline_update_asks_for_the_later_time() -> None:
+    update = [{"$set": {"at": "$$NOW", "deep": {"$cond": [True, ["$$NOW", "$x"], {"$dateAdd": {"startDate": "$$NOW"}}]}}}]
+    wanted = [{"$set": {"at": LATER, "deep": {"$cond": [True, [LATER, "$x"], {"$dateAdd": {"startDate": LATER}}]}}}]
+    made = shifted(command("update", updates=[{"q": {"_id": "r"}, "u": update, "multi": True}]), DAY_MS)
+    assert made.body == {"updates": [{"q": {"_id": "r"}, "u": wanted, "multi": True}]}
+    made = shifted(command("findAndModify", query={"_id": "r"}, update=update, new=True), DAY_MS)
+    assert made.body == {"query": {"_id": "r"}, "update": wanted, "new": True}
+    assert update[0]["$set"]["at"] == "$$NOW", "operations are values; the caller's is not changed"
+
+
+def test_filters_ask_for_the_later_time_where_they_hold_an_expression() -> None:
+    query = {"x": "$$NOW", "$expr": {"$lte": ["$a", "$$NOW"]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": ["$$NOW", "$b"]}}]}]}
+    wanted = {"x": "$$NOW", "$expr": {"$lte": ["$a", LATER]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": [LATER, "$b"]}}]}]}
+    assert shifted(ops.Find(name="any", collection="runs", filter=query), DAY_MS).filter == wanted
+    assert shifted(command("delete", deletes=[{"q": query, "limit": 0}]), DAY_MS).body == {"deletes": [{"q": wanted, "limit": 0}]}
+    assert shifted(command("update", updates=[{"q": query, "u": {}}]), DAY_MS).body["updates"][0]["q"] == wanted
+    assert shifted(command("count", query=query), DAY_MS).body["query"] == wanted
+    made = shifted(command("aggregate", pipeline=[{"$match": query}, {"$set": {"at": "$$NOW"}}], cursor={}), DAY_MS)
+    assert made.body == {"pipeline": [{"$match": wanted}, {"$set": {"at": LATER}}], "cursor": {}}
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        command("update", updates=[{"q": {"input": "$$NOW", "deep": {"$expr": "$$NOW"}}, "u": {"$set": {"output": "$$NOW"}}}]),
+        command("update", updates=[{"q": {}, "u": [{"$set": {"reason": {"$literal": {"said": ["$$NOW"]}}}}]}]),
+        command("insert", documents=[{"input": "$$NOW", "$expr": "$$NOW"}]),
+        command("findAndModify", query={"_id": "$$NOW"}, remove=True),
+        ops.Find(name="any", collection="runs", filter={"context.at": {"$in": ["$$NOW"]}}),
+        ops.send_signal("due", None, lane="$$NOW"),  # type: ignore[arg-type]
+    ],
+    ids=["plain update", "literal", "insert", "key", "find", "signal"],
+)
+def test_data_is_never_taken_for_the_time(op: ops.Op) -> None:
+    """A user whose text is "$$NOW" would otherwise find a date in its place, in tests only."""
+    assert shifted(op, DAY_MS) == op
+
+
+def test_without_a_jump_nothing_is_changed() -> None:
+    op = ops.recover_expired(3)
+    assert shifted(op, 0) is op
+
+
+def test_time_never_goes_back_and_rounds_up() -> None:
+    """A millisecond less, and what was jumped to would not be due yet."""
+    timeline = Timeline()
+    timeline.advance(timedelta(microseconds=1))
+    assert timeline.offset_ms == 1
+    timeline.advance(timedelta(days=-1))
+    timeline.advance(timedelta(milliseconds=2))
+    assert timeline.offset_ms == 3

@@ -28,7 +28,7 @@ log = logging.getLogger("streamline_pool")
 
 _PUMPS = 2  # commands under way at once: one is prepared here while the server works on the other; measured: 3 gain nothing
 _BATCH_MAX = 100  # statements in one; measured: larger ones make the pumps take turns instead of overlapping
-_TURN_MAX = 20  # verdicts given in one turn of the loop, each of which sets a driver going: some 3 ms until others get a word in
+_TURN_MAX = 10  # verdicts given in one turn of the loop, each of which sets a driver going: some 2 ms until others get a word in
 _BATCH_BYTES_MAX = 8 * 1024 * 1024  # MongoDB takes 48 MB in a message; smaller ones keep others from waiting
 _REFUSALS_MAX = 8  # in a row, some three seconds: what the server has refused so often, for whatever reason, holds up others no longer
 _BACKOFF_MAX_S = 1.0  # so that work resumes within moments of the database's return

@@ -36,7 +36,7 @@ _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first
 _ALARM_CLAIMS = 3  # claims of such runs under way at once, so that one does not wait for another to be answered; a guess
 _RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
 _EXPECT_FIRST_S, _EXPECT_TRIES = 0.001, 9  # doubling: half a second in all; an insert that takes longer is announced again
-_TURN_MAX = 20  # runs admitted in one turn of the loop, so that others get a word in before all have been entered
+_TURN_MAX = 10  # runs admitted in one turn of the loop, so that others get a word in before all have been entered
 _RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
 _STOP_MARGIN_S = 3.0  # beyond the handlers' grace, for giving the runs back
 

@@ -28,7 +28,6 @@ log = logging.getLogger("streamline_pool")
 
 _PUMPS = 2  # commands under way at once: one is prepared here while the server works on the other; measured: 3 gain nothing
 _BATCH_MAX = 100  # statements in one; measured: larger ones make the pumps take turns instead of overlapping
-_TURN_MAX = 10  # verdicts given in one turn of the loop, each of which sets a driver going: some 2 ms until others get a word in
 _BATCH_BYTES_MAX = 8 * 1024 * 1024  # MongoDB takes 48 MB in a message; smaller ones keep others from waiting
 _REFUSALS_MAX = 8  # in a row, some three seconds: what the server has refused so often, for whatever reason, holds up others no longer
 _BACKOFF_MAX_S = 1.0  # so that work resumes within moments of the database's return
@@ -127,10 +126,10 @@ class GroupCommitter:
             try:
                 reply = await self._send([statement for statement, _ in batch])
                 if reply["n"] == len(batch) and not doubtful:
-                    for place, (_, future) in enumerate(batch, 1):
+                    # All in one turn of the loop, though it is a long one: given a few at a time, the next statements come a few at
+                    # a time too, and the other pump sends them so; measured: a sixth of the throughput.
+                    for _, future in batch:
                         _resolve(future, Verdict.LANDED)
-                        if place % _TURN_MAX == 0:
-                            await asyncio.sleep(0)
                     return
                 errors = reply.get("writeErrors", ())
                 refusals = refusals + 1 if errors else 0

@@ -36,7 +36,6 @@ _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first
 _ALARM_CLAIMS = 3  # claims of such runs under way at once, so that one does not wait for another to be answered; a guess
 _RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
 _EXPECT_FIRST_S, _EXPECT_TRIES = 0.001, 9  # doubling: half a second in all; an insert that takes longer is announced again
-_TURN_MAX = 10  # runs admitted in one turn of the loop, so that others get a word in before all have been entered
 _RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
 _STOP_MARGIN_S = 3.0  # beyond the handlers' grace, for giving the runs back
 
@@ -379,7 +378,7 @@ class Worker:
         self._lookout.pass_over(refused)
         self._env.probe("claim.after")
         documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
-        await self._admit(engine, documents, deadline)
+        self._admit(engine, documents, deadline)
         return len(documents)
 
     async def _read_back(self, store: AsyncStore, run_ids: Sequence[str], lease_id: str, deadline: float) -> list[dict[str, Any]]:
@@ -396,11 +395,9 @@ class Worker:
             self.store_answered(True)
             return documents
 
-    async def _admit(self, engine: Engine, documents: Sequence[dict[str, Any]], deadline: float) -> None:
-        for place, document in enumerate(documents, 1):
+    def _admit(self, engine: Engine, documents: Sequence[dict[str, Any]], deadline: float) -> None:
+        for document in documents:
             engine.admit(document, deadline)
-            if place % _TURN_MAX == 0:
-                await asyncio.sleep(0)
 
     def _report_hunger(self) -> None:
         hungry = self._hungry()

@@ -9,7 +9,7 @@ import signal
 import sys
 from types import FrameType, ModuleType
 
-from . import idle, latency, memory, scale, throughput
+from . import cancel, idle, latency, memory, scale, throughput, timers
 from .common import NotLoopbackError, Report, say, serving
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -18,6 +18,8 @@ QUESTIONS: dict[str, ModuleType] = {
     "idle": idle,
     "scale": scale,
     "memory": memory,
+    "timers": timers,
+    "cancel": cancel,
 }
 
 

@@ -1,10 +1,12 @@
 """The application that the load tests' pools run. Its handlers do nothing, so that what is measured is the engine.
 
-`marked` is the exception: its first step notes when it was entered, in the file that MARKS_VARIABLE names.
+`marked` is an exception: its first step notes when it was entered, in the file that MARKS_VARIABLE names. So are `busy`,
+which takes its time, `nap`, which sleeps and says when it went on, and `held`, which notes when it was told to stop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import time
@@ -12,10 +14,19 @@ from typing import Any
 
 from streamline_pool import Streamline, Workflow
 
-__all__ = ["CLAIMS_VARIABLE", "MARKS_VARIABLE", "absent", "app", "client_app", "marked", "marked_short", "noop", "noop_def"]
+__all__ = [
+    "BUSY_S", "CLAIMS_VARIABLE", "HOLD_S", "MARKS_VARIABLE",
+    "absent", "app", "busy", "client_app", "held", "held_def", "marked", "marked_short", "nap", "noop", "noop_def",
+]  # fmt: skip
 
 MARKS_VARIABLE = "LOADTEST_MARKS"
 CLAIMS_VARIABLE = "LOADTEST_CLAIMS"  # see counted.py
+
+BUSY_S = 0.5
+"""How long a run of `busy` takes, on no processor."""
+
+HOLD_S = 60.0
+"""How long the handlers of `held` and `held_def` wait to be stopped."""
 
 app = Streamline()
 
@@ -40,10 +51,46 @@ def _marks() -> int:
     return os.open(os.environ[MARKS_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
+async def _busy(ctx: Any) -> None:
+    await asyncio.sleep(BUSY_S)
+
+
+async def _fall_asleep(ctx: Any) -> None:
+    ctx.set("due_at", time.time() + ctx.input["seconds"])
+    ctx.sleep(ctx.input["seconds"])
+
+
+async def _go_on(ctx: Any) -> float:
+    return time.time()
+
+
+async def _hold(ctx: Any) -> None:
+    _note(ctx, "entered")
+    try:
+        await asyncio.sleep(HOLD_S)
+    except asyncio.CancelledError:
+        _note(ctx, ctx.signal.reason)
+        raise
+
+
+def _hold_def(ctx: Any) -> None:
+    _note(ctx, "entered")
+    ctx.signal.wait(HOLD_S)
+    _note(ctx, ctx.signal.reason)
+
+
+def _note(ctx: Any, what: str | None) -> None:
+    os.write(_marks(), f"{ctx.run_id} {what} {time.monotonic()!r}\n".encode())
+
+
 noop = app.workflow("noop", steps={"first": _noop, "second": _noop, "third": _noop})
 noop_def = app.workflow("noop-def", steps={"first": _noop_def, "second": _noop_def, "third": _noop_def})
 marked = app.workflow("marked", steps={"first": _mark, "second": _noop, "third": _noop})
 marked_short = app.workflow("marked-short", steps={"only": _mark})
+busy = app.workflow("busy", steps={"only": _busy})
+nap = app.workflow("nap", steps={"asleep": _fall_asleep, "awake": _go_on})
+held = app.workflow("held", steps={"only": _hold})
+held_def = app.workflow("held-def", steps={"only": _hold_def})
 
 absent = Streamline().workflow("absent", steps={"first": _noop, "second": _noop, "third": _noop})
 """A workflow that the pools of the load tests do not have."""

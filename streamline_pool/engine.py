@@ -323,7 +323,8 @@ class Engine:
             make = ops.commit_under_pause if twin else ops.commit
             self.env.probe("commit.before")
             try:
-                verdict = await self._committer.write(make(flight.fence(), change, now, size + STATEMENT_BYTES))
+                statement = make(flight.fence(), change, now, size + STATEMENT_BYTES)
+                verdict = await self._committer.write(statement, express=change.name == "wake")
             except ValidationError as exc:
                 if change.name == "fail":
                     return await self._fail_barely(flight, exc)
@@ -379,7 +380,7 @@ class Engine:
         if change.name in ("retry", "fail"):
             _log_failure(flight, change)
         if change.releases and change.wake_at is not None:
-            self._observer.parked(flight.document["lane"], change.wake_at)
+            self._observer.parked(flight.document["lane"], change.wake_at, flight.run_id)
         return not change.releases
 
     async def _read_held(self, flight: Flight) -> dict[str, Any] | None:
@@ -394,8 +395,7 @@ class Engine:
         """Somebody says that something was done to this run from outside: find out, if it is in flight here."""
         flight = self.flights.get(run_id)
         if flight is not None:
-            flight.renew_now = True
-            self.leases.renew_soon()
+            self.leases.check(flight)
 
     # --- flight.Ground ---------------------------------------------------------------------------------------------
 
@@ -450,12 +450,16 @@ class Engine:
     def publish(self, document: Mapping[str, Any], events: tuple[tuple[str, str | None, Any], ...]) -> None:
         """Tell the subscribers in this process, and those who stream, what has durably happened."""
         for name, step_id, data in events:
-            event = Event(
-                name=name, run_id=document["_id"], workflow_id=document["workflowId"], step_id=step_id, data=data, at=self.store.now()
-            )
-            self._own_events.publish(event)
-            global_event_bus.publish(event)
-            self.broadcast.publish(event)
+            self._publish(name, data, document["_id"], document["workflowId"], step_id)
+
+    def publish_error(self, name: str, data: Any) -> None:
+        """Tell them of a trouble that is no run's own."""
+        self._publish(name, data, None, None, None)
+
+    def _publish(self, name: str, data: Any, run_id: str | None, workflow_id: str | None, step_id: str | None) -> None:
+        event = Event(name=name, run_id=run_id, workflow_id=workflow_id, step_id=step_id, data=data, at=self.store.now())
+        for bus in (self._own_events, global_event_bus, self.broadcast):
+            bus.publish(event)
 
 
 def _with_values(events: Events, outputs: Mapping[str, Any]) -> Events:

@@ -33,7 +33,7 @@ STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: some 45
 class Observer(Protocol):
     """Who is told what happens to the runs in flight, in the loop's thread."""
 
-    def parked(self, lane: str, wake_at: datetime) -> None:
+    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """A run was given up, to be claimed again from that instant on."""
 
     def landed(self, run_id: str, status: str) -> None:

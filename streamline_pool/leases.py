@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from . import ops
 from .committer import lease_id_of
@@ -39,13 +40,16 @@ class LeaseKeeper:
         self._lease_s = lease_s
         self._observer = observer
         self._wanted = asyncio.Event()
+        self._doubted: dict[str, Flight] = {}  # runs in flight of which somebody says that they were taken away
+        self._doubt = asyncio.Event()
         self._tick_s = min(1.0, lease_s / 20)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin, in the running loop."""
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._renew_forever(), name="renew"), loop.create_task(self._fence_forever(), name="self-fence")]
+        duties = {"renew": self._renew_forever(), "self-fence": self._fence_forever(), "check": self._check_forever()}
+        self._tasks = [loop.create_task(duty, name=name) for name, duty in duties.items()]
 
     async def close(self) -> None:
         """Stop."""
@@ -58,6 +62,51 @@ class LeaseKeeper:
     def renew_soon(self) -> None:
         """Look at the leases now instead of at the next tick."""
         self._wanted.set()
+
+    def check(self, flight: Flight) -> None:
+        """Somebody says that something was done to this run from outside: find out now.
+
+        One read, beside the renewals: a renewal would tell as well, but only after the one that is under way, and with
+        a write before the read that shows who has the run.
+        """
+        self._doubted[flight.run_id] = flight
+        self._doubt.set()
+
+    async def _check_forever(self) -> None:
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            doubted, self._doubted = list(self._doubted.values()), {}
+            try:
+                await asyncio.wait_for(self._check(doubted), self._lease_s * _RENEWAL_PATIENCE)
+            except (StoreUnavailableError, TimeoutError) as exc:
+                self._observer.store_answered(False)
+                log.warning("check_failed", extra={"runs": len(doubted), "error": str(exc) or "no answer"})
+                self._leave_to_renewal(doubted)
+            except Exception:
+                log.exception("check_failed", extra={"runs": len(doubted)})  # a defect of ours; as above
+                self._leave_to_renewal(doubted)
+
+    async def _check(self, flights: list[Flight]) -> None:
+        found = await self._store.run(ops.read_fences([flight.run_id for flight in flights]))
+        self._observer.store_answered(True)
+        documents = {document["_id"]: document for document in found}
+        for flight in flights:
+            document = documents.get(flight.run_id, {})
+            if lease_id_of(document) != flight.lease_id:
+                self._lost(flight, document)
+
+    def _leave_to_renewal(self, flights: list[Flight]) -> None:
+        for flight in flights:
+            flight.renew_now = True
+        self.renew_soon()
+
+    def _lost(self, flight: Flight, document: Mapping[str, Any]) -> None:
+        """Somebody else has the run, or nobody. Only while a handler is at work: otherwise it is our own write that gave the lease up."""
+        if flight.attempt is not None and self._flights.get(flight.run_id) is flight:
+            flight.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
+            log.info("run_lost", extra={"run_id": flight.run_id, "reason": flight.lost})
+            flight.abort(flight.lost)
 
     async def _fence_forever(self) -> None:
         while True:
@@ -109,8 +158,5 @@ class LeaseKeeper:
                 continue  # it is ours for as long as it was; nobody can extend that
             if renewed == len(flights) or lease_id_of(document) == flight.lease_id:
                 flight.deadline = max(flight.deadline, deadline)
-            elif flight.attempt is not None and self._flights.get(flight.run_id) is flight:
-                # Only while a handler is at work: otherwise it is our own write that gave the lease up.
-                flight.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
-                log.info("run_lost", extra={"run_id": flight.run_id, "reason": flight.lost})
-                flight.abort(flight.lost)
+            else:
+                self._lost(flight, document)

@@ -40,7 +40,7 @@ class _Witness:
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}  # run id -> status ("" at first), while its caller waits
 
-    def parked(self, lane: str, wake_at: datetime) -> None:
+    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """See engine.Observer."""
 
     def landed(self, run_id: str, status: str) -> None:

@@ -383,9 +383,10 @@ def _recover(name: str, query: Document, max_crashes: int, evidence: str) -> Com
     return _update_many(name, query, [{"$set": alive}])
 
 
-def find_due_before(lanes: Sequence[str], until: datetime, limit: int) -> Find:
-    """Runs due by `until`, in no particular order: for the steward's timers and for the fallback sweep."""
-    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": {"$lte": until}}
+def find_due_before(lanes: Sequence[str], until: datetime, limit: int, since: datetime | None = None) -> Find:
+    """Runs due by `until` (and not before `since`), in no particular order: for the steward's timers and for the fallback sweep."""
+    instants = {"$lte": until} if since is None else {"$lte": until, "$gt": since}
+    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": instants}
     return Find(
         name="find_due_before",
         collection="runs",

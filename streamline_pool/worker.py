@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from . import ops
-from .bus import Event, global_event_bus
+from .alarms import Alarms
 from .client import Streamline
 from .engine import Engine
 from .env import Env
@@ -33,6 +33,7 @@ Gate = Literal["open", "closed", "one"]
 """The circuit breaker's word: claim freely, not at all, or one batch to see whether it works."""
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first of them wait
+_ALARM_CLAIMS = 3  # claims of such runs under way at once, so that one does not wait for another to be answered; a guess
 _RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
 _EXPECT_FIRST_S, _EXPECT_TRIES = 0.001, 9  # doubling: half a second in all; an insert that takes longer is announced again
 _RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
@@ -84,12 +85,13 @@ class Worker:
         self._leaving = False
         self._backlog = True  # there may be due runs that this worker has not seen
         self._claims_fail = False  # since the last one that did not
-        self._looking = False  # a claim is under way: what it brings is neither in flight yet nor due any more
+        self._looking = 0  # claims under way: what they bring is neither in flight yet nor due any more
         self._suspects_left = False  # a look has passed some over, because one was in flight
         self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
         self._expected: dict[str, int] = {}  # runs that were announced and are not there yet -> tries so far
         self._wanted = asyncio.Event()
-        self._parked: list[tuple[str, datetime]] = []
+        self._alarms = Alarms(settings.concurrency)
+        self._parked: list[tuple[str, datetime, str]] = []
         self._ended: list[str] = []
         self._telling: asyncio.Task[None] | None = None
         self._runs_total = 0
@@ -109,24 +111,29 @@ class Worker:
         store = self._app.store_async()
         engine = self._engine = self._app.make_engine(store, self)
         engine.start()
+        alarms = asyncio.gather(*(self._serve_alarms(store, engine) for _ in range(_ALARM_CLAIMS)))
+        alarms.add_done_callback(lambda done: self._wanted.set())
         try:
             await self._connect(store)
             await engine.broadcast.look()  # a stream that was opened before this worker is to see its first run, too
             self._state = "ready"
             self._notify()
             self._wanted.set()
-            while not self._leaving:
+            while not self._leaving and not alarms.done():
                 await self._wanted.wait()
                 self._wanted.clear()
                 if not self._leaving:
-                    self._looking = True
+                    self._looking += 1
                     await self._claim_round(store, engine)
-                    self._looking = False
+                    self._looking -= 1
+                    self._alarms.wanted.set()
                     self._report_hunger()
+            await alarms
             await self._give_back(engine)
             await self._tell_ended(store)
         finally:
             self._state = "stopped"
+            alarms.cancel()
             await engine.close()
 
     async def _connect(self, store: AsyncStore) -> None:
@@ -167,6 +174,11 @@ class Worker:
             self._rings.append(run_id)
         self._wanted.set()
 
+    def alarm(self, run_ids: Sequence[str]) -> None:
+        """The instants of these runs have come: they are claimed ahead of what is due since longer, even by a full worker."""
+        if not self._alarms.add(run_ids):
+            self._leave_to_looks()
+
     def abort_run(self, run_id: str, reason: str) -> None:
         """Somebody says that this run was cancelled (or paused): look at the database, and act on what it says."""
         if self._engine is not None:
@@ -204,6 +216,7 @@ class Worker:
         if self._engine is not None:
             self._engine.drain()
         self._wanted.set()
+        self._alarms.wanted.set()
         self._notify()
 
     def stop(self, grace_s: float) -> None:
@@ -219,7 +232,7 @@ class Worker:
         """How many runs may be claimed now."""
         if self._engine is None or self._leaving or self._held or self._gate == "closed":
             return 0
-        return max(0, self._settings.concurrency - len(self._engine.flights))
+        return max(0, self._settings.concurrency - self._alarms.places_taken(len(self._engine.flights)))
 
     async def _claim_round(self, store: AsyncStore, engine: Engine) -> None:
         """Claim what there is room for: runs that were named first, then whatever is due."""
@@ -234,20 +247,16 @@ class Worker:
                     self._gate = "closed"  # one batch was let through; the breaker says what comes next
             self._claims_fail = False
         except WorkflowError as exc:
-            # A claim of unknown outcome is forgotten: it is never renewed, and recovered when it expires.
-            self.store_answered(False)
-            log.warning("claim_failed", extra={"error": str(exc)})
-            if not self._claims_fail:  # once for each outage, as far as subscribers are concerned
-                self._publish_failure(engine, exc)
-            self._claims_fail = self._backlog = True
-            delay_s = self._retry_pause_s()
-            engine.loop.call_later(delay_s, self._wanted.set)
+            self._claim_failed(engine, exc)
 
-    def _publish_failure(self, engine: Engine, exc: WorkflowError) -> None:
-        data, at = {"error": exc.message}, engine.now()
-        event = Event(name="scheduler:error", run_id=None, workflow_id=None, step_id=None, data=data, at=at)
-        for bus in (self._app.events, global_event_bus, engine.broadcast):
-            bus.publish(event)
+    def _claim_failed(self, engine: Engine, exc: WorkflowError) -> None:
+        # A claim of unknown outcome is forgotten: it is never renewed, and recovered when it expires.
+        self.store_answered(False)
+        log.warning("claim_failed", extra={"error": str(exc)})
+        if not self._claims_fail:  # once for each outage, as far as subscribers are concerned
+            engine.publish_error("scheduler:error", {"error": exc.message})
+        self._claims_fail = self._backlog = True
+        engine.loop.call_later(self._retry_pause_s(), self._wanted.set)
 
     def _retry_pause_s(self) -> float:
         ceiling = min(0.1 * 2.0 ** min(self._consecutive_failures, 10), _RETRY_MAX_S)  # 2**1100, after hours, is no float
@@ -258,11 +267,13 @@ class Worker:
         run_ids = [self._rings.popleft() for _ in range(min(room, _CLAIM_MAX, len(self._rings)))]
         if self._rings:
             self._wanted.set()
+        await self._claim_by_name(store, engine, run_ids, self._ring_again)
+
+    async def _claim_by_name(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], again: Callable[[str], None]) -> None:
         if len(run_ids) > 1:
             # Suspects are left to the look for what is due, which sees them: they are claimed one at a time.
             if await self._claim(store, engine, run_ids, self._lanes, self._suspect_from) < len(run_ids):
-                self._backlog = True
-                await self._expect(store, engine, run_ids)
+                await self._expect(store, engine, run_ids, again)
             return
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
@@ -276,22 +287,64 @@ class Worker:
         self._env.probe("claim.after")
         self.store_answered(True)
         if document is None:
-            await self._expect(store, engine, run_ids)
+            await self._expect(store, engine, run_ids, again)
         else:
-            self._admit(engine, [document], deadline)
+            engine.admit(document, deadline)
 
-    async def _expect(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str]) -> None:
+    async def _expect(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], again: Callable[[str], None]) -> None:
         """A ring may come before the insert that it announces: a run that is not there yet, or was not, is tried again in a moment."""
         taken = {row["_id"] for row in await store.run(ops.taken_runs(run_ids))}
+        self._backlog = self._backlog or (len(run_ids) > 1 and len(taken) < len(run_ids))  # suspects among them
         for run_id in run_ids:
             tries = self._expected.pop(run_id, 0)
             if run_id not in taken and tries < _EXPECT_TRIES:
                 self._expected[run_id] = tries + 1
-                engine.loop.call_later(_EXPECT_FIRST_S * 2.0**tries, self._ring_again, run_id)
+                engine.loop.call_later(_EXPECT_FIRST_S * 2.0**tries, again, run_id)
 
     def _ring_again(self, run_id: str) -> None:
         self._rings.append(run_id)
         self._wanted.set()
+
+    # --- runs whose timers have ended ------------------------------------------------------------------------------
+
+    async def _serve_alarms(self, store: AsyncStore, engine: Engine) -> None:
+        """Claim runs whose instants have come, beside the other claims, so that they wait for none of these."""
+        while not self._leaving:
+            await self._alarms.wanted.wait()
+            self._alarms.wanted.clear()
+            while self._alarms and not self._leaving and await self._claim_alarmed(store, engine):
+                pass
+        self._alarms.wanted.set()  # the other servers are to leave, too
+
+    async def _claim_alarmed(self, store: AsyncStore, engine: Engine) -> bool:
+        """One claim; False if there is no place for any. What finds none stays, and may be found by a look as well."""
+        if self._state != "ready" or self._gate != "open":
+            self._alarms.clear()  # when claiming is allowed again, a look comes first
+            self._leave_to_looks()
+            return False
+        # What is free belongs to the backlog, if there is one, or to the claim that is under way.
+        batch = self._alarms.take(0 if self._backlog or self._looking else self._room(), engine.flights)
+        if self._alarms:
+            self._leave_to_looks()
+        if not batch.run_ids:
+            return False
+        self._looking += 1
+        try:
+            await self._claim_by_name(store, engine, batch.run_ids, self._alarm_again)
+        except WorkflowError as exc:
+            self._claim_failed(engine, exc)
+        self._looking -= 1
+        self._alarms.settle(batch, engine.flights)
+        self._report_hunger()
+        return True
+
+    def _leave_to_looks(self) -> None:
+        if not self._backlog:  # else a look will follow anyway: when there is room, or when the pause after a failure is over
+            self._backlog = True
+            self._wanted.set()
+
+    def _alarm_again(self, run_id: str) -> None:
+        self.alarm([run_id])
 
     async def _claim_due(self, store: AsyncStore, engine: Engine, limit: int) -> None:
         """One look; claims what it finds."""
@@ -363,18 +416,19 @@ class Worker:
             self._notify()
 
     def _hungry(self) -> bool:
-        return not self._looking and not self._backlog and not self._rings and self._room() > 0
+        return not self._looking and not self._backlog and not self._rings and not self._alarms and self._room() > 0
 
     # --- what the engine tells (engine.Observer) -------------------------------------------------------------------
 
-    def parked(self, lane: str, wake_at: datetime) -> None:
+    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """See engine.Observer."""
-        self._parked.append((lane, wake_at))
+        self._parked.append((lane, wake_at, run_id))
         self._notify()
 
     def landed(self, run_id: str, status: str) -> None:
         """See engine.Observer."""
         self._runs_total += 1
+        self._alarms.landed(run_id)
         if status in ("done", "failed"):
             self._ended.append(run_id)
             if self._telling is None and self._engine is not None:
@@ -436,7 +490,7 @@ class Worker:
             lru=engine.cache.counters() if engine is not None else {},
         )
 
-    def take_parked(self) -> list[tuple[str, datetime]]:
-        """Instants newly stored as `wakeAt`, with their lanes; each is told once."""
+    def take_parked(self) -> list[tuple[str, datetime, str]]:
+        """Instants newly stored as `wakeAt`, with lane and run id; each is told once."""
         parked, self._parked = self._parked, []
         return parked

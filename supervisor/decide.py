@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -15,6 +16,7 @@ from streamline_pool.supervisor.messages import (
     STORE_UNREACHABLE_EXIT,
     AbortHint,
     AbortRun,
+    Alarm,
     Audience,
     Beat,
     BootFailed,
@@ -97,7 +99,7 @@ def pause_s(state: State) -> float:
 def decide(state: State, event: Event, now: float) -> Decision:
     """The one place where the supervisor branches on what happened."""
     state, actions = _react(state, event, now)
-    if isinstance(event, Heard) and isinstance(event.message, Wake | AbortHint):
+    if isinstance(event, Heard) and isinstance(event.message, Wake | Alarm | AbortHint):
         return state, actions  # the hot path: a ring changes nothing that the rules look at
     state, more = settle(state, now)
     return state, actions + more
@@ -140,6 +142,8 @@ def _on_message(state: State, member: Member, event: Heard, now: float) -> Decis
             return _on_beat(state, member, beat, now)
         case Wake(lane=lane, run_id=run_id, count=count):
             return _ring(state, lane, run_id, count, now)
+        case Alarm(run_ids=run_ids):
+            return _share_out(state, run_ids, now)
         case AbortHint(run_id=run_id, owner=owner, reason=reason):
             holders = [m for m in state.workers if owner in (None, m.owner)]
             return state, [Send(pid=m.pid, message=AbortRun(run_id=run_id, reason=reason)) for m in holders]
@@ -208,6 +212,20 @@ def _ring(state: State, lane: str | None, run_id: str | None, count: int, now: f
     state = replace(state, unserved=max(unserved, 0), unserved_lane=kept_lane)
     ring = Ring(lane=lane, run_id=run_id if count == 1 else None)
     return put(state, *(replace(m, rung_at=now) for m in rung)), [Send(pid=m.pid, message=ring) for m in rung]
+
+
+def _share_out(state: State, run_ids: Sequence[str], now: float) -> Decision:
+    """Give the runs whose instants have come to the workers, whether any is hungry or not; none is told to two.
+
+    Those who are hungry get them all, if there are any; the others are busy, and have only a few places for such runs.
+    """
+    if state.held or state.breaker.state != "closed":
+        return state, []  # whoever may claim again looks at all that is due
+    able = [m for m in state.staying if m.phase == "ready"]
+    hungry = [m for m in able if m.beat is not None and m.beat.hungry]
+    chosen = sorted(hungry or able, key=lambda m: m.rung_at)[: len(run_ids)]
+    shares = [Send(pid=m.pid, message=Alarm(run_ids=tuple(run_ids[place :: len(chosen)]))) for place, m in enumerate(chosen)]
+    return put(state, *(replace(m, rung_at=now) for m in chosen)), [*shares]
 
 
 def _on_checked(state: State, seq: int, due: int, now: float) -> Decision:

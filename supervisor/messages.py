@@ -15,7 +15,8 @@ import orjson
 
 __all__ = [
     "BOOT_FAILED_EXIT", "FROM_STEWARD", "FROM_WORKER", "STORE_UNREACHABLE_EXIT", "TO_STEWARD", "TO_WORKER",
-    "AbortHint", "AbortRun", "Audience", "Beat", "BootFailed", "Check", "Checked", "Circuit", "CircuitState", "Close", "Died", "Drain",
+    "AbortHint", "AbortRun", "Alarm", "Audience", "Beat", "BootFailed", "Check", "Checked", "Circuit", "CircuitState", "Close", "Died",
+    "Drain",
     "Evidence", "FrameReader", "FromSteward", "FromWorker", "Gate", "GateState", "Hold", "MessageError", "Parked", "Poke", "PoolFacts",
     "Probe", "Publish", "Publishing", "Released", "Reslot", "Ring", "StewardBeat", "Stop", "ToSteward", "ToWorker", "Wake", "WorkerFacts",
     "decode", "encode",
@@ -44,6 +45,17 @@ class Ring:
 
     lane: str | None = None  # where; None: anywhere
     run_id: str | None = None  # which run; None: unknown or several
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """The instants of these runs have come: claim them by name, ahead of what is due since longer, and even when full.
+
+    From the steward to the supervisor, who shares the names out, and on to the workers. A hint: lost, these runs are
+    found by the looks for what is due, in their turn.
+    """
+
+    run_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +133,7 @@ class Beat:
     recycle: str | None = None  # why this worker wishes to be replaced; None: it does not
     running: tuple[tuple[str, str], ...] = ()  # sample of (run id, step id) in flight
     lru: dict[str, int]  # counters of the run cache
-    parked: tuple[tuple[str, int], ...] = ()  # (lane, wakeAt in epoch ms) written since the last beat
+    parked: tuple[tuple[str, int, str], ...] = ()  # (lane, wakeAt in epoch ms, run id) written since the last beat
     poke: int = 0  # the highest `Poke.seq` received
     publish: int = 0  # ... and the highest `Publish.seq`
 
@@ -162,7 +174,7 @@ class Died:
 class Parked:
     """Instants at which runs of this host become due."""
 
-    instants: tuple[tuple[str, int], ...]  # (lane, epoch ms)
+    instants: tuple[tuple[str, int, str], ...]  # (lane, epoch ms, run id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,10 +288,10 @@ class Probe:
     error: str | None = None
 
 
-ToWorker = Ring | AbortRun | Gate | Hold | Reslot | Drain | Stop | Poke | Publish
+ToWorker = Ring | Alarm | AbortRun | Gate | Hold | Reslot | Drain | Stop | Poke | Publish
 FromWorker = Beat | BootFailed
 ToSteward = Died | Parked | Check | Circuit | PoolFacts | Publishing | Close
-FromSteward = StewardBeat | Wake | AbortHint | Audience | Released | Checked | Probe | BootFailed
+FromSteward = StewardBeat | Wake | Alarm | AbortHint | Audience | Released | Checked | Probe | BootFailed
 
 M_co = TypeVar("M_co", covariant=True)
 

@@ -33,6 +33,7 @@ from streamline_pool.supervisor.messages import (
     STORE_UNREACHABLE_EXIT,
     TO_STEWARD,
     AbortHint,
+    Alarm,
     BootFailed,
     Check,
     Checked,
@@ -68,6 +69,11 @@ PROBE_PAUSE_S = 0.5
 READ_TIMEOUT_S = 5.0  # a guess; the first of these to pass in an idle pool is how a frozen server is noticed
 WRITE_TIMEOUT_S = 15.0  # taking back ten thousand leases takes a while
 TIMER_MARGIN_S = 0.002  # `wakeAt` is judged in whole milliseconds by the server; a ring too early finds nothing
+ALARM_PAUSE_S = 0.005  # between alarms: runs whose instants come so close together are claimed together
+ALARM_MAX = 200  # names in one; a worker claims no more at once
+STARTS_NOW = timedelta(
+    seconds=0.1
+)  # a guess, well above the clock errors of hosts: a start for "now" whose host is ahead of ours is no timer
 HOST_INTERVAL_S = 30.0
 HOST_TTL_S = 90.0  # three intervals: two writes may fail before a live host is forgotten
 HOST_CHANGE_PAUSE_S = 5.0  # a changed pool is shown at most this often
@@ -153,6 +159,7 @@ class _Steward:
         self._timers = Timers()
         self._sweeps = 0
         self._alarm: asyncio.TimerHandle | None = None
+        self._alarmed_at = 0.0
         self._wakes: dict[str | None, tuple[str | None, int]] = {}  # lane -> (the run, if it is one; how many)
         self._woken_at = 0.0
 
@@ -215,8 +222,8 @@ class _Steward:
             case Died():
                 self._dead.put_nowait(message)
             case Parked(instants=instants):
-                for lane, at_ms in instants:
-                    self._timers.add(lane, at_ms)
+                for lane, at_ms, run_id in instants:
+                    self._timers.add(lane, at_ms, run_id)
                 self._set_alarm()
             case Check(seq=seq):
                 self._checks.put_nowait(seq)
@@ -286,12 +293,19 @@ class _Steward:
         at_ms = self._timers.next_at_ms()
         if at_ms is not None:
             delay_s = at_ms / 1000 - self._store.now().timestamp() + TIMER_MARGIN_S
-            self._alarm = self._loop.call_later(max(0.0, delay_s), self._ring_due)
+            pause_s = self._alarmed_at + ALARM_PAUSE_S - self._env.clock.monotonic()
+            self._alarm = self._loop.call_later(max(0.0, delay_s, pause_s), self._ring_due)
 
     def _ring_due(self) -> None:
-        now_ms = _epoch_ms(self._store.now())
-        for due in self._timers.pop_due(now_ms):
-            self._wake(due.lane, due.run_id, due.runs)
+        """A run that is known by name is told by name: it is not to queue behind those that have been due for longer."""
+        self._alarmed_at = self._env.clock.monotonic()
+        due = self._timers.pop_due(_epoch_ms(self._store.now()))
+        names = [each.run_id for each in due if each.run_id is not None]
+        for start in range(0, len(names), ALARM_MAX):
+            self._hint(Alarm(run_ids=tuple(names[start : start + ALARM_MAX])))
+        for each in due:
+            if each.run_id is None:
+                self._wake(each.lane, None, 1)
         self._set_alarm()
 
     # ---- duties ----------------------------------------------------------------------------------------------------
@@ -329,7 +343,9 @@ class _Steward:
         elif signal["kind"] in LISTENER_SIGNALS:
             self._listeners.on_signal(signal)
         elif isinstance(lane, str) and lane in self._lanes:
-            self._plan(lane, signal.get("wakeAt") or signal["at"], signal.get("runId"), signal.get("count", 1))
+            at, run_id = signal.get("wakeAt") or signal["at"], signal.get("runId")
+            soon = timedelta(0) < at - self._store.now() < STARTS_NOW
+            self._plan(lane, at, None if soon else run_id, signal.get("count", 1))
             self._set_alarm()
 
     async def _sweep(self) -> None:
@@ -346,7 +362,11 @@ class _Steward:
             await self._store.sync_clock()
         until = self._store.now() + timedelta(seconds=2 * self._settings.sweep_interval_s)
         overdue = self._store.now() - OVERDUE
-        for found in await self._find_due(until):
+        rows = await self._find_due(until)
+        if len(rows) == SWEEP_LIMIT:
+            # A backlog hides what is not due yet, and it is that which needs a timer, then most of all.
+            rows += await self._find_due(until, self._store.now())
+        for found in rows:
             if found["wakeAt"] <= overdue:
                 self._wake(None, found["_id"], 1)  # no lane: it may stand where workers do not look any more
             else:
@@ -364,9 +384,9 @@ class _Steward:
         if self._sweeps % BROADCASTS_EVERY == 1:  # last, since it may take long, and runs of dead workers wait for the others
             await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app)))
 
-    async def _find_due(self, until: datetime) -> list[dict[str, Any]]:
+    async def _find_due(self, until: datetime, since: datetime | None = None) -> list[dict[str, Any]]:
         try:
-            due: list[dict[str, Any]] = await self._run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT), READ_TIMEOUT_S)
+            due: list[dict[str, Any]] = await self._run(ops.find_due_before(self._lanes, until, SWEEP_LIMIT, since), READ_TIMEOUT_S)
         except StoreUnavailableError as exc:
             if not exc.context.get("transient"):
                 await self._store.ensure_again()  # the collection was dropped under us, or its indexes: no claim succeeds, either

@@ -5,58 +5,51 @@ Forgetting an instant is harmless: the steward's sweep finds every run that is d
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["DueLane", "Timers"]
+__all__ = ["Timers"]
 
 
-class DueLane(NamedTuple):
-    """What is due in one lane at one instant."""
+class Due(NamedTuple):
+    """What is due: one run by name, or something in a lane."""
 
     lane: str
-    run_id: str | None  # when it is known to be one run
-    runs: int  # at least this many; 1 when only the instant is known
+    run_id: str | None
 
 
 class Timers:
-    """A bounded set of (instant, lane), each with the runs known to be due then; the latest instants are dropped first.
+    """A bounded set of (instant, lane, run); the latest instants are dropped first.
 
     A sorted list, not a heap: eviction needs the other end too, and inserting into 10 000 entries moves 80 KB (~5 µs).
     """
 
     def __init__(self, size_max: int = 10_000) -> None:
         self._size_max = size_max
-        self._order: list[tuple[int, str]] = []  # (epoch ms, lane), ascending
-        self._runs: dict[tuple[int, str], set[str]] = {}  # empty: some worker parked a run there and did not say which
+        self._order: list[tuple[int, str, str]] = []  # (epoch ms, lane, run id or "" when only the instant is known), ascending
 
     def __len__(self) -> int:
         return len(self._order)
 
     def add(self, lane: str, at_ms: int, run_id: str | None = None) -> None:
         """Remember an instant. Told twice of the same run (by its worker and by a sweep), it is one."""
-        key = (at_ms, lane)
-        if key not in self._runs:
-            if len(self._order) >= self._size_max:
-                if key >= self._order[-1]:
-                    return
-                del self._runs[self._order.pop()]
-            insort(self._order, key)
-            self._runs[key] = set()
-        if run_id is not None and len(self._runs[key]) < self._size_max:
-            self._runs[key].add(run_id)
+        entry = (at_ms, lane, run_id or "")
+        place = bisect_left(self._order, entry)
+        if place < len(self._order) and self._order[place] == entry:
+            return
+        if len(self._order) >= self._size_max:
+            if place == len(self._order):
+                return
+            self._order.pop()
+        self._order.insert(place, entry)
 
     def next_at_ms(self) -> int | None:
         """The earliest instant; None: nothing is known to become due."""
         return self._order[0][0] if self._order else None
 
-    def pop_due(self, now_ms: int) -> Sequence[DueLane]:
+    def pop_due(self, now_ms: int) -> Sequence[Due]:
         """Remove what is due by `now_ms`, earliest first."""
-        count = bisect_right(self._order, now_ms, key=lambda key: key[0])
+        count = bisect_right(self._order, now_ms, key=lambda entry: entry[0])
         due, self._order = self._order[:count], self._order[count:]
-        return [_due_lane(key[1], self._runs.pop(key)) for key in due]
-
-
-def _due_lane(lane: str, run_ids: set[str]) -> DueLane:
-    return DueLane(lane, min(run_ids) if len(run_ids) == 1 else None, max(1, len(run_ids)))
+        return [Due(lane, run_id or None) for _, lane, run_id in due]

@@ -26,6 +26,7 @@ from streamline_pool.supervisor.messages import (
     STORE_UNREACHABLE_EXIT,
     TO_WORKER,
     AbortRun,
+    Alarm,
     Beat,
     BootFailed,
     Drain,
@@ -48,7 +49,7 @@ __all__ = ["WorkerBoot", "run_worker"]
 log = logging.getLogger("streamline_pool")
 
 BEAT_PAUSE_S = 0.01  # a guess: a change is told at once, ten changes in a row are told as one
-PARKED_MAX = 500  # instants told per beat, the nearest ones; the steward's sweep finds the rest
+PARKED_MAX = 500  # runs with their instants told per beat, the nearest ones; the steward's sweep finds the rest
 SUBSCRIBERS_S = 1.0  # a guess: for subscribers to hear the last events
 GC_THRESHOLDS = (50_000, 20, 100)  # measured: with Python's own, the collector takes a sixth of a short step's time
 ORPHAN_DRAIN_S, ORPHAN_GRACE_S = 0.7, 0.3  # leaves as much again for releasing, see link.ORPHAN_EXIT_S
@@ -110,6 +111,8 @@ class _WorkerProcess:
         match message:
             case Ring(lane=lane, run_id=run_id):
                 worker.ring(lane, run_id)
+            case Alarm(run_ids=run_ids):
+                worker.alarm(run_ids)
             case AbortRun(run_id=run_id, reason=reason):
                 worker.abort_run(run_id, reason)
             case Gate(state=state):
@@ -178,8 +181,8 @@ class _WorkerProcess:
         )
 
 
-def _nearest(parked: list[tuple[str, datetime]]) -> tuple[tuple[str, int], ...]:
-    instants = {(lane, round(at.timestamp() * 1000)) for lane, at in parked}
+def _nearest(parked: list[tuple[str, datetime, str]]) -> tuple[tuple[str, int, str], ...]:
+    instants = [(lane, round(at.timestamp() * 1000), run_id) for lane, at, run_id in parked]
     return tuple(sorted(instants, key=lambda instant: instant[1])[:PARKED_MAX])
 
 

@@ -57,6 +57,7 @@ ORDER = [
     "sending",
     "client",
     "lookout",
+    "alarms",
     "worker",
     "embedded_watcher",
     "embedded",

@@ -24,6 +24,8 @@ TINY = {
     "idle": "--workers 1 2 --seconds 0.5 --settle 0.2",
     "scale": "--finished 200 --sleeping 200 --absent 100 --rounds 1 --runs 200 --workers 2 --queue 400 --single-starts 3",
     "memory": "--few 1 --many 2 --ready-workers 1 --starts 1 --repeat 1 --settle 0.1",
+    "timers": "--sleeps 10 --shortest 0.1 --longest 0.3 --calibrate 0.4 --standing 50 --workers 1",
+    "cancel": "--cancels 2",
 }
 BUDGETS = {
     "throughput": {"ratio_to_raw": (">=", 0.6)},
@@ -31,6 +33,8 @@ BUDGETS = {
     "idle": {"per_minute.1": ("<=", 40), "per_minute.2": ("<=", 40)},
     "scale": {"claim_time_ratio": ("<=", 1.2), "claim_efficiency": (">=", 0.9)},
     "memory": {"pss_per_added_worker_mib": ("<=", 15), "ready_s": ("<=", 1.5)},
+    "timers": {f"{situation}.p99_ms": ("<=", 100) for situation in ("idle", "loaded", "backlog", "full")},
+    "cancel": {f"{situation}.{kind}.p99_ms": ("<=", 100) for situation in ("idle", "busy") for kind in ("async_def", "def")},
 }
 
 

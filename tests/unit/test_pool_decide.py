@@ -13,6 +13,7 @@ from streamline_pool.supervisor.decide import decide
 from streamline_pool.supervisor.messages import (
     AbortHint,
     AbortRun,
+    Alarm,
     Audience,
     BootFailed,
     Circuit,
@@ -195,8 +196,57 @@ def test_a_kept_ring_for_any_lane_is_not_narrowed_by_later_ones() -> None:
 
 def test_parked_instants_go_to_the_steward() -> None:
     script = Script().started()
-    script.beat(101, parked=(("l", 5),))
-    assert script.sent(Parked) == [(STEWARD, Parked(instants=(("l", 5),)))]
+    script.beat(101, parked=(("l", 5, "r"),))
+    assert script.sent(Parked) == [(STEWARD, Parked(instants=(("l", 5, "r"),)))]
+
+
+def test_runs_whose_instants_have_come_are_shared_out_among_busy_workers() -> None:
+    """With nobody hungry, a ring is kept: a sleep would end when the backlog does."""
+    script = Script(workers=3).started()
+    for pid in (101, 102, 103):
+        script.beat(pid, hungry=False)
+    script.hear(STEWARD, Alarm(run_ids=("a", "b", "c", "d")))
+    assert script.sent(Alarm) == [(101, Alarm(run_ids=("a", "d"))), (102, Alarm(run_ids=("b",))), (103, Alarm(run_ids=("c",)))]
+    assert script.state.unserved == 0, "no look for what is due is owed"
+
+
+def test_alarms_go_round() -> None:
+    """Each worker has only a few places for them."""
+    script = Script(workers=3).started()
+    told = []
+    for name in "abcdef":
+        script.now += 0.001
+        script.hear(STEWARD, Alarm(run_ids=(name,)))
+        told += [(pid, *alarm.run_ids) for pid, alarm in script.sent(Alarm)]
+    assert told == [(101, "a"), (102, "b"), (103, "c"), (101, "d"), (102, "e"), (103, "f")]
+
+
+def test_hungry_workers_get_the_runs_whose_instants_have_come() -> None:
+    script = Script(workers=3).started()
+    script.beat(101, hungry=False)
+    script.hear(STEWARD, Alarm(run_ids=("a", "b", "c")))
+    assert script.sent(Alarm) == [(102, Alarm(run_ids=("a", "c"))), (103, Alarm(run_ids=("b",)))]
+
+
+def test_no_alarm_goes_to_a_worker_that_may_not_claim() -> None:
+    """A draining worker would give the run back; one that is not ready looks at all that is due when it is."""
+    script = Script(workers=2).started()
+    script.dies(101)
+    script.wait(1.0)
+    script.hear(STEWARD, Alarm(run_ids=("a", "b")))
+    assert script.sent(Alarm) == [(102, Alarm(run_ids=("a", "b")))], "the successor has not said that it is ready"
+    script.signal(signal.SIGTSTP)
+    script.hear(STEWARD, Alarm(run_ids=("c",)))
+    assert not script.sent(Alarm), "the pool is held"
+    script.signal(signal.SIGCONT)
+    script.hear(STEWARD, Probe(ok=False))
+    script.state = replace(script.state, breaker=replace(script.state.breaker, state="open"))
+    script.hear(STEWARD, Alarm(run_ids=("d",)))
+    assert not script.sent(Alarm), "the circuit is open"
+    script = Script(workers=1).started()
+    script.signal(signal.SIGTERM)
+    script.hear(STEWARD, Alarm(run_ids=("e",)))
+    assert not script.sent(Alarm), "all are on their way out"
 
 
 def test_a_cancellation_is_passed_to_the_holder_or_to_all() -> None:

@@ -13,6 +13,7 @@ from pool_script import LIMITS, STEWARD, Script
 from streamline_pool.supervisor.decide import pause_s, pool_facts
 from streamline_pool.supervisor.messages import (
     AbortHint,
+    Alarm,
     Beat,
     BootFailed,
     Check,
@@ -254,13 +255,14 @@ beats = st.builds(
     hungry=st.booleans(),
     recycle=st.sampled_from([None, None, "stuck"]),
     lru=st.just({}),
-    parked=st.just((("l", 1),)),
+    parked=st.just((("l", 1, "r"),)),
     poke=st.integers(0, 9),
     **counters,
 )
 words = st.one_of(
     st.just(StewardBeat(ready=True)),
     st.builds(Wake, lane=st.just("l"), run_id=st.none(), count=st.integers(0, 3)),
+    st.builds(Alarm, run_ids=st.sampled_from([("a",), ("a", "b", "c")])),
     st.builds(AbortHint, run_id=st.just("r"), owner=st.none(), reason=st.just("cancelled")),
     st.builds(Released, owner=st.builds("h:{}:n".format, pids), runs=st.integers(0, 2)),
     st.builds(Checked, seq=st.integers(0, 9), due=st.integers(0, 1)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamline_pool.supervisor.timers import DueLane, Timers
+from streamline_pool.supervisor.timers import Due, Timers
 
 
 def test_instants_come_out_in_order_when_they_are_due() -> None:
@@ -10,26 +10,26 @@ def test_instants_come_out_in_order_when_they_are_due() -> None:
     for at_ms, lane in ((30, "b"), (10, "a"), (20, "a")):
         timers.add(lane, at_ms)
     assert timers.next_at_ms() == 10
-    assert timers.pop_due(20) == [DueLane("a", None, 1), DueLane("a", None, 1)]
+    assert timers.pop_due(20) == [Due("a", None), Due("a", None)]
     assert timers.pop_due(29) == []
-    assert timers.pop_due(30) == [DueLane("b", None, 1)]
+    assert timers.pop_due(30) == [Due("b", None)]
     assert timers.next_at_ms() is None
 
 
-def test_a_run_told_of_twice_wakes_one_worker() -> None:
-    """Its worker tells of its sleep, and each sweep finds it again; a worker woken for nothing costs a query."""
+def test_a_run_told_of_twice_is_woken_once() -> None:
+    """Its worker tells of its sleep, and each sweep finds it again; a claim of a run that was just claimed costs two round trips."""
     timers = Timers()
-    timers.add("a", 10)
     timers.add("a", 10, "r1")
     timers.add("a", 10, "r1")
-    assert timers.pop_due(10) == [DueLane("a", "r1", 1)]
+    assert len(timers) == 1
+    assert timers.pop_due(10) == [Due("a", "r1")]
 
 
-def test_runs_due_at_one_instant_wake_as_many_workers() -> None:
+def test_runs_due_at_one_instant_are_all_named() -> None:
     timers = Timers()
     timers.add("a", 10, "r1")
     timers.add("a", 10, "r2")
-    assert timers.pop_due(10) == [DueLane("a", None, 2)]
+    assert timers.pop_due(10) == [Due("a", "r1"), Due("a", "r2")]
 
 
 def test_when_full_the_latest_instants_are_dropped() -> None:
@@ -39,3 +39,21 @@ def test_when_full_the_latest_instants_are_dropped() -> None:
         timers.add("a", at_ms, f"r{at_ms}")
     assert [due.run_id for due in timers.pop_due(99)] == ["r10", "r20"]
     assert len(timers) == 0
+
+
+def test_runs_due_at_one_instant_are_bounded_too() -> None:
+    """A million runs scheduled for midnight are not a million names in the steward."""
+    timers = Timers(size_max=3)
+    for number in range(1_000):
+        timers.add("a", 10, f"r{number}")
+    assert len(timers) == 3
+
+
+def test_an_instant_beyond_32_bits_of_milliseconds_is_kept_and_not_due() -> None:
+    """The seed's long timers overflowed, and fired at once."""
+    timers = Timers()
+    century_ms = 100 * 366 * 86_400_000
+    timers.add("a", century_ms, "r1")
+    assert timers.pop_due(2**31) == []
+    assert timers.pop_due(century_ms - 1) == []
+    assert timers.pop_due(century_ms) == [Due("a", "r1")]

@@ -344,7 +344,7 @@ class Rewound(Script):
 
 
 SCRIPTS = [HumanWait, LateHook, EarlyHook, Targeted, Broadcast, BroadcastFound, TimedOut, Paused, PausedEvent, Rewound]
-QUICK = {(HumanWait, "unknown"), (EarlyHook, "late"), (Targeted, "late"), (Broadcast, "unknown"), (Paused, "unknown")}
+QUICK = {(HumanWait, "unknown"), (Targeted, "late"), (Broadcast, "unknown")}
 
 
 async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, Any]:

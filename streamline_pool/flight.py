@@ -166,6 +166,8 @@ class Flight:
         return ops.save_in_step(self.fence(), self.place, field, value, self._ground.now(), size + STATEMENT_BYTES)
 
     def _check_at_work(self) -> None:
+        if self.lost is not None:
+            raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; nothing was stored", run_id=self.run_id)
         if self.attempt is None:
             raise InvalidStateError(f"run {self.run_id}: no handler is at work; nothing was stored", run_id=self.run_id)
 

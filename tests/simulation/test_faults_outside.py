@@ -78,10 +78,12 @@ class Scene:
         app.events.on("*", lambda event: self.heard.append(event.name))
 
     def told(self, document: dict[str, Any]) -> list[str]:
-        """What subscribers have heard of the run as a whole so far."""
+        """What subscribers have heard of the run as a whole since this was last asked."""
         self.app._publish(document, "mark", None)
         eventually(lambda: "mark" in self.heard)
-        return [name for name in self.heard if name.startswith("workflow:")]
+        heard = [name for name in self.heard if name.startswith("workflow:")]
+        self.heard.clear()
+        return heard
 
     def begin(self, kind: str, paused: bool) -> str:
         workflow = self.workflows[kind]
@@ -125,7 +127,7 @@ def test_an_outside_call_takes_effect_once_whichever_of_its_operations_fails(
     for number in range(1, OPERATIONS_MAX):
         run_id = scene.begin(waits_for, paused)
         before = app.runs.find_one({"_id": run_id})
-        scene.heard.clear()
+        scene.told(before)
         store.fail(kind, number)
         try:
             result: Any = act(scene, run_id)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pool_process import PoolProcess, running
+from pymongo.read_concern import ReadConcern
 
 from streamline_pool import Run, Streamline
 from support import eventually
@@ -122,8 +123,8 @@ def outside_pool(folder: Path, uri: str, database: str, *options: str, environ: 
 
 
 def stored(app: Streamline, run: Run) -> dict[str, Any]:
-    """The run's document as it is now."""
-    document: dict[str, Any] = app.runs.find_one({"_id": run.id})
+    """The run's document as every caller of the API sees it from now on, which a plain look sees some moments earlier."""
+    document: dict[str, Any] = app.runs.with_options(read_concern=ReadConcern("majority")).find_one({"_id": run.id})
     return document
 
 

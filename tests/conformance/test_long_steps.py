@@ -68,13 +68,12 @@ for handler in (blocked, asleep, busy, counting, counting_async):
 
 
 @contextmanager
-def pool_of(folder: Path, uri: str, database: str, *options: str) -> Iterator[tuple[PoolProcess, Streamline]]:
-    """A pool of APP, and an application that starts its runs and looks at them."""
-    with running(folder, APP, uri, "--workers", "2", *options, database=database) as pool, Streamline(uri, database=database) as app:
-        for name in ("blocked", "asleep", "busy", "counting", "counting_async"):
-            app.workflow(name, steps={"long": lambda ctx: None, "next": lambda ctx: None})
-        pool.ready()
-        yield pool, app
+def pool_of(app: Streamline, folder: Path, *options: str) -> Iterator[PoolProcess]:
+    """A pool of APP on the database of `app`, which can start its runs and look at them from then on."""
+    for name in ("blocked", "asleep", "busy", "counting", "counting_async"):
+        app.workflow(name, steps={"long": lambda ctx: None, "next": lambda ctx: None})
+    with running(folder, APP, app.where.uri, "--workers", "2", *options, database=app.where.database) as pool:
+        yield pool.ready()
 
 
 def told(app: Streamline, what: str, run: Run) -> list[dict[str, Any]]:
@@ -82,9 +81,9 @@ def told(app: Streamline, what: str, run: Run) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(120)
-def test_a_step_of_more_than_ten_leases_runs_once(mongodb_uri: str, database: str, tmp_path: Path) -> None:
+def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Path) -> None:
     """A thread that blocks, a coroutine, and one that leaves the interpreter to nobody: their worker renews beside them."""
-    with pool_of(tmp_path, mongodb_uri, database, "--lease", "0.5") as (pool, app):
+    with pool_of(app, tmp_path, "--lease", "0.5") as pool:
         runs = [app.workflows[name].start(5.5) for name in ("blocked", "asleep", "busy")]
         done = [app.workflows[run.workflow_id].wait_for(run.id, timeout=40) for run in runs]
         assert not pool.logged("run_fenced") + pool.logged("run_lost")
@@ -98,8 +97,8 @@ def test_a_step_of_more_than_ten_leases_runs_once(mongodb_uri: str, database: st
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["counting", "counting_async"])
-def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(mongodb_uri: str, database: str, tmp_path: Path, name: str) -> None:
-    with pool_of(tmp_path, mongodb_uri, database) as (_, app):
+def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(app: Streamline, tmp_path: Path, name: str) -> None:
+    with pool_of(app, tmp_path):
         run = app.workflows[name].start()
         (at_four,) = eventually(lambda: told(app, "at four", run), timeout=20)
         assert stored(app, run)["steps"][0]["checkpoint"] == 4, "durable when `checkpoint` has returned"
@@ -112,11 +111,9 @@ def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(mongodb_
 
 
 @pytest.mark.timeout(120)
-def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and_its_result(
-    mongodb_uri: str, database: str, tmp_path: Path
-) -> None:
+def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and_its_result(app: Streamline, tmp_path: Path) -> None:
     """A worker that is stopped does not renew: another takes over, and the first one's result is refused when it wakes."""
-    with pool_of(tmp_path, mongodb_uri, database, "--lease", "1", "--stall-timeout", "30") as (pool, app):
+    with pool_of(app, tmp_path, "--lease", "1", "--stall-timeout", "30") as pool:
         run = app.workflows["asleep"].start(2.0)
         (first,) = eventually(lambda: told(app, "entered", run), timeout=20)
         os.kill(first["pid"], signal.SIGSTOP)

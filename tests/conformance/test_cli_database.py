@@ -83,6 +83,7 @@ def test_check_reports_application_and_database(shell: Shell, database: str) -> 
     assert report["ok"] is True
     assert report["workflows"] == [
         {"id": "orders", "version": "1.0.0", "queue": "default", "steps": ["reserve", "charge"]},
+        {"id": "asking", "version": "1.0.0", "queue": "default", "steps": ["ask", "act"]},
         {"id": "slow", "version": "2.0.0", "queue": "mail", "steps": ["nap"]},
     ]
     assert report["queues"] == ["default", "mail"]

@@ -183,7 +183,7 @@ REFUSED = [
     (lambda ctx: nested(300), "VALIDATION_ERROR"),
     (_sets(BIG, BIG), "PAYLOAD_TOO_LARGE"),
     (_sets(nested(150)), "VALIDATION_ERROR"),
-    (lambda ctx: _sets(BIG)(ctx) or BIG, "PAYLOAD_TOO_LARGE"),
+    (lambda ctx: "x" * (65 * 2**20), "PAYLOAD_TOO_LARGE"),
 ]
 
 
@@ -206,11 +206,12 @@ def test_what_the_server_would_refuse_fails_its_own_run(app: Streamline, handler
 
 
 def test_a_document_that_grows_over_many_steps_ends_at_the_limit_with_a_clear_error(app: Streamline) -> None:
-    workflow = app.workflow("w", steps={f"s{number}": lambda ctx: "x" * (3 * 2**20) for number in range(8)})
+    """Each output is small enough to stand in the document, and together they are not."""
+    workflow = app.workflow("w", steps={f"s{number}": lambda ctx: "x" * (250 * 2**10) for number in range(80)})
     run = workflow.start()
     run_until_idle(app)
     run = workflow.get(run.id)
-    assert (run.status, run.error["code"], run.error["stepId"]) == ("failed", "PAYLOAD_TOO_LARGE", "s5")
+    assert (run.status, run.error["code"], run.error["stepId"]) == ("failed", "PAYLOAD_TOO_LARGE", "s65")
     assert "16 MiB" in run.error["message"]
 
 

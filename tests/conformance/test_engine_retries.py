@@ -266,7 +266,7 @@ BAD = [
     (lambda ctx: object(), "VALIDATION_ERROR", "ValidationError", "output of step a: cannot store <class 'object'>"),
     (lambda ctx: {"a": [2**64]}, "VALIDATION_ERROR", "ValidationError", "output of step a.a[0]: cannot store"),
     (lambda ctx: (number for number in "ab"), "VALIDATION_ERROR", "ValidationError", "cannot store <class 'generator'>"),
-    (lambda ctx: "x" * (13 * 2**20), "PAYLOAD_TOO_LARGE", "PayloadTooLargeError", "the limit is 12582912"),
+    (lambda ctx: "x" * (65 * 2**20), "PAYLOAD_TOO_LARGE", "PayloadTooLargeError", "the limit is 67108864"),
     (lambda ctx: ctx.sleep(-1), "VALIDATION_ERROR", "ValidationError", "ctx.sleep"),
     (lambda ctx: ctx.checkpoint(object()), "VALIDATION_ERROR", "ValidationError", "checkpoint: cannot store"),
 ]  # fmt: skip

@@ -268,7 +268,7 @@ def test_what_was_sent_before_the_deadline_counts_although_nobody_delivered_it(a
     """The sender died after storing the event; whoever claims the run for its deadline looks first."""
     workflow = listening(app, timeout=0.2)
     run = begun(workflow)
-    app.store().run(acts.record_event("e1", "news", "from the dead"))
+    app.store().run(acts.record_event("e1", "news", "from the dead", app.store().now()))
     run_until_idle(app)
     assert workflow.get(run.id).output == ["from the dead"]
 
@@ -287,10 +287,10 @@ def test_a_rewound_wait_does_not_hear_again_what_it_has_heard(app: Streamline) -
 def test_a_sender_that_dies_in_the_middle_is_finished_for(app: Streamline) -> None:
     """Stored and not delivered: the steward does the rest, once, for those that existed then."""
     workflow = listening(app)
-    run, younger = begun(workflow), begun(workflow)
+    run = begun(workflow)
     sent_at = datetime.now(UTC) - timedelta(seconds=60)
-    app.runs.update_one({"_id": run.id}, {"$set": {"createdAt": sent_at - timedelta(seconds=1)}})
-    app.store().run(acts.record_event("e1", "news", "from the dead"))
+    app.store().run(acts.record_event("e1", "news", "from the dead", app.store().now()))
+    younger = begun(workflow)
     assert app.store().drive(finishing_broadcasts(app)) == 0, "whoever has just sent it is alive"
     app.store().collection("events").update_one({"_id": "e1"}, {"$set": {"at": sent_at}})
     assert app.store().drive(finishing_broadcasts(app)) == 1
@@ -427,9 +427,8 @@ def test_the_pool_finishes_for_a_sender_that_was_killed(outside: Streamline, mon
     with outside_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward looks for such events every two seconds
         run = single.start()
         until_step(outside, run, "listen", "waiting")
-        sent_at = datetime.now(UTC) - timedelta(seconds=60)
-        outside.runs.update_one({"_id": run.id}, {"$set": {"createdAt": sent_at - timedelta(seconds=1)}})
         # What a sender that is killed after its first write leaves behind, a minute later.
-        outside.store().collection("events").insert_one({"_id": "e1", "name": "news", "data": "last words", "at": sent_at, "pending": True})
+        sent_at = datetime.now(UTC) - timedelta(seconds=60)
+        outside.store().run(acts.record_event("e1", "news", "last words", sent_at))
         assert single.wait_for(run.id, timeout=60).output == "last words"
         eventually(lambda: [event["pending"] for event in events(outside)] == [False])

@@ -14,13 +14,13 @@ import pytest
 from pymongo import ASCENDING
 
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError, ops
-from streamline_pool.documents import HOST_INDEXES, RUN_INDEXES
+from streamline_pool.documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from streamline_pool.store import Store
 from support import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TERMINAL = ["cancelled", "done", "failed"]
-ENGINE = [index.name for index in (*RUN_INDEXES, *HOST_INDEXES)]
+ENGINE = [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
 
 
 def indexes(app: Streamline) -> dict[str, dict[str, Any]]:

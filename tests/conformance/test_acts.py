@@ -559,6 +559,7 @@ def test_a_late_copy_of_a_pause_or_resume_does_nothing(app: Streamline) -> None:
     assert stored(app, run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_two_processes_do_to_the_runs_of_a_pool_none_is_lost_or_wedged(

@@ -32,6 +32,7 @@ def left(stored: Any) -> set[str]:
     return {run["_id"] for run in stored.find({}, {"_id": 1})}
 
 
+@pytest.mark.slow
 def test_it_deletes_what_is_old_and_says_how_many(shell: Shell, stored: Any) -> None:
     everything = left(stored)
     told = shell("cleanup", "--days", "30", "--dry-run")
@@ -43,6 +44,7 @@ def test_it_deletes_what_is_old_and_says_how_many(shell: Shell, stored: Any) -> 
     assert left(stored) == {"a-2", "young", "gone", "sleeps"}
 
 
+@pytest.mark.slow
 def test_it_archives_and_expires(shell: Shell, stored: Any) -> None:
     words = ("cleanup", "--days", "30", "--archive", "--expired")
     assert shell.json(*words, "--dry-run") == {"expired": 1, "archived": 3, "dry_run": True}

@@ -32,6 +32,7 @@ def test_a_wrong_password_is_3_and_says_so(shell: Shell, mongodb_uri: str) -> No
         assert "s3cret" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["http://x", "mongodb://ann:s3/cret@h", "mongodb://h:99999", "mongodb://h/?tls=perhaps", "mongodb://"])
 def test_a_uri_that_is_none_is_2_as_a_flag_and_78_elsewhere(offline: Shell, uri: str) -> None:
     as_flag, in_environ = offline("--mongodb-uri", uri, "runs", "list"), offline("runs", "list", STREAMLINE_MONGODB_URI=uri)
@@ -109,6 +110,7 @@ def test_doctor_finds_nothing_broken_here(shell: Shell) -> None:
 # --- rights ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_lacking_right_is_3_and_named(offline: Shell, guarded: str) -> None:
     """A server greets everybody; who only looked whether it answers would call this set-up fine."""
     reader = {"STREAMLINE_MONGODB_URI": f"mongodb://reader:s3cret@{guarded}/shop", "STREAMLINE_APP": "shop:app", "STREAMLINE_WORKERS": "1"}
@@ -124,6 +126,7 @@ def test_a_lacking_right_is_3_and_named(offline: Shell, guarded: str) -> None:
     assert "requires authentication" in nobody.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_is_no_replica_set_works_but_is_told(offline: Shell, guarded: str) -> None:
     writer = {"STREAMLINE_MONGODB_URI": f"mongodb://writer:s3cret@{guarded}/shop", "STREAMLINE_APP": "shop:app"}
     for name in ("check", "doctor"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 from cli_shell import COMMAND, NOWHERE, Shell, wait_for_line
 
 from support import eventually
@@ -35,6 +36,7 @@ def test_a_run_from_start_to_end(shell: Shell, pool: subprocess.Popen[str]) -> N
     assert 'in charge\n    raise ValueError("card refused")' in shown, "the traceback"
 
 
+@pytest.mark.slow
 def test_a_run_that_no_pool_takes_says_what_it_needs_and_can_be_cancelled(shell: Shell) -> None:
     run = shell.json("start", "slow", "--id", "s-1", "--priority", "3")
     assert (run["_id"], run["queue"], run["priority"]) == ("s-1", "mail", 3)
@@ -50,6 +52,7 @@ def test_a_run_that_no_pool_takes_says_what_it_needs_and_can_be_cancelled(shell:
     assert shell("runs", "watch", "s-1").returncode == 1
 
 
+@pytest.mark.slow
 def test_list_filters_and_limits(shell: Shell) -> None:
     for number in range(3):
         shell("start", "orders", "--id", f"o-{number}", "--queue", "fast" if number else "default")
@@ -68,6 +71,7 @@ def test_list_filters_and_limits(shell: Shell) -> None:
     assert shell("runs", "list").stdout.splitlines()[0].split()[:3] == ["RUN", "WORKFLOW", "VERSION"]
 
 
+@pytest.mark.slow
 def test_an_unknown_run_is_5(shell: Shell) -> None:
     for words in (("show",), ("cancel",), ("watch",), ("pause",), ("resume",), ("rewind", "nobody")):
         done = shell("runs", *words, "nobody", "--json")
@@ -75,6 +79,7 @@ def test_an_unknown_run_is_5(shell: Shell) -> None:
         assert "nobody" in done.stderr
 
 
+@pytest.mark.slow
 def test_start_reads_input_from_anywhere_and_says_what_is_wrong_with_it(shell: Shell) -> None:
     (shell.folder / "in.json").write_text('{"a": 1}')
     assert shell.json("start", "orders", "--input", "@in.json")["input"] == {"a": 1}
@@ -135,6 +140,7 @@ def test_burst_does_the_work_and_ends_with_0(shell: Shell) -> None:
     assert "sleeps; it goes on in " in shell("runs", "show", "s-1").stdout
 
 
+@pytest.mark.slow
 def test_every_line_of_a_json_log_is_one_object(shell: Shell) -> None:
     """One stray line and a log collector drops, or worse, mixes up records."""
     shell("start", "orders", "--input", '"broke"')
@@ -175,6 +181,7 @@ def test_a_terminated_pool_drains_and_ends_with_0(shell: Shell) -> None:
     assert shell.json("workers") == []
 
 
+@pytest.mark.slow
 def test_embedded_needs_no_server_and_keeps_its_data(offline: Shell) -> None:
     """The first thing a newcomer types must work on a bare machine."""
     words = ("--embedded", "--app", "shop:app")
@@ -189,6 +196,7 @@ def test_embedded_needs_no_server_and_keeps_its_data(offline: Shell) -> None:
     assert stronger.returncode == 3, "a flag beats a variable, so the address where nothing listens was tried"
 
 
+@pytest.mark.slow
 def test_a_second_command_finds_the_private_server_of_the_first(offline: Shell) -> None:
     """Two shells in one folder: a pool in one, `start` in the other. A data folder has room for one server only."""
     process = offline.start_pool("--embedded", "--app", "shop:app", "--workers", "1")
@@ -209,6 +217,7 @@ def test_a_second_command_finds_the_private_server_of_the_first(offline: Shell) 
     assert [run["status"] for run in json.loads(found.stdout)] == ["done"]
 
 
+@pytest.mark.slow
 def test_a_private_server_that_is_about_to_end_is_not_used(offline: Shell) -> None:
     """A command right after one that was killed, in the same folder: the server of the first takes a moment to end."""
     for number in range(3):
@@ -222,6 +231,7 @@ def test_a_private_server_that_is_about_to_end_is_not_used(offline: Shell) -> No
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_private_server_of_its_own_is_nothing_to_wait_on(offline: Shell) -> None:
     """`start --wait` before there is a pool: its server would end with it, and take the pool that came to help down."""
     words = ("--embedded", "--app", "shop:app")

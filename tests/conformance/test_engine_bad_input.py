@@ -205,6 +205,7 @@ def test_what_the_server_would_refuse_fails_its_own_run(app: Streamline, handler
     assert [good.get(neighbour.id).output for neighbour in neighbours] == [2] * 20
 
 
+@pytest.mark.slow
 def test_a_document_that_grows_over_many_steps_ends_at_the_limit_with_a_clear_error(app: Streamline) -> None:
     """Each output is small enough to stand in the document, and together they are not."""
     workflow = app.workflow("w", steps={f"s{number}": lambda ctx: "x" * (250 * 2**10) for number in range(80)})

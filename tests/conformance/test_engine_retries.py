@@ -141,6 +141,7 @@ def test_the_signal_can_be_awaited_and_waited_for(app: Streamline) -> None:
     assert heard in ([True, False, True, "timeout"], ["timeout", False, True, "timeout"])
 
 
+@pytest.mark.slow
 def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worker_asks_to_be_recycled(app: Streamline) -> None:
     """A thread cannot be stopped; its run must not wait for it, nor its slot, and nothing it does may count."""
     go, entered, refused = threading.Event(), threading.Event(), []
@@ -175,6 +176,7 @@ def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worke
     assert refused == ["InvalidStateError"] * 2
 
 
+@pytest.mark.slow
 def test_an_async_handler_that_swallows_its_cancellation_is_left_behind(app: Streamline) -> None:
     """It holds its driver; the run goes on with another, and the worker asks to be recycled."""
     go: list[asyncio.Event] = []

@@ -181,6 +181,7 @@ class Hasty(SystemClock):
         return super().monotonic() * 100
 
 
+@pytest.mark.slow
 def test_store_unavailable() -> None:
     env = replace(system_env(), clock=Hasty(), sleep=lambda s: None)
     with Streamline("mongodb://127.0.0.1:1/nothing?serverSelectionTimeoutMS=200", env=env) as app:

@@ -421,6 +421,7 @@ def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
     assert stored(outside, run)["steps"][0]["attempts"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_pool_finishes_for_a_sender_that_was_killed(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     single = outside.workflows["single"]

@@ -82,12 +82,14 @@ def test_each_runs_by_one_command_and_leaves_nothing_behind(name: str, tmp_path:
     assert processes_of(f"examples.{name}:app") == []
 
 
+@pytest.mark.slow
 def test_the_web_scraper_saves_every_page_of_a_real_site() -> None:
     said = run("examples/web_scraper.py")
     assert "19 of 19 runs are done, 19 pages are saved" in said
     assert re.search(r"^ +\d{4,} bytes +\d+ links +Python: package json$", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_demo_loses_a_worker_and_nothing_else() -> None:
     """`streamline-pool demo` on a sample of the files: a worker is killed, totals are equal, nothing is accepted twice."""
     said = run("-m", "streamline_pool.supervisor.cli", "demo", "--limit", "300")
@@ -119,6 +121,7 @@ def test_the_demo_notices_at_once_when_its_pool_has_ended(monkeypatch: pytest.Mo
     assert '"event":"ready"' in said
 
 
+@pytest.mark.slow
 def test_the_demo_fails_when_the_totals_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A comparison that cannot fail proves nothing: here the direct count is made wrong."""
     from examples import stdlib_index

@@ -353,6 +353,7 @@ def test_a_paused_run_takes_the_answer_and_goes_on_when_it_is_resumed(app: Strea
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
     outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path

@@ -57,6 +57,7 @@ def test_a_run_too_full_to_be_claimed_fails_and_its_batch_is_claimed(app: Stream
     assert app.runs.count_documents({"crashes": {"$gt": 0}}) == 0
 
 
+@pytest.mark.slow
 def test_a_refused_run_at_the_head_of_the_queue_does_not_hide_those_behind_it(make_app: Callable[..., Streamline]) -> None:
     """The danger: a worker with room for one run looks, finds the refused one, and looks again, for ever and without a pause."""
     app = make_app(concurrency=1)
@@ -71,6 +72,7 @@ def test_a_refused_run_at_the_head_of_the_queue_does_not_hide_those_behind_it(ma
     assert looks < 400, "a look per ring, of which this test's steward sends a hundred a second, and none in between"
 
 
+@pytest.mark.slow
 def test_a_run_that_an_operators_validator_refuses_keeps_no_other_from_being_claimed(app: Streamline) -> None:
     """As above, with a document that cannot even be failed: it stays as it is until the rule or the run is mended."""
     workflow = one_step(app)

@@ -18,6 +18,7 @@ wf = app.workflow("w", steps={"one": lambda ctx: 1})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_pool_outlives_its_dropped_collections(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The danger: alive but deaf. Without its index no claim succeeds until somebody restarts the pool; signals that are

@@ -288,6 +288,7 @@ def test_thousands_take_few_commands(app: Streamline) -> None:
     assert sum(names.values()) == 4, names  # two looks, and two for events that nobody can want any more
 
 
+@pytest.mark.slow
 def test_cleaners_at_once_delete_each_run_once_and_count_it_once(app: Streamline, mongodb_uri: str, database: str) -> None:
     """The nightly job runs on every host."""
     app.runs.insert_many(
@@ -334,6 +335,7 @@ app.{call}
     assert ended.returncode == -signal.SIGKILL, (operation, ended)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [None, "old_runs"])
 def test_a_killed_archiver_loses_nothing_and_the_next_one_finishes(
     app: Streamline, mongodb_uri: str, database: str, to: str | None

@@ -131,6 +131,7 @@ def test_the_ttl_holds_no_run_that_has_not_ended(app: Streamline) -> None:
     assert app.runs.database.command("validate", app.runs.name)["keysPerIndex"]["streamline_ttl"] == 1, "one run has ended"
 
 
+@pytest.mark.slow
 def test_processes_that_set_up_at_once_all_succeed(app: Streamline, mongodb_uri: str, database: str) -> None:
     """Every worker calls it at its start; one that loses the race must not fail to boot. The last TTL counts."""
     code = (

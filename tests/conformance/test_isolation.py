@@ -167,6 +167,7 @@ def test_two_pools_on_one_database_run_each_its_own(mongodb_uri: str, database: 
         assert not one.logged("run_corrupt") + other.logged("run_corrupt")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_run_of_a_version_or_workflow_that_no_pool_has_waits_for_one(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """A deployment is half through: nobody may fail, guess at or even touch what he does not have."""

@@ -80,6 +80,7 @@ def told(app: Streamline, what: str, run: Run) -> list[dict[str, Any]]:
     return list(app.store().collection("evidence").find({"what": what, "run": run.id}).sort("at", 1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Path) -> None:
     """A thread that blocks, a coroutine, and one that leaves the interpreter to nobody: their worker renews beside them."""
@@ -110,6 +111,7 @@ def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(app: Str
     assert "checkpoint" not in done.document["steps"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and_its_result(app: Streamline, tmp_path: Path) -> None:
     """A worker that is stopped does not renew: another takes over, and the first one's result is refused when it wakes."""

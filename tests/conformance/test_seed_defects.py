@@ -184,6 +184,7 @@ def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
     assert entered == [answered.id]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """Nothing else happens: no other run, no signal at that time, no traffic; only the timer can know."""

@@ -209,6 +209,7 @@ def test_a_pool_started_later_publishes_from_its_first_run_on(app: Streamline, s
         assert Counter((event.name, event.step_id) for event in read) == dict.fromkeys(EVENTS_OF_TWO, 10)
 
 
+@pytest.mark.slow
 def test_a_stream_that_goes_on_is_served_beyond_its_first_word(
     app: Streamline, start: Callable[..., PoolProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_stream_that_goes_on_is_served_beyond_its_first_word(
     eventually(lambda: not list(hosts.find({"listener": True})))
 
 
+@pytest.mark.slow
 def test_a_call_that_was_lost_is_found_by_a_sweep(app: Streamline, start: Callable[..., PoolProcess]) -> None:
     """Losing a signal costs time and nothing else, here as everywhere."""
     start(1, "--lease", "2").ready()
@@ -250,6 +252,7 @@ def test_records_that_another_program_has_put_there_harm_nobody(app: Streamline,
     assert not pool.logged("child_died")
 
 
+@pytest.mark.slow
 def test_a_frozen_pool_delays_a_stream_by_two_seconds_and_is_named(
     app: Streamline, start: Callable[..., PoolProcess], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -258,6 +258,7 @@ def test_no_child_outlives_a_killed_supervisor(app: Streamline, start: Start) ->
         assert document["wakeAt"] <= datetime.now(UTC) + timedelta(seconds=1)
 
 
+@pytest.mark.slow
 def test_not_even_one_whose_loop_is_blocked(app: Streamline, start: Start) -> None:
     """A handler that blocks the loop hears nothing from the pipe; the kernel ends it."""
     with start("--workers", "1") as pool:
@@ -287,6 +288,7 @@ def test_processes_that_handlers_leave_behind_hide_nobodys_death(app: Streamline
         eventually(lambda: all(gone(pid) for pid in left.values()))
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_replaced(app: Streamline, start: Start) -> None:
     """It beats no more, and it would wake up with an expired lease in the middle of a step."""
     with start("--workers", "2", "--stall-timeout", "1.5", "--beat-interval", "0.2") as pool:
@@ -299,6 +301,7 @@ def test_a_stopped_worker_is_replaced(app: Streamline, start: Start) -> None:
         eventually(lambda: gone(victim))
 
 
+@pytest.mark.slow
 def test_a_worker_whose_loop_is_blocked_shows_where_and_is_replaced(app: Streamline, start: Start) -> None:
     with start("--workers", "1", "--stall-timeout", "1.5", "--beat-interval", "0.2") as pool:
         pool.ready()
@@ -323,6 +326,7 @@ def test_term_finishes_the_step_and_releases_the_run(app: Streamline, start: Sta
         assert "wakeAt" in document
 
 
+@pytest.mark.slow
 def test_a_drain_that_takes_too_long_exits_4_and_loses_nothing(app: Streamline, start: Start) -> None:
     with start("--workers", "1", "--drain-timeout", "0.3") as pool:
         pool.ready()
@@ -381,6 +385,7 @@ def test_ttin_and_ttou_change_the_number_of_workers(start: Start) -> None:
         assert len(pool.children()) == 2
 
 
+@pytest.mark.slow
 def test_tstp_stops_claiming_and_cont_resumes(app: Streamline, start: Start) -> None:
     with start("--workers", "1", "--sweep-interval", "0.2") as pool:
         pool.ready()
@@ -412,6 +417,7 @@ def test_a_worker_is_replaced_after_its_runs(app: Streamline, start: Start) -> N
         assert not pool.logged("child_died")
 
 
+@pytest.mark.slow
 def test_a_worker_with_a_stuck_thread_is_replaced_and_goes(app: Streamline, start: Start) -> None:
     """The thread holds a place in the worker's pool for as long as it likes; a normal exit would wait for it."""
     with start("--workers", "1") as pool:
@@ -463,6 +469,7 @@ def ask(port: int, path: str) -> tuple[int, str]:
         return exc.code, exc.read().decode()
 
 
+@pytest.mark.slow
 def test_the_health_port_tells_of_the_pool(app: Streamline, start: Start) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -24,6 +24,7 @@ def start(tmp_path: Path) -> Start:
     return lambda script: running(tmp_path, "", "", command=[sys.executable, str(SCRIPTED), script])
 
 
+@pytest.mark.slow
 def test_a_child_that_does_not_listen_stalls_nobody_else(start: Start) -> None:
     """Its pipe is full; a supervisor that waits for room waits for ever, and no signal would reach it."""
     with start("deaf") as pool:
@@ -58,6 +59,7 @@ def test_a_crash_loop_ends_within_its_budget(start: Start) -> None:
         assert pool.logged("restart_budget_exceeded")
 
 
+@pytest.mark.slow
 def test_a_child_that_never_gets_ready_is_no_reason_to_wait_for_ever(start: Start) -> None:
     with start("never_ready") as pool:
         assert pool.exit_code(timeout=30) == 1

@@ -192,6 +192,7 @@ def test_leases_end_at_the_kits_time(kit: TestKit, app: Streamline) -> None:
     assert (run.status, run.step("only").attempts) == ("done", 2)
 
 
+@pytest.mark.slow
 def test_a_jump_that_never_arrives_says_so(mongodb_uri: str) -> None:
     """Runs that start each other for ever would keep a test busy for ever."""
     with TestKit(mongodb_uri, timeout=2) as kit:
@@ -481,6 +482,7 @@ def run_pytest(folder: Path, *words: str, **variables: str) -> subprocess.Comple
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=50)
 
 
+@pytest.mark.slow
 def test_the_project_of_the_documentation_passes_on_a_private_server_and_leaves_nothing(tmp_path: Path) -> None:
     """What is documented fails at a stranger's: a warning that is an error there, a fixture that is missing, a server that stays."""
     folder = project(tmp_path)
@@ -498,6 +500,7 @@ def test_the_project_of_the_documentation_passes_on_a_private_server_and_leaves_
     eventually(is_gone)
 
 
+@pytest.mark.slow
 def test_processes_of_xdist_share_a_server_that_is_named_and_leave_no_database(tmp_path: Path, mongodb_uri: str) -> None:
     with MongoClient(mongodb_uri) as client:
         before = set(client.list_database_names())

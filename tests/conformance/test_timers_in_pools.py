@@ -163,6 +163,7 @@ def test_a_start_at_fires_in_an_idle_pool(app: Streamline, start: Start) -> None
         assert 0 <= finish(app, run).output - due_at.timestamp() < ON_TIME_S
 
 
+@pytest.mark.slow
 def test_a_sleep_ends_on_time_behind_a_backlog(app: Streamline, start: Start) -> None:
     """Everything that fell due meanwhile is older in the queue, and every worker is full: it would be the backlog's last."""
     with start("host", "--workers", "1", "--concurrency", "8", *NO_SWEEP) as pool:
@@ -179,6 +180,7 @@ def test_a_sleep_ends_on_time_behind_a_backlog(app: Streamline, start: Start) ->
 # ---- restarts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sleep_that_ended_while_no_pool_was_there_ends_when_one_is(app: Streamline, start: Start) -> None:
     with start("before", "--workers", "1") as pool:
         pool.ready()
@@ -195,6 +197,7 @@ def test_a_sleep_that_ended_while_no_pool_was_there_ends_when_one_is(app: Stream
         assert finish(app, run).output - ready_at < ON_TIME_S, "at once"
 
 
+@pytest.mark.slow
 def test_a_sleep_from_before_a_restart_ends_on_time_behind_a_backlog_that_fills_the_sweep(app: Streamline, start: Start) -> None:
     """The worker that knew the instant is gone. Only the new steward's first sweep can find it, beside a thousand runs that are due."""
     with start("before", "--workers", "1", "--concurrency", "8") as pool:

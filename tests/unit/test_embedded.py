@@ -102,6 +102,7 @@ def test_a_started_server_takes_majority_writes_at_once() -> None:
         assert tuple(map(int, server.version.split("."))) >= (6, 0)
 
 
+@pytest.mark.slow
 def test_starting_leaves_no_thread_behind() -> None:
     """The supervisor forks afterwards; a thread that holds a lock at that moment would hang its children."""
     before = set(threading.enumerate())
@@ -150,6 +151,7 @@ def test_no_mongod_outlives_the_owners_process_group(tmp_path: Path) -> None:
         eventually(owner.gone, timeout=GONE_S)
 
 
+@pytest.mark.slow
 def test_no_mongod_outlives_the_owner_while_a_forked_child_lives_on(tmp_path: Path) -> None:
     """Workers are forked after the server has started, and hold every descriptor of the supervisor open."""
     with an_owner(tmp_path, then="fork") as owner:
@@ -173,6 +175,7 @@ def test_no_mongod_outlives_owner_and_watcher_killed_together(tmp_path: Path) ->
         eventually(owner.gone, timeout=GONE_S)
 
 
+@pytest.mark.slow
 def test_a_suspended_mongod_is_ended_too(tmp_path: Path) -> None:
     with an_owner(tmp_path) as owner:
         os.kill(owner.mongod, signal.SIGSTOP)
@@ -215,6 +218,7 @@ def test_commanding_a_server_whose_watcher_was_killed_says_so(tmp_path: Path) ->
 # -- the data stays -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_is_found_again_at_another_port(tmp_path: Path) -> None:
     with embedded.start(tmp_path) as server:
         insert(server, 1)
@@ -227,6 +231,7 @@ def test_data_is_found_again_at_another_port(tmp_path: Path) -> None:
             assert stored(server) == [1, 2]
 
 
+@pytest.mark.slow
 def test_acknowledged_data_survives_the_death_of_everything(tmp_path: Path) -> None:
     """SIGKILL of owner, watcher and mongod at once leaves a stale mongod.lock and an unfinished journal."""
     server = embedded.start(tmp_path)
@@ -238,6 +243,7 @@ def test_acknowledged_data_survives_the_death_of_everything(tmp_path: Path) -> N
         assert stored(server) == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outage", ["halt", "kill"])
 def test_restart_keeps_port_and_data(outage: str, tmp_path: Path) -> None:
     with embedded.start(tmp_path) as server, MongoClient(server.uri) as client:

@@ -308,6 +308,7 @@ def check_invariants(script: Script) -> None:
         assert len(stewards) == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(happenings, max_size=30), st.booleans())
 def test_whatever_happens_the_pool_stays_whole_and_can_be_ended(story: list[tuple[str, Any, Any]], burst: bool) -> None:

@@ -22,7 +22,8 @@ Those that other files test already are only referred to (in this folder, unless
 | events during a pause are lost | test_events_durable.py::test_an_event_sent_during_a_pause_is_not_lost |
 | event waits die with the process | test_events_durable.py::test_an_event_wait_outlives_every_process |
 | a future start never fires in an idle process | here |
-| failed runs lack endedAt and a reason | here |
+| failed runs lack endedAt and a reason, so the TTL never removes them | here |
+| TTL deletes sleeping runs | test_indexes.py::test_the_ttl_holds_no_run_that_has_not_ended |
 | a raced idempotent start returns a phantom | test_engine_starting.py::test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it |
 | | test_engine_starting.py::test_of_four_processes_with_one_key_on_a_new_database_one_wins |
 | the same key in two workflows returns the wrong run | test_engine_starting.py::test_an_idempotency_key_belongs_to_one_workflow |
@@ -34,6 +35,7 @@ Those that other files test already are only referred to (in this folder, unless
 | clean-up of listeners or timers leaks after shutdown | here |
 | timed-out attempts keep running beside their retry | here |
 | status derived from a stale copy | here |
+| skipped steps never reach 100 % | unit/test_progress.py::test_a_done_run_with_skipped_steps_is_at_100_percent |
 """
 
 from __future__ import annotations

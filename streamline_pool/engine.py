@@ -7,6 +7,7 @@ for `execute`), what may follow what is decided in transitions.py, leases are ke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
@@ -319,6 +320,8 @@ class Engine:
         first, twin = change, False
         await flight.saves_done()
         while True:
+            if self._listening():
+                await self._load_told(flight, change)
             now = self.store.now()
             make = ops.commit_under_pause if twin else ops.commit
             self.env.probe("commit.before")
@@ -354,6 +357,13 @@ class Engine:
             else:
                 twin = verdict is Verdict.PAUSED
                 change = transitions.under_pause(flight.document, first, self.store.now()) if twin else first
+
+    async def _load_told(self, flight: Flight, change: Change) -> None:
+        """Have at hand what subscribers will be told and the document only refers to: an answer that is in a file."""
+        told = [data[EXTERNAL_KEY] for _, _, data in change.events if is_external(data) and data[EXTERNAL_KEY] not in flight.outputs]
+        if told:
+            with contextlib.suppress(WorkflowError):  # then they are told of the file, and the run goes on
+                flight.outputs |= await self.store.drive(reading_outputs(flight.document, told))
 
     async def _fail_barely(self, flight: Flight, exc: ValidationError) -> bool:
         """Not even its failure fits into the run: say so in as few bytes as possible."""

@@ -267,16 +267,18 @@ class Worker:
         run_ids = [self._rings.popleft() for _ in range(min(room, _CLAIM_MAX, len(self._rings)))]
         if self._rings:
             self._wanted.set()
-        await self._claim_by_name(store, engine, run_ids, self._ring_again)
+        crashes_below = self._suspect_from if self._holds_suspect(engine) else None
+        await self._claim_by_name(store, engine, run_ids, crashes_below, self._ring_again)
 
-    async def _claim_by_name(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], again: Callable[[str], None]) -> None:
+    async def _claim_by_name(
+        self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], crashes_below: int | None, again: Callable[[str], None]
+    ) -> None:
         if len(run_ids) > 1:
             # Suspects are left to the look for what is due, which sees them: they are claimed one at a time.
             if await self._claim(store, engine, run_ids, self._lanes, self._suspect_from) < len(run_ids):
                 await self._expect(store, engine, run_ids, again)
             return
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
-        crashes_below = self._suspect_from if self._holds_suspect(engine) else None
         self._env.probe("claim.before")
         claim = ops.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
         try:
@@ -294,10 +296,13 @@ class Worker:
     async def _expect(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], again: Callable[[str], None]) -> None:
         """A ring may come before the insert that it announces: a run that is not there yet, or was not, is tried again in a moment."""
         taken = {row["_id"] for row in await store.run(ops.taken_runs(run_ids))}
-        self._backlog = self._backlog or (len(run_ids) > 1 and len(taken) < len(run_ids))  # suspects among them
+        if len(run_ids) > 1 and len(taken) < len(run_ids):
+            self._leave_to_looks()  # suspects among them
         for run_id in run_ids:
             tries = self._expected.pop(run_id, 0)
-            if run_id not in taken and tries < _EXPECT_TRIES:
+            if run_id not in taken and tries >= _EXPECT_TRIES:
+                self._leave_to_looks()
+            elif run_id not in taken:
                 self._expected[run_id] = tries + 1
                 engine.loop.call_later(_EXPECT_FIRST_S * 2.0**tries, again, run_id)
 
@@ -330,11 +335,14 @@ class Worker:
             return False
         self._looking += 1
         try:
-            await self._claim_by_name(store, engine, batch.run_ids, self._alarm_again)
+            # Never a suspect: claims beside this one may bring another, and neither sees what the other is about to have.
+            await self._claim_by_name(store, engine, batch.run_ids, self._suspect_from, lambda run_id: self.alarm([run_id]))
         except WorkflowError as exc:
             self._claim_failed(engine, exc)
         self._looking -= 1
         self._alarms.settle(batch, engine.flights)
+        if self._backlog or self._rings:
+            self._wanted.set()  # they may have found no place, while those were promised to this claim
         self._report_hunger()
         return True
 
@@ -342,9 +350,6 @@ class Worker:
         if not self._backlog:  # else a look will follow anyway: when there is room, or when the pause after a failure is over
             self._backlog = True
             self._wanted.set()
-
-    def _alarm_again(self, run_id: str) -> None:
-        self.alarm([run_id])
 
     async def _claim_due(self, store: AsyncStore, engine: Engine, limit: int) -> None:
         """One look; claims what it finds."""
@@ -388,7 +393,8 @@ class Worker:
         self._lookout.pass_over(refused)
         self._env.probe("claim.after")
         documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
-        self._admit(engine, documents, deadline)
+        for document in documents:
+            engine.admit(document, deadline)
         return len(documents)
 
     async def _read_back(self, store: AsyncStore, run_ids: Sequence[str], lease_id: str, deadline: float) -> list[dict[str, Any]]:
@@ -404,10 +410,6 @@ class Worker:
                 continue
             self.store_answered(True)
             return documents
-
-    def _admit(self, engine: Engine, documents: Sequence[dict[str, Any]], deadline: float) -> None:
-        for document in documents:
-            engine.admit(document, deadline)
 
     def _report_hunger(self) -> None:
         hungry = self._hungry()

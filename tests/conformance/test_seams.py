@@ -1,0 +1,148 @@
+"""Where parts that were made by different hands meet: alarms and suspects, answers in files and subscribers, acts and reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from workers import Pool, run_until_idle
+
+from streamline_pool import Streamline, create_hook
+from streamline_pool.env import system_env
+from streamline_pool.payloads import EXTERNAL_BYTES
+from streamline_pool.tasks import end_tasks
+from support import eventually
+
+LARGE = b"x" * (EXTERNAL_BYTES + 1)
+
+
+def heard(app: Streamline, *names: str) -> list[tuple[str, Any]]:
+    """What subscribers in this process are given, as (name, data)."""
+    events: list[tuple[str, Any]] = []
+    for name in names:
+        app.events.on(name, lambda event: events.append((event.name, event.data)))
+    return events
+
+
+async def alone(pool: Pool) -> None:
+    """Once the worker is hungry, nobody rings it any more but the test."""
+    await pool.until(lambda: pool.statuses()[0].hungry)
+    assert pool._steward is not None
+    await end_tasks([pool._steward])
+
+
+def make_suspects(app: Streamline, run_ids: list[str]) -> None:
+    """Due now, and the next lost worker convicts them."""
+    sets = {"crashes": 2, "wakeAt": app.store().now(), "status": "running"}
+    app.runs.update_many({"_id": {"$in": run_ids}}, {"$set": sets})
+
+
+def test_subscribers_get_the_value_of_a_large_answer_that_came_before_its_wait(app: Streamline) -> None:
+    """The worker that ends the wait has never had the value: in the run's inbox there is only the name of a file."""
+
+    def ask(ctx: Any) -> None:
+        app.resume_hook(create_hook(ctx, "send the file").token, LARGE)
+        ctx.wait("send the file")
+
+    flow = app.workflow("flow", steps={"ask": ask, "end": lambda ctx: 1})
+    events = heard(app, "step:completed")
+    flow.execute(flow.start().id)
+    assert eventually(lambda: len(events) == 2 and events) == [("step:completed", LARGE), ("step:completed", 1)]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_subscribers_get_the_value_of_a_large_answer_that_is_the_output_of_the_run(app: Streamline, paused: bool) -> None:
+    """The run is finished by a worker that has entered no step of it."""
+    flow = app.workflow("flow", steps={"ask": lambda ctx: ctx.wait("?")})
+    run = flow.execute(flow.start().id)
+    flow.resume(run.id, LARGE)
+    if paused:
+        flow.pause(run.id)
+        flow.resume(run.id)
+    events = heard(app, "workflow:completed")
+    run_until_idle(app)
+    assert eventually(lambda: events) == [("workflow:completed", LARGE)]
+    assert flow.wait_for(run.id, timeout=5).output == LARGE
+
+
+def test_suspects_whose_timers_end_together_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> None:
+    """Claims by timers run beside one another: the one that is under way may bring a suspect, which is in flight nowhere yet."""
+    sharing: list[int] = []
+    at_once = 0
+    second: list[str] = []
+    workers: list[Any] = []
+
+    def probe(point: str) -> None:
+        if point == "claim.before" and second and workers:
+            run_id = second.pop()
+            asyncio.get_running_loop().call_soon(workers[0].alarm, [run_id])
+
+    app = make_app(env=replace(system_env(), probe=probe), concurrency=16)
+
+    async def handler(ctx: Any) -> None:
+        nonlocal at_once
+        at_once += 1
+        sharing.append(at_once)
+        await asyncio.sleep(0.2)
+        at_once -= 1
+
+    flow = app.workflow("flow", steps={"work": handler})
+
+    async def work() -> None:
+        async with Pool(app) as pool:
+            await alone(pool)
+            ids = [run.id for run in await flow.start_many_async([1, 2], start_at=timedelta(hours=1))]
+            await asyncio.to_thread(make_suspects, app, ids)
+            second.append(ids[1])
+            workers.append(pool.workers[0])
+            pool.workers[0].alarm([ids[0]])
+            await pool.until(lambda: all(app.runs.find_one({"_id": run_id})["status"] == "done" for run_id in ids))
+
+    asyncio.run(work())
+    assert sharing == [1, 1]
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_a_worker_that_was_named_only_suspects_is_not_deaf_afterwards(make_app: Callable[..., Streamline], concurrency: int) -> None:
+    """It knew of a backlog and slept on it, never hungry again, so that nobody rang it: new runs waited for ever."""
+    app = make_app(concurrency=concurrency)
+    flow = app.workflow("flow", steps={"work": lambda ctx: 1})
+
+    async def work() -> None:
+        async with Pool(app) as pool:
+            await alone(pool)
+            ids = [run.id for run in await flow.start_many_async([1, 2], start_at=timedelta(hours=1))]
+            await asyncio.to_thread(make_suspects, app, ids)
+            pool.workers[0].alarm(ids)
+            await pool.until(lambda: app.runs.count_documents({"status": "done"}) == 2)
+            await pool.until(lambda: pool.statuses()[0].hungry)
+
+    asyncio.run(work())
+
+
+def test_a_ring_during_a_timers_claim_that_brings_nothing_is_heard(make_app: Callable[..., Streamline]) -> None:
+    """The only place was promised to that claim; when it was free again nobody looked at what had been rung meanwhile."""
+    rung: list[tuple[Any, str, str]] = []
+
+    def probe(point: str) -> None:
+        if point == "claim.before" and rung:
+            worker, lane, run_id = rung.pop()
+            asyncio.get_running_loop().call_soon(worker.ring, lane, run_id)
+
+    app = make_app(env=replace(system_env(), probe=probe), concurrency=1)
+    flow = app.workflow("flow", steps={"work": lambda ctx: 1})
+
+    async def work() -> None:
+        async with Pool(app) as pool:
+            await alone(pool)
+            gone, run = await flow.start_many_async([1, 2])
+            await flow.pause_async(gone.id)
+            rung.append((pool.workers[0], flow.definition.lane, run.id))
+            pool.workers[0].alarm([gone.id])
+            await pool.until(lambda: app.runs.find_one({"_id": run.id})["status"] == "done")
+
+    asyncio.run(work())

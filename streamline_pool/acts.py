@@ -57,6 +57,8 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id:
     sets = {
         "status": RunStatus.CANCELLED.value,
         "cancelReason": {"$literal": reason},
+        "paused": False,
+        "pauseReason": "$$REMOVE",
         "endedAt": "$$NOW",
         "lease": "$$REMOVE",
         "wakeAt": "$$REMOVE",

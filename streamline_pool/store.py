@@ -308,8 +308,10 @@ class Store(_StoreBase):
         return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(w=0))
 
     def collection(self, name: str) -> Any:
-        """PyMongo's own collection, for users' direct queries."""
-        return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(**WRITE_CONCERN))
+        """PyMongo's own collection, for users' direct queries. It reads as the API does: who sees a state here may act on it at once."""
+        return self._database.get_collection(
+            self.where.collection(name), read_concern=ReadConcern("majority"), write_concern=WriteConcern(**WRITE_CONCERN)
+        )
 
     def tail(self, tail: ops.Tail, wait_s: float) -> Generator[Document | None, None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
@@ -317,7 +319,8 @@ class Store(_StoreBase):
         self._tails_open.add(mine)
         try:
             while True:
-                found = self.collection("signals").find(tail.filter, cursor_type=CursorType.TAILABLE_AWAIT)
+                signals = self._database.get_collection(self.where.collection("signals"))
+                found = signals.find(tail.filter, cursor_type=CursorType.TAILABLE_AWAIT)
                 with found.max_await_time_ms(_milliseconds(wait_s)) as cursor:
                     while cursor.alive:
                         yield next(cursor, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from streamline_pool.supervisor.console import ago, short, span
 
-__all__ = ["explain", "seen_lately"]
+__all__ = ["explain", "part_of", "seen_lately"]
 
 _LATELY = timedelta(seconds=65)  # pools speak every 30 s; two words may be late before "the last minute" becomes untrue
 
@@ -26,7 +26,7 @@ def explain(run: Document, hosts: Sequence[Document], now: datetime) -> str:
         return _ended(run, now)
     if run.get("paused"):
         return _paused(run)
-    if run.get("lease"):
+    if part_of(run, "lease"):
         return _held(run, now)
     step = _current_step(run)
     if status == "waiting" and step.get("status") == "waiting":
@@ -39,6 +39,12 @@ def seen_lately(hosts: Sequence[Document], now: datetime) -> list[Document]:
     return [host for host in hosts if not isinstance(host.get("seenAt"), datetime) or host["seenAt"] >= now - _LATELY]
 
 
+def part_of(holder: Document, name: str) -> Document:
+    """A document within a document; an empty one if another program has put something else there."""
+    part = holder.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
 def _ended(run: Document, now: datetime) -> str:
     when = ago(run.get("endedAt"), now)
     if run["status"] == "done":
@@ -46,14 +52,14 @@ def _ended(run: Document, now: datetime) -> str:
     if run["status"] == "cancelled":
         reason = run.get("cancelReason")
         return f"It was cancelled {when}{f': {reason}' if reason else ''}."
-    error = run.get("error") or {}
+    error = part_of(run, "error")
     where = f" at step {error['stepId']}" if error.get("stepId") else ""
     return f"It failed {when}{where}: {error.get('code', 'no code stored')}: {short(error.get('message') or '', 200)}"
 
 
 def _paused(run: Document) -> str:
     reason = f" ({run['pauseReason']})" if run.get("pauseReason") else ""
-    if run.get("lease"):
+    if part_of(run, "lease"):
         return f"It is paused{reason}; worker {run['lease'].get('owner')} still finishes step {run.get('currentStepId')}."
     return f"It is paused{reason} before step {run.get('currentStepId')}, until somebody resumes it."
 
@@ -71,7 +77,7 @@ def _held(run: Document, now: datetime) -> str:
 
 
 def _waiting(step: Document, run: Document, now: datetime) -> str:
-    waits = step.get("waitingFor") or {}
+    waits = part_of(step, "waitingFor")
     kind, reason = waits.get("type"), waits.get("reason")
     at_step = f"step {step.get('stepId')}"
     if kind == "timer":
@@ -93,7 +99,7 @@ def _claimable(run: Document, step: Document, hosts: Sequence[Document], now: da
     if wake_at > now:
         if run["status"] == "draft":
             return f"It starts {ago(wake_at, now)}, as asked by start_at."
-        error = step.get("error") or {}
+        error = part_of(step, "error")
         cause = f" failed ({short(error.get('message') or error.get('code') or '', 100)}) and" if error else ""
         return f"Step {step.get('stepId')}{cause} is attempted again {ago(wake_at, now)} (attempt {step.get('attempts', 0) + 1})."
     return _ready(run, hosts, now, wake_at)

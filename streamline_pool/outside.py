@@ -147,7 +147,9 @@ def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Pro
 def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, answer: SplitOutput) -> Procedure[Run]:
     run_id, step = found["_id"], _current_step(found)
     if step is None or step["status"] != StepStatus.WAITING or step["waitingFor"]["type"] not in ("human", "webhook"):
-        raise InvalidStateError(f"run {run_id} waits for nobody's answer: it is {_standing(found)}", run_id=run_id, status=found["status"])
+        raise InvalidStateError(
+            f"run {run_id} is not paused, and waits for nobody's answer: it is {_standing(found)}", run_id=run_id, status=found["status"]
+        )
     answer_id = app.env.new_id()
     yield from _putting(answer, run_id)
     document = yield acts.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)

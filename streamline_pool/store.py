@@ -29,6 +29,7 @@ from .env import Env
 from .errors import PayloadTooLargeError, StoreUnavailableError, ValidationError, WorkflowError
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
 from .setting_values import redact_text, redact_uri
+from .settings import DEFAULT_MONGODB_URI
 
 __all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
 
@@ -163,11 +164,15 @@ def _refusal(name: str, exc: Exception, where: Where) -> WorkflowError:
     if code in _REFUSED or isinstance(exc, _CODEC_ERRORS):
         return ValidationError(f"{name}: MongoDB refuses the document: {text[:500]}")
     if isinstance(exc, pymongo.errors.InvalidOperation):
+        if text.endswith("after close"):
+            return ValidationError(f"{name}: {text}; this app was closed while the call was under way: close it when all have returned")
         return ValidationError(f"{name}: {text}; use a session of this app's `client` (of `async_client` for the _async methods)")
     if isinstance(exc, pymongo.errors.ConfigurationError):
         return ValidationError(f"mongodb_uri {where.shown}: {text}")
     transient = not isinstance(exc, pymongo.errors.OperationFailure) or _is_transient(exc)
     hint = "; is it running, and is the address right?" if isinstance(exc, pymongo.errors.ServerSelectionTimeoutError) else ""
+    if hint and where.uri == DEFAULT_MONGODB_URI:
+        hint += " This is the default; STREAMLINE_MONGODB_URI names another one"
     return StoreUnavailableError(f"{name}: MongoDB at {where.shown}: {text}{hint}", transient=transient)
 
 

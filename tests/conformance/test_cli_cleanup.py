@@ -79,6 +79,7 @@ def test_what_makes_no_sense_is_2_and_deletes_nothing(shell: Shell, stored: Any,
     assert left(stored) == everything
 
 
+@pytest.mark.slow
 def test_it_needs_no_application_and_says_when_the_database_is_away(shell: Shell, offline: Shell, stored: Any) -> None:
     assert shell("cleanup", "--days", "30", STREAMLINE_APP="").returncode == 0
     assert offline("cleanup", "--days", "30").returncode == 3

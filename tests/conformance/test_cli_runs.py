@@ -160,6 +160,7 @@ def test_every_line_of_a_json_log_is_one_object(shell: Shell) -> None:
         assert [json.loads(line)["level"] for line in failed.stderr.splitlines()][-1] == "error"
 
 
+@pytest.mark.slow
 def test_workers_lists_the_processes_of_a_live_pool(shell: Shell, pool: subprocess.Popen[str]) -> None:
     found = eventually(lambda: [worker for worker in shell.json("workers") if worker["state"] == "ready"], timeout=20)
     assert len(found) == 1
@@ -243,6 +244,7 @@ def test_a_private_server_of_its_own_is_nothing_to_wait_on(offline: Shell) -> No
     assert offline(*words, "runs", "watch", "o-1").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_pool_on_the_private_server_of_another_command_is_warned(offline: Shell) -> None:
     words = ("--embedded", "--app", "shop:app", "--workers", "1")
     pools = [offline.start_pool(*words)]
@@ -257,6 +259,7 @@ def test_a_pool_on_the_private_server_of_another_command_is_warned(offline: Shel
     assert [pool.returncode for pool in pools] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_crash(shell: Shell) -> None:
     for number in range(2):
         shell("start", "orders", "--id", f"o-{number}")

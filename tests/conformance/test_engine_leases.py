@@ -214,6 +214,7 @@ def test_a_suspect_that_is_called_by_name_waits_its_turn_too(app: Streamline) ->
     assert together == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_renew_stops_its_handlers_before_the_lease_runs_out(
     make_app: Callable[..., Streamline], mongod: embedded.EmbeddedServer
 ) -> None:
@@ -344,6 +345,7 @@ def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
     assert before["currentStepId"] == "c"
 
 
+@pytest.mark.slow
 def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: Callable[..., Streamline]) -> None:
     """The old driver still cleans up; when it leaves, it must not take the new one's renewal with it."""
     app = make_app(lease_s=0.8)

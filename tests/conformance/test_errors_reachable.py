@@ -288,6 +288,7 @@ app.workflow("deadly", steps={"die": lambda ctx: os._exit(7)})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_worker_crashed(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     with outside_app(mongodb_uri, database) as app, running(tmp_path, DEADLY, mongodb_uri, "--workers", "1", database=database) as pool:

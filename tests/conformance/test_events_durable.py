@@ -357,6 +357,7 @@ def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Str
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
     outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
@@ -383,6 +384,7 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
         assert run.output[2] == "last"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_an_event_wait_outlives_every_process(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The pool is killed while its runs wait; the event is sent while there is no pool; the next pool goes on."""

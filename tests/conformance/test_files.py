@@ -137,6 +137,7 @@ def test_two_that_put_the_same_file_at_once_make_one(app: Streamline) -> None:
     assert app.store().collection("files.chunks").count_documents({}) == -(-len(content) // CHUNK_BYTES)
 
 
+@pytest.mark.slow
 def test_processes_that_put_the_first_files_at_once_all_succeed(app: Streamline, mongodb_uri: str, database: str) -> None:
     """Each finds no file yet and creates the indexes."""
     code = (

@@ -84,6 +84,7 @@ def test_a_run_that_an_operators_validator_refuses_keeps_no_other_from_being_cla
     assert workflow.get(refused.id).status == "running"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["release", "expire"])
 def test_leases_of_the_dead_come_back_beside_one_that_cannot(app: Streamline, how: str) -> None:
     """The danger: recovery stops at the full document, at every sweep and on every host, and every lease behind it is held for ever."""

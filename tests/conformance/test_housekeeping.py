@@ -379,6 +379,7 @@ def test_a_cleaner_that_dies_leaves_orphans_and_never_a_run_without_its_files(ap
     assert file_ids(app) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lost", "unknown"])
 @pytest.mark.parametrize("call", ["archive", "cleanup"])
 def test_a_fault_in_any_operation_loses_nothing(make_app: Callable[..., Streamline], kind: str, call: str) -> None:

@@ -195,6 +195,7 @@ def test_a_cancel_from_another_process_stops_the_tasks_of_handlers_of_both_kinds
 # --- the example -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_runs_alone(tmp_path: Path) -> None:
     said = run(str(REPOSITORY / "examples" / "parallel.py"), folder=tmp_path)
     assert re.search(r"^asked 6 suppliers in \d\.\d s; 4 made an offer$", said, re.MULTILINE)
@@ -204,6 +205,7 @@ def test_the_example_runs_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_example_is_an_application_of_the_pool(
     monkeypatch: pytest.MonkeyPatch, make_app: Callable[..., Streamline], mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:

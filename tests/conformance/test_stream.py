@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from pool_process import ROOT, PoolProcess, running
+from pymongo.read_concern import ReadConcern
 from workers import Pool
 
 from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, embedded, global_event_bus, stream_ops
@@ -132,13 +133,15 @@ def read_until(stream: EventStream, name: str, count: int = 1, timeout: float = 
 
 
 def signals_of(app: Streamline, kind: str) -> int:
-    count: int = app.store().collection("signals").count_documents({"kind": kind})
+    signals = app.store().collection("signals").with_options(read_concern=ReadConcern("local"))  # they are not written by majority
+    count: int = signals.count_documents({"kind": kind})
     return count
 
 
 # --- several hosts --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_gives_every_event_of_every_pool_exactly_once_from_its_first_moment(
     app: Streamline, start: Callable[..., PoolProcess]
 ) -> None:
@@ -272,6 +275,7 @@ def test_a_frozen_pool_delays_a_stream_by_two_seconds_and_is_named(
     assert warning.pools == [record["_id"]]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_overload_is_counted_to_the_event(app: Streamline, start: Callable[..., PoolProcess]) -> None:
     """More than a worker keeps and more than a reader has room for: what is lost is known, and the newest is kept."""
     start(1).ready()

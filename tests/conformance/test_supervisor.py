@@ -176,6 +176,7 @@ def test_a_started_run_is_driven_and_the_pool_is_seen_in_the_database(app: Strea
         assert app.workers() == [], "the record goes with the pool"
 
 
+@pytest.mark.slow
 def test_a_sleeping_run_wakes_on_time_in_an_idle_pool(app: Streamline, start: Start) -> None:
     """Only a timer can do that: the sweep comes by every six seconds."""
     with start("--workers", "2", "--sweep-interval", "60") as pool:
@@ -224,6 +225,7 @@ def test_the_runs_of_a_killed_worker_restart_at_once(app: Streamline, start: Sta
         eventually(lambda: len(pool.children()) == 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_workers_is_convicted_and_the_pool_lives(app: Streamline, start: Start) -> None:
     with start("--workers", "2", "--restart-budget", "10") as pool:
         pool.ready()
@@ -244,6 +246,7 @@ def test_a_killed_steward_is_replaced_and_does_its_duty(app: Streamline, start: 
         assert finish(app, run, timeout=10.0).status == "done"
 
 
+@pytest.mark.slow
 def test_no_child_outlives_a_killed_supervisor(app: Streamline, start: Start) -> None:
     """Orphans would go on claiming, and nobody could stop them; what they hold is given back before they go."""
     with start("--workers", "2") as pool:
@@ -313,6 +316,7 @@ def test_a_worker_whose_loop_is_blocked_shows_where_and_is_replaced(app: Streaml
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_term_finishes_the_step_and_releases_the_run(app: Streamline, start: Start) -> None:
     with start("--workers", "2") as pool:
         pool.ready()
@@ -441,6 +445,7 @@ def test_a_worker_above_its_memory_is_replaced(start: Start) -> None:
 # ---- refusing to start ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_unreachable_database_at_the_start_is_exit_3(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -120,6 +120,7 @@ def late_s(run: Run) -> float:
 # ---- how far --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sleep_of_a_century_is_stored_as_such_and_fires_nothing(app: Streamline, start: Start) -> None:
     """The seed's long timers overflowed 32 bits of milliseconds (25 days), and fired at once."""
     with start("host", "--workers", "1", "--sweep-interval", "0.2") as pool:
@@ -153,6 +154,7 @@ def test_a_start_in_years_is_stored_as_such_and_starts_nothing(app: Streamline, 
 # ---- when -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_start_at_fires_in_an_idle_pool(app: Streamline, start: Start) -> None:
     """In the seed a future start never fired in an idle process: nobody looked."""
     with start("host", "--workers", "2", *NO_SWEEP) as pool:

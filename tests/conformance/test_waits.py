@@ -198,6 +198,7 @@ def test_a_run_claimed_before_its_deadline_is_parked_with_it(app: Streamline) ->
     assert "lease" not in document
 
 
+@pytest.mark.slow
 def test_an_answer_that_races_the_deadline_counts_or_is_refused(app: Streamline) -> None:
     """Accepted and timed out at once would tell the person yes and the run no."""
     chance = random.Random(11)
@@ -283,6 +284,7 @@ def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
     assert max(took_s) < 2.0, "the sweep comes only every six seconds"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_wait_outlives_every_process_and_so_does_its_answer(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The pool is killed while the run waits, the answer comes while there is no pool, and the next pool goes on."""

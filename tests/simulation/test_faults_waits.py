@@ -414,6 +414,7 @@ def test_acknowledged_calls_take_effect_once_whichever_operation_fails(
     raise AssertionError(f"a run of {OPERATIONS_MAX} operations: something spins")
 
 
+@pytest.mark.slow
 def test_a_broadcast_whose_sender_dies_anywhere_is_finished_by_a_steward(make_app: Callable[..., Streamline]) -> None:
     """The sender's operations end after number 1, 2, 3 …: once the event is stored, everybody gets it once all the same."""
     app = make_app()

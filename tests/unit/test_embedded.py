@@ -133,6 +133,7 @@ def test_an_uninitiated_server_answers_and_waits_for_its_set() -> None:
 # -- never left behind --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_no_mongod_outlives_a_killed_owner(signum: signal.Signals, tmp_path: Path) -> None:
     with an_owner(tmp_path) as owner:
@@ -140,11 +141,13 @@ def test_no_mongod_outlives_a_killed_owner(signum: signal.Signals, tmp_path: Pat
         eventually(owner.gone, timeout=GONE_S)
 
 
+@pytest.mark.slow
 def test_no_mongod_outlives_an_owner_that_returns(tmp_path: Path) -> None:
     with an_owner(tmp_path, then="return") as owner:
         eventually(owner.gone, timeout=GONE_S)
 
 
+@pytest.mark.slow
 def test_no_mongod_outlives_the_owners_process_group(tmp_path: Path) -> None:
     with an_owner(tmp_path) as owner:
         os.killpg(owner.process.pid, signal.SIGKILL)
@@ -273,6 +276,7 @@ def test_a_suspended_server_accepts_but_does_not_answer() -> None:
 # -- what is in the way -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_by_name_and_pid(tmp_path: Path) -> None:
     with embedded.start(tmp_path) as server:
         with pytest.raises(StoreUnavailableError) as caught:

@@ -151,7 +151,7 @@ def text_of(document: str) -> str:
     return (REPOSITORY / document).read_text("utf-8")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [pytest.param(name, marks=[] if name == "README.md" else [pytest.mark.slow]) for name in DOCUMENTS])
 def test_what_a_document_says_can_be_done(reader: Reader, document: str) -> None:
     """The first command a stranger types fails, because it was renamed and the README was not."""
     for block in BLOCK.finditer(text_of(document)):

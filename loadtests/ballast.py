@@ -11,8 +11,9 @@ from uuid import uuid4
 
 from pymongo.write_concern import WriteConcern
 
-from streamline_pool import Workflow, transitions
+from streamline_pool import Workflow
 from streamline_pool.documents import CODEC, SLOTS, new_run
+from streamline_pool.domain import transitions
 
 from .app import absent, noop
 from .common import Server

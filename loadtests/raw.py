@@ -18,8 +18,9 @@ from typing import Any
 from pymongo import MongoClient, UpdateOne
 from pymongo.write_concern import WriteConcern
 
-from streamline_pool import ops, transitions
+from streamline_pool import ops
 from streamline_pool.documents import RUN_INDEXES, new_run
+from streamline_pool.domain import transitions
 
 from .app import noop
 from .common import Server

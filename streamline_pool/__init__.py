@@ -9,10 +9,7 @@ orders = app.workflow("orders")
 def reserve(ctx): ...
 """
 
-from .bus import Event, EventBus, global_event_bus
-from .client import Streamline
-from .context import Context
-from .errors import (
+from streamline_pool.domain.errors import (
     DataCorruptionError,
     ErrorCode,
     HookTokenError,
@@ -30,11 +27,8 @@ from .errors import (
     WorkflowError,
     WorkflowNotFoundError,
 )
-from .hooks import Hook, create_hook
-from .model import Run, RunStatus, StepState, StepStatus, is_timeout
-from .outside import HookResult
-from .parallel import Settled, execute_parallel, execute_parallel_sync
-from .progress import (
+from streamline_pool.domain.model import Run, RunStatus, StepState, StepStatus, is_timeout
+from streamline_pool.domain.progress import (
     StepTimeline,
     StepUIState,
     WaitingInfo,
@@ -46,6 +40,13 @@ from .progress import (
     get_waiting_info,
     get_workflow_progress,
 )
+
+from .bus import Event, EventBus, global_event_bus
+from .client import Streamline
+from .context import Context
+from .hooks import Hook, create_hook
+from .outside import HookResult
+from .parallel import Settled, execute_parallel, execute_parallel_sync
 from .settings import Settings
 from .workflow import Workflow
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from streamline_pool.domain.errors import ValidationError
+from streamline_pool.domain.model import RunStatus, StepStatus
+
 from .documents import SERVER_TICK
-from .errors import ValidationError
 from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, server_time_in, some_step
-from .model import RunStatus, StepStatus
 from .operations import Command, Find, Reply
 
 __all__ = [

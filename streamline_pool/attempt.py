@@ -15,10 +15,11 @@ from concurrent.futures import Executor, Future
 from enum import Enum
 from typing import Any, NamedTuple
 
+from streamline_pool.domain.definition import Handler, StepDefinition
+from streamline_pool.domain.errors import ErrorCode, NonRetriableError, ValidationError
+from streamline_pool.domain.transitions import Failure
+
 from .context import Context, Ending, current_signal
-from .definition import Handler, StepDefinition
-from .errors import ErrorCode, NonRetriableError, ValidationError
-from .transitions import Failure
 
 __all__ = ["Attempt", "Kind", "Outcome", "failure_of", "timeout_failure"]
 

@@ -14,10 +14,11 @@ from datetime import datetime
 from functools import partial
 from typing import Protocol
 
+from streamline_pool.domain.errors import StoreUnavailableError
+
 from . import ops
 from .bus import Event
 from .client import Streamline
-from .errors import StoreUnavailableError
 from .local import make_owner
 from .multi_update import update_many
 from .store import AsyncStore, Store

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from streamline_pool.domain.errors import ValidationError, WorkflowError
+
 from . import stream_ops
 from .bus import Event
 from .documents import check_payload, packed
 from .env import Env
-from .errors import ValidationError, WorkflowError
 from .operations import Signal
 from .store import AsyncStore
 from .tasks import end_tasks

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .errors import ValidationError
+from streamline_pool.domain.errors import ValidationError
 
 if TYPE_CHECKING:
     from .stream import EventStream

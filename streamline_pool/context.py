@@ -15,10 +15,11 @@ from collections.abc import Generator, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
+from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
+from streamline_pool.domain.model import seconds
+
 from .bus import ENGINE_EVENTS
 from .documents import as_payload, check_payload
-from .errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
-from .model import seconds
 from .payloads import EXTERNAL_KEY, is_external
 
 __all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name", "current_signal"]

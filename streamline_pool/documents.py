@@ -14,9 +14,9 @@ from typing import Any
 import bson
 from bson.raw_bson import RawBSONDocument
 
-from .definition import Definition
-from .errors import DataCorruptionError, PayloadTooLargeError, ValidationError
-from .model import TERMINAL, Run, RunStatus, StepState, StepStatus
+from streamline_pool.domain.definition import Definition
+from streamline_pool.domain.errors import DataCorruptionError, PayloadTooLargeError, ValidationError
+from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
     "CODEC", "EVENT_INDEXES", "HOST_INDEXES", "PAYLOAD_BYTES_MAX", "PAYLOAD_DEPTH_MAX", "RUN_INDEXES", "SERVER_TICK", "SLOTS",

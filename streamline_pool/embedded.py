@@ -26,9 +26,10 @@ from typing import Any, Protocol, Self
 
 import bson
 
-from streamline_pool.env import Clock, system_env
-from streamline_pool.errors import StoreUnavailableError
-from streamline_pool.settings import Settings
+from streamline_pool.domain.errors import StoreUnavailableError
+
+from .env import Clock, system_env
+from .settings import Settings
 
 __all__ = ["DEFAULT_DATA_DIR", "EmbeddedServer", "find_mongod", "serving", "start"]
 

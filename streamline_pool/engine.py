@@ -16,25 +16,27 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
-from . import acts, ops, transitions
+from streamline_pool.domain.definition import Definition, StepDefinition
+from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
+from streamline_pool.domain.model import StepStatus
+from streamline_pool.domain.transitions import Change
+
+from . import acts, ops
 from .attempt import Attempt, Kind, Outcome, failure_of
 from .broadcast import Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
-from .definition import Definition, StepDefinition
 from .documents import check_payload, decode_payload, misfit
+from .domain import transitions
 from .env import Env
-from .errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
 from .files import putting_file, reading_outputs
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper
-from .model import StepStatus
 from .outcomes import Decided, Moment, allowed, change_after, damaged, failed, version_mismatch
 from .payloads import EXTERNAL_KEY, external_ids, is_external
 from .store import AsyncStore, Store
-from .transitions import Change
 
 __all__ = ["Engine"]
 

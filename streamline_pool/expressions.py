@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .model import NON_TERMINAL, TERMINAL
+from streamline_pool.domain.model import NON_TERMINAL, TERMINAL
 
 __all__ = [
     "INBOX", "IS_CURRENT", "NON_TERMINAL_TEXTS", "NOT_PAUSED", "STEPS", "TERMINAL_TEXTS",

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import StoreUnavailableError
+from streamline_pool.domain.errors import StoreUnavailableError
+
 from .operations import Command, Find, Reply
 
 __all__ = [

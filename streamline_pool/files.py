@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from streamline_pool.domain.errors import DataCorruptionError
+
 from . import file_ops
 from .documents import decode_payload
-from .errors import DataCorruptionError
 from .file_ops import CHUNK_BYTES
 from .payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
 from .procedures import Procedure

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
+from streamline_pool.domain.definition import Definition
+from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError
+from streamline_pool.domain.transitions import Document
+
 from . import ops
 from .attempt import Attempt
 from .committer import Verdict, judge, refusal
-from .definition import Definition
 from .env import Env
-from .errors import InvalidStateError, LeaseLostError, StoreUnavailableError
 from .hooks import hash_token, make_token
 from .procedures import Procedure
 from .store import Store
-from .transitions import Document
 
 __all__ = ["STATEMENT_BYTES", "Flight", "Observer"]
 

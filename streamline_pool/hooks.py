@@ -13,8 +13,8 @@ import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import HookTokenError
-from .model import seconds
+from streamline_pool.domain.errors import HookTokenError
+from streamline_pool.domain.model import seconds
 
 if TYPE_CHECKING:
     from .context import Context

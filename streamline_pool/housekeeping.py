@@ -14,9 +14,10 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+from streamline_pool.domain.errors import ValidationError
+
 from . import acts, file_ops, housekeeping_ops
 from .documents import SERVER_TICK
-from .errors import ValidationError
 from .file_ops import FILES
 from .files import dropping_files
 from .housekeeping_ops import ARCHIVE, IDENTITY

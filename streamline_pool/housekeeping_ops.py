@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import StoreUnavailableError
+from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.domain.model import TERMINAL
+
 from .file_ops import FILES
-from .model import TERMINAL
 from .operations import Command, Find, Reply
 
 __all__ = [

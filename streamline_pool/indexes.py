@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
+from streamline_pool.domain.model import TERMINAL
+
 from .documents import IndexDefinition
-from .errors import StoreUnavailableError, ValidationError
-from .model import TERMINAL
 from .operations import Command
 from .procedures import Nap, Procedure
 

@@ -12,10 +12,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from streamline_pool.domain.errors import StoreUnavailableError
+
 from . import ops
 from .committer import lease_id_of
 from .env import Env
-from .errors import StoreUnavailableError
 from .flight import Flight, Observer
 from .multi_update import update_many
 from .store import AsyncStore

@@ -15,10 +15,11 @@ from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime
 from typing import Any, TypeVar
 
+from streamline_pool.domain.errors import InvalidStateError, WorkflowError
+
 from . import ops
 from .engine import Engine
 from .env import Env
-from .errors import InvalidStateError, WorkflowError
 from .store import AsyncStore
 from .tasks import end_tasks
 

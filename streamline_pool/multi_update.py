@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from streamline_pool.domain.errors import ErrorCode, ValidationError
+from streamline_pool.domain.model import RunStatus
+
 from . import ops
-from .errors import ErrorCode, ValidationError
-from .model import RunStatus
 
 __all__ = ["Updated", "update_many"]
 

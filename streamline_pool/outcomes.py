@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from . import transitions
+from streamline_pool.domain.definition import Definition, StepDefinition
+from streamline_pool.domain.errors import ErrorCode, WorkflowError
+from streamline_pool.domain.transitions import Change, Document, Failure
+
 from .attempt import Kind, Outcome, failure_of, timeout_failure
 from .context import Context, Ending, SleepEnding, WaitEnding
-from .definition import Definition, StepDefinition
 from .documents import parse_run
-from .errors import ErrorCode, WorkflowError
+from .domain import transitions
 from .payloads import split_output, with_outputs
-from .transitions import Change, Document, Failure
 
 __all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
 

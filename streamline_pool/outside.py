@@ -10,15 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from streamline_pool.domain.errors import (
+    DataCorruptionError,
+    HookTokenError,
+    InvalidStateError,
+    PayloadTooLargeError,
+    StepNotFoundError,
+    WorkflowNotFoundError,
+)
+from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepStatus
+from streamline_pool.domain.transitions import arrived
+
 from . import acts, ops
 from .documents import SLOTS, check_run_id, check_text, decode_payload, misfit, parse_run, size_of
-from .errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, StepNotFoundError, WorkflowNotFoundError
 from .files import loading_outputs, putting_file
 from .hooks import hash_token, run_id_of
-from .model import TERMINAL, Run, RunStatus, StepStatus
 from .payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
 from .procedures import Procedure
-from .transitions import arrived
 
 if TYPE_CHECKING:
     from .client import Streamline

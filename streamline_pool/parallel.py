@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, overload
 
+from streamline_pool.domain.definition import is_coroutine_function
+from streamline_pool.domain.errors import ValidationError, WorkflowError
+from streamline_pool.domain.model import seconds
+
 from .context import AbortSignal, current_signal
-from .definition import is_coroutine_function
-from .errors import ValidationError, WorkflowError
-from .model import seconds
 
 __all__ = ["GRACE_S", "MODES", "THREADS_MAX", "Settled", "execute_parallel", "execute_parallel_sync"]
 

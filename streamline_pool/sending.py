@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from streamline_pool.domain.errors import InvalidStateError, PayloadTooLargeError, ValidationError
+from streamline_pool.domain.model import TERMINAL
+
 from . import acts
 from .context import check_event_name
 from .documents import as_payload, check_payload, check_run_id
-from .errors import InvalidStateError, PayloadTooLargeError, ValidationError
-from .model import TERMINAL
 from .outside import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
 from .payloads import EXTERNAL_KEY, is_external
 from .procedures import Procedure

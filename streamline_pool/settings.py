@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from streamline_pool.domain.errors import ValidationError
+
 from . import setting_values as values
-from .errors import ValidationError
 from .setting_values import redact_text, redact_uri
 
 __all__ = [

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from streamline_pool.domain.errors import ValidationError
+
 from . import ops
-from .errors import ValidationError
 from .operations import Command, Find, Reply, Signal, Tail
 
 __all__ = [

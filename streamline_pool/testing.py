@@ -16,14 +16,15 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
+from streamline_pool.domain.model import Run, seconds
+
 from . import embedded
 from .borrowed import BorrowedApp
 from .bus import Event
 from .client import Streamline
 from .env import Env, system_env
-from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from .local import LoopThread
-from .model import Run, seconds
 from .store import Store
 from .tasks import end_tasks
 from .timewarp import Timeline

@@ -12,11 +12,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
+from streamline_pool.domain.definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
+from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
+from streamline_pool.domain.model import TERMINAL, Run, RunStatus, seconds
+
 from . import ops
-from .definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
 from .documents import SLOTS, as_stored, check_payload, check_run_id, check_text, make_context, new_run, parse_run
-from .errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
-from .model import TERMINAL, Run, RunStatus, seconds
 from .outside import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
 from .procedures import Listen, Procedure
 

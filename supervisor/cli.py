@@ -21,10 +21,9 @@ from typing import Any, NoReturn
 import click
 
 from streamline_pool.client import Streamline
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.env import system_env
-from streamline_pool.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
-from streamline_pool.supervisor import commands, runs
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle, wants_private_server
 from streamline_pool.supervisor.cleanup import cleanup
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
@@ -32,6 +31,8 @@ from streamline_pool.supervisor.doctor import doctor
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.options import Invocation, pick, setting_options
 from streamline_pool.supervisor.systemd import systemd
+
+from . import commands, runs
 
 __all__ = ["cli", "main"]
 
@@ -74,7 +75,7 @@ for command in (*commands.ALL, cleanup, doctor, runs.runs, systemd):
 
 def _run_the_pool() -> int:
     """The pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
-    from streamline_pool.supervisor import pool
+    from . import pool
 
     for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, lambda *_: None)  # orders for the pool: until there is one they must not end this process

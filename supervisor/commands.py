@@ -14,8 +14,8 @@ import click
 
 import streamline_pool
 from streamline_pool.client import Streamline
-from streamline_pool.errors import StoreUnavailableError
-from streamline_pool.model import Run, RunStatus
+from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.supervisor.application import (
     adopt,
     blamed_on,

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from streamline_pool.client import Streamline
-from streamline_pool.errors import WorkflowError
+from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.settings import redact_text
 from streamline_pool.workflow import Workflow
 

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from streamline_pool import Streamline, ops
+from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.env import Env
-from streamline_pool.errors import StoreUnavailableError
 from streamline_pool.tasks import end_tasks
 from streamline_pool.worker import Worker, WorkerStatus
 

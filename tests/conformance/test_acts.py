@@ -21,16 +21,7 @@ from elsewhere import elsewhere
 from outside_app import evidence, outside_app, outside_pool, stored, until_step
 from workers import check_invariants, run_until_idle
 
-from streamline_pool import (
-    InvalidStateError,
-    Run,
-    StepNotFoundError,
-    Streamline,
-    WorkflowError,
-    WorkflowNotFoundError,
-    acts,
-    create_hook,
-)
+from streamline_pool import InvalidStateError, Run, StepNotFoundError, Streamline, WorkflowError, WorkflowNotFoundError, acts, create_hook
 from support import eventually
 
 STATES = ["draft", "ready", "held", "backing off", "sleeping", "human", "webhook", "event"]

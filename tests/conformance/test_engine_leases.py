@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import Streamline, embedded, ops, transitions
+from streamline_pool import Streamline, embedded, ops
+from streamline_pool.domain import transitions
 from streamline_pool.env import system_env
 
 

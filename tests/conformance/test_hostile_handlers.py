@@ -10,7 +10,7 @@ import pytest
 from workers import run_until_idle
 
 from streamline_pool import Streamline
-from streamline_pool.errors import NonRetriableError, ValidationError
+from streamline_pool.domain.errors import NonRetriableError, ValidationError
 
 
 def test_a_checkpoint_changed_in_memory_and_not_stored_is_not_stored_by_the_retry(app: Streamline) -> None:

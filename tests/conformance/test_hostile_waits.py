@@ -11,7 +11,7 @@ from workers import check_invariants, run_until_idle
 
 from streamline_pool import Context, Streamline, acts, create_hook, ops
 from streamline_pool.documents import SERVER_TICK
-from streamline_pool.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
+from streamline_pool.domain.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
 from streamline_pool.outside import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.procedures import Procedure
 from streamline_pool.sending import _broadcasting, finishing_broadcasts, sending_event

@@ -17,7 +17,7 @@ import pytest
 from workers import Pool, check_invariants
 
 from streamline_pool import Context, Streamline, acts, create_hook, ops
-from streamline_pool.errors import HookTokenError, InvalidStateError
+from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.procedures import Procedure
 from streamline_pool.sending import _broadcasting
 

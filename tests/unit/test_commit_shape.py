@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from streamline_pool import ops, transitions
-from streamline_pool.definition import Definition, make_step
+from streamline_pool import ops
 from streamline_pool.documents import RUN_INDEXES
+from streamline_pool.domain import transitions
+from streamline_pool.domain.definition import Definition, make_step
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 STEPS = tuple(make_step("w", name, lambda ctx: 1, {}) for name in ("a", "b"))

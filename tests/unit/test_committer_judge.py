@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from streamline_pool import ops, transitions
+from streamline_pool import ops
 from streamline_pool.committer import Verdict, judge
+from streamline_pool.domain import transitions
 from streamline_pool.ops import Fence, Statement
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import StepNotFoundError, Streamline, ValidationError
-from streamline_pool.definition import Definition, make_step
+from streamline_pool.domain.definition import Definition, make_step
 from support import shown
 
 

@@ -34,19 +34,7 @@ from streamline_pool.supervisor.messages import (
     Stop,
     Wake,
 )
-from streamline_pool.supervisor.state import (
-    Dump,
-    Event,
-    Exit,
-    ForkFailed,
-    Garbled,
-    Heard,
-    Kill,
-    Log,
-    Measured,
-    Spawn,
-    Tick,
-)
+from streamline_pool.supervisor.state import Dump, Event, Exit, ForkFailed, Garbled, Heard, Kill, Log, Measured, Spawn, Tick
 
 # ---- starting ------------------------------------------------------------------------------------------------------
 

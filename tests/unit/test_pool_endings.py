@@ -30,15 +30,7 @@ from streamline_pool.supervisor.messages import (
     Stop,
     Wake,
 )
-from streamline_pool.supervisor.state import (
-    Exit,
-    Kill,
-    Log,
-    Measured,
-    Send,
-    Spawn,
-    Tick,
-)
+from streamline_pool.supervisor.state import Exit, Kill, Log, Measured, Send, Spawn, Tick
 
 # ---- endings -------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from streamline_pool import (
     get_workflow_progress,
 )
 from streamline_pool.documents import parse_run
-from streamline_pool.model import TERMINAL
+from streamline_pool.domain.model import TERMINAL
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = NOW + timedelta(seconds=90)

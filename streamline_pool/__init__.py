@@ -9,6 +9,7 @@ orders = app.workflow("orders")
 def reserve(ctx): ...
 """
 
+from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import (
     DataCorruptionError,
     ErrorCode,
@@ -47,7 +48,6 @@ from .context import Context
 from .hooks import Hook, create_hook
 from .outside import HookResult
 from .parallel import Settled, execute_parallel, execute_parallel_sync
-from .settings import Settings
 from .workflow import Workflow
 
 __version__ = "0.1.0"

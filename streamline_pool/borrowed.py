@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import partial
 from typing import Protocol
 
+from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
 
 from . import ops
@@ -22,7 +23,6 @@ from .client import Streamline
 from .local import make_owner
 from .multi_update import update_many
 from .store import AsyncStore, Store
-from .tasks import end_tasks
 from .timewarp import JumpableAsyncStore, JumpableStore, Timeline
 from .worker import Worker
 

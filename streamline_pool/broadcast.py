@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from streamline_pool.config.asyncio_tasks import end_tasks
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import ValidationError, WorkflowError
 
 from . import stream_ops
 from .bus import Event
 from .documents import check_payload, packed
-from .env import Env
 from .operations import Signal
 from .store import AsyncStore
-from .tasks import end_tasks
 
 __all__ = ["EVENT_DATA_BYTES_MAX", "ActEvents", "Broadcaster"]
 

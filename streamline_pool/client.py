@@ -17,6 +17,8 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
+from streamline_pool.config.env import Env, system_env
+from streamline_pool.config.settings import DEFAULT_MONGODB_URI, Settings
 from streamline_pool.domain.definition import Definition, check_defaults, check_id, make_steps
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import Run
@@ -26,7 +28,6 @@ from .broadcast import ActEvents, Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from .engine import Engine
-from .env import Env, system_env
 from .flight import Observer
 from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
@@ -34,7 +35,6 @@ from .local import LocalRunner, LoopThread
 from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .procedures import Procedure
 from .sending import sending_event
-from .settings import DEFAULT_MONGODB_URI, Settings
 from .store import AsyncStore, Store, Where
 from .stream import EventStream, open_stream
 from .workflow import Workflow, twins

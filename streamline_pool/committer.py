@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
+from streamline_pool.config.asyncio_tasks import end_tasks
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from streamline_pool.domain.transitions import arrived
 
 from . import ops
-from .env import Env
 from .ops import Statement
 from .store import AsyncStore
-from .tasks import end_tasks
 
 __all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
 

@@ -26,10 +26,9 @@ from typing import Any, Protocol, Self
 
 import bson
 
+from streamline_pool.config.env import Clock, system_env
+from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError
-
-from .env import Clock, system_env
-from .settings import Settings
 
 __all__ = ["DEFAULT_DATA_DIR", "EmbeddedServer", "find_mongod", "serving", "start"]
 

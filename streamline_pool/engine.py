@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
+from streamline_pool.config.env import Env
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import StepStatus
@@ -30,7 +31,6 @@ from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
 from .documents import check_payload, decode_payload, misfit
 from .domain import transitions
-from .env import Env
 from .files import putting_file, reading_outputs
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper

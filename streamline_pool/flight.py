@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
+from streamline_pool.config.env import Env
 from streamline_pool.domain.definition import Definition
 from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError
 from streamline_pool.domain.transitions import Document
@@ -19,7 +20,6 @@ from streamline_pool.domain.transitions import Document
 from . import ops
 from .attempt import Attempt
 from .committer import Verdict, judge, refusal
-from .env import Env
 from .hooks import hash_token, make_token
 from .procedures import Procedure
 from .store import Store

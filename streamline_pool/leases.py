@@ -12,15 +12,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from streamline_pool.config.asyncio_tasks import end_tasks
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
 
 from . import ops
 from .committer import lease_id_of
-from .env import Env
 from .flight import Flight, Observer
 from .multi_update import update_many
 from .store import AsyncStore
-from .tasks import end_tasks
 
 __all__ = ["LeaseKeeper"]
 

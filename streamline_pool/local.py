@@ -15,13 +15,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime
 from typing import Any, TypeVar
 
+from streamline_pool.config.asyncio_tasks import end_tasks
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
 
 from . import ops
 from .engine import Engine
-from .env import Env
 from .store import AsyncStore
-from .tasks import end_tasks
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]
 

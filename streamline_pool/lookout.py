@@ -14,9 +14,10 @@ from datetime import datetime, timedelta
 from typing import Any
 from zlib import crc32
 
+from streamline_pool.config.env import Env
+
 from . import ops
 from .documents import SLOTS
-from .env import Env
 from .store import AsyncStore
 
 __all__ = ["Lookout", "slots_of"]

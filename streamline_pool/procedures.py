@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, NamedTuple, TypeVar
 
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
 
 from . import ops
-from .env import Env
 
 __all__ = ["Effect", "Listen", "Nap", "Procedure", "is_hint", "repeating"]
 

@@ -23,14 +23,14 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.synchronous.client_session import ClientSession
 from pymongo.write_concern import WriteConcern
 
+from streamline_pool.config.env import Env
+from streamline_pool.config.parsing import redact_text, redact_uri
+from streamline_pool.config.settings import DEFAULT_MONGODB_URI
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError, WorkflowError
 
 from . import ops
 from .documents import CODEC
-from .env import Env
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
-from .setting_values import redact_text, redact_uri
-from .settings import DEFAULT_MONGODB_URI
 
 __all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
 

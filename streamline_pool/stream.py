@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Self
 
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
 
 from . import stream_ops
 from .bus import Event
-from .env import Env
 from .procedures import Procedure
 from .store import Store
 from .stream_ops import LISTENER_TTL_S

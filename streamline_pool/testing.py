@@ -16,6 +16,8 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from streamline_pool.config.asyncio_tasks import end_tasks
+from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import Run, seconds
 
@@ -23,10 +25,8 @@ from . import embedded
 from .borrowed import BorrowedApp
 from .bus import Event
 from .client import Streamline
-from .env import Env, system_env
 from .local import LoopThread
 from .store import Store
-from .tasks import end_tasks
 from .timewarp import Timeline
 from .workflow import Workflow
 

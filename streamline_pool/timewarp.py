@@ -12,8 +12,9 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from streamline_pool.config.env import Env
+
 from . import ops
-from .env import Env
 from .store import AsyncStore, ServerClock, Store, Where
 
 __all__ = ["JumpableAsyncStore", "JumpableStore", "Timeline", "shifted"]

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from streamline_pool.config.env import Env
+from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 
 from . import ops
 from .alarms import Alarms
 from .client import Streamline
 from .engine import Engine
-from .env import Env
 from .lookout import Lookout
 from .multi_update import update_many
-from .settings import Settings
 from .store import AsyncStore
 
 __all__ = ["Gate", "Worker", "WorkerStatus"]

@@ -17,9 +17,9 @@ from typing import Any
 
 from streamline_pool import embedded, ops
 from streamline_pool.client import Streamline
+from streamline_pool.config.env import Env, system_env
+from streamline_pool.config.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
-from streamline_pool.env import Env, system_env
-from streamline_pool.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.supervisor.arguments import hide_password
 from streamline_pool.supervisor.console import CommandError, ExitCode
 from streamline_pool.supervisor.importing import AppImportError, import_app

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from streamline_pool.settings import redact_uri
+from streamline_pool.config.settings import redact_uri
 
 __all__ = ["hide_password"]
 

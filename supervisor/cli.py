@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import click
 
 from streamline_pool.client import Streamline
+from streamline_pool.config.env import system_env
+from streamline_pool.config.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
-from streamline_pool.env import system_env
-from streamline_pool.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle, wants_private_server
 from streamline_pool.supervisor.cleanup import cleanup
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable

@@ -19,8 +19,8 @@ import click
 import orjson
 
 from streamline_pool import embedded
+from streamline_pool.config.settings import DEFAULT_MONGODB_URI, redact_text
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.settings import DEFAULT_MONGODB_URI, redact_text
 
 __all__ = [
     "CommandError",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from streamline_pool import ops, stream_ops
 from streamline_pool.broadcast import Broadcaster
 from streamline_pool.bus import Event, global_event_bus
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
-from streamline_pool.env import Env
 from streamline_pool.store import AsyncStore
 from streamline_pool.stream_ops import LISTENER_TTL_S
 from streamline_pool.supervisor.messages import Audience, Publishing

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import orjson
 
-from streamline_pool.settings import redact_text
+from streamline_pool.config.settings import redact_text
 
 __all__ = ["JsonFormatter", "TextFormatter", "fields_of", "setup_logging"]
 

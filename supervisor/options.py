@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from streamline_pool.settings import OPTIONS, Option
+from streamline_pool.config.settings import OPTIONS, Option
 
 __all__ = ["CONNECTION", "HELP", "POOL_ONLY", "Invocation", "json_option", "pick", "setting_options"]
 

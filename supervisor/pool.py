@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, assert_never
 
+from streamline_pool.config.env import Env
+from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import ValidationError
-from streamline_pool.env import Env
-from streamline_pool.settings import Settings
 from streamline_pool.supervisor.child import HANDLED_SIGNALS, Child, Main, fork_child
 from streamline_pool.supervisor.decide import decide, initial, pause_s
 from streamline_pool.supervisor.messages import MessageError

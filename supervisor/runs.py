@@ -10,9 +10,9 @@ import click
 
 from streamline_pool import ops
 from streamline_pool.client import Streamline
+from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
-from streamline_pool.env import Env, system_env
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.commands import ended_well, print_end, somebody_works_on
 from streamline_pool.supervisor.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told

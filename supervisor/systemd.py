@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from streamline_pool.setting_values import has_password
-from streamline_pool.settings import OPTIONS, Resolved
+from streamline_pool.config.parsing import has_password
+from streamline_pool.config.settings import OPTIONS, Resolved
 from streamline_pool.supervisor.application import settle
 from streamline_pool.supervisor.console import CommandError, ExitCode, print_json
 from streamline_pool.supervisor.options import json_option, setting_options

@@ -11,7 +11,7 @@ import pytest
 from pymongo import MongoClient
 
 from streamline_pool import Settings, Streamline, embedded
-from streamline_pool.env import Env
+from streamline_pool.config.env import Env
 
 SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
 

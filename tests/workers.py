@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from streamline_pool import Streamline, ops
+from streamline_pool.config.asyncio_tasks import end_tasks
+from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.env import Env
-from streamline_pool.tasks import end_tasks
 from streamline_pool.worker import Worker, WorkerStatus
 
 __all__ = ["Pool", "check_invariants", "run_until_idle"]

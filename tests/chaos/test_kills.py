@@ -16,7 +16,7 @@ from chaos_app import APP, acceptances, assert_nothing_is_wedged, entries_overla
 from pool_process import PoolProcess, running
 
 from streamline_pool import Streamline
-from streamline_pool.env import PROBE_POINTS
+from streamline_pool.config.env import PROBE_POINTS
 from support import eventually
 
 pytestmark = pytest.mark.chaos

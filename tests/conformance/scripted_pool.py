@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from streamline_pool.env import system_env
+from streamline_pool.config.env import system_env
 from streamline_pool.supervisor.link import Link
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.messages import (

@@ -14,8 +14,8 @@ from workers import check_invariants
 
 from streamline_pool import Context, Streamline, acts, create_hook, ops
 from streamline_pool.committer import Verdict, judge
+from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
-from streamline_pool.env import system_env
 
 Act = Callable[[Streamline, str], Any]
 

@@ -15,8 +15,8 @@ from workers import Worker, run_until_idle
 from streamline_pool import Event, Streamline
 from streamline_pool import broadcast as module
 from streamline_pool.broadcast import Broadcaster
+from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.env import system_env
 from streamline_pool.operations import Op
 from streamline_pool.store import AsyncStore
 from support import eventually

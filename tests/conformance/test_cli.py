@@ -80,7 +80,7 @@ def test_print_config_shows_the_uri_in_code_where_nothing_else_names_one(offline
 
 
 def test_help_names_every_option_with_its_variable_and_every_command(offline: Shell) -> None:
-    from streamline_pool.settings import OPTIONS
+    from streamline_pool.config.settings import OPTIONS
 
     text = " ".join(offline("--help").stdout.split())
     for option in OPTIONS:

@@ -13,8 +13,8 @@ import pytest
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import Streamline, embedded, ops
+from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
-from streamline_pool.env import system_env
 
 
 def take_over(app: Streamline, run_id: str) -> None:

@@ -34,7 +34,7 @@ from streamline_pool import (
     WorkflowNotFoundError,
     create_hook,
 )
-from streamline_pool.env import SystemClock, system_env
+from streamline_pool.config.env import SystemClock, system_env
 
 STATUSES = {
     "WORKFLOW_NOT_FOUND": 404, "WORKFLOW_CANCELLED": 409, "STEP_NOT_FOUND": 404, "STEP_TIMEOUT": 408, "STEP_FAILED": 500,

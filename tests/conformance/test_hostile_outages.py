@@ -11,8 +11,8 @@ import pytest
 
 from streamline_pool import Settings, Streamline, ops
 from streamline_pool.committer import GroupCommitter, Verdict
+from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
-from streamline_pool.env import system_env
 from streamline_pool.worker import Worker
 
 STATEMENT = ops.Statement(ops.Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)

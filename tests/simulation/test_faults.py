@@ -18,8 +18,8 @@ import pytest
 from workers import Pool, check_invariants
 
 from streamline_pool import Streamline, ops
+from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.env import system_env
 from streamline_pool.store import AsyncStore, Store
 
 LATE_S = 0.03  # how long a copy of a write that was given up on is under way

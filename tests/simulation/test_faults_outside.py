@@ -15,8 +15,8 @@ import pytest
 from workers import check_invariants
 
 from streamline_pool import Streamline, create_hook, ops
+from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.env import system_env
 from streamline_pool.store import Store
 from support import eventually
 

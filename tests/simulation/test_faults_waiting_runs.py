@@ -17,7 +17,7 @@ from test_faults import HASTE, OPERATIONS_MAX, Faults, FaultyBlockingStore, Faul
 from workers import Pool, check_invariants
 
 from streamline_pool import Streamline, create_hook, is_timeout
-from streamline_pool.env import system_env
+from streamline_pool.config.env import system_env
 
 
 class Waiter:

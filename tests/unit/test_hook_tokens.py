@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import HookTokenError
-from streamline_pool.env import system_env
 from streamline_pool.hooks import Hook, hash_token, make_token, run_id_of
 
 SECRET = "s" * 32

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_pool.setting_values import has_password, redact_text, redact_uri
-from streamline_pool.settings import DEFAULT_MONGODB_URI, OPTIONS, ConfigFile, Resolved, SettingError, Settings, Source, read_files, resolve
+from streamline_pool.config.parsing import has_password, redact_text, redact_uri
+from streamline_pool.config.settings import (
+    DEFAULT_MONGODB_URI,
+    OPTIONS,
+    ConfigFile,
+    Resolved,
+    SettingError,
+    Settings,
+    Source,
+    read_files,
+    resolve,
+)
 
 
 def of(name: str, raw: object) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from streamline_pool.tasks import end_tasks
+from streamline_pool.config.asyncio_tasks import end_tasks
 
 
 def test_a_task_that_loses_its_first_cancellation_is_ended_all_the_same() -> None:

@@ -19,11 +19,11 @@ from typing import Any
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import ValidationError, WorkflowError
+from streamline_pool.protocol.operations import Signal
+from streamline_pool.protocol.run_document import check_payload, packed
 
-from . import stream_ops
 from .bus import Event
-from .documents import check_payload, packed
-from .operations import Signal
+from .protocol import event_stream
 from .store import AsyncStore
 
 __all__ = ["EVENT_DATA_BYTES_MAX", "ActEvents", "Broadcaster"]
@@ -90,7 +90,7 @@ class Broadcaster:
         """Look in the database who streams. A failure costs nothing but events."""
         known = set(self._listeners)
         try:
-            found = await self._store.run(stream_ops.find_listeners())
+            found = await self._store.run(event_stream.find_listeners())
         except WorkflowError as exc:
             log.debug("listeners_unknown", extra={"error": str(exc)})
             return
@@ -186,7 +186,7 @@ class Broadcaster:
                 batch.append(document)
             greets = dict(self._greets)
         try:
-            await self._store.run(stream_ops.send_events(self._publisher, first, batch, greets, self._store.now()))
+            await self._store.run(event_stream.send_events(self._publisher, first, batch, greets, self._store.now()))
         except WorkflowError as exc:
             if not exc.context.get("transient"):
                 self._settle(first + len(batch), {})
@@ -226,7 +226,7 @@ class ActEvents:
             return []
         with self._lock:
             unsent, self._unsent = self._unsent, deque(maxlen=_BACKLOG_MAX)
-        return [stream_ops.events_signal(self._publisher, number, [_packed(event)[0]], event.at) for number, event in unsent]
+        return [event_stream.events_signal(self._publisher, number, [_packed(event)[0]], event.at) for number, event in unsent]
 
 
 def _packed(event: Event) -> tuple[Any, int]:

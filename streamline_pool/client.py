@@ -22,11 +22,10 @@ from streamline_pool.config.settings import DEFAULT_MONGODB_URI, Settings
 from streamline_pool.domain.definition import Definition, check_defaults, check_id, make_steps
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import Run
+from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 
-from . import housekeeping_ops, ops
 from .broadcast import ActEvents, Broadcaster
 from .bus import Event, EventBus, global_event_bus
-from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from .engine import Engine
 from .flight import Observer
 from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
@@ -34,6 +33,7 @@ from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_index
 from .local import LocalRunner, LoopThread
 from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .procedures import Procedure
+from .protocol import retention, run_lifecycle
 from .sending import sending_event
 from .store import AsyncStore, Store, Where
 from .stream import EventStream, open_stream
@@ -289,7 +289,7 @@ class Streamline:
 
     def _proc_workers(self) -> Procedure[list[dict[str, Any]]]:
         """What every pool that has spoken lately says of itself: one document per pool, with its workers."""
-        hosts: list[dict[str, Any]] = yield ops.list_hosts()
+        hosts: list[dict[str, Any]] = yield run_lifecycle.list_hosts()
         return hosts
 
     workers, workers_async = twins(_proc_workers)
@@ -348,7 +348,7 @@ class Streamline:
         """
         age_s = days_in_seconds(days, "cleanup_old_runs: days")
         tenant = None if tenant_id is None else ((yield from self._tenant_path()), tenant_id)
-        count = yield from deleting(housekeeping_ops.ended_before(age_s, tenant), dry_run=dry_run)
+        count = yield from deleting(retention.ended_before(age_s, tenant), dry_run=dry_run)
         if not dry_run:
             yield from dropping_orphans()
             yield from forgetting_events()
@@ -365,13 +365,13 @@ class Streamline:
         """
         age_s = days_in_seconds(days, "archive_old_runs: days")
         collection, stored_name = check_archive(to, self.where.prefix)
-        return (yield from archiving(housekeeping_ops.ended_before(age_s), collection, stored_name, dry_run=dry_run))
+        return (yield from archiving(retention.ended_before(age_s), collection, stored_name, dry_run=dry_run))
 
     archive_old_runs, archive_old_runs_async = twins(_proc_archive_old_runs)
 
     def _proc_cleanup_expired(self, *, dry_run: bool = False) -> Procedure[int]:
         """Delete ended runs whose `context.expireAt` (a date) has passed, with their files; returns how many."""
-        return (yield from deleting(housekeeping_ops.expired(), dry_run=dry_run))
+        return (yield from deleting(retention.expired(), dry_run=dry_run))
 
     cleanup_expired, cleanup_expired_async = twins(_proc_cleanup_expired)
 
@@ -475,7 +475,7 @@ class Streamline:
         if kind == "cancel":
             self._check_here(fields["runId"])
         try:
-            yield ops.send_signal(kind, self._server_now(), **fields)
+            yield run_lifecycle.send_signal(kind, self._server_now(), **fields)
         except StoreUnavailableError as exc:
             log.debug("signal_lost", extra={"kind": kind, "error": str(exc)})
 

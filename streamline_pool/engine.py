@@ -21,21 +21,21 @@ from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import StepStatus
 from streamline_pool.domain.transitions import Change
+from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external
+from streamline_pool.protocol.run_document import check_payload, decode_payload, misfit
 
-from . import acts, ops
 from .attempt import Attempt, Kind, Outcome, failure_of
 from .broadcast import Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
-from .documents import check_payload, decode_payload, misfit
 from .domain import transitions
 from .files import putting_file, reading_outputs
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper
 from .outcomes import Decided, Moment, allowed, change_after, damaged, failed, version_mismatch
-from .payloads import EXTERNAL_KEY, external_ids, is_external
+from .protocol import control, run_lifecycle
 from .store import AsyncStore, Store
 
 __all__ = ["Engine"]
@@ -130,7 +130,7 @@ class Engine:
     async def _report_corrupt(self, run_id: str, reason: str) -> None:
         log.error("run_corrupt", extra={"run_id": run_id, "reason": reason})
         try:
-            await self.store.run(ops.mark_corrupt(run_id, reason, self.store.now()))
+            await self.store.run(run_lifecycle.mark_corrupt(run_id, reason, self.store.now()))
         except WorkflowError:
             log.warning("run_corrupt_unmarked", extra={"run_id": run_id})  # its lease expires, and the next claimer tries again
 
@@ -254,7 +254,7 @@ class Engine:
         document = flight.document
         while True:
             try:
-                found = await self.store.run(acts.find_event_for(name, document.get("bornAt"), document.get("seen") or ()))
+                found = await self.store.run(control.find_event_for(name, document.get("bornAt"), document.get("seen") or ()))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
@@ -325,7 +325,7 @@ class Engine:
             if self._listening():
                 await self._load_told(flight, change)
             now = self.store.now()
-            make = ops.commit_under_pause if twin else ops.commit
+            make = run_lifecycle.commit_under_pause if twin else run_lifecycle.commit
             self.env.probe("commit.before")
             try:
                 statement = make(flight.fence(), change, now, size + STATEMENT_BYTES)
@@ -370,7 +370,7 @@ class Engine:
     async def _fail_barely(self, flight: Flight, exc: ValidationError) -> bool:
         """Not even its failure fits into the run: say so in as few bytes as possible."""
         try:
-            await self.write(ops.fail_barely(flight.fence(), flight.place, exc.code, exc.message, self.store.now()))
+            await self.write(run_lifecycle.fail_barely(flight.fence(), flight.place, exc.code, exc.message, self.store.now()))
             flight.document["status"] = "failed"
         except ValidationError:
             log.exception("run_unstorable", extra={"run_id": flight.run_id})
@@ -398,7 +398,7 @@ class Engine:
     async def _read_held(self, flight: Flight) -> dict[str, Any] | None:
         while True:
             try:
-                found = await self.store.run(ops.read_held(flight.run_id, flight.lease_id))
+                found = await self.store.run(run_lifecycle.read_held(flight.run_id, flight.lease_id))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
@@ -411,7 +411,7 @@ class Engine:
 
     # --- flight.Ground ---------------------------------------------------------------------------------------------
 
-    async def write(self, statement: ops.Statement) -> Verdict:
+    async def write(self, statement: run_lifecycle.Statement) -> Verdict:
         """Hand a fenced write to the group, and wait for its verdict."""
         return await self._committer.write(statement)
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamline_pool.domain.errors import DataCorruptionError
+from streamline_pool.protocol.files import CHUNK_BYTES
+from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
+from streamline_pool.protocol.run_document import decode_payload
 
-from . import file_ops
-from .documents import decode_payload
-from .file_ops import CHUNK_BYTES
-from .payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
 from .procedures import Procedure
+from .protocol import files
 
 __all__ = ["dropping_files", "loading_outputs", "putting_file", "reading_outputs"]
 
@@ -29,13 +29,13 @@ def putting_file(file_id: str, content: bytes, run_id: str) -> Procedure[None]:
 
     The procedure of `split_output(...).content`. Raises StoreUnavailableError.
     """
-    if not (yield file_ops.any_file()):
+    if not (yield files.any_file()):
         # Nobody pays for these indexes before there is a file; a user with readWrite may create them.
-        yield file_ops.ensure_file_index()
-        yield file_ops.ensure_chunk_index()
-    yield file_ops.insert_file(file_id, run_id, len(content))
+        yield files.ensure_file_index()
+        yield files.ensure_chunk_index()
+    yield files.insert_file(file_id, run_id, len(content))
     for first, chunks in _commands(content):
-        yield file_ops.insert_chunks(file_id, first, chunks)
+        yield files.insert_chunks(file_id, first, chunks)
 
 
 def _commands(content: bytes) -> Iterator[tuple[int, list[bytes]]]:
@@ -58,12 +58,12 @@ def reading_outputs(document: Mapping[str, Any], file_ids: Sequence[str]) -> Pro
     """The values in these files of a run, by id. Raises as `loading_outputs` does."""
     if not file_ids:
         return {}
-    lengths = {record["_id"]: record["length"] for record in (yield file_ops.files_of(document["_id"], file_ids))}
+    lengths = {record["_id"]: record["length"] for record in (yield files.files_of(document["_id"], file_ids))}
     values = {}
     for file_id in file_ids:
         if file_id not in lengths:
             raise _damaged(document, file_id, "there is no such file of this run")
-        chunks = yield file_ops.read_chunks(file_id)
+        chunks = yield files.read_chunks(file_id)
         try:
             values[file_id] = decode_payload(_joined(chunks, lengths[file_id]))
         except ValueError as exc:
@@ -94,6 +94,6 @@ def dropping_files(file_ids: Sequence[str]) -> Procedure[int]:
     dropped = 0
     for start in range(0, len(file_ids), _DROP_MAX):
         batch = file_ids[start : start + _DROP_MAX]
-        yield file_ops.delete_chunks(batch)
-        dropped += yield file_ops.delete_files(batch)
+        yield files.delete_chunks(batch)
+        dropped += yield files.delete_files(batch)
     return dropped

@@ -15,13 +15,13 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
+from streamline_pool.protocol.files import FILES
+from streamline_pool.protocol.retention import ARCHIVE, IDENTITY
+from streamline_pool.protocol.run_document import SERVER_TICK
 
-from . import acts, file_ops, housekeeping_ops
-from .documents import SERVER_TICK
-from .file_ops import FILES
 from .files import dropping_files
-from .housekeeping_ops import ARCHIVE, IDENTITY
 from .procedures import Effect, Procedure
+from .protocol import control, files, retention
 
 __all__ = ["archiving", "check_archive", "deleting", "dropping_orphans", "forgetting_events"]
 
@@ -45,13 +45,13 @@ def deleting(condition: Mapping[str, Any], *, dry_run: bool) -> Procedure[int]:
     count = 0
     after: str | None = ""
     while after is not None:
-        after, found = yield housekeeping_ops.scan("runs", after, condition, ())
+        after, found = yield retention.scan("runs", after, condition, ())
         run_ids = [run["_id"] for run in found]
         if dry_run or not run_ids:
             count += len(run_ids)
             continue
-        files = yield file_ops.files_of_runs(run_ids)  # known before, so that those of a later run with this id are not among them
-        count += yield housekeeping_ops.delete_runs(run_ids, condition)
+        files = yield files.files_of_runs(run_ids)  # known before, so that those of a later run with this id are not among them
+        count += yield retention.delete_runs(run_ids, condition)
         yield from _dropping_unowned(files)
     return count
 
@@ -61,7 +61,7 @@ def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *
     count = 0
     after: str | None = ""
     while after is not None:
-        after, found = yield housekeeping_ops.scan("runs", after, condition, ())
+        after, found = yield retention.scan("runs", after, condition, ())
         run_ids = [run["_id"] for run in found]
         if dry_run:
             count += len(run_ids)
@@ -73,12 +73,12 @@ def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *
 
 def _moving(run_ids: Sequence[str], condition: Mapping[str, Any], collection: str, stored_name: str) -> Procedure[int]:
     if collection != ARCHIVE:
-        files = yield file_ops.files_of_runs(run_ids)
+        files = yield files.files_of_runs(run_ids)
         if files:  # or they would be orphans, once their runs are where nobody looks
-            yield file_ops.mark_archived([file["_id"] for file in files], stored_name)
-    yield housekeeping_ops.copy_runs(run_ids, condition, stored_name)
-    copies = yield housekeeping_ops.identify_runs(collection, run_ids)
-    moved: int = (yield housekeeping_ops.delete_same_runs(copies)) if copies else 0
+            yield files.mark_archived([file["_id"] for file in files], stored_name)
+    yield retention.copy_runs(run_ids, condition, stored_name)
+    copies = yield retention.identify_runs(collection, run_ids)
+    moved: int = (yield retention.delete_same_runs(copies)) if copies else 0
     if moved < len(run_ids):
         yield from _reconciling(run_ids, copies, collection, stored_name)
     return moved
@@ -88,7 +88,7 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection:
     """Some runs stayed. Withdraw the copies of those that were revived; say which cannot be archived at all."""
     in_archive = {copy["_id"]: copy for copy in copies}
     revived, refused = [], []
-    for run in (yield housekeeping_ops.identify_runs("runs", run_ids)):
+    for run in (yield retention.identify_runs("runs", run_ids)):
         copy = in_archive.get(run["_id"])
         if copy is None:
             continue  # revived before it was copied
@@ -98,18 +98,18 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection:
             # `rev` and `acts` only grow, so nobody will ever delete the run on the strength of this copy.
             revived.append(copy)
     if revived:
-        yield housekeeping_ops.delete_copies(collection, revived)
+        yield retention.delete_copies(collection, revived)
     if refused:
         log.warning("archive_has_other_run", extra={"collection": stored_name, "run_ids": refused[:10], "count": len(refused)})
 
 
 def forgetting_events() -> Procedure[int]:
     """Delete events sent to all that no run is left to want: those older than every run that has not ended. Returns how many."""
-    live = yield acts.oldest_live_run()
+    live = yield control.oldest_live_run()
     since = live[0].get("bornAt") if live else None
     if live and not isinstance(since, type(SERVER_TICK)):
         return 0  # another program has changed that run; which events it may want nobody knows
-    forgotten: int = yield acts.forget_events(since)
+    forgotten: int = yield control.forget_events(since)
     return forgotten
 
 
@@ -118,8 +118,8 @@ def dropping_orphans() -> Procedure[int]:
     dropped = 0
     after: str | None = ""
     while after is not None:
-        old = housekeeping_ops.uploaded_before(_ORPHAN_AGE_S)
-        after, files = yield housekeeping_ops.scan(FILES, after, old, ("metadata",))
+        old = retention.uploaded_before(_ORPHAN_AGE_S)
+        after, files = yield retention.scan(FILES, after, old, ("metadata",))
         dropped += yield from _dropping_unowned(files)
     return dropped
 
@@ -143,7 +143,7 @@ def _dropping_unowned(files: Sequence[Document]) -> Procedure[int]:
 def _gone(collection: str, run_ids: list[str]) -> Generator[Effect, Any, list[str]]:
     if not run_ids:
         return []
-    existing = {run["_id"] for run in (yield housekeeping_ops.existing_runs(collection, run_ids))}
+    existing = {run["_id"] for run in (yield retention.existing_runs(collection, run_ids))}
     return [run_id for run_id in run_ids if run_id not in existing]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.domain.model import TERMINAL
+from streamline_pool.protocol.operations import Command
+from streamline_pool.protocol.run_document import IndexDefinition
 
-from .documents import IndexDefinition
-from .operations import Command
 from .procedures import Nap, Procedure
 
 __all__ = ["TENANT_FIELD", "check_field", "custom_indexes", "days_in_seconds", "making_indexes", "tenant_fields"]

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.errors import ErrorCode, WorkflowError
 from streamline_pool.domain.transitions import Change, Document, Failure
+from streamline_pool.protocol.payloads import split_output, with_outputs
+from streamline_pool.protocol.run_document import parse_run
 
 from .attempt import Kind, Outcome, failure_of, timeout_failure
 from .context import Context, Ending, SleepEnding, WaitEnding
-from .documents import parse_run
 from .domain import transitions
-from .payloads import split_output, with_outputs
 
 __all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
 

@@ -20,13 +20,13 @@ from streamline_pool.domain.errors import (
 )
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepStatus
 from streamline_pool.domain.transitions import arrived
+from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
+from streamline_pool.protocol.run_document import SLOTS, check_run_id, check_text, decode_payload, misfit, parse_run, size_of
 
-from . import acts, ops
-from .documents import SLOTS, check_run_id, check_text, decode_payload, misfit, parse_run, size_of
 from .files import loading_outputs, putting_file
 from .hooks import hash_token, run_id_of
-from .payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
 from .procedures import Procedure
+from .protocol import control, run_lifecycle
 
 if TYPE_CHECKING:
     from .client import Streamline
@@ -53,7 +53,7 @@ class HookResult(NamedTuple):
 def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run | None]:
     """The run with that id, of that workflow or (None) of any."""
     check_run_id(run_id)
-    found = yield ops.get_run(workflow_id, run_id)
+    found = yield run_lifecycle.get_run(workflow_id, run_id)
     return (yield from making_run(found[0])) if found else None
 
 
@@ -67,7 +67,7 @@ def making_run(document: Document) -> Procedure[Run]:
 
 def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
     """The stored document; WorkflowNotFoundError if there is none, DataCorruptionError if it is none of ours any more."""
-    found = yield ops.get_run(workflow_id, run_id)
+    found = yield run_lifecycle.get_run(workflow_id, run_id)
     if not found:
         raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
     document: dict[str, Any] = found[0]
@@ -91,7 +91,7 @@ def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason
         check_text(reason, "cancel: reason")
     act_id = app.env.new_id()
     while True:
-        document = yield acts.cancel_run(workflow_id, run_id, reason, act_id)
+        document = yield control.cancel_run(workflow_id, run_id, reason, act_id)
         if document is None:
             found = yield from reading_run(workflow_id, run_id)
             stored = parse_run(found)
@@ -113,10 +113,10 @@ def pausing_run(app: Streamline, workflow_id: str | None, run_id: str, reason: s
         check_text(reason, "pause: reason")
     act_id = app.env.new_id()
 
-    def decide(found: Document) -> ops.Command | None:
+    def decide(found: Document) -> run_lifecycle.Command | None:
         if found["status"] in TERMINAL or found.get("paused") is True:
             return None
-        return acts.pause_run(workflow_id, run_id, found.get("acts"), reason, act_id)
+        return control.pause_run(workflow_id, run_id, found.get("acts"), reason, act_id)
 
     document, landed = yield from _acting(workflow_id, run_id, act_id, decide)
     if landed:
@@ -140,10 +140,10 @@ def resuming_run(app: Streamline, workflow_id: str | None, run_id: str, payload:
 def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run]:
     act_id = app.env.new_id()
 
-    def decide(found: Document) -> ops.Command | None:
+    def decide(found: Document) -> run_lifecycle.Command | None:
         if found.get("paused") is not True or found["status"] in TERMINAL:
             return None  # somebody else has resumed or ended it meanwhile
-        return acts.unpause_run(workflow_id, run_id, found.get("acts"), act_id)
+        return control.unpause_run(workflow_id, run_id, found.get("acts"), act_id)
 
     document, landed = yield from _acting(workflow_id, run_id, act_id, decide)
     if landed:
@@ -160,7 +160,7 @@ def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, a
         )
     answer_id = app.env.new_id()
     yield from _putting(answer, run_id)
-    document = yield acts.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
+    document = yield control.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
     if document is None:
         document = yield from _reading_live_run(workflow_id, run_id)
         if answered_step(document, answer_id) is None:
@@ -187,7 +187,7 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
         raise _bad_token()
     answer_id = app.env.new_id()
     yield from _putting(answer, run_id)
-    document = yield acts.answer_hook(
+    document = yield control.answer_hook(
         run_id, step["stepId"], hook["gen"], token_hash, hook.get("expiresAt"), answer.stored, size, answer_id
     )
     if document is None:
@@ -235,10 +235,10 @@ def check_not_full(document: Document, size: int) -> None:
     """PayloadTooLargeError if the run's inbox has no room for an item of so many bytes."""
     stored = document.get("inbox")
     inbox = stored if isinstance(stored, list) else []
-    if len(inbox) >= acts.INBOX_MAX or size_of({"inbox": inbox}) + size > acts.INBOX_BYTES_MAX:
+    if len(inbox) >= control.INBOX_MAX or size_of({"inbox": inbox}) + size > control.INBOX_BYTES_MAX:
         raise PayloadTooLargeError(
-            f"run {document['_id']}: its inbox is full: {len(inbox)} items came before they were waited for, and {acts.INBOX_MAX} items or "
-            f"{acts.INBOX_BYTES_MAX} bytes are the limit; nothing was stored; send again when the run has taken some",
+            f"run {document['_id']}: its inbox is full: {len(inbox)} items came before they were waited for, and {control.INBOX_MAX} items or "
+            f"{control.INBOX_BYTES_MAX} bytes are the limit; nothing was stored; send again when the run has taken some",
             run_id=document["_id"],
         )
 
@@ -248,7 +248,7 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
     check_run_id(run_id)
     act_id = app.env.new_id()
 
-    def decide(found: Document) -> ops.Command:
+    def decide(found: Document) -> run_lifecycle.Command:
         step_ids = [step["stepId"] for step in found["steps"]]
         if found["status"] == RunStatus.CANCELLED:
             raise InvalidStateError(f"run {run_id} was cancelled, which is final; start a new one", run_id=run_id, status="cancelled")
@@ -264,7 +264,7 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
             )
         lane = f"{found.get('queue', 'default')}/{found['workflowId']}/{found['version']}"
         slot = int(app.env.random() * SLOTS)
-        return acts.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids[place:], lane, slot, act_id)
+        return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids[place:], lane, slot, act_id)
 
     document, landed = yield from _acting(workflow_id, run_id, act_id, decide)
     if landed:
@@ -277,7 +277,7 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
 
 
 def _acting(
-    workflow_id: str | None, run_id: str, act_id: str, decide: Callable[[Document], ops.Command | None]
+    workflow_id: str | None, run_id: str, act_id: str, decide: Callable[[Document], run_lifecycle.Command | None]
 ) -> Procedure[tuple[dict[str, Any], bool]]:
     """Read the run, act on it as it was found, and say whether that took effect. The stored document either way.
 
@@ -296,7 +296,7 @@ def _acting(
         kept = after.get("actIds")
         if after.get("lastAct") == act_id or (isinstance(kept, list) and act_id in kept):
             return after, True
-        if _acts_of(after) - _acts_of(found) > acts.ACTS_KEPT:
+        if _acts_of(after) - _acts_of(found) > control.ACTS_KEPT:
             break  # ours may have been one of those that are kept no more
     raise InvalidStateError(
         f"run {run_id}: others act on it all the time, so what became of this act is unknown; look at it", run_id=run_id

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
 
-from . import ops
+from .protocol import run_lifecycle
 
 __all__ = ["Effect", "Listen", "Nap", "Procedure", "is_hint", "repeating"]
 
@@ -31,18 +31,18 @@ class Nap(NamedTuple):
 class Listen(NamedTuple):
     """An effect: wait for a signal that matches, at most this long. A hint, never a promise."""
 
-    tail: ops.Tail
+    tail: run_lifecycle.Tail
     seconds: float
 
 
-Effect = ops.Op | Nap | Listen
+Effect = run_lifecycle.Op | Nap | Listen
 Procedure = Generator[Effect, Any, T]
 """Yields effects, is sent their results or thrown their errors, and returns a T."""
 
 
 def is_hint(effect: Effect) -> bool:
     """True for an operation that nobody relies on: sent once, outside of any transaction."""
-    return isinstance(effect, ops.Signal)
+    return isinstance(effect, run_lifecycle.Signal)
 
 
 def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:

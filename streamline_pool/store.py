@@ -27,10 +27,10 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.parsing import redact_text, redact_uri
 from streamline_pool.config.settings import DEFAULT_MONGODB_URI
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError, WorkflowError
+from streamline_pool.protocol.run_document import CODEC
 
-from . import ops
-from .documents import CODEC
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
+from .protocol import run_lifecycle
 
 __all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
 
@@ -132,7 +132,7 @@ def open_clients() -> list[str]:
     return [str(client.address or client) for client in clients if client._opened and not client._closed]
 
 
-def _command_document(op: ops.Command, where: Where, *, in_transaction: bool) -> Document:
+def _command_document(op: run_lifecycle.Command, where: Where, *, in_transaction: bool) -> Document:
     target: Any = where.collection(op.collection) if op.collection else 1
     document: Document = {op.verb: target, **op.body}
     if op.writes and not in_transaction:
@@ -140,7 +140,7 @@ def _command_document(op: ops.Command, where: Where, *, in_transaction: bool) ->
     return document
 
 
-def _result(op: ops.Command, reply: Mapping[str, Any]) -> Any:
+def _result(op: run_lifecycle.Command, reply: Mapping[str, Any]) -> Any:
     failed = reply.get("writeConcernError")
     if failed:
         # Applied, but not known to be durable: an unknown outcome like a lost reply.
@@ -221,7 +221,7 @@ class _StoreBase:
         readings = []
         for _ in range(3):
             asked_at = self._env.clock.monotonic()
-            hello = yield ops.server_info()
+            hello = yield run_lifecycle.server_info()
             answered_at = self._env.clock.monotonic()
             readings.append((answered_at - asked_at, asked_at, answered_at, hello["localTime"]))
         _, asked_at, answered_at, server_time = min(readings, key=lambda reading: reading[0])
@@ -230,7 +230,7 @@ class _StoreBase:
 
     def reading_facts(self) -> Procedure[dict[str, Any]]:
         """Version, topology and database; StoreUnavailableError when the server is too old."""
-        return server_facts((yield ops.server_info()), (yield ops.build_info()), self.where)
+        return server_facts((yield run_lifecycle.server_info()), (yield run_lifecycle.build_info()), self.where)
 
     def ensuring(self) -> Procedure[None]:
         """Once per store: indexes and collections that the engine needs. Now and then: the clock."""
@@ -255,12 +255,12 @@ class Store(_StoreBase):
         self.client: MongoClient[Document] = MongoClient(where.uri, tz_aware=True, connect=False, **where.client_options())
         self._database = self.client.get_database(where.database, codec_options=CODEC)
 
-    def run(self, op: ops.Op, session: ClientSession | None = None) -> Any:
+    def run(self, op: run_lifecycle.Op, session: ClientSession | None = None) -> Any:
         """Run one operation, once. Raises StoreUnavailableError (outcome unknown if it wrote) or what the server refused."""
         try:
-            if isinstance(op, ops.Find):
+            if isinstance(op, run_lifecycle.Find):
                 return list(self._cursor(op, session))
-            if isinstance(op, ops.Signal):
+            if isinstance(op, run_lifecycle.Signal):
                 self._unanswered("signals").insert_one(dict(op.document))
                 return None
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
@@ -273,7 +273,7 @@ class Store(_StoreBase):
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
         """Run a procedure to its end. Inside of a transaction nothing is repeated: its owner decides about that."""
         effects = procedure if _in_transaction(session) else repeating(procedure, self._env)
-        tails: dict[ops.Tail, Generator[Document | None, None, None]] = {}
+        tails: dict[run_lifecycle.Tail, Generator[Document | None, None, None]] = {}
         try:
             effect = next(effects)
             while True:
@@ -290,7 +290,9 @@ class Store(_StoreBase):
             for tail in tails.values():
                 tail.close()
 
-    def _perform(self, effect: Effect, session: ClientSession | None, tails: dict[ops.Tail, Generator[Document | None, None, None]]) -> Any:
+    def _perform(
+        self, effect: Effect, session: ClientSession | None, tails: dict[run_lifecycle.Tail, Generator[Document | None, None, None]]
+    ) -> Any:
         match effect:
             case Nap():
                 return self._env.sleep(effect.seconds)
@@ -304,7 +306,7 @@ class Store(_StoreBase):
             case _:
                 return self.run(effect, None if is_hint(effect) else session)
 
-    def _cursor(self, op: ops.Find, session: ClientSession | None) -> Any:
+    def _cursor(self, op: run_lifecycle.Find, session: ClientSession | None) -> Any:
         concern = None if _in_transaction(session) else ReadConcern("majority")
         name = self.where.collection(op.collection)
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
@@ -319,7 +321,7 @@ class Store(_StoreBase):
             self.where.collection(name), read_concern=ReadConcern("majority"), write_concern=WriteConcern(**WRITE_CONCERN)
         )
 
-    def tail(self, tail: ops.Tail, wait_s: float) -> Generator[Document | None, None, None]:
+    def tail(self, tail: run_lifecycle.Tail, wait_s: float) -> Generator[Document | None, None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         mine = object()
         self._tails_open.add(mine)
@@ -350,12 +352,12 @@ class AsyncStore(_StoreBase):
         self.client: AsyncMongoClient[Document] = AsyncMongoClient(where.uri, tz_aware=True, connect=False, **where.client_options())
         self._database = self.client.get_database(where.database, codec_options=CODEC)
 
-    async def run(self, op: ops.Op, session: AsyncClientSession | None = None) -> Any:
+    async def run(self, op: run_lifecycle.Op, session: AsyncClientSession | None = None) -> Any:
         """Run one operation, once. Raises StoreUnavailableError (outcome unknown if it wrote) or what the server refused."""
         try:
-            if isinstance(op, ops.Find):
+            if isinstance(op, run_lifecycle.Find):
                 return await self._cursor(op, session).to_list()
-            if isinstance(op, ops.Signal):
+            if isinstance(op, run_lifecycle.Signal):
                 await self._unanswered("signals").insert_one(dict(op.document))
                 return None
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
@@ -368,7 +370,7 @@ class AsyncStore(_StoreBase):
     async def drive(self, procedure: Procedure[T], session: AsyncClientSession | None = None) -> T:
         """Run a procedure to its end. Inside of a transaction nothing is repeated: its owner decides about that."""
         effects = procedure if _in_transaction(session) else repeating(procedure, self._env)
-        tails: dict[ops.Tail, AsyncGenerator[Document | None, None]] = {}
+        tails: dict[run_lifecycle.Tail, AsyncGenerator[Document | None, None]] = {}
         try:
             effect = next(effects)
             while True:
@@ -386,7 +388,7 @@ class AsyncStore(_StoreBase):
                 await tail.aclose()
 
     async def _perform(
-        self, effect: Effect, session: AsyncClientSession | None, tails: dict[ops.Tail, AsyncGenerator[Document | None, None]]
+        self, effect: Effect, session: AsyncClientSession | None, tails: dict[run_lifecycle.Tail, AsyncGenerator[Document | None, None]]
     ) -> Any:
         match effect:
             case Nap():
@@ -401,7 +403,7 @@ class AsyncStore(_StoreBase):
             case _:
                 return await self.run(effect, None if is_hint(effect) else session)
 
-    def _cursor(self, op: ops.Find, session: AsyncClientSession | None) -> Any:
+    def _cursor(self, op: run_lifecycle.Find, session: AsyncClientSession | None) -> Any:
         concern = None if _in_transaction(session) else ReadConcern("majority")
         name = self.where.collection(op.collection)
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
@@ -410,7 +412,7 @@ class AsyncStore(_StoreBase):
     def _unanswered(self, name: str) -> Any:
         return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(w=0))
 
-    async def tail(self, tail: ops.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
+    async def tail(self, tail: run_lifecycle.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         signals = self._database.get_collection(self.where.collection("signals"))
         mine = object()
@@ -450,7 +452,12 @@ class AsyncStore(_StoreBase):
         await self.client.close()
 
 
-_ENSURE = (ops.ensure_indexes("runs"), ops.ensure_indexes("hosts"), ops.ensure_indexes("events"), ops.ensure_signals())
+_ENSURE = (
+    run_lifecycle.ensure_indexes("runs"),
+    run_lifecycle.ensure_indexes("hosts"),
+    run_lifecycle.ensure_indexes("events"),
+    run_lifecycle.ensure_signals(),
+)
 
 
 def _milliseconds(wait_s: float) -> int:

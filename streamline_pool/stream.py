@@ -22,12 +22,12 @@ from typing import Any, Self
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
+from streamline_pool.protocol.event_stream import LISTENER_TTL_S
 
-from . import stream_ops
 from .bus import Event
 from .procedures import Procedure
+from .protocol import event_stream
 from .store import Store
-from .stream_ops import LISTENER_TTL_S
 
 __all__ = ["EventStream", "Ledger", "open_stream"]
 
@@ -186,15 +186,15 @@ class _Reader:
             if self._env.clock.monotonic() > until:
                 log.warning("stream_incomplete", extra={"pools": silent, "advice": "they do not answer; their events may be missing"})
                 return
-            self._store.run(stream_ops.listen(self.id, self._store.now()))
+            self._store.run(event_stream.listen(self.id, self._store.now()))
 
     def _all_heard(self, pools: set[str]) -> bool:
         return self._began and pools <= self._pools
 
     def _calling(self) -> Procedure[None]:
         self._renew_at = self._env.clock.monotonic() + _RENEW_S
-        yield stream_ops.put_listener(self.id, socket.gethostname(), os.getpid())
-        yield stream_ops.listen(self.id, self._store.now())
+        yield event_stream.put_listener(self.id, socket.gethostname(), os.getpid())
+        yield event_stream.listen(self.id, self._store.now())
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -215,11 +215,11 @@ class _Reader:
         finally:
             self.mailbox.close()
             with contextlib.suppress(WorkflowError):  # then the record vanishes by itself
-                self._store.run(stream_ops.remove_listener(self.id))
-                self._store.run(stream_ops.unlisten(self.id, self._store.now()))
+                self._store.run(event_stream.remove_listener(self.id))
+                self._store.run(event_stream.unlisten(self.id, self._store.now()))
 
     def _follow(self) -> None:
-        tail = self._store.tail(stream_ops.stream_tail(self.id, self._since - _OVERLAP), _TAIL_S)
+        tail = self._store.tail(event_stream.stream_tail(self.id, self._since - _OVERLAP), _TAIL_S)
         with contextlib.closing(tail):
             for signal in tail:
                 if self._closing.is_set():
@@ -278,7 +278,7 @@ class _Reader:
             return
         if self._thread.is_alive():
             with contextlib.suppress(WorkflowError):
-                self._store.run(stream_ops.unlisten(self.id, self._store.now()))  # wakes our own thread, too
+                self._store.run(event_stream.unlisten(self.id, self._store.now()))  # wakes our own thread, too
             self._thread.join(_CLOSE_S)
 
 
@@ -363,7 +363,7 @@ def open_stream(store: Store, env: Env, names: frozenset[str] | None, run_id: st
 
 
 def _finding_pools() -> Procedure[list[dict[str, Any]]]:
-    pools: list[dict[str, Any]] = yield stream_ops.find_pools(_POOL_SEEN_S)
+    pools: list[dict[str, Any]] = yield event_stream.find_pools(_POOL_SEEN_S)
     return pools
 
 

@@ -15,11 +15,20 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 from streamline_pool.domain.definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, seconds
+from streamline_pool.protocol.run_document import (
+    SLOTS,
+    as_stored,
+    check_payload,
+    check_run_id,
+    check_text,
+    make_context,
+    new_run,
+    parse_run,
+)
 
-from . import ops
-from .documents import SLOTS, as_stored, check_payload, check_run_id, check_text, make_context, new_run, parse_run
 from .outside import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
 from .procedures import Listen, Procedure
+from .protocol import run_lifecycle
 
 if TYPE_CHECKING:
     from .client import Streamline
@@ -267,7 +276,7 @@ class Workflow:
         if early:
             # On its way the ring overtakes the insert by a moment at most, and a worker waits as long: half a round trip won.
             yield from self._ring_for(chunk, timedelta(0))
-        errors = yield ops.insert_runs([document for _, document in chunk])
+        errors = yield run_lifecycle.insert_runs([document for _, document in chunk])
         if not early or self.app.env.clock.monotonic() - asked_at > _SLOW_INSERT_S:
             yield from self._ring_for(chunk, timedelta(seconds=_COMMIT_GUESS_S if in_transaction else 0))
         taken: dict[int, dict[str, Any]] = {}
@@ -287,7 +296,7 @@ class Workflow:
         keys = [document["idempotencyKey"] for document in documents.values() if "idempotencyKey" in document]
         if not keys:
             return {}
-        found = {document["idempotencyKey"]: document for document in (yield ops.get_runs_by_key(self.id, keys))}
+        found = {document["idempotencyKey"]: document for document in (yield run_lifecycle.get_runs_by_key(self.id, keys))}
         return {index: found[doc["idempotencyKey"]] for index, doc in documents.items() if doc.get("idempotencyKey") in found}
 
     def _resolve_taken(self, taken: Mapping[int, dict[str, Any]]) -> Procedure[dict[int, dict[str, Any]]]:
@@ -298,7 +307,7 @@ class Workflow:
         for index, document in taken.items():
             if index in resolved:
                 continue
-            found = yield ops.get_run(None, document["_id"])
+            found = yield run_lifecycle.get_run(None, document["_id"])
             if not found or found[0].get("lastAct") != document["lastAct"]:
                 run_id = document["_id"]
                 raise InvalidStateError(
@@ -360,7 +369,7 @@ class Workflow:
             poll_s = left_s / math.ceil(left_s / poll_s)
         check_run_id(run_id)
         yield from self.app._ensuring(None)
-        tail = ops.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
+        tail = run_lifecycle.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
         while True:
             document = yield from reading_run(self.id, run_id)
             run = parse_run(document)

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamline_pool import embedded, ops
+from streamline_pool import embedded
 from streamline_pool.client import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.config.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.supervisor.arguments import hide_password
 from streamline_pool.supervisor.console import CommandError, ExitCode
 from streamline_pool.supervisor.importing import AppImportError, import_app
@@ -210,7 +211,7 @@ def reach(app: Streamline) -> None:
     Without the engine's repeats: a person is waiting, and an address that is wrong stays wrong.
     """
     store = app.store()
-    store.run(ops.server_info())
+    store.run(run_lifecycle.server_info())
     store.drive(store.syncing_clock())
 
 
@@ -219,8 +220,8 @@ def prove_rights(app: Streamline) -> None:
 
     Reaching a server proves little: it greets everybody, and tells nobody's rights but by refusing.
     """
-    app.store().run(ops.list_hosts())
-    app.store().run(ops.remove_host("(no pool has this id)"))
+    app.store().run(run_lifecycle.list_hosts())
+    app.store().run(run_lifecycle.remove_host("(no pool has this id)"))
 
 
 def adopt(app: Streamline, settings: Settings) -> Streamline:

@@ -13,8 +13,8 @@ import click
 from streamline_pool import embedded
 from streamline_pool.client import Streamline
 from streamline_pool.config.settings import Resolved
-from streamline_pool.documents import RUN_INDEXES
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
+from streamline_pool.protocol.run_document import RUN_INDEXES
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, prove_rights, reach, served, settle
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, span, unreachable
 from streamline_pool.supervisor.machine import usable_cpus

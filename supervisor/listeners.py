@@ -12,13 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from streamline_pool import ops, stream_ops
 from streamline_pool.broadcast import Broadcaster
 from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.protocol import event_stream, run_lifecycle
+from streamline_pool.protocol.event_stream import LISTENER_TTL_S
 from streamline_pool.store import AsyncStore
-from streamline_pool.stream_ops import LISTENER_TTL_S
 from streamline_pool.supervisor.messages import Audience, Publishing
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class Listeners:
             self._until[listener] = now + LISTENER_TTL_S
             self._tell(now)
 
-    async def look(self, run: Callable[[ops.Op], Awaitable[Any]]) -> None:
+    async def look(self, run: Callable[[run_lifecycle.Op], Awaitable[Any]]) -> None:
         """Look in the database for those whose signal was lost, or older than this steward."""
-        found = await run(stream_ops.find_listeners())
+        found = await run(event_stream.find_listeners())
         now, server_now = self._env.clock.monotonic(), self._store.now()
         until = {row["_id"]: now + (row["expireAt"] - server_now) / timedelta(seconds=1) for row in found[:_LISTENERS_MAX]}
         news = {listener: at for listener, at in until.items() if at > max(now, self._until.get(listener, 0.0) + _SAME_S)}
@@ -84,7 +84,7 @@ class Listeners:
         while True:
             listeners = await self._confirmed.get()
             try:
-                await self._store.run(stream_ops.heard(self._pool, listeners, self._store.now()))
+                await self._store.run(event_stream.heard(self._pool, listeners, self._store.now()))
             except WorkflowError as exc:
                 log.debug("signal_lost", extra={"kind": "heard", "error": str(exc)})
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from streamline_pool import ops
 from streamline_pool.client import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.commands import ended_well, print_end, somebody_works_on
 from streamline_pool.supervisor.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
@@ -51,7 +51,7 @@ def list_runs(status: str | None, workflow: str | None, queue: str | None, limit
 
 
 def _find(app: Streamline, query: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    op = ops.Find(name="list_runs", collection="runs", filter=query, sort=(("createdAt", -1),), limit=limit)
+    op = run_lifecycle.Find(name="list_runs", collection="runs", filter=query, sort=(("createdAt", -1),), limit=limit)
     found: list[dict[str, Any]] = app.store().run(op)
     return found
 

@@ -9,10 +9,11 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from streamline_pool import Streamline, ops
+from streamline_pool import Streamline
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.worker import Worker, WorkerStatus
 
 __all__ = ["Pool", "check_invariants", "run_until_idle"]
@@ -59,8 +60,8 @@ class Pool:
             try:
                 if self._recover_every_s is not None and time.monotonic() - recovered_at > self._recover_every_s:
                     recovered_at = time.monotonic()
-                    await store.run(ops.recover_expired(self.app.settings.max_crashes))
-                if await store.run(ops.find_due_before(self._lanes, store.now(), 1)):
+                    await store.run(run_lifecycle.recover_expired(self.app.settings.max_crashes))
+                if await store.run(run_lifecycle.find_due_before(self._lanes, store.now(), 1)):
                     for worker in self.workers:
                         worker.ring()
             except StoreUnavailableError:
@@ -90,7 +91,7 @@ class Pool:
     async def _is_idle(self, store: Any) -> bool:
         owners = {"$in": [worker._owner for worker in self.workers]}
         soon = {"lane": {"$in": self._lanes}, "paused": {"$ne": True}, "wakeAt": {"$lte": store.now() + timedelta(seconds=SOON_S)}}
-        live = ops.Find(name="live", collection="runs", filter={"$or": [{"lease.owner": owners}, soon]}, limit=1)
+        live = run_lifecycle.Find(name="live", collection="runs", filter={"$or": [{"lease.owner": owners}, soon]}, limit=1)
         try:
             if await store.run(live):
                 return False

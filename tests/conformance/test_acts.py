@@ -21,7 +21,8 @@ from elsewhere import elsewhere
 from outside_app import evidence, outside_app, outside_pool, stored, until_step
 from workers import check_invariants, run_until_idle
 
-from streamline_pool import InvalidStateError, Run, StepNotFoundError, Streamline, WorkflowError, WorkflowNotFoundError, acts, create_hook
+from streamline_pool import InvalidStateError, Run, StepNotFoundError, Streamline, WorkflowError, WorkflowNotFoundError, create_hook
+from streamline_pool.protocol import control
 from support import eventually
 
 STATES = ["draft", "ready", "held", "backing off", "sleeping", "human", "webhook", "event"]
@@ -411,7 +412,7 @@ def test_a_cancel_whose_signal_is_lost_reaches_the_handler_with_the_next_renewal
         run = app.workflows["slow"].start()
         eventually(lambda: evidence(app, "entered", run=run.id), timeout=20)
         cancelled_at = time.time()
-        assert app.store().run(acts.cancel_run(None, run.id, None, "act")) is not None
+        assert app.store().run(control.cancel_run(None, run.id, None, "act")) is not None
         (left,) = eventually(lambda: evidence(app, "left", run=run.id))
         assert left["at"] - cancelled_at < 2.0, "renewals are one second apart"
         assert left["reason"] in ("cancelled", "lease-lost")
@@ -541,12 +542,12 @@ def test_a_late_copy_of_a_pause_or_resume_does_nothing(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?")})
     run = workflow.execute(workflow.start().id)
     seen = stored(app, run)["acts"]
-    pause = acts.pause_run("w", run.id, seen, None, "first")
+    pause = control.pause_run("w", run.id, seen, None, "first")
     assert app.store().run(pause) is not None
-    resume = acts.unpause_run("w", run.id, seen + 1, "second")
+    resume = control.unpause_run("w", run.id, seen + 1, "second")
     assert app.store().run(resume) is not None
     before = stored(app, run)
-    for copy in (pause, resume, acts.rewind_run("w", run.id, seen, 0, ["one"], "lane", 1, "third")):
+    for copy in (pause, resume, control.rewind_run("w", run.id, seen, 0, ["one"], "lane", 1, "third")):
         assert app.store().run(copy) is None
     assert stored(app, run) == before
 

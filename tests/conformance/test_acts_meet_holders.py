@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from workers import check_invariants
 
-from streamline_pool import Context, Streamline, acts, create_hook, ops
+from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.committer import Verdict, judge
 from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
+from streamline_pool.protocol import control, run_lifecycle
 
 Act = Callable[[Streamline, str], Any]
 
@@ -32,7 +33,7 @@ class Held:
         self.run_id = self.workflow.start(how).id
         self.workflow.execute(self.run_id)
         app.runs.update_one({"_id": self.run_id}, [{"$set": {"wakeAt": "$$NOW"}}])
-        self.document = app.store().run(ops.claim_run(self.run_id, None, "claim", "somebody", 30.0))
+        self.document = app.store().run(run_lifecycle.claim_run(self.run_id, None, "claim", "somebody", 30.0))
         assert self.document["lease"]["id"] == "claim"
 
     def first(self, ctx: Context) -> None:
@@ -48,11 +49,11 @@ class Held:
     def write(self, change: transitions.Change, *, paused: bool = False) -> Verdict | None:
         """One write by the holder, from what it knew when it claimed."""
         document = self.document
-        fence = ops.Fence(self.run_id, "claim", document["rev"], document["token"])
-        statement = (ops.commit_under_pause if paused else ops.commit)(fence, change, self.app.store().now(), 0)
-        if self.app.store().run(ops.write_statements([statement]))["n"] == 1:
+        fence = run_lifecycle.Fence(self.run_id, "claim", document["rev"], document["token"])
+        statement = (run_lifecycle.commit_under_pause if paused else run_lifecycle.commit)(fence, change, self.app.store().now(), 0)
+        if self.app.store().run(run_lifecycle.write_statements([statement]))["n"] == 1:
             return Verdict.LANDED
-        return judge(statement, self.app.store().run(ops.read_fences([self.run_id]))[0])
+        return judge(statement, self.app.store().run(run_lifecycle.read_fences([self.run_id]))[0])
 
     def time_out(self) -> transitions.Change:
         change = transitions.time_out(self.document, self.workflow.definition, 1, self.app.store().now())
@@ -152,7 +153,7 @@ def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], 
     ]}]}}}}  # fmt: skip
     app.runs.update_one({}, [{"$set": sets}])
     if way == "look":
-        app.store().run(acts.record_event("e1", "e", "found", app.store().now()))
+        app.store().run(control.record_event("e1", "e", "found", app.store().now()))
     run = engine.workflows["w"].execute(run_ids[0])
     check_invariants([run.to_dict()])
     assert run.paused

@@ -11,7 +11,8 @@ from outside_app import stored
 from pool_process import running
 from workers import check_invariants, run_until_idle
 
-from streamline_pool import Streamline, create_hook, ops
+from streamline_pool import Streamline, create_hook
+from streamline_pool.protocol import run_lifecycle
 
 CONDITIONS = ["condition", "skip_if", "run_if"]
 
@@ -103,8 +104,10 @@ def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
                 case "a failed attempt":
                     raise ValueError("once")
                 case "a lost worker":
-                    app.store().run(ops._update_many("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}]))
-                    app.store().run(ops.recover_expired(5))
+                    app.store().run(
+                        run_lifecycle._update_many("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}])
+                    )
+                    app.store().run(run_lifecycle.recover_expired(5))
                     ctx.signal.wait(0.2)
                 case "a pause":
                     app.pause_run(ctx.run_id)

@@ -23,7 +23,7 @@ import pytest
 import streamline_pool
 from streamline_pool import Context, ErrorCode, EventBus, Run, Streamline, Workflow
 from streamline_pool.config.settings import OPTIONS
-from streamline_pool.documents import HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.run_document import HOST_INDEXES, RUN_INDEXES
 from streamline_pool.supervisor import cli
 from streamline_pool.supervisor.console import ExitCode
 from streamline_pool.supervisor.health import render_metrics

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from streamline_pool import Settings, Streamline, ops
+from streamline_pool import Settings, Streamline
 from streamline_pool.committer import GroupCommitter, Verdict
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.worker import Worker
 
-STATEMENT = ops.Statement(ops.Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
+STATEMENT = run_lifecycle.Statement(run_lifecycle.Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
 
 
 class Scripted:
@@ -24,8 +25,8 @@ class Scripted:
     def __init__(self, answer: Callable[[], Any]) -> None:
         self._answer = answer
 
-    async def run(self, op: ops.Op) -> Any:
-        return [{"_id": "run", "lease": {"id": "lease"}, "rev": 0, "token": 1}] if isinstance(op, ops.Find) else self._answer()
+    async def run(self, op: run_lifecycle.Op) -> Any:
+        return [{"_id": "run", "lease": {"id": "lease"}, "rev": 0, "token": 1}] if isinstance(op, run_lifecycle.Find) else self._answer()
 
 
 def verdict(answer: Callable[[], Any], slept: list[float]) -> Verdict:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from workers import check_invariants, run_until_idle
 
-from streamline_pool import Context, Streamline, acts, create_hook, ops
-from streamline_pool.documents import SERVER_TICK
+from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
 from streamline_pool.outside import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.procedures import Procedure
+from streamline_pool.protocol import control, run_lifecycle
+from streamline_pool.protocol.run_document import SERVER_TICK
 from streamline_pool.sending import _broadcasting, finishing_broadcasts, sending_event
 from support import eventually, shown
 
@@ -128,8 +129,8 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
     """A sender that stops at the first batch of which nobody was woken would count the event as delivered, and those
     behind it would wait for ever. Here the batch is as small as it gets, and all of it has gone on before the delivery."""
     run_ids = sorted(waiting.parked("event") for _ in range(6))
-    app.store().run(acts.record_event("e1", "$go.now", 7, app.store().now()))
-    (event,) = app.store().run(acts.read_event("e1"))
+    app.store().run(control.record_event("e1", "$go.now", 7, app.store().now()))
+    (event,) = app.store().run(control.read_event("e1"))
     gone_on: list[str] = []
 
     def racing() -> Procedure[int]:
@@ -137,13 +138,13 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
         effect = next(procedure)
         try:
             while True:
-                if isinstance(effect, ops.Find) and effect.name == "find_waiters":
-                    effect = ops.Find(**{**{name: getattr(effect, name) for name in effect.__slots__}, "limit": 2})
+                if isinstance(effect, run_lifecycle.Find) and effect.name == "find_waiters":
+                    effect = run_lifecycle.Find(**{**{name: getattr(effect, name) for name in effect.__slots__}, "limit": 2})
                 answer = yield effect
                 if effect.name == "find_waiters" and not gone_on:
                     gone_on.extend(found["_id"] for found in answer)
                     for run_id in gone_on:
-                        yield acts.deliver_event(run_id, f"other {run_id}", "$go.now", 1, 100)
+                        yield control.deliver_event(run_id, f"other {run_id}", "$go.now", 1, 100)
                 effect = procedure.send(answer)
         except StopIteration as stop:
             return int(stop.value)
@@ -312,10 +313,10 @@ def test_a_nested_event_for_a_busy_run_is_not_refused_for_its_depth(app: Streaml
 def test_a_run_that_ends_for_want_of_room_awaits_nothing(app: Streamline, waiting: Waiting) -> None:
     """Its entry in the index of those who wait would be found by every sender from then on."""
     run_id = waiting.parked("event")
-    fence = ops.Fence(run_id, "lease", 1, 1)
+    fence = run_lifecycle.Fence(run_id, "lease", 1, 1)
     app.runs.update_one({"_id": run_id}, {"$set": {"lease": {"id": "lease"}, "rev": 1}, "$unset": {"wakeAt": ""}})
     error = InvalidStateError("full")
-    app.store().run(ops.write_statements([ops.fail_barely(fence, 0, error.code, "full", app.store().now())]))
+    app.store().run(run_lifecycle.write_statements([run_lifecycle.fail_barely(fence, 0, error.code, "full", app.store().now())]))
     document = app.runs.find_one({"_id": run_id})
     assert document["status"] == "failed"
     assert "awaits" not in document
@@ -521,15 +522,15 @@ def test_one_hook_is_answered_once_early_or_not(app: Streamline) -> None:
     assert (run.status, run.output, run.to_dict()["inbox"]) == ("done", "first", [])
 
 
-def recorded(app: Streamline, procedure: Procedure[Any]) -> list[ops.Command]:
+def recorded(app: Streamline, procedure: Procedure[Any]) -> list[run_lifecycle.Command]:
     """Run a client's procedure; the writes that it has sent, as a network may deliver them once more, later."""
-    sent: list[ops.Command] = []
+    sent: list[run_lifecycle.Command] = []
 
     def watched() -> Procedure[None]:
         try:
             effect = next(procedure)
             while True:
-                if isinstance(effect, ops.Command):
+                if isinstance(effect, run_lifecycle.Command):
                     sent.append(effect)
                 effect = procedure.send((yield effect))
         except StopIteration:

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from streamline_pool import StoreUnavailableError, Streamline, ValidationError, housekeeping_ops, ops
-from streamline_pool.documents import encode_payload
+from streamline_pool import StoreUnavailableError, Streamline, ValidationError
 from streamline_pool.files import putting_file
+from streamline_pool.protocol import retention, run_lifecycle
+from streamline_pool.protocol.run_document import encode_payload
 from streamline_pool.store import Store
 from support import shown
 
@@ -76,7 +77,7 @@ class Meddling(Store):
     meddle: Callable[[], object] | None = None
     before = ""
 
-    def run(self, op: ops.Op, session: Any = None) -> Any:
+    def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
         if op.name == self.before and self.meddle is not None:
             meddle, self.meddle = self.meddle, None
             meddle()
@@ -260,7 +261,7 @@ def test_a_run_that_was_revived_stays_and_leaves_no_copy(app: Streamline, before
 
 def test_more_runs_than_one_look_sees(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The looks must neither skip runs at their borders nor count one twice."""
-    monkeypatch.setattr(housekeeping_ops, "SLICE", 7)
+    monkeypatch.setattr(retention, "SLICE", 7)
     for number in range(50):
         stored(app, f"run-{number:02}", days=LONG_AGO_DAYS if number % 3 else 1)
     assert app.cleanup_old_runs(30, dry_run=True) == 33
@@ -274,7 +275,7 @@ def test_thousands_take_few_commands(app: Streamline) -> None:
     names: Counter[str] = Counter()
 
     class Counting(Store):
-        def run(self, op: ops.Op, session: Any = None) -> Any:
+        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
             names[op.name] += 1
             return super().run(op, session)
 
@@ -386,7 +387,7 @@ def test_a_fault_in_any_operation_loses_nothing(make_app: Callable[..., Streamli
     class Faulty(Store):
         seen, strike = 0, 0
 
-        def run(self, op: ops.Op, session: Any = None) -> Any:
+        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
             self.seen += 1
             if self.seen != self.strike:
                 return super().run(op, session)
@@ -468,8 +469,8 @@ def test_a_late_copy_does_not_replace_a_later_state(app: Streamline) -> None:
     revive(app, "run", status="done", endedAt=late["endedAt"], output="new")
     assert app.archive_old_runs(30) == 1
     app.runs.insert_one(late)
-    condition = housekeeping_ops.ended_before(0)
-    app.store().run(housekeeping_ops.copy_runs(["run"], condition, "workflow_runs_archive"))
+    condition = retention.ended_before(0)
+    app.store().run(retention.copy_runs(["run"], condition, "workflow_runs_archive"))
     assert archive(app).find_one()["output"] == "new"
 
 

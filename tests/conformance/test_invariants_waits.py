@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from workers import Pool, check_invariants
 
-from streamline_pool import Context, Streamline, acts, create_hook, ops
+from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.procedures import Procedure
+from streamline_pool.protocol import control, run_lifecycle
 from streamline_pool.sending import _broadcasting
 
 RUNS = 30
@@ -147,15 +148,17 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
                 case 10:
                     # A sender that dies once its event is stored.
                     event_id = app.env.new_id()
-                    await store.run(acts.record_event(event_id, chance.choice(NAMES), {"event": event_id}, store.now()))
+                    await store.run(control.record_event(event_id, chance.choice(NAMES), {"event": event_id}, store.now()))
                 case 11:
                     await workflow.rewind_to_async(run_id, chance.choice(STEPS))
                     record["rewinds"][run_id] += 1
                 case 12:
                     # As if its worker had been silent for too long: the holder finds out at its next write.
                     query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
-                    await store.run(ops._update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
-                    await store.run(ops.recover_expired(app.settings.max_crashes))
+                    await store.run(
+                        run_lifecycle._update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
+                    )
+                    await store.run(run_lifecycle.recover_expired(app.settings.max_crashes))
                 case 13:
                     await store.drive(finishing(app))
                 case 14:
@@ -167,7 +170,7 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
 
 def finishing(app: Streamline) -> Procedure[None]:
     """A steward's finishing of broadcasts, without its wait for their senders."""
-    for event in (yield acts.find_pending_events(app._server_now(), 100)):
+    for event in (yield control.find_pending_events(app._server_now(), 100)):
         yield from _broadcasting(app, event)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from streamline_pool import Streamline, Workflow, ops
+from streamline_pool import Streamline, Workflow
 from streamline_pool.lookout import Lookout
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.store import AsyncStore
 
 
@@ -41,7 +42,7 @@ class Watch:
         rows, _ = await self.lookout.look(self._store, limit, None)
         run_ids = [row["_id"] for row in rows]
         if run_ids:
-            assert await self._store.run(ops.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
+            assert await self._store.run(run_lifecycle.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
         return run_ids
 
 

@@ -15,7 +15,7 @@ from workers import Pool, run_until_idle
 from streamline_pool import Streamline, create_hook
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import system_env
-from streamline_pool.payloads import EXTERNAL_BYTES
+from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 from support import eventually
 
 LARGE = b"x" * (EXTERNAL_BYTES + 1)

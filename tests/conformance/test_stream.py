@@ -22,9 +22,10 @@ from pool_process import ROOT, PoolProcess, running
 from pymongo.read_concern import ReadConcern
 from workers import Pool
 
-from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, embedded, global_event_bus, stream_ops
+from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, embedded, global_event_bus
 from streamline_pool import stream as stream_module
 from streamline_pool.broadcast import EVENT_DATA_BYTES_MAX
+from streamline_pool.protocol import event_stream
 from streamline_pool.stream import EventStream
 from support import eventually
 
@@ -235,7 +236,7 @@ def test_a_stream_that_goes_on_is_served_beyond_its_first_word(
 def test_a_call_that_was_lost_is_found_by_a_sweep(app: Streamline, start: Callable[..., PoolProcess]) -> None:
     """Losing a signal costs time and nothing else, here as everywhere."""
     start(1, "--lease", "2").ready()
-    app.store().run(stream_ops.put_listener("listener:unheard", "h", 1))
+    app.store().run(event_stream.put_listener("listener:unheard", "h", 1))
     answers = {"kind": "heard", "listeners": "listener:unheard"}
     eventually(lambda: app.store().collection("signals").find_one(answers), timeout=20)
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_pool import DataCorruptionError, PayloadTooLargeError, ValidationError
-from streamline_pool.documents import (
+from streamline_pool.domain.definition import Definition, make_step
+from streamline_pool.protocol.run_document import (
     CODEC,
     PAYLOAD_BYTES_MAX,
     PAYLOAD_DEPTH_MAX,
@@ -28,7 +29,6 @@ from streamline_pool.documents import (
     new_run,
     parse_run,
 )
-from streamline_pool.domain.definition import Definition, make_step
 from support import shown
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_pool import RunStatus, StepNotFoundError, StepStatus, ValidationError
-from streamline_pool.documents import parse_run
 from streamline_pool.domain.model import NON_TERMINAL, RUN_MOVES, STEP_MOVES, TERMINAL, RetryPolicy, Run, seconds
+from streamline_pool.protocol.run_document import parse_run
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -23,8 +23,8 @@ from streamline_pool import (
     get_waiting_info,
     get_workflow_progress,
 )
-from streamline_pool.documents import parse_run
 from streamline_pool.domain.model import TERMINAL
+from streamline_pool.protocol.run_document import parse_run
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = NOW + timedelta(seconds=90)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from streamline_pool import is_timeout
-from streamline_pool.documents import misfit
 from streamline_pool.domain import transitions
 from streamline_pool.domain.definition import Definition, make_step
 from streamline_pool.domain.errors import ErrorCode
 from streamline_pool.domain.model import RUN_MOVES, STEP_MOVES, RunStatus, StepStatus
 from streamline_pool.domain.transitions import Change, Failure
+from streamline_pool.protocol.run_document import misfit
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = NOW + timedelta(seconds=60)

@@ -12,7 +12,7 @@ from typing import Any
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.domain.model import TERMINAL
 
-from .file_ops import FILES
+from .files import FILES
 from .operations import Command, Find, Reply
 
 __all__ = [

@@ -15,9 +15,9 @@ from streamline_pool.domain.errors import ErrorCode, ValidationError
 from streamline_pool.domain.model import RunStatus, StepStatus
 from streamline_pool.domain.transitions import Change
 
-from .documents import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES, SERVER_TICK, SLOTS
 from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, TERMINAL_TEXTS, map_steps, plus_one, server_time_in, some_step, text_of
 from .operations import Command, Fence, Find, Op, Reply, Signal, Statement, Tail
+from .run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES, SERVER_TICK, SLOTS
 
 __all__ = ["Command", "Fence", "Find", "Op", "Signal", "Statement", "Tail"]
 

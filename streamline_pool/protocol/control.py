@@ -13,9 +13,9 @@ from typing import Any
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.domain.model import RunStatus, StepStatus
 
-from .documents import SERVER_TICK
 from .expressions import INBOX, IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, STEPS, map_steps, plus_one, server_time_in, some_step
 from .operations import Command, Find, Reply
+from .run_document import SERVER_TICK
 
 __all__ = [
     "ACTS_KEPT", "EVENT_BYTES_MAX", "INBOX_BYTES_MAX", "INBOX_MAX",

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.store import AsyncStore
+from streamline_pool.storage.store import AsyncStore
 
 from .app import CLAIMS_VARIABLE, app
 

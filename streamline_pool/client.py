@@ -23,19 +23,19 @@ from streamline_pool.domain.definition import Definition, check_defaults, check_
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import Run
 from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
+from streamline_pool.storage.procedures import Procedure
+from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
+from streamline_pool.storage.store import AsyncStore, Store, Where
 
 from .broadcast import ActEvents, Broadcaster
 from .bus import Event, EventBus, global_event_bus
 from .engine import Engine
 from .flight import Observer
-from .housekeeping import archiving, check_archive, deleting, dropping_orphans, forgetting_events
-from .indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from .local import LocalRunner, LoopThread
 from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
-from .procedures import Procedure
 from .protocol import retention, run_lifecycle
 from .sending import sending_event
-from .store import AsyncStore, Store, Where
 from .stream import EventStream, open_stream
 from .workflow import Workflow, twins
 

@@ -19,9 +19,9 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from streamline_pool.domain.transitions import arrived
 from streamline_pool.protocol.run_lifecycle import Statement
+from streamline_pool.storage.store import AsyncStore
 
 from .protocol import run_lifecycle
-from .store import AsyncStore
 
 __all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
 

@@ -23,6 +23,8 @@ from streamline_pool.domain.model import StepStatus
 from streamline_pool.domain.transitions import Change
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external
 from streamline_pool.protocol.run_document import check_payload, decode_payload, misfit
+from streamline_pool.storage.files import putting_file, reading_outputs
+from streamline_pool.storage.store import AsyncStore, Store
 
 from .attempt import Attempt, Kind, Outcome, failure_of
 from .broadcast import Broadcaster
@@ -31,12 +33,10 @@ from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
 from .domain import transitions
-from .files import putting_file, reading_outputs
 from .flight import STATEMENT_BYTES, Flight, Observer
 from .leases import LeaseKeeper
 from .outcomes import Decided, Moment, allowed, change_after, damaged, failed, version_mismatch
 from .protocol import control, run_lifecycle
-from .store import AsyncStore, Store
 
 __all__ = ["Engine"]
 

@@ -25,9 +25,9 @@ from streamline_pool.protocol.run_document import (
     new_run,
     parse_run,
 )
+from streamline_pool.storage.procedures import Listen, Procedure
 
 from .outside import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
-from .procedures import Listen, Procedure
 from .protocol import run_lifecycle
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import event_stream, run_lifecycle
 from streamline_pool.protocol.event_stream import LISTENER_TTL_S
-from streamline_pool.store import AsyncStore
+from streamline_pool.storage.store import AsyncStore
 from streamline_pool.supervisor.messages import Audience, Publishing
 
 if TYPE_CHECKING:

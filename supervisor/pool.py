@@ -82,7 +82,7 @@ def run_pool(app: Streamline, settings: Settings, env: Env, *, banner: Sequence[
     The application has been imported and its settings applied, and nothing may have been opened: ValidationError (the
     command's code 2) if this process has a MongoDB client, as PyMongo's clients and threads do not survive a fork.
     """
-    from streamline_pool import store
+    from streamline_pool.storage import store
 
     _refuse_open_clients(store.open_clients())
     _warn_of_threads()

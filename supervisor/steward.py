@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.multi_update import update_many
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.sending import finishing_broadcasts
+from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
 from streamline_pool.supervisor.host_record import host_record, shape

@@ -18,7 +18,7 @@ from streamline_pool.broadcast import Broadcaster
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol.operations import Op
-from streamline_pool.store import AsyncStore
+from streamline_pool.storage.store import AsyncStore
 from support import eventually
 
 

@@ -13,13 +13,14 @@ import gridfs
 import pytest
 from pymongo import MongoClient
 
-from streamline_pool import DataCorruptionError, StoreUnavailableError, Streamline, files
-from streamline_pool.files import dropping_files, loading_outputs, putting_file
+from streamline_pool import DataCorruptionError, StoreUnavailableError, Streamline
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.files import CHUNK_BYTES
 from streamline_pool.protocol.payloads import split_output
 from streamline_pool.protocol.run_document import encode_payload
-from streamline_pool.store import Store
+from streamline_pool.storage import files
+from streamline_pool.storage.files import dropping_files, loading_outputs, putting_file
+from streamline_pool.storage.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OVERHEAD = len(encode_payload(b"", "x"))

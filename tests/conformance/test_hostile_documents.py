@@ -13,8 +13,8 @@ from bson.datetime_ms import DatetimeMS
 from workers import run_until_idle
 
 from streamline_pool import Streamline
-from streamline_pool.multi_update import Updated, update_many
 from streamline_pool.protocol import run_lifecycle
+from streamline_pool.storage.bulk_update import Updated, update_many
 
 FULL_BYTES = 16 * 1024 * 1024
 

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import pytest
 
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError
-from streamline_pool.files import putting_file
 from streamline_pool.protocol import retention, run_lifecycle
 from streamline_pool.protocol.run_document import encode_payload
-from streamline_pool.store import Store
+from streamline_pool.storage.files import putting_file
+from streamline_pool.storage.store import Store
 from support import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from pymongo import ASCENDING
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
-from streamline_pool.store import Store
+from streamline_pool.storage.store import Store
 from support import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -18,9 +18,9 @@ from workers import Pool, check_invariants
 
 from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
-from streamline_pool.procedures import Procedure
 from streamline_pool.protocol import control, run_lifecycle
 from streamline_pool.sending import _broadcasting
+from streamline_pool.storage.procedures import Procedure
 
 RUNS = 30
 CLIENTS = 4

@@ -13,7 +13,7 @@ import pytest
 from streamline_pool import Streamline, Workflow
 from streamline_pool.lookout import Lookout
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.store import AsyncStore
+from streamline_pool.storage.store import AsyncStore
 
 
 class JumpingClock:

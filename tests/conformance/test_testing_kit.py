@@ -22,7 +22,7 @@ from pymongo import MongoClient
 
 from streamline_pool import Context, InvalidStateError, Settings, Streamline, ValidationError
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.store import AsyncStore, Store
+from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.testing import SERVER_VARIABLE, TestKit
 from support import eventually
 

@@ -21,7 +21,7 @@ from streamline_pool import Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.store import AsyncStore, Store
+from streamline_pool.storage.store import AsyncStore, Store
 
 LATE_S = 0.03  # how long a copy of a write that was given up on is under way
 OPERATIONS_MAX = 60  # a run needs some 25; more would mean that a fault makes it spin

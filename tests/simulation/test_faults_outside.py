@@ -18,7 +18,7 @@ from streamline_pool import Streamline, create_hook
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.store import Store
+from streamline_pool.storage.store import Store
 from support import eventually
 
 LATE_S = 0.02  # how long a copy of a write that was given up on is under way

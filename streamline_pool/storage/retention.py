@@ -15,13 +15,13 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
+from streamline_pool.protocol import control, files, retention
 from streamline_pool.protocol.files import FILES
 from streamline_pool.protocol.retention import ARCHIVE, IDENTITY
 from streamline_pool.protocol.run_document import SERVER_TICK
 
 from .files import dropping_files
 from .procedures import Effect, Procedure
-from .protocol import control, files, retention
 
 __all__ = ["archiving", "check_archive", "deleting", "dropping_orphans", "forgetting_events"]
 

@@ -27,10 +27,10 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.parsing import redact_text, redact_uri
 from streamline_pool.config.settings import DEFAULT_MONGODB_URI
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError, WorkflowError
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.run_document import CODEC
 
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
-from .protocol import run_lifecycle
 
 __all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from streamline_pool.domain.errors import ErrorCode, ValidationError
 from streamline_pool.domain.model import RunStatus
-
-from .protocol import run_lifecycle
+from streamline_pool.protocol import run_lifecycle
 
 __all__ = ["Updated", "update_many"]
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
-
-from .protocol import run_lifecycle
+from streamline_pool.protocol import run_lifecycle
 
 __all__ = ["Effect", "Listen", "Nap", "Procedure", "is_hint", "repeating"]
 

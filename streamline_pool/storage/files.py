@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamline_pool.domain.errors import DataCorruptionError
+from streamline_pool.protocol import files
 from streamline_pool.protocol.files import CHUNK_BYTES
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
 from streamline_pool.protocol.run_document import decode_payload
 
 from .procedures import Procedure
-from .protocol import files
 
 __all__ = ["dropping_files", "loading_outputs", "putting_file", "reading_outputs"]
 

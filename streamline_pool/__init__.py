@@ -41,8 +41,8 @@ from streamline_pool.domain.progress import (
     get_waiting_info,
     get_workflow_progress,
 )
+from streamline_pool.events.bus import Event, EventBus, global_event_bus
 
-from .bus import Event, EventBus, global_event_bus
 from .client import Streamline
 from .context import Context
 from .hooks import Hook, create_hook

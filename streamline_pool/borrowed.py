@@ -16,10 +16,10 @@ from typing import Protocol
 
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.events.bus import Event
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore, Store
 
-from .bus import Event
 from .client import Streamline
 from .local import make_owner
 from .protocol import run_lifecycle

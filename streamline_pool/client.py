@@ -22,21 +22,21 @@ from streamline_pool.config.settings import DEFAULT_MONGODB_URI, Settings
 from streamline_pool.domain.definition import Definition, check_defaults, check_id, make_steps
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import Run
+from streamline_pool.events.bus import Event, EventBus, global_event_bus
+from streamline_pool.events.publisher import ActEvents, Broadcaster
+from streamline_pool.events.stream import EventStream, open_stream
 from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 from streamline_pool.storage.store import AsyncStore, Store, Where
 
-from .broadcast import ActEvents, Broadcaster
-from .bus import Event, EventBus, global_event_bus
 from .engine import Engine
 from .flight import Observer
 from .local import LocalRunner, LoopThread
 from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .protocol import retention, run_lifecycle
 from .sending import sending_event
-from .stream import EventStream, open_stream
 from .workflow import Workflow, twins
 
 __all__ = ["Streamline"]

@@ -21,14 +21,14 @@ from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import StepStatus
 from streamline_pool.domain.transitions import Change
+from streamline_pool.events.bus import Event, EventBus, global_event_bus
+from streamline_pool.events.publisher import Broadcaster
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external
 from streamline_pool.protocol.run_document import check_payload, decode_payload, misfit
 from streamline_pool.storage.files import putting_file, reading_outputs
 from streamline_pool.storage.store import AsyncStore, Store
 
 from .attempt import Attempt, Kind, Outcome, failure_of
-from .broadcast import Broadcaster
-from .bus import Event, EventBus, global_event_bus
 from .cache import RunCache, RunNote
 from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context

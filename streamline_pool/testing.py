@@ -20,11 +20,11 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import Run, seconds
+from streamline_pool.events.bus import Event
 from streamline_pool.storage.store import Store
 
 from . import embedded
 from .borrowed import BorrowedApp
-from .bus import Event
 from .client import Streamline
 from .local import LoopThread
 from .timewarp import Timeline

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from streamline_pool.broadcast import Broadcaster
-from streamline_pool.bus import Event, global_event_bus
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.events.bus import Event, global_event_bus
+from streamline_pool.events.publisher import Broadcaster
 from streamline_pool.protocol import event_stream, run_lifecycle
 from streamline_pool.protocol.event_stream import LISTENER_TTL_S
 from streamline_pool.storage.store import AsyncStore

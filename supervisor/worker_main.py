@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, assert_never
 
-from streamline_pool.bus import global_event_bus
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
+from streamline_pool.events.bus import global_event_bus
 from streamline_pool.supervisor.link import Link, arm_orphan_exit
 from streamline_pool.supervisor.messages import (
     BOOT_FAILED_EXIT,

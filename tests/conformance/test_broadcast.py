@@ -13,10 +13,10 @@ from pymongo.read_concern import ReadConcern
 from workers import Worker, run_until_idle
 
 from streamline_pool import Event, Streamline
-from streamline_pool import broadcast as module
-from streamline_pool.broadcast import Broadcaster
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.events import publisher as module
+from streamline_pool.events.publisher import Broadcaster
 from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import AsyncStore
 from support import eventually

@@ -23,10 +23,10 @@ from pymongo.read_concern import ReadConcern
 from workers import Pool
 
 from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, embedded, global_event_bus
-from streamline_pool import stream as stream_module
-from streamline_pool.broadcast import EVENT_DATA_BYTES_MAX
+from streamline_pool.events import stream as stream_module
+from streamline_pool.events.publisher import EVENT_DATA_BYTES_MAX
+from streamline_pool.events.stream import EventStream
 from streamline_pool.protocol import event_stream
-from streamline_pool.stream import EventStream
 from support import eventually
 
 APP = """

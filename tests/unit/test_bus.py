@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import Event, EventBus, ValidationError
-from streamline_pool import bus as module
+from streamline_pool.events import bus as module
 from support import eventually
 
 

@@ -22,12 +22,12 @@ from typing import Any, Self
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
+from streamline_pool.protocol import event_stream
 from streamline_pool.protocol.event_stream import LISTENER_TTL_S
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import Store
 
 from .bus import Event
-from .protocol import event_stream
 
 __all__ = ["EventStream", "Ledger", "open_stream"]
 

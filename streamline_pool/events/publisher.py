@@ -19,12 +19,12 @@ from typing import Any
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import ValidationError, WorkflowError
+from streamline_pool.protocol import event_stream
 from streamline_pool.protocol.operations import Signal
 from streamline_pool.protocol.run_document import check_payload, packed
 from streamline_pool.storage.store import AsyncStore
 
 from .bus import Event
-from .protocol import event_stream
 
 __all__ = ["EVENT_DATA_BYTES_MAX", "ActEvents", "Broadcaster"]
 

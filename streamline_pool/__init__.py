@@ -41,13 +41,13 @@ from streamline_pool.domain.progress import (
     get_waiting_info,
     get_workflow_progress,
 )
+from streamline_pool.engine.context import Context
+from streamline_pool.engine.hooks import Hook, create_hook
+from streamline_pool.engine.parallel import Settled, execute_parallel, execute_parallel_sync
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
 
 from .client import Streamline
-from .context import Context
-from .hooks import Hook, create_hook
 from .outside import HookResult
-from .parallel import Settled, execute_parallel, execute_parallel_sync
 from .workflow import Workflow
 
 __version__ = "0.1.0"

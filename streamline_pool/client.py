@@ -22,6 +22,8 @@ from streamline_pool.config.settings import DEFAULT_MONGODB_URI, Settings
 from streamline_pool.domain.definition import Definition, check_defaults, check_id, make_steps
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import Run
+from streamline_pool.engine.active_run import Observer
+from streamline_pool.engine.engine import Engine
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
 from streamline_pool.events.publisher import ActEvents, Broadcaster
 from streamline_pool.events.stream import EventStream, open_stream
@@ -31,8 +33,6 @@ from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 from streamline_pool.storage.store import AsyncStore, Store, Where
 
-from .engine import Engine
-from .flight import Observer
 from .local import LocalRunner, LoopThread
 from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .protocol import retention, run_lifecycle

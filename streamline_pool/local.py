@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
+from streamline_pool.engine.engine import Engine
 from streamline_pool.storage.store import AsyncStore
 
-from .engine import Engine
 from .protocol import run_lifecycle
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]

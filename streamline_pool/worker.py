@@ -17,12 +17,12 @@ from typing import Any, Literal
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
+from streamline_pool.engine.engine import Engine
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
 from .alarms import Alarms
 from .client import Streamline
-from .engine import Engine
 from .lookout import Lookout
 from .protocol import run_lifecycle
 

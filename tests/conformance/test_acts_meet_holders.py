@@ -13,9 +13,9 @@ import pytest
 from workers import check_invariants
 
 from streamline_pool import Context, Streamline, create_hook
-from streamline_pool.committer import Verdict, judge
 from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
+from streamline_pool.engine.group_commit import Verdict, judge
 from streamline_pool.protocol import control, run_lifecycle
 
 Act = Callable[[Streamline, str], Any]

@@ -28,7 +28,7 @@ from streamline_pool import (
     create_hook,
     is_timeout,
 )
-from streamline_pool.hooks import hash_token
+from streamline_pool.engine.hooks import hash_token
 from streamline_pool.protocol import control
 from support import eventually
 

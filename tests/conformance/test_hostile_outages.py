@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from streamline_pool import Settings, Streamline
-from streamline_pool.committer import GroupCommitter, Verdict
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
+from streamline_pool.engine.group_commit import GroupCommitter, Verdict
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.worker import Worker
 

@@ -7,7 +7,7 @@ import threading
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_pool.cache import RunCache, RunNote
+from streamline_pool.engine.run_cache import RunCache, RunNote
 
 NOTE = RunNote("1.0.0", 1, 0.0, True)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from streamline_pool.committer import Verdict, judge
 from streamline_pool.domain import transitions
+from streamline_pool.engine.group_commit import Verdict, judge
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.run_lifecycle import Fence, Statement
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError, create_hook
-from streamline_pool.context import AbortSignal, Context, Ending, WaitEnding
+from streamline_pool.engine.context import AbortSignal, Context, Ending, WaitEnding
 
 
 class Port:

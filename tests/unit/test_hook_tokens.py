@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import HookTokenError
-from streamline_pool.hooks import Hook, hash_token, make_token, run_id_of
+from streamline_pool.engine.hooks import Hook, hash_token, make_token, run_id_of
 
 SECRET = "s" * 32
 ODD_IDS = [

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from streamline_pool import LeaseLostError, Settled, ValidationError, WorkflowCancelledError, execute_parallel, execute_parallel_sync
-from streamline_pool.context import AbortSignal, Ending, SleepEnding, current_signal
-from streamline_pool.parallel import GRACE_S, MODES, THREADS_MAX
+from streamline_pool.engine.context import AbortSignal, Ending, SleepEnding, current_signal
+from streamline_pool.engine.parallel import GRACE_S, MODES, THREADS_MAX
 from support import eventually, shown
 
 FOREVER_S = 30.0  # far beyond what any of these tests may take, and below what would hold up the suite
@@ -66,7 +66,7 @@ def nothing_is_left(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def left_behind() -> set[Any]:
-    from streamline_pool import parallel
+    from streamline_pool.engine import parallel
 
     return parallel._left_behind
 
@@ -865,6 +865,6 @@ def test_a_great_many_tasks_take_no_more_than_their_share() -> None:
 
 def test_the_grace_is_shorter_than_a_handlers_own() -> None:
     """Otherwise a handler that waits for a stubborn task would count as stubborn itself, and cost its worker."""
-    from streamline_pool.attempt import ABORT_GRACE_S
+    from streamline_pool.engine.attempt import ABORT_GRACE_S
 
     assert GRACE_S < 1.0 < ABORT_GRACE_S  # 1 s: what `shutdown` gives

@@ -16,13 +16,13 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.definition import Definition
 from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError
 from streamline_pool.domain.transitions import Document
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import Store
 
 from .attempt import Attempt
-from .committer import Verdict, judge, refusal
+from .group_commit import Verdict, judge, refusal
 from .hooks import hash_token, make_token
-from .protocol import run_lifecycle
 
 __all__ = ["STATEMENT_BYTES", "Flight", "Observer"]
 

@@ -17,26 +17,26 @@ from datetime import datetime
 from typing import Any
 
 from streamline_pool.config.env import Env
+from streamline_pool.domain import transitions
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import StepStatus
 from streamline_pool.domain.transitions import Change
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
 from streamline_pool.events.publisher import Broadcaster
+from streamline_pool.protocol import control, run_lifecycle
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external
 from streamline_pool.protocol.run_document import check_payload, decode_payload, misfit
 from streamline_pool.storage.files import putting_file, reading_outputs
 from streamline_pool.storage.store import AsyncStore, Store
 
+from .active_run import STATEMENT_BYTES, Flight, Observer
 from .attempt import Attempt, Kind, Outcome, failure_of
-from .cache import RunCache, RunNote
-from .committer import GroupCommitter, Verdict
 from .context import AbortSignal, Context
-from .domain import transitions
-from .flight import STATEMENT_BYTES, Flight, Observer
+from .group_commit import GroupCommitter, Verdict
 from .leases import LeaseKeeper
 from .outcomes import Decided, Moment, allowed, change_after, damaged, failed, version_mismatch
-from .protocol import control, run_lifecycle
+from .run_cache import RunCache, RunNote
 
 __all__ = ["Engine"]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from streamline_pool.domain import transitions
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.errors import ErrorCode, WorkflowError
 from streamline_pool.domain.transitions import Change, Document, Failure
@@ -19,7 +20,6 @@ from streamline_pool.protocol.run_document import parse_run
 
 from .attempt import Kind, Outcome, failure_of, timeout_failure
 from .context import Context, Ending, SleepEnding, WaitEnding
-from .domain import transitions
 
 __all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
 

@@ -15,12 +15,12 @@ from typing import Any
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
-from .committer import lease_id_of
-from .flight import Flight, Observer
-from .protocol import run_lifecycle
+from .active_run import Flight, Observer
+from .group_commit import lease_id_of
 
 __all__ = ["LeaseKeeper"]
 

@@ -18,10 +18,9 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from streamline_pool.domain.transitions import arrived
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.run_lifecycle import Statement
 from streamline_pool.storage.store import AsyncStore
-
-from .protocol import run_lifecycle
 
 __all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
 

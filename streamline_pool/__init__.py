@@ -9,6 +9,9 @@ orders = app.workflow("orders")
 def reserve(ctx): ...
 """
 
+from streamline_pool.client.app import Streamline
+from streamline_pool.client.run_control import HookResult
+from streamline_pool.client.workflow import Workflow
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import (
     DataCorruptionError,
@@ -45,10 +48,6 @@ from streamline_pool.engine.context import Context
 from streamline_pool.engine.hooks import Hook, create_hook
 from streamline_pool.engine.parallel import Settled, execute_parallel, execute_parallel_sync
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
-
-from .client import Streamline
-from .outside import HookResult
-from .workflow import Workflow
 
 __version__ = "0.1.0"
 

@@ -14,14 +14,14 @@ from datetime import datetime
 from functools import partial
 from typing import Protocol
 
+from streamline_pool.client.app import Streamline
+from streamline_pool.client.inline_runner import make_owner
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.events.bus import Event
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore, Store
 
-from .client import Streamline
-from .local import make_owner
 from .protocol import run_lifecycle
 from .timewarp import JumpableAsyncStore, JumpableStore, Timeline
 from .worker import Worker

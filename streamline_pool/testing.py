@@ -16,6 +16,9 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from streamline_pool.client.app import Streamline
+from streamline_pool.client.inline_runner import LoopThread
+from streamline_pool.client.workflow import Workflow
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
@@ -25,10 +28,7 @@ from streamline_pool.storage.store import Store
 
 from . import embedded
 from .borrowed import BorrowedApp
-from .client import Streamline
-from .local import LoopThread
 from .timewarp import Timeline
-from .workflow import Workflow
 
 __all__ = ["SERVER_VARIABLE", "TestKit"]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
@@ -22,7 +23,6 @@ from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
 from .alarms import Alarms
-from .client import Streamline
 from .lookout import Lookout
 from .protocol import run_lifecycle
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamline_pool import embedded
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.config.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
 from streamline_pool.supervisor.application import opened
 from streamline_pool.supervisor.console import CommandError, ExitCode, print_json
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import click
 
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.config.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 import streamline_pool
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.supervisor.application import (

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import click
 
 from streamline_pool import embedded
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
 from streamline_pool.config.settings import Resolved
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol.run_document import RUN_INDEXES

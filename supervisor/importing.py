@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
+from streamline_pool.client.workflow import Workflow
 from streamline_pool.config.settings import redact_text
 from streamline_pool.domain.errors import WorkflowError
-from streamline_pool.workflow import Workflow
 
 __all__ = ["AppImportError", "import_app"]
 

@@ -22,7 +22,7 @@ from streamline_pool.storage.store import AsyncStore
 from streamline_pool.supervisor.messages import Audience, Publishing
 
 if TYPE_CHECKING:
-    from streamline_pool.client import Streamline
+    from streamline_pool.client.app import Streamline
 
 __all__ = ["LISTENER_SIGNALS", "Listeners"]
 

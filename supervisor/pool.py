@@ -52,7 +52,7 @@ from streamline_pool.supervisor.state import (
 )
 
 if TYPE_CHECKING:
-    from streamline_pool.client import Streamline
+    from streamline_pool.client.app import Streamline
 
 __all__ = ["Birth", "Pool", "limits_of", "run_pool"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from streamline_pool.client import Streamline
+from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus

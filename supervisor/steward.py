@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
+from streamline_pool.client.event_delivery import finishing_broadcasts
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.sending import finishing_broadcasts
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
@@ -54,7 +54,7 @@ from streamline_pool.supervisor.messages import (
 from streamline_pool.supervisor.timers import Timers
 
 if TYPE_CHECKING:
-    from streamline_pool.client import Streamline
+    from streamline_pool.client.app import Streamline
 
 __all__ = ["StewardBoot", "run_steward"]
 

@@ -42,7 +42,7 @@ from streamline_pool.supervisor.messages import (
 from streamline_pool.worker import Worker
 
 if TYPE_CHECKING:
-    from streamline_pool.client import Streamline
+    from streamline_pool.client.app import Streamline
 
 __all__ = ["WorkerBoot", "run_worker"]
 

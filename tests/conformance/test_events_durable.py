@@ -19,8 +19,8 @@ from outside_app import evidence, outside_app, outside_pool, stored, until_step
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import PayloadTooLargeError, Run, Streamline, ValidationError, Workflow, WorkflowNotFoundError, is_timeout
+from streamline_pool.client.event_delivery import finishing_broadcasts
 from streamline_pool.protocol import control
-from streamline_pool.sending import finishing_broadcasts
 from support import eventually
 
 

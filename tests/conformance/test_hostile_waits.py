@@ -10,11 +10,11 @@ import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import Context, Streamline, create_hook
+from streamline_pool.client.event_delivery import _broadcasting, finishing_broadcasts, sending_event
+from streamline_pool.client.run_control import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.domain.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
-from streamline_pool.outside import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.protocol import control, run_lifecycle
 from streamline_pool.protocol.run_document import SERVER_TICK
-from streamline_pool.sending import _broadcasting, finishing_broadcasts, sending_event
 from streamline_pool.storage.procedures import Procedure
 from support import eventually, shown
 

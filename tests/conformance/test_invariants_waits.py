@@ -17,9 +17,9 @@ import pytest
 from workers import Pool, check_invariants
 
 from streamline_pool import Context, Streamline, create_hook
+from streamline_pool.client.event_delivery import _broadcasting
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.protocol import control, run_lifecycle
-from streamline_pool.sending import _broadcasting
 from streamline_pool.storage.procedures import Procedure
 
 RUNS = 30

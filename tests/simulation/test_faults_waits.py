@@ -19,9 +19,9 @@ from test_faults import HASTE, OUTAGE, Faults, FaultyBlockingStore, FaultyStore
 from workers import Pool, check_invariants
 
 from streamline_pool import Context, Streamline, create_hook, is_timeout
+from streamline_pool.client.event_delivery import finishing_broadcasts
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import HookTokenError
-from streamline_pool.sending import finishing_broadcasts
 
 OPERATIONS_MAX = 70
 POLL_S = 0.004

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from streamline_pool.domain.errors import InvalidStateError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.model import TERMINAL
 from streamline_pool.engine.context import check_event_name
+from streamline_pool.protocol import control
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 from streamline_pool.protocol.run_document import as_payload, check_payload, check_run_id
 from streamline_pool.storage.procedures import Procedure
 
-from .outside import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
-from .protocol import control
+from .run_control import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
 
 if TYPE_CHECKING:
-    from .client import Streamline
+    from .app import Streamline
 
 __all__ = ["finishing_broadcasts", "sending_event"]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 from streamline_pool.domain.definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, seconds
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.run_document import (
     SLOTS,
     as_stored,
@@ -27,11 +28,10 @@ from streamline_pool.protocol.run_document import (
 )
 from streamline_pool.storage.procedures import Listen, Procedure
 
-from .outside import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
-from .protocol import run_lifecycle
+from .run_control import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
 
 if TYPE_CHECKING:
-    from .client import Streamline
+    from .app import Streamline
 
 __all__ = ["Workflow", "twins"]
 

@@ -27,16 +27,16 @@ from streamline_pool.engine.engine import Engine
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
 from streamline_pool.events.publisher import ActEvents, Broadcaster
 from streamline_pool.events.stream import EventStream, open_stream
+from streamline_pool.protocol import retention, run_lifecycle
 from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 from streamline_pool.storage.store import AsyncStore, Store, Where
 
-from .local import LocalRunner, LoopThread
-from .outside import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
-from .protocol import retention, run_lifecycle
-from .sending import sending_event
+from .event_delivery import sending_event
+from .inline_runner import LocalRunner, LoopThread
+from .run_control import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
 from .workflow import Workflow, twins
 
 __all__ = ["Streamline"]

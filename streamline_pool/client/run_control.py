@@ -21,15 +21,14 @@ from streamline_pool.domain.errors import (
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepStatus
 from streamline_pool.domain.transitions import arrived
 from streamline_pool.engine.hooks import hash_token, run_id_of
+from streamline_pool.protocol import control, run_lifecycle
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
 from streamline_pool.protocol.run_document import SLOTS, check_run_id, check_text, decode_payload, misfit, parse_run, size_of
 from streamline_pool.storage.files import loading_outputs, putting_file
 from streamline_pool.storage.procedures import Procedure
 
-from .protocol import control, run_lifecycle
-
 if TYPE_CHECKING:
-    from .client import Streamline
+    from .app import Streamline
 
 __all__ = [
     "ITEM_BYTES", "HookResult",

@@ -19,9 +19,8 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
 from streamline_pool.engine.engine import Engine
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.store import AsyncStore
-
-from .protocol import run_lifecycle
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]
 

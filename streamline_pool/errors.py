@@ -1,4 +1,39 @@
-"""The public path of every error: `from streamline_pool.errors import WorkflowError`. Owns nothing; see domain/errors.py."""
+"""The public path of every error: `from streamline_pool.errors import WorkflowError`. Owns nothing; domain/errors.py does."""
 
-from streamline_pool.domain.errors import *
-from streamline_pool.domain.errors import __all__ as __all__
+from streamline_pool.domain.errors import (
+    DataCorruptionError,
+    ErrorCode,
+    HookTokenError,
+    InvalidStateError,
+    LeaseLostError,
+    MaxRetriesExceededError,
+    NonRetriableError,
+    PayloadTooLargeError,
+    StepNotFoundError,
+    StepTimeoutError,
+    StoreUnavailableError,
+    ValidationError,
+    VersionMismatchError,
+    WorkflowCancelledError,
+    WorkflowError,
+    WorkflowNotFoundError,
+)
+
+__all__ = [
+    "DataCorruptionError",
+    "ErrorCode",
+    "HookTokenError",
+    "InvalidStateError",
+    "LeaseLostError",
+    "MaxRetriesExceededError",
+    "NonRetriableError",
+    "PayloadTooLargeError",
+    "StepNotFoundError",
+    "StepTimeoutError",
+    "StoreUnavailableError",
+    "ValidationError",
+    "VersionMismatchError",
+    "WorkflowCancelledError",
+    "WorkflowError",
+    "WorkflowNotFoundError",
+]

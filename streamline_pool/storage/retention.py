@@ -50,9 +50,9 @@ def deleting(condition: Mapping[str, Any], *, dry_run: bool) -> Procedure[int]:
         if dry_run or not run_ids:
             count += len(run_ids)
             continue
-        files = yield files.files_of_runs(run_ids)  # known before, so that those of a later run with this id are not among them
+        owned = yield files.files_of_runs(run_ids)  # known before, so that those of a later run with this id are not among them
         count += yield retention.delete_runs(run_ids, condition)
-        yield from _dropping_unowned(files)
+        yield from _dropping_unowned(owned)
     return count
 
 
@@ -73,9 +73,9 @@ def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *
 
 def _moving(run_ids: Sequence[str], condition: Mapping[str, Any], collection: str, stored_name: str) -> Procedure[int]:
     if collection != ARCHIVE:
-        files = yield files.files_of_runs(run_ids)
-        if files:  # or they would be orphans, once their runs are where nobody looks
-            yield files.mark_archived([file["_id"] for file in files], stored_name)
+        owned = yield files.files_of_runs(run_ids)
+        if owned:  # or they would be orphans, once their runs are where nobody looks
+            yield files.mark_archived([file["_id"] for file in owned], stored_name)
     yield retention.copy_runs(run_ids, condition, stored_name)
     copies = yield retention.identify_runs(collection, run_ids)
     moved: int = (yield retention.delete_same_runs(copies)) if copies else 0

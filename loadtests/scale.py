@@ -17,8 +17,8 @@ from statistics import mean, median
 from typing import Any
 
 from streamline_pool import Streamline
-from streamline_pool.lookout import slots_of
 from streamline_pool.protocol import run_lifecycle
+from streamline_pool.worker.poller import slots_of
 
 from . import ballast
 from .app import CLAIMS_VARIABLE, client_app, noop

@@ -21,10 +21,10 @@ from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.events.bus import Event
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore, Store
+from streamline_pool.worker.worker import Worker
 
 from .protocol import run_lifecycle
 from .timewarp import JumpableAsyncStore, JumpableStore, Timeline
-from .worker import Worker
 
 __all__ = ["BorrowedApp", "Lender"]
 

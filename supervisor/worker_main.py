@@ -39,7 +39,7 @@ from streamline_pool.supervisor.messages import (
     Stop,
     ToWorker,
 )
-from streamline_pool.worker import Worker
+from streamline_pool.worker.worker import Worker
 
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline

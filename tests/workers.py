@@ -14,7 +14,7 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.worker import Worker, WorkerStatus
+from streamline_pool.worker.worker import Worker, WorkerStatus
 
 __all__ = ["Pool", "check_invariants", "run_until_idle"]
 

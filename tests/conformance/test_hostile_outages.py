@@ -14,7 +14,7 @@ from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from streamline_pool.engine.group_commit import GroupCommitter, Verdict
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.worker import Worker
+from streamline_pool.worker.worker import Worker
 
 STATEMENT = run_lifecycle.Statement(run_lifecycle.Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from streamline_pool import Streamline
-from streamline_pool.lookout import Lookout
 from streamline_pool.protocol import run_lifecycle
+from streamline_pool.worker.poller import Lookout
 
 
 def test_runs_of_a_priority_never_seen_before_are_found_by_the_next_look(app: Streamline) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from streamline_pool import Streamline, Workflow
-from streamline_pool.lookout import Lookout
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.store import AsyncStore
+from streamline_pool.worker.poller import Lookout
 
 
 class JumpingClock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamline_pool.alarms import Alarms
+from streamline_pool.worker.timer_claims import Alarms
 
 
 def names(count: int, prefix: str = "r") -> list[str]:

@@ -15,10 +15,9 @@ from typing import Any
 from zlib import crc32
 
 from streamline_pool.config.env import Env
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.protocol.run_document import SLOTS
 from streamline_pool.storage.store import AsyncStore
-
-from .protocol import run_lifecycle
 
 __all__ = ["Lookout", "slots_of"]
 

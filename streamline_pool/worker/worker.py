@@ -19,12 +19,12 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.engine.engine import Engine
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
-from .alarms import Alarms
-from .lookout import Lookout
-from .protocol import run_lifecycle
+from .poller import Lookout
+from .timer_claims import Alarms
 
 __all__ = ["Gate", "Worker", "WorkerStatus"]
 

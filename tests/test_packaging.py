@@ -64,7 +64,7 @@ def test_the_wheel_holds_real_files_under_our_name_only(built: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert {name.split("/")[0] for name in names} == {"streamline_pool", "streamline_pool-0.1.0.dist-info"}
-        assert {"streamline_pool/py.typed", "streamline_pool/embedded_watcher.py"} <= names
+        assert {"streamline_pool/py.typed", "streamline_pool/embedded/watcher.py"} <= names
         assert {f"streamline_pool/{name}" for name in tracked("supervisor")} <= names
         assert archive.read("streamline_pool/supervisor/__init__.py") == (ROOT / "supervisor/__init__.py").read_bytes()
         assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -75,7 +75,7 @@ def test_the_sdist_holds_real_files_and_no_link(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     assert members["streamline_pool/supervisor/__init__.py"].isfile()
-    assert {"pyproject.toml", "LICENSE", "streamline_pool/py.typed", "streamline_pool/embedded_watcher.py"} <= set(members)
+    assert {"pyproject.toml", "LICENSE", "streamline_pool/py.typed", "streamline_pool/embedded/watcher.py"} <= set(members)
     assert not [name for name, member in members.items() if member.issym() or member.islnk()]
 
 

@@ -267,7 +267,7 @@ def test_a_suspended_server_accepts_but_does_not_answer() -> None:
         server.suspend()
         connection.settimeout(0.2)
         with pytest.raises(TimeoutError):
-            embedded._command(connection, hello=1)
+            embedded_server._command(connection, hello=1)
         server.resume()
         connection.settimeout(5)
         assert connection.recv(16)  # the late answer

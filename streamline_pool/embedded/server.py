@@ -1,6 +1,6 @@
 """Finds a mongod and runs it privately, as a single-node replica set on 127.0.0.1.
 
-Owns the server's address, its data folder and its readiness. Leaves the process itself to `embedded_watcher.py`, which
+Owns the server's address, its data folder and its readiness. Leaves the process itself to `watcher.py`, which
 ends it when this process is gone, whatever ended that. Starts no thread and opens no MongoClient, so the caller
 may fork at any time; what a forked child does with an `EmbeddedServer` has no effect.
 """
@@ -44,7 +44,7 @@ PORTS = range(20_000, 32_000)
 """Below the ephemeral ports of Linux (32768) and macOS (49152): one of those could be taken by any outgoing connection
 while mongod is down, even by a client's own attempt to reconnect to it (TCP's simultaneous open)."""
 
-_WATCHER = Path(__file__).with_name("embedded_watcher.py")
+_WATCHER = Path(__file__).with_name("watcher.py")
 _EXIT_PORT_TAKEN = 48  # mongod's EXIT_NET_ERROR
 _ALREADY_INITIALIZED = 23  # MongoDB's error code for replSetInitiate on a folder with a set in it
 _HOW_TO_GET_ONE = (

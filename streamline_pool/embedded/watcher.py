@@ -1,7 +1,7 @@
 """The process between a program and its private mongod: when the program is gone, so is the server.
 
 Owns the mongod process, the lock on its data folder, its log and its end; speaks no MongoDB (`embedded.py` does).
-Run as a script, never imported: `python -I -S embedded_watcher.py PLAN`, with standard library only, so that it is up
+Run as a script, never imported: `python -I -S watcher.py PLAN`, with standard library only, so that it is up
 in some 20 ms and nothing that is installed can break it. PLAN is JSON, see `Plan`. Standard input is a socket to the owner.
 
 Who may die, and what ends mongod then:

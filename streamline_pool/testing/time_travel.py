@@ -13,9 +13,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from streamline_pool.config.env import Env
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.store import AsyncStore, ServerClock, Store, Where
-
-from .protocol import run_lifecycle
 
 __all__ = ["JumpableAsyncStore", "JumpableStore", "Timeline", "shifted"]
 

@@ -19,12 +19,12 @@ from streamline_pool.client.inline_runner import make_owner
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.events.bus import Event
+from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.worker.worker import Worker
 
-from .protocol import run_lifecycle
-from .timewarp import JumpableAsyncStore, JumpableStore, Timeline
+from .time_travel import JumpableAsyncStore, JumpableStore, Timeline
 
 __all__ = ["BorrowedApp", "Lender"]
 

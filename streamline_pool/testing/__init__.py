@@ -1,0 +1,15 @@
+"""The kit for users' own tests: real workers on a real MongoDB, in the test's process, with a clock that can be jumped.
+
+Owns `TestKit` and its pytest fixtures. In the top-level conftest.py: `pytest_plugins = ["streamline_pool.testing"]`.
+Must never be imported by code that runs in production.
+"""
+
+import contextlib
+
+from .kit import SERVER_VARIABLE, TestKit
+
+with contextlib.suppress(ImportError):  # without pytest there is the kit, and there are no fixtures
+    from .fixtures import streamline as streamline
+    from .fixtures import streamline_server as streamline_server
+
+__all__ = ["SERVER_VARIABLE", "TestKit"]

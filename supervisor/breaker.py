@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from streamline_pool.supervisor.messages import CircuitState
+from streamline_pool.supervisor.ipc.messages import CircuitState
 
 __all__ = ["FAILURES_TO_OPEN", "TRIAL_S", "Breaker", "Tally", "after_probe", "after_tally", "trial_lost"]
 

@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 import multiprocess
 import psutil
 
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.messages import (
     FROM_STEWARD,
     FROM_WORKER,
     Alarm,

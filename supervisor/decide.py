@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from streamline_pool.supervisor.breaker import Breaker, Tally, after_probe, after_tally, trial_lost
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.messages import (
     STORE_UNREACHABLE_EXIT,
     AbortHint,
     AbortRun,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from streamline_pool.supervisor.messages import PoolFacts
+from streamline_pool.supervisor.ipc.messages import PoolFacts
 
 __all__ = ["HOST", "render_metrics", "respond", "start_health_server"]
 

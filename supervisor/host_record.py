@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from streamline_pool.supervisor.messages import PoolFacts
+from streamline_pool.supervisor.ipc.messages import PoolFacts
 
 __all__ = ["host_record", "shape"]
 

@@ -19,7 +19,7 @@ from streamline_pool.events.publisher import Broadcaster
 from streamline_pool.protocol import event_stream, run_lifecycle
 from streamline_pool.protocol.event_stream import LISTENER_TTL_S
 from streamline_pool.storage.store import AsyncStore
-from streamline_pool.supervisor.messages import Audience, Publishing
+from streamline_pool.supervisor.ipc.messages import Audience, Publishing
 
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline

@@ -28,7 +28,7 @@ from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.supervisor.child import HANDLED_SIGNALS, Child, Main, fork_child
 from streamline_pool.supervisor.decide import decide, initial, pause_s
-from streamline_pool.supervisor.messages import MessageError
+from streamline_pool.supervisor.ipc.messages import MessageError
 from streamline_pool.supervisor.state import (
     Action,
     Dump,

@@ -26,9 +26,8 @@ from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.supervisor.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.health import start_health_server
 from streamline_pool.supervisor.host_record import host_record, shape
-from streamline_pool.supervisor.link import Link, arm_orphan_exit
-from streamline_pool.supervisor.listeners import LISTENER_SIGNALS, Listeners
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.channel import Link, arm_orphan_exit
+from streamline_pool.supervisor.ipc.messages import (
     BOOT_FAILED_EXIT,
     STORE_UNREACHABLE_EXIT,
     TO_STEWARD,
@@ -51,6 +50,7 @@ from streamline_pool.supervisor.messages import (
     ToSteward,
     Wake,
 )
+from streamline_pool.supervisor.listeners import LISTENER_SIGNALS, Listeners
 from streamline_pool.supervisor.timers import Timers
 
 if TYPE_CHECKING:

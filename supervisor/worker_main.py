@@ -20,8 +20,8 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.events.bus import global_event_bus
-from streamline_pool.supervisor.link import Link, arm_orphan_exit
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.channel import Link, arm_orphan_exit
+from streamline_pool.supervisor.ipc.messages import (
     BOOT_FAILED_EXIT,
     STORE_UNREACHABLE_EXIT,
     TO_WORKER,

@@ -15,9 +15,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from streamline_pool.config.env import system_env
-from streamline_pool.supervisor.link import Link
-from streamline_pool.supervisor.logs import setup_logging
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.channel import Link
+from streamline_pool.supervisor.ipc.messages import (
     TO_STEWARD,
     TO_WORKER,
     Beat,
@@ -31,6 +30,7 @@ from streamline_pool.supervisor.messages import (
     Stop,
     Wake,
 )
+from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.pool import Birth, Pool
 from streamline_pool.supervisor.state import Limits
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamline_pool.supervisor import messages
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc import messages
+from streamline_pool.supervisor.ipc.messages import (
     FROM_STEWARD,
     FROM_WORKER,
     TO_STEWARD,

@@ -10,7 +10,7 @@ import pytest
 from pool_script import LIMITS, STEWARD, Script, beat
 
 from streamline_pool.supervisor.decide import decide
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.messages import (
     AbortHint,
     AbortRun,
     Alarm,

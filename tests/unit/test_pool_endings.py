@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pool_script import LIMITS, STEWARD, Script
 
 from streamline_pool.supervisor.decide import pause_s, pool_facts
-from streamline_pool.supervisor.messages import (
+from streamline_pool.supervisor.ipc.messages import (
     AbortHint,
     Alarm,
     Beat,

@@ -25,8 +25,8 @@ from streamline_pool.supervisor.arguments import hide_password
 from streamline_pool.supervisor.console import CommandError, ExitCode
 from streamline_pool.supervisor.importing import AppImportError, import_app
 from streamline_pool.supervisor.logs import setup_logging
-from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import Invocation, pick
+from streamline_pool.supervisor.pool.cpu_count import usable_cpus
 
 __all__ = [
     "adopt",

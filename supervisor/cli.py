@@ -75,7 +75,7 @@ for command in (*commands.ALL, cleanup, doctor, runs.runs, systemd):
 
 def _run_the_pool() -> int:
     """The pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
-    from . import pool
+    from streamline_pool.supervisor.pool import supervisor
 
     for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, lambda *_: None)  # orders for the pool: until there is one they must not end this process
@@ -83,7 +83,7 @@ def _run_the_pool() -> int:
     assert app is not None, "load_app refuses to go on without an application"
     with served(resolved, lasting=True) as settings, blamed_on(resolved):
         adopt(app, settings).freeze()
-        code: int = pool.run_pool(app, settings, system_env(), banner=_banner(app, settings))
+        code: int = supervisor.run_pool(app, settings, system_env(), banner=_banner(app, settings))
     if code == ExitCode.UNREACHABLE:
         # The reason stands in the log already; this is the last line, where people look.
         advice = "mend what boot_failed says; if you have no MongoDB yet, --embedded starts a private one"

@@ -17,8 +17,8 @@ from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol.run_document import RUN_INDEXES
 from streamline_pool.supervisor.application import adopt, blamed_on, load_app, prove_rights, reach, served, settle
 from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, span, unreachable
-from streamline_pool.supervisor.machine import usable_cpus
 from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
+from streamline_pool.supervisor.pool.cpu_count import usable_cpus
 
 __all__ = ["Finding", "doctor"]
 

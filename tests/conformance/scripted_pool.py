@@ -31,8 +31,8 @@ from streamline_pool.supervisor.ipc.messages import (
     Wake,
 )
 from streamline_pool.supervisor.logs import setup_logging
-from streamline_pool.supervisor.pool import Birth, Pool
-from streamline_pool.supervisor.state import Limits
+from streamline_pool.supervisor.pool.state import Limits
+from streamline_pool.supervisor.pool.supervisor import Birth, Pool
 
 LIMITS = Limits(drain_timeout_s=2.0, stall_timeout_s=1.5, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
 FLOOD = 20_000  # messages; their bytes are several times what a socket buffer holds

@@ -6,9 +6,9 @@ import signal
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from streamline_pool.supervisor.decide import decide, initial
 from streamline_pool.supervisor.ipc.messages import Beat, StewardBeat
-from streamline_pool.supervisor.state import Action, Event, Exited, Forked, Heard, Limits, Log, Send, Signalled, Spawn, State, Tick
+from streamline_pool.supervisor.pool.decide import decide, initial
+from streamline_pool.supervisor.pool.state import Action, Event, Exited, Forked, Heard, Limits, Log, Send, Signalled, Spawn, State, Tick
 
 LIMITS = Limits(drain_timeout_s=30.0, stall_timeout_s=10.0, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
 STEWARD = 100

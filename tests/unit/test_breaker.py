@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_pool.supervisor.breaker import FAILURES_TO_OPEN, TRIAL_S, Breaker, Tally, after_probe, after_tally, trial_lost
+from streamline_pool.supervisor.pool.circuit_breaker import FAILURES_TO_OPEN, TRIAL_S, Breaker, Tally, after_probe, after_tally, trial_lost
 
 OPEN = Breaker(state="open", since=10.0)
 HALF = Breaker(state="half-open", since=10.0)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from pool_script import LIMITS, STEWARD, Script, beat
 
-from streamline_pool.supervisor.decide import decide
 from streamline_pool.supervisor.ipc.messages import (
     AbortHint,
     AbortRun,
@@ -34,7 +33,8 @@ from streamline_pool.supervisor.ipc.messages import (
     Stop,
     Wake,
 )
-from streamline_pool.supervisor.state import Dump, Event, Exit, ForkFailed, Garbled, Heard, Kill, Log, Measured, Spawn, Tick
+from streamline_pool.supervisor.pool.decide import decide
+from streamline_pool.supervisor.pool.state import Dump, Event, Exit, ForkFailed, Garbled, Heard, Kill, Log, Measured, Spawn, Tick
 
 # ---- starting ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_script import LIMITS, STEWARD, Script
 
-from streamline_pool.supervisor.decide import pause_s, pool_facts
 from streamline_pool.supervisor.ipc.messages import (
     AbortHint,
     Alarm,
@@ -30,7 +29,8 @@ from streamline_pool.supervisor.ipc.messages import (
     Stop,
     Wake,
 )
-from streamline_pool.supervisor.state import Exit, Kill, Log, Measured, Send, Spawn, Tick
+from streamline_pool.supervisor.pool.decide import pause_s, pool_facts
+from streamline_pool.supervisor.pool.state import Exit, Kill, Log, Measured, Send, Spawn, Tick
 
 # ---- endings -------------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ from streamline_pool.supervisor.ipc.messages import (
     decode,
     encode,
 )
-from streamline_pool.supervisor.state import Role
+
+from .state import Role
 
 __all__ = ["HANDLED_SIGNALS", "Child", "fork_child"]
 

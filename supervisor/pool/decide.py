@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import assert_never
 
-from streamline_pool.supervisor.breaker import Breaker, Tally, after_probe, after_tally, trial_lost
 from streamline_pool.supervisor.ipc.messages import (
     STORE_UNREACHABLE_EXIT,
     AbortHint,
@@ -38,7 +37,9 @@ from streamline_pool.supervisor.ipc.messages import (
     Wake,
     WorkerFacts,
 )
-from streamline_pool.supervisor.state import (
+
+from .circuit_breaker import Breaker, Tally, after_probe, after_tally, trial_lost
+from .state import (
     Action,
     Attended,
     Dump,
@@ -62,17 +63,7 @@ from streamline_pool.supervisor.state import (
     Trial,
     Vacancy,
 )
-from streamline_pool.supervisor.upkeep import (
-    BURST_RETRY_S,
-    CANCEL_GRACE_S,
-    KILL_AFTER_S,
-    Decision,
-    ask_idle,
-    begin_ending,
-    dismiss,
-    put,
-    settle,
-)
+from .upkeep import BURST_RETRY_S, CANCEL_GRACE_S, KILL_AFTER_S, Decision, ask_idle, begin_ending, dismiss, put, settle
 
 __all__ = ["decide", "initial", "pause_s", "pool_facts"]
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from streamline_pool.supervisor.breaker import Breaker
 from streamline_pool.supervisor.ipc.messages import Beat, Died, FromSteward, FromWorker, ToSteward, ToWorker
+
+from .circuit_breaker import Breaker
 
 __all__ = [
     "Action", "Attended", "Burst", "Dump", "Ending", "Event", "Exit", "Exited", "ForkFailed", "Forked", "Garbled", "Heard", "Kill",

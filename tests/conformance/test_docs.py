@@ -26,7 +26,7 @@ from streamline_pool.config.settings import OPTIONS
 from streamline_pool.protocol.run_document import HOST_INDEXES, RUN_INDEXES
 from streamline_pool.supervisor import cli
 from streamline_pool.supervisor.console import ExitCode
-from streamline_pool.supervisor.health import render_metrics
+from streamline_pool.supervisor.steward.health import render_metrics
 from support import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from streamline_pool.supervisor.health import render_metrics, respond
 from streamline_pool.supervisor.ipc.messages import PoolFacts, WorkerFacts
+from streamline_pool.supervisor.steward.health import render_metrics, respond
 
 WORKER = WorkerFacts(
     pid=7, owner="h:7:n", index=0, state="ready", in_flight=3, runs_total=5, steps_total=9, rss_bytes=1000, uptime_s=1.0, lru={}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamline_pool.supervisor.timers import Due, Timers
+from streamline_pool.supervisor.steward.timers import Due, Timers
 
 
 def test_instants_come_out_in_order_when_they_are_due() -> None:

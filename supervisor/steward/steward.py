@@ -23,9 +23,6 @@ from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol import run_lifecycle
 from streamline_pool.storage.bulk_update import update_many
-from streamline_pool.supervisor.health import HOST as HEALTH_HOST
-from streamline_pool.supervisor.health import start_health_server
-from streamline_pool.supervisor.host_record import host_record, shape
 from streamline_pool.supervisor.ipc.channel import Link, arm_orphan_exit
 from streamline_pool.supervisor.ipc.messages import (
     BOOT_FAILED_EXIT,
@@ -50,8 +47,12 @@ from streamline_pool.supervisor.ipc.messages import (
     ToSteward,
     Wake,
 )
-from streamline_pool.supervisor.listeners import LISTENER_SIGNALS, Listeners
-from streamline_pool.supervisor.timers import Timers
+
+from .health import HOST as HEALTH_HOST
+from .health import start_health_server
+from .host_record import host_record, shape
+from .stream_subscribers import LISTENER_SIGNALS, Listeners
+from .timers import Timers
 
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline

@@ -24,8 +24,8 @@ import streamline_pool
 from streamline_pool import Context, ErrorCode, EventBus, Run, Streamline, Workflow
 from streamline_pool.config.settings import OPTIONS
 from streamline_pool.protocol.run_document import HOST_INDEXES, RUN_INDEXES
-from streamline_pool.supervisor import cli
-from streamline_pool.supervisor.console import ExitCode
+from streamline_pool.supervisor.cli import main
+from streamline_pool.supervisor.cli.console import ExitCode
 from streamline_pool.supervisor.steward.health import render_metrics
 from support import eventually
 
@@ -40,7 +40,7 @@ DOCUMENTS = (
     "docs/testing.md",
 )
 BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-SUB_COMMANDS = frozenset(cli.cli.commands)
+SUB_COMMANDS = frozenset(main.cli.commands)
 
 
 class Reader:

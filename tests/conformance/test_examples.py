@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from streamline_pool.supervisor.importing import import_app
+from streamline_pool.supervisor.cli.app_loader import import_app
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

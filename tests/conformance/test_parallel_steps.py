@@ -15,7 +15,7 @@ from test_examples import REPOSITORY, run
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import Streamline, execute_parallel, execute_parallel_sync
-from streamline_pool.supervisor.importing import import_app
+from streamline_pool.supervisor.cli.app_loader import import_app
 from support import eventually
 
 POOL_APP = """

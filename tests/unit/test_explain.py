@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamline_pool.supervisor.explain import explain
+from streamline_pool.supervisor.cli.explain import explain
 
 NOW = datetime(2030, 1, 2, 12, 0, 0, tzinfo=UTC)
 

@@ -13,11 +13,12 @@ from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.supervisor.application import opened
-from streamline_pool.supervisor.commands import ended_well, print_end, somebody_works_on
-from streamline_pool.supervisor.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
-from streamline_pool.supervisor.explain import explain, part_of, seen_lately
-from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
+
+from .application import opened
+from .console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
+from .explain import explain, part_of, seen_lately
+from .options import CONNECTION, json_option, setting_options
+from .pool_commands import ended_well, print_end, somebody_works_on
 
 __all__ = ["changes", "runs"]
 

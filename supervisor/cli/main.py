@@ -24,15 +24,15 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.config.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
-from streamline_pool.supervisor.application import adopt, blamed_on, load_app, served, settle, wants_private_server
-from streamline_pool.supervisor.cleanup import cleanup
-from streamline_pool.supervisor.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
-from streamline_pool.supervisor.doctor import doctor
 from streamline_pool.supervisor.logs import setup_logging
-from streamline_pool.supervisor.options import Invocation, pick, setting_options
-from streamline_pool.supervisor.systemd import systemd
 
-from . import commands, runs
+from . import pool_commands, run_commands
+from .application import adopt, blamed_on, load_app, served, settle, wants_private_server
+from .cleanup import cleanup
+from .console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
+from .doctor import doctor
+from .options import Invocation, pick, setting_options
+from .systemd import systemd
 
 __all__ = ["cli", "main"]
 
@@ -69,7 +69,7 @@ def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: 
     return _run_the_pool()
 
 
-for command in (*commands.ALL, cleanup, doctor, runs.runs, systemd):
+for command in (*pool_commands.ALL, cleanup, doctor, run_commands.runs, systemd):
     cli.add_command(command)
 
 

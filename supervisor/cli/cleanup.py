@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from streamline_pool.client.app import Streamline
-from streamline_pool.supervisor.application import opened
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json
-from streamline_pool.supervisor.options import CONNECTION, json_option, setting_options
+
+from .application import opened
+from .console import CommandError, ExitCode, print_json
+from .options import CONNECTION, json_option, setting_options
 
 __all__ = ["cleanup"]
 

@@ -21,12 +21,13 @@ from streamline_pool.config.env import Env, system_env
 from streamline_pool.config.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.protocol import run_lifecycle
-from streamline_pool.supervisor.arguments import hide_password
-from streamline_pool.supervisor.console import CommandError, ExitCode
-from streamline_pool.supervisor.importing import AppImportError, import_app
 from streamline_pool.supervisor.logs import setup_logging
-from streamline_pool.supervisor.options import Invocation, pick
 from streamline_pool.supervisor.pool.cpu_count import usable_cpus
+
+from .app_loader import AppImportError, import_app
+from .console import CommandError, ExitCode
+from .options import Invocation, pick
+from .redact_argv import hide_password
 
 __all__ = [
     "adopt",

@@ -11,9 +11,10 @@ import click
 
 from streamline_pool.config.parsing import has_password
 from streamline_pool.config.settings import OPTIONS, Resolved
-from streamline_pool.supervisor.application import settle
-from streamline_pool.supervisor.console import CommandError, ExitCode, print_json
-from streamline_pool.supervisor.options import json_option, setting_options
+
+from .application import settle
+from .console import CommandError, ExitCode, print_json
+from .options import json_option, setting_options
 
 __all__ = ["systemd", "unit_file"]
 

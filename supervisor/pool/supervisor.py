@@ -110,7 +110,7 @@ def limits_of(settings: Settings) -> Limits:
 def mains_of(app: Streamline, settings: Settings, env: Env) -> Callable[[Birth], Main]:
     """What real children run. Imported before the first fork, so that all share one copy of the code."""
     from streamline_pool.supervisor.steward.steward import StewardBoot, run_steward
-    from streamline_pool.supervisor.worker_main import WorkerBoot, run_worker
+    from streamline_pool.supervisor.worker_process import WorkerBoot, run_worker
 
     def main_of(birth: Birth) -> Main:
         if birth.role == "worker":

@@ -213,7 +213,3 @@ def _log_format(typed: Sequence[str]) -> str:
 
 def _known(word: object) -> str:
     return "json" if str(word).strip().lower() == "json" else "text"
-
-
-if __name__ == "__main__":
-    main()

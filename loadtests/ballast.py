@@ -13,7 +13,8 @@ from pymongo.write_concern import WriteConcern
 
 from streamline_pool import Workflow
 from streamline_pool.domain import transitions
-from streamline_pool.protocol.run_document import CODEC, SLOTS, new_run
+from streamline_pool.protocol.codec import CODEC
+from streamline_pool.protocol.run_document import SLOTS, new_run
 
 from .app import absent, noop
 from .common import Server

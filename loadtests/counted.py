@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.store import AsyncStore
 
 from .app import CLAIMS_VARIABLE, app
@@ -20,9 +20,9 @@ _run = AsyncStore.run
 _fd = os.open(os.environ[CLAIMS_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
-async def _counting(self: AsyncStore, op: run_lifecycle.Op, session: Any = None) -> Any:
+async def _counting(self: AsyncStore, op: Op, session: Any = None) -> Any:
     answer = await _run(self, op, session)
-    if op.name == "claim_runs" and isinstance(op, run_lifecycle.Command):
+    if op.name == "claim_runs" and isinstance(op, Command):
         _note("due", len(op.body["updates"][0]["q"]["_id"]["$in"]), answer)
     elif op.name == "claim_run":
         _note("named", 1, answer is not None)

@@ -19,8 +19,10 @@ from pymongo import MongoClient, UpdateOne
 from pymongo.write_concern import WriteConcern
 
 from streamline_pool.domain import transitions
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_document import RUN_INDEXES, new_run
+from streamline_pool.protocol import commits
+from streamline_pool.protocol.engine_indexes import RUN_INDEXES
+from streamline_pool.protocol.operations import Fence
+from streamline_pool.protocol.run_document import new_run
 
 from .app import noop
 from .common import Server
@@ -153,7 +155,7 @@ class _Writer:
         self._next = 0
         now = datetime.now(UTC)
         change = transitions.advance(_held_run("template"), noop.definition, 0, None, {}, now)
-        template = run_lifecycle.commit(run_lifecycle.Fence("template", _LEASE_ID, 0, 1), change, now, 0).update
+        template = commits.commit(Fence("template", _LEASE_ID, 0, 1), change, now, 0).update
         self._filter, self._set = template["q"], template["u"]["$set"]
 
     def write_until(self, deadline: float) -> int:

@@ -17,7 +17,7 @@ from statistics import mean, median
 from typing import Any
 
 from streamline_pool import Streamline
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.claims import claim_runs, find_due, read_claimed
 from streamline_pool.worker.poller import slots_of
 
 from . import ballast
@@ -121,13 +121,13 @@ def _claim_all(server: Server, app: Streamline, runs: int) -> dict[str, float]:
     store, lanes, won = app.store(), app.lanes(), 0
     begun, cpu = time.perf_counter(), server.cpu_seconds()
     while won < runs:
-        rows = store.run(run_lifecycle.find_due(lanes, slots_of(0, 2), store.now(), _CLAIM, None))
+        rows = store.run(find_due(lanes, slots_of(0, 2), store.now(), _CLAIM, None))
         if len(rows) < _CLAIM:
-            rows = store.run(run_lifecycle.find_due(lanes, None, store.now(), _CLAIM, None))
+            rows = store.run(find_due(lanes, None, store.now(), _CLAIM, None))
         run_ids = [row["_id"] for row in rows]
         lease_id = app.env.new_id()
-        won += store.run(run_lifecycle.claim_runs(run_ids, lanes, lease_id, _OWNER, _LEASE_S))
-        assert len(store.run(run_lifecycle.read_claimed(run_ids, lease_id))) == len(run_ids), "nobody else claims here"
+        won += store.run(claim_runs(run_ids, lanes, lease_id, _OWNER, _LEASE_S))
+        assert len(store.run(read_claimed(run_ids, lease_id))) == len(run_ids), "nobody else claims here"
     taken_s, cpu_s = time.perf_counter() - begun, server.cpu_seconds() - cpu
     app.runs.delete_many({"lease.owner": _OWNER, "lease.expiresAt": {"$exists": True}})
     return {"us": taken_s / runs * 1e6, "mongod_us": cpu_s / runs * 1e6}
@@ -136,7 +136,7 @@ def _claim_all(server: Server, app: Streamline, runs: int) -> dict[str, float]:
 def _look(server: Server, app: Streamline, runs: int) -> dict[str, Any]:
     """What the server examines for one look at a queue of so many runs, by its own account."""
     ballast.insert(server, app.where.database, (ballast.claimable(noop) for _ in range(runs)))
-    look = run_lifecycle.find_due(app.lanes(), None, app.store().now(), _CLAIM, None)
+    look = find_due(app.lanes(), None, app.store().now(), _CLAIM, None)
     command = {
         "find": app.runs.name,
         "filter": look.filter,

@@ -13,7 +13,8 @@ from streamline_pool import Streamline
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, recovery
+from streamline_pool.protocol.operations import Find
 from streamline_pool.worker.worker import Worker, WorkerStatus
 
 __all__ = ["Pool", "check_invariants", "run_until_idle"]
@@ -60,8 +61,8 @@ class Pool:
             try:
                 if self._recover_every_s is not None and time.monotonic() - recovered_at > self._recover_every_s:
                     recovered_at = time.monotonic()
-                    await store.run(run_lifecycle.recover_expired(self.app.settings.max_crashes))
-                if await store.run(run_lifecycle.find_due_before(self._lanes, store.now(), 1)):
+                    await store.run(recovery.recover_expired(self.app.settings.max_crashes))
+                if await store.run(claims.find_due_before(self._lanes, store.now(), 1)):
                     for worker in self.workers:
                         worker.ring()
             except StoreUnavailableError:
@@ -91,7 +92,7 @@ class Pool:
     async def _is_idle(self, store: Any) -> bool:
         owners = {"$in": [worker._owner for worker in self.workers]}
         soon = {"lane": {"$in": self._lanes}, "paused": {"$ne": True}, "wakeAt": {"$lte": store.now() + timedelta(seconds=SOON_S)}}
-        live = run_lifecycle.Find(name="live", collection="runs", filter={"$or": [{"lease.owner": owners}, soon]}, limit=1)
+        live = Find(name="live", collection="runs", filter={"$or": [{"lease.owner": owners}, soon]}, limit=1)
         try:
             if await store.run(live):
                 return False

@@ -27,8 +27,9 @@ from streamline_pool.engine.engine import Engine
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
 from streamline_pool.events.publisher import ActEvents, Broadcaster
 from streamline_pool.events.stream import EventStream, open_stream
-from streamline_pool.protocol import retention, run_lifecycle
-from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol import retention, signals
+from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.hosts import list_hosts
 from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
@@ -289,7 +290,7 @@ class Streamline:
 
     def _proc_workers(self) -> Procedure[list[dict[str, Any]]]:
         """What every pool that has spoken lately says of itself: one document per pool, with its workers."""
-        hosts: list[dict[str, Any]] = yield run_lifecycle.list_hosts()
+        hosts: list[dict[str, Any]] = yield list_hosts()
         return hosts
 
     workers, workers_async = twins(_proc_workers)
@@ -475,7 +476,7 @@ class Streamline:
         if kind == "cancel":
             self._check_here(fields["runId"])
         try:
-            yield run_lifecycle.send_signal(kind, self._server_now(), **fields)
+            yield signals.send_signal(kind, self._server_now(), **fields)
         except StoreUnavailableError as exc:
             log.debug("signal_lost", extra={"kind": kind, "error": str(exc)})
 

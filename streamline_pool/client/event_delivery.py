@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from streamline_pool.domain.errors import InvalidStateError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.model import TERMINAL
 from streamline_pool.engine.context import check_event_name
-from streamline_pool.protocol import control
+from streamline_pool.protocol import durable_events
+from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
-from streamline_pool.protocol.run_document import as_payload, check_payload, check_run_id
+from streamline_pool.protocol.run_document import check_run_id
 from streamline_pool.storage.procedures import Procedure
 
 from .run_control import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
@@ -43,24 +44,24 @@ def sending_event(app: Streamline, name: str, data: Any, run_id: str | None) -> 
     data, size = as_payload(data, "send_event: data")
     if is_external(data):
         raise ValidationError(f"send_event: data: a mapping with {EXTERNAL_KEY!r} alone stands for a file; add another key, or rename it")
-    if size > control.EVENT_BYTES_MAX:
+    if size > durable_events.EVENT_BYTES_MAX:
         raise PayloadTooLargeError(
-            f"send_event: data of {size} bytes, and the limit is {control.EVENT_BYTES_MAX}, because every run that it reaches gets a copy; "
+            f"send_event: data of {size} bytes, and the limit is {durable_events.EVENT_BYTES_MAX}, because every run that it reaches gets a copy; "
             "store it elsewhere and pass a reference",
             size=size,
         )
     event_id = app.env.new_id()
     if run_id is not None:
         return (yield from _sending_to_one(app, check_run_id(run_id), event_id, name, data, size))
-    yield control.record_event(event_id, name, data, app._server_now())
-    (event,) = yield control.read_event(event_id)
+    yield durable_events.record_event(event_id, name, data, app._server_now())
+    (event,) = yield durable_events.read_event(event_id)
     woken = yield from _broadcasting(app, event)
     return woken
 
 
 def _sending_to_one(app: Streamline, run_id: str, event_id: str, name: str, data: Any, size: int) -> Procedure[int]:
     for _ in range(_ROUNDS_MAX):
-        document = yield control.deliver_event(run_id, event_id, name, data, size + ITEM_BYTES)
+        document = yield durable_events.deliver_event(run_id, event_id, name, data, size + ITEM_BYTES)
         if document is None:
             document = yield from reading_run(None, run_id)
             if event_id not in (document.get("seen") or ()):
@@ -93,26 +94,26 @@ def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
     total = 0
     last = None
     while True:
-        waiters = yield control.find_waiters(event, last, chunk)
+        waiters = yield durable_events.find_waiters(event, last, chunk)
         if not waiters:
             break
         last = waiters[-1]["_id"]
-        yield control.deliver_to_waiters(event, waiters)
-        delivered = yield control.read_delivered([found["_id"] for found in waiters], event["_id"])
+        yield durable_events.deliver_to_waiters(event, waiters)
+        delivered = yield durable_events.read_delivered([found["_id"] for found in waiters], event["_id"])
         lanes = (document.get("lane") for document in delivered)
         for lane, count in Counter(lane for lane in lanes if isinstance(lane, str)).items():
             yield from app._signalling("due", wakeAt=app._server_now(), lane=lane, count=count)
         for document in delivered:
             _tell(app, document, event["_id"], event.get("data"))
         total += len(delivered)
-    yield control.settle_event(event["_id"])
+    yield durable_events.settle_event(event["_id"])
     return total
 
 
 def finishing_broadcasts(app: Streamline) -> Procedure[int]:
     """Do what senders that have died left undone; how many events that were. Any number of stewards may."""
     before = app._server_now() - timedelta(seconds=_SENDER_S)
-    pending = yield control.find_pending_events(before, _PENDING_MAX)
+    pending = yield durable_events.find_pending_events(before, _PENDING_MAX)
     for event in pending:
         try:
             yield from _broadcasting(app, event)

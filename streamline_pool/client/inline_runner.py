@@ -19,7 +19,8 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import InvalidStateError, WorkflowError
 from streamline_pool.engine.engine import Engine
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, signals
+from streamline_pool.protocol.operations import Signal
 from streamline_pool.storage.store import AsyncStore
 
 __all__ = ["LocalRunner", "LoopThread", "make_owner"]
@@ -74,7 +75,7 @@ class LocalRunner:
         await self._engine.broadcast.look()  # nobody tells a program who streams; beside a claim's majority write it costs little
         deadline = self._engine.leases.deadline()
         lease_id = self._env.new_id()
-        document = await self._store.run(run_lifecycle.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
+        document = await self._store.run(claims.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:
             return False
         self._witness.outcomes[run_id] = ""
@@ -87,7 +88,7 @@ class LocalRunner:
             self._witness.outcomes.pop(run_id, None)
             raise
         if self._witness.outcomes.pop(run_id, None) in ("done", "failed"):
-            await _ring(self._store, run_lifecycle.send_signal("ended", self._store.now(), runs=[run_id]))
+            await _ring(self._store, signals.send_signal("ended", self._store.now(), runs=[run_id]))
         return True
 
     def check(self, run_id: str) -> None:
@@ -120,7 +121,7 @@ class LocalRunner:
             await asyncio.wait(waiting, timeout=_CALLERS_S)
 
 
-async def _ring(store: AsyncStore, signal: run_lifecycle.Signal) -> None:
+async def _ring(store: AsyncStore, signal: Signal) -> None:
     with contextlib.suppress(WorkflowError):  # a hint: those who wait look by themselves a little later
         await store.run(signal)
 

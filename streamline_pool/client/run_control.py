@@ -21,9 +21,12 @@ from streamline_pool.domain.errors import (
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepStatus
 from streamline_pool.domain.transitions import arrived
 from streamline_pool.engine.hooks import hash_token, run_id_of
-from streamline_pool.protocol import control, run_lifecycle
+from streamline_pool.protocol import answers, control, run_lifecycle
+from streamline_pool.protocol.codec import check_text, decode_payload, size_of
+from streamline_pool.protocol.inbox import INBOX_BYTES_MAX, INBOX_MAX
+from streamline_pool.protocol.operations import Command
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
-from streamline_pool.protocol.run_document import SLOTS, check_run_id, check_text, decode_payload, misfit, parse_run, size_of
+from streamline_pool.protocol.run_document import SLOTS, check_run_id, misfit, parse_run
 from streamline_pool.storage.files import loading_outputs, putting_file
 from streamline_pool.storage.procedures import Procedure
 
@@ -112,7 +115,7 @@ def pausing_run(app: Streamline, workflow_id: str | None, run_id: str, reason: s
         check_text(reason, "pause: reason")
     act_id = app.env.new_id()
 
-    def decide(found: Document) -> run_lifecycle.Command | None:
+    def decide(found: Document) -> Command | None:
         if found["status"] in TERMINAL or found.get("paused") is True:
             return None
         return control.pause_run(workflow_id, run_id, found.get("acts"), reason, act_id)
@@ -139,7 +142,7 @@ def resuming_run(app: Streamline, workflow_id: str | None, run_id: str, payload:
 def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run]:
     act_id = app.env.new_id()
 
-    def decide(found: Document) -> run_lifecycle.Command | None:
+    def decide(found: Document) -> Command | None:
         if found.get("paused") is not True or found["status"] in TERMINAL:
             return None  # somebody else has resumed or ended it meanwhile
         return control.unpause_run(workflow_id, run_id, found.get("acts"), act_id)
@@ -159,7 +162,7 @@ def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, a
         )
     answer_id = app.env.new_id()
     yield from _putting(answer, run_id)
-    document = yield control.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
+    document = yield answers.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
     if document is None:
         document = yield from _reading_live_run(workflow_id, run_id)
         if answered_step(document, answer_id) is None:
@@ -186,7 +189,7 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
         raise _bad_token()
     answer_id = app.env.new_id()
     yield from _putting(answer, run_id)
-    document = yield control.answer_hook(
+    document = yield answers.answer_hook(
         run_id, step["stepId"], hook["gen"], token_hash, hook.get("expiresAt"), answer.stored, size, answer_id
     )
     if document is None:
@@ -234,10 +237,10 @@ def check_not_full(document: Document, size: int) -> None:
     """PayloadTooLargeError if the run's inbox has no room for an item of so many bytes."""
     stored = document.get("inbox")
     inbox = stored if isinstance(stored, list) else []
-    if len(inbox) >= control.INBOX_MAX or size_of({"inbox": inbox}) + size > control.INBOX_BYTES_MAX:
+    if len(inbox) >= INBOX_MAX or size_of({"inbox": inbox}) + size > INBOX_BYTES_MAX:
         raise PayloadTooLargeError(
-            f"run {document['_id']}: its inbox is full: {len(inbox)} items came before they were waited for, and {control.INBOX_MAX} items or "
-            f"{control.INBOX_BYTES_MAX} bytes are the limit; nothing was stored; send again when the run has taken some",
+            f"run {document['_id']}: its inbox is full: {len(inbox)} items came before they were waited for, and {INBOX_MAX} items or "
+            f"{INBOX_BYTES_MAX} bytes are the limit; nothing was stored; send again when the run has taken some",
             run_id=document["_id"],
         )
 
@@ -247,7 +250,7 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
     check_run_id(run_id)
     act_id = app.env.new_id()
 
-    def decide(found: Document) -> run_lifecycle.Command:
+    def decide(found: Document) -> Command:
         step_ids = [step["stepId"] for step in found["steps"]]
         if found["status"] == RunStatus.CANCELLED:
             raise InvalidStateError(f"run {run_id} was cancelled, which is final; start a new one", run_id=run_id, status="cancelled")
@@ -276,7 +279,7 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
 
 
 def _acting(
-    workflow_id: str | None, run_id: str, act_id: str, decide: Callable[[Document], run_lifecycle.Command | None]
+    workflow_id: str | None, run_id: str, act_id: str, decide: Callable[[Document], Command | None]
 ) -> Procedure[tuple[dict[str, Any], bool]]:
     """Read the run, act on it as it was found, and say whether that took effect. The stored document either way.
 

@@ -15,17 +15,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 from streamline_pool.domain.definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, seconds
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_document import (
-    SLOTS,
-    as_stored,
-    check_payload,
-    check_run_id,
-    check_text,
-    make_context,
-    new_run,
-    parse_run,
-)
+from streamline_pool.protocol import run_lifecycle, signals
+from streamline_pool.protocol.codec import check_payload, check_text
+from streamline_pool.protocol.run_document import SLOTS, as_stored, check_run_id, make_context, new_run, parse_run
 from streamline_pool.storage.procedures import Listen, Procedure
 
 from .run_control import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
@@ -369,7 +361,7 @@ class Workflow:
             poll_s = left_s / math.ceil(left_s / poll_s)
         check_run_id(run_id)
         yield from self.app._ensuring(None)
-        tail = run_lifecycle.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
+        tail = signals.signals_since(self.app._server_now() - timedelta(seconds=2), kind="ended", runs=run_id)
         while True:
             document = yield from reading_run(self.id, run_id)
             run = parse_run(document)

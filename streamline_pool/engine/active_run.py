@@ -16,7 +16,8 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.definition import Definition
 from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError
 from streamline_pool.domain.transitions import Document
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import commits
+from streamline_pool.protocol.operations import Fence, Statement
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import Store
 
@@ -56,7 +57,7 @@ class Ground(Protocol):
 
     def blocking_store(self) -> Store: ...
 
-    async def write(self, statement: run_lifecycle.Statement) -> Verdict: ...
+    async def write(self, statement: Statement) -> Verdict: ...
 
     def now(self) -> datetime: ...
 
@@ -106,10 +107,10 @@ class Flight:
         """The run's id."""
         return str(self.document["_id"])
 
-    def fence(self) -> run_lifecycle.Fence:
+    def fence(self) -> Fence:
         """What the next write must find unchanged."""
         document = self.document
-        return run_lifecycle.Fence(document["_id"], self.lease_id, document["rev"], document["token"])
+        return Fence(document["_id"], self.lease_id, document["rev"], document["token"])
 
     def abort(self, reason: str) -> None:
         """Stop the handler, if one is at work."""
@@ -163,8 +164,8 @@ class Flight:
             self.saving = None
             done.set_result(None)
 
-    def _statement(self, field: str, value: Any, size: int) -> run_lifecycle.Statement:
-        return run_lifecycle.save_in_step(self.fence(), self.place, field, value, self._ground.now(), size + STATEMENT_BYTES)
+    def _statement(self, field: str, value: Any, size: int) -> Statement:
+        return commits.save_in_step(self.fence(), self.place, field, value, self._ground.now(), size + STATEMENT_BYTES)
 
     def _check_at_work(self) -> None:
         if self.lost is not None:
@@ -197,13 +198,13 @@ class Flight:
         self._ground.publish(self.document, ((name, self.document["currentStepId"], data),))
 
 
-def _write_alone(statement: run_lifecycle.Statement) -> Procedure[Verdict]:
+def _write_alone(statement: Statement) -> Procedure[Verdict]:
     """One fenced write outside the group, with its verdict; unknown outcomes are read, then repeated."""
     while True:
-        reply = yield run_lifecycle.write_statements([statement])
+        reply = yield commits.write_statements([statement])
         if reply["n"] == 1:
             return Verdict.LANDED
-        found = yield run_lifecycle.read_fences([statement.fence.run_id])
+        found = yield commits.read_fences([statement.fence.run_id])
         verdict = judge(statement, found[0] if found else None)
         if verdict is not None:
             return verdict

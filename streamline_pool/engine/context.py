@@ -18,8 +18,8 @@ from typing import Any, NoReturn, Protocol
 from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
 from streamline_pool.domain.model import seconds
 from streamline_pool.events.bus import ENGINE_EVENTS
+from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
-from streamline_pool.protocol.run_document import as_payload, check_payload
 
 __all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name", "current_signal"]
 

@@ -24,9 +24,11 @@ from streamline_pool.domain.model import StepStatus
 from streamline_pool.domain.transitions import Change
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
 from streamline_pool.events.publisher import Broadcaster
-from streamline_pool.protocol import control, run_lifecycle
+from streamline_pool.protocol import commits, durable_events, recovery
+from streamline_pool.protocol.codec import check_payload, decode_payload
+from streamline_pool.protocol.operations import Statement
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external
-from streamline_pool.protocol.run_document import check_payload, decode_payload, misfit
+from streamline_pool.protocol.run_document import misfit
 from streamline_pool.storage.files import putting_file, reading_outputs
 from streamline_pool.storage.store import AsyncStore, Store
 
@@ -130,7 +132,7 @@ class Engine:
     async def _report_corrupt(self, run_id: str, reason: str) -> None:
         log.error("run_corrupt", extra={"run_id": run_id, "reason": reason})
         try:
-            await self.store.run(run_lifecycle.mark_corrupt(run_id, reason, self.store.now()))
+            await self.store.run(recovery.mark_corrupt(run_id, reason, self.store.now()))
         except WorkflowError:
             log.warning("run_corrupt_unmarked", extra={"run_id": run_id})  # its lease expires, and the next claimer tries again
 
@@ -254,7 +256,7 @@ class Engine:
         document = flight.document
         while True:
             try:
-                found = await self.store.run(control.find_event_for(name, document.get("bornAt"), document.get("seen") or ()))
+                found = await self.store.run(durable_events.find_event_for(name, document.get("bornAt"), document.get("seen") or ()))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
@@ -325,7 +327,7 @@ class Engine:
             if self._listening():
                 await self._load_told(flight, change)
             now = self.store.now()
-            make = run_lifecycle.commit_under_pause if twin else run_lifecycle.commit
+            make = commits.commit_under_pause if twin else commits.commit
             self.env.probe("commit.before")
             try:
                 statement = make(flight.fence(), change, now, size + STATEMENT_BYTES)
@@ -370,7 +372,7 @@ class Engine:
     async def _fail_barely(self, flight: Flight, exc: ValidationError) -> bool:
         """Not even its failure fits into the run: say so in as few bytes as possible."""
         try:
-            await self.write(run_lifecycle.fail_barely(flight.fence(), flight.place, exc.code, exc.message, self.store.now()))
+            await self.write(commits.fail_barely(flight.fence(), flight.place, exc.code, exc.message, self.store.now()))
             flight.document["status"] = "failed"
         except ValidationError:
             log.exception("run_unstorable", extra={"run_id": flight.run_id})
@@ -398,7 +400,7 @@ class Engine:
     async def _read_held(self, flight: Flight) -> dict[str, Any] | None:
         while True:
             try:
-                found = await self.store.run(run_lifecycle.read_held(flight.run_id, flight.lease_id))
+                found = await self.store.run(commits.read_held(flight.run_id, flight.lease_id))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
@@ -411,7 +413,7 @@ class Engine:
 
     # --- flight.Ground ---------------------------------------------------------------------------------------------
 
-    async def write(self, statement: run_lifecycle.Statement) -> Verdict:
+    async def write(self, statement: Statement) -> Verdict:
         """Hand a fenced write to the group, and wait for its verdict."""
         return await self._committer.write(statement)
 

@@ -18,8 +18,8 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from streamline_pool.domain.transitions import arrived
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_lifecycle import Statement
+from streamline_pool.protocol import commits
+from streamline_pool.protocol.operations import Statement
 from streamline_pool.storage.store import AsyncStore
 
 __all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
@@ -154,7 +154,7 @@ class GroupCommitter:
     async def _send(self, statements: list[Statement]) -> Mapping[str, Any]:
         self.commands += 1
         self.statements += len(statements)
-        reply: Mapping[str, Any] = await self._store.run(run_lifecycle.write_statements(statements))
+        reply: Mapping[str, Any] = await self._store.run(commits.write_statements(statements))
         self._on_outcome(True)
         return reply
 
@@ -168,7 +168,7 @@ class GroupCommitter:
 
     async def _judge(self, batch: _Batch, doubtful: bool) -> _Batch:
         """One majority read tells what became of each statement. Returns those that must be sent again."""
-        found = await self._store.run(run_lifecycle.read_fences([statement.fence.run_id for statement, _ in batch]))
+        found = await self._store.run(commits.read_fences([statement.fence.run_id for statement, _ in batch]))
         documents = {document["_id"]: document for document in found}
         again = []
         for statement, future in batch:

@@ -15,7 +15,7 @@ from typing import Any
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import commits
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
@@ -89,7 +89,7 @@ class LeaseKeeper:
                 self._leave_to_renewal(doubted)
 
     async def _check(self, flights: list[Flight]) -> None:
-        found = await self._store.run(run_lifecycle.read_fences([flight.run_id for flight in flights]))
+        found = await self._store.run(commits.read_fences([flight.run_id for flight in flights]))
         self._observer.store_answered(True)
         documents = {document["_id"]: document for document in found}
         for flight in flights:
@@ -144,9 +144,9 @@ class LeaseKeeper:
         for flight in flights:
             flight.renew_now = False
         try:
-            renewal = run_lifecycle.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s)
+            renewal = commits.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s)
             renewed, refused = await update_many(self._store.run, renewal, self._store.now)
-            found = [] if renewed == len(flights) else await self._store.run(run_lifecycle.read_fences(run_ids))
+            found = [] if renewed == len(flights) else await self._store.run(commits.read_fences(run_ids))
         except StoreUnavailableError as exc:
             self._observer.store_answered(False)
             log.warning("renew_failed", extra={"runs": len(flights), "error": str(exc)})

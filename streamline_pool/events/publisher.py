@@ -20,8 +20,8 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import ValidationError, WorkflowError
 from streamline_pool.protocol import event_stream
+from streamline_pool.protocol.codec import check_payload, packed
 from streamline_pool.protocol.operations import Signal
-from streamline_pool.protocol.run_document import check_payload, packed
 from streamline_pool.storage.store import AsyncStore
 
 from .bus import Event

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
 
-from . import run_lifecycle
+from . import hosts, signals
 from .operations import Command, Find, Reply, Signal, Tail
 
 __all__ = [
@@ -27,12 +27,12 @@ LISTENER_TTL_S = 90.0
 
 def put_listener(listener: str, host: str, pid: int) -> Command:
     """Say that somebody streams. The record vanishes by itself, as that of a pool does."""
-    return run_lifecycle.put_host({"_id": listener, "listener": True, "host": host, "pid": pid}, LISTENER_TTL_S)
+    return hosts.put_host({"_id": listener, "listener": True, "host": host, "pid": pid}, LISTENER_TTL_S)
 
 
 def remove_listener(listener: str) -> Command:
     """It streams no more."""
-    return run_lifecycle.remove_host(listener)
+    return hosts.remove_host(listener)
 
 
 def find_listeners() -> Find:
@@ -50,17 +50,17 @@ def find_pools(seen_within_s: float) -> Find:
 
 def listen(listener: str, at: datetime) -> Signal:
     """Ask every pool to publish for this listener, for LISTENER_TTL_S from now on."""
-    return run_lifecycle.send_signal("listen", at, listener=listener)
+    return signals.send_signal("listen", at, listener=listener)
 
 
 def unlisten(listener: str, at: datetime) -> Signal:
     """This listener has gone."""
-    return run_lifecycle.send_signal("unlisten", at, listener=listener)
+    return signals.send_signal("unlisten", at, listener=listener)
 
 
 def heard(pool: str, listeners: Sequence[str], at: datetime) -> Signal:
     """All workers of this pool publish for these listeners."""
-    return run_lifecycle.send_signal("heard", at, pool=pool, listeners=list(listeners))
+    return signals.send_signal("heard", at, pool=pool, listeners=list(listeners))
 
 
 def _batch(publisher: str, first: int, events: Sequence[Any], greets: Mapping[str, int], at: datetime) -> dict[str, Any]:

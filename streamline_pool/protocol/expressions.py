@@ -11,8 +11,8 @@ from typing import Any
 from streamline_pool.domain.model import NON_TERMINAL, TERMINAL
 
 __all__ = [
-    "INBOX", "IS_CURRENT", "NON_TERMINAL_TEXTS", "NOT_PAUSED", "STEPS", "TERMINAL_TEXTS",
-    "map_steps", "plus_one", "server_time_in", "some_step", "text_of",
+    "INBOX", "IS_CURRENT", "IS_PAUSED", "NON_TERMINAL_TEXTS", "NOT_PAUSED", "STEPS", "TERMINAL_TEXTS",
+    "live_run", "map_steps", "plus_one", "server_time_in", "some_step", "text_of",
 ]  # fmt: skip
 
 Document = dict[str, Any]
@@ -23,6 +23,8 @@ NOT_PAUSED = {"$ne": True}
 
 IS_CURRENT: Document = {"$and": [{"$eq": [{"$type": "$$step"}, "object"]}, {"$eq": ["$$step.stepId", "$currentStepId"]}]}
 """True within `map_steps` and `some_step` for the step that the run is at."""
+
+IS_PAUSED: Document = {"$eq": ["$paused", True]}
 
 STEPS: Document = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
 INBOX: Document = {"$cond": [{"$isArray": ["$inbox"]}, "$inbox", []]}
@@ -51,3 +53,11 @@ def text_of(path: str) -> Document:
 def server_time_in(seconds: float) -> Document:
     """The server's time, so many seconds from now."""
     return {"$dateAdd": {"startDate": "$$NOW", "unit": "millisecond", "amount": round(seconds * 1000)}}
+
+
+def live_run(workflow_id: str | None, run_id: str) -> Document:
+    """One run that has not ended, of that workflow or (None) of any."""
+    query: Document = {"_id": run_id, "status": {"$in": NON_TERMINAL_TEXTS}}
+    if workflow_id is not None:
+        query["workflowId"] = workflow_id
+    return query

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-__all__ = ["Command", "Fence", "Find", "Op", "Reply", "Signal", "Statement", "Tail"]
+from streamline_pool.domain.errors import ValidationError
 
+__all__ = ["Command", "Fence", "Find", "Op", "Reply", "Signal", "Statement", "Tail", "all_or_refused", "change_one", "update_matching"]
+
+Document = dict[str, Any]
 Reply = Mapping[str, Any]
 
 
@@ -69,3 +72,21 @@ class Statement(NamedTuple):
     fence: Fence
     update: dict[str, Any]  # {"q", "u"}: an element of the `update` command
     size: int  # estimated bytes
+
+
+def update_matching(name: str, query: Document, update: list[Document] | Document) -> Command:
+    """Update whatever matches. Yields how many did; to be run by multi_update.py."""
+    body = {"updates": [{"q": query, "u": update, "multi": True}]}
+    return Command(name=name, collection="runs", verb="update", body=body, parse=all_or_refused)
+
+
+def all_or_refused(reply: Reply) -> int:
+    """How many matched; a ValidationError if the server refused one, whatever had been updated by then (`n` is 0)."""
+    if reply.get("writeErrors"):
+        raise ValidationError(f"MongoDB refuses to update one of the runs: {str(reply['writeErrors'][0].get('errmsg'))[:500]}")
+    return int(reply["n"])
+
+
+def change_one(name: str, query: Document, update: list[Document]) -> Command:
+    body: Document = {"query": query, "update": update, "new": True}
+    return Command(name=name, collection="runs", verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))

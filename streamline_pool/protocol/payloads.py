@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Any, NamedTuple, TypeGuard
 
-from .run_document import as_payload, decode_payload, encode_payload
+from .codec import as_payload, decode_payload, encode_payload
 
 __all__ = [
     "EXTERNAL_BYTES",

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from streamline_pool.domain.errors import ErrorCode, ValidationError
 from streamline_pool.domain.model import RunStatus
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import operations
+from streamline_pool.protocol.operations import Command, Find, Op
 
 __all__ = ["Updated", "update_many"]
 
@@ -30,7 +31,7 @@ class Updated(NamedTuple):
     refused: Mapping[str, Mapping[str, Any]]  # by run id: the server's error
 
 
-async def update_many(run: Callable[[run_lifecycle.Op], Awaitable[Any]], op: run_lifecycle.Command, now: Callable[[], datetime]) -> Updated:
+async def update_many(run: Callable[[Op], Awaitable[Any]], op: Command, now: Callable[[], datetime]) -> Updated:
     """Update every run that `op` matches and that can be updated. One that has no room left for it fails."""
     try:
         return Updated(await run(op), {})
@@ -50,25 +51,25 @@ async def update_many(run: Callable[[run_lifecycle.Op], Awaitable[Any]], op: run
     return Updated(max(1, reply["n"]), refused)
 
 
-def _matching(op: run_lifecycle.Command) -> run_lifecycle.Find:
+def _matching(op: Command) -> Find:
     """Ids of the runs that the operation would update now."""
     query = op.body["updates"][0]["q"]
-    return run_lifecycle.Find(name=f"{op.name}_ids", collection="runs", filter=query, projection={"_id": 1}, limit=_APART_MAX)
+    return Find(name=f"{op.name}_ids", collection="runs", filter=query, projection={"_id": 1}, limit=_APART_MAX)
 
 
-def _apart(op: run_lifecycle.Command, run_ids: Sequence[str]) -> run_lifecycle.Command:
+def _apart(op: Command, run_ids: Sequence[str]) -> Command:
     """The same update run by run. Yields the reply, with `writeErrors` by index."""
     many = op.body["updates"][0]
     updates = [{"q": {"$and": [{"_id": run_id}, many["q"]]}, "u": many["u"]} for run_id in run_ids]
     body = {"updates": updates, "ordered": False}
-    return run_lifecycle.Command(name=f"{op.name}_apart", collection="runs", verb="update", body=body, parse=dict)
+    return Command(name=f"{op.name}_apart", collection="runs", verb="update", body=body, parse=dict)
 
 
-def _fail_full(op: run_lifecycle.Command, run_id: str, now: datetime) -> run_lifecycle.Command:
+def _fail_full(op: Command, run_id: str, now: datetime) -> Command:
     """End a run in as few bytes as possible; what only a live run needs makes room for that."""
     error = {"code": ErrorCode.PAYLOAD_TOO_LARGE.value, "message": f"no room in MongoDB's 16 MiB for {op.name}", "stepId": None}
     sets = {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
     unset = dict.fromkeys(("lease", "wakeAt", "pausedWakeAt", "awaits", "lastAct", "actIds", "lane", "slot"), "")
     query = {"$and": [{"_id": run_id}, op.body["updates"][0]["q"]]}
     body = {"updates": [{"q": query, "u": {"$set": sets, "$unset": unset}}]}
-    return run_lifecycle.Command(name="fail_full", collection="runs", verb="update", body=body, parse=run_lifecycle.all_or_refused)
+    return Command(name="fail_full", collection="runs", verb="update", body=body, parse=operations.all_or_refused)

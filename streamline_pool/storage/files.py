@@ -12,9 +12,9 @@ from typing import Any
 
 from streamline_pool.domain.errors import DataCorruptionError
 from streamline_pool.protocol import files
+from streamline_pool.protocol.codec import decode_payload
 from streamline_pool.protocol.files import CHUNK_BYTES
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external, with_outputs
-from streamline_pool.protocol.run_document import decode_payload
 
 from .procedures import Procedure
 

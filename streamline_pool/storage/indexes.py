@@ -11,8 +11,8 @@ from typing import Any
 
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.domain.model import TERMINAL
+from streamline_pool.protocol.engine_indexes import IndexDefinition
 from streamline_pool.protocol.operations import Command
-from streamline_pool.protocol.run_document import IndexDefinition
 
 from .procedures import Nap, Procedure
 

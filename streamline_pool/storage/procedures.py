@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import Op, Signal, Tail
 
 __all__ = ["Effect", "Listen", "Nap", "Procedure", "is_hint", "repeating"]
 
@@ -30,18 +30,18 @@ class Nap(NamedTuple):
 class Listen(NamedTuple):
     """An effect: wait for a signal that matches, at most this long. A hint, never a promise."""
 
-    tail: run_lifecycle.Tail
+    tail: Tail
     seconds: float
 
 
-Effect = run_lifecycle.Op | Nap | Listen
+Effect = Op | Nap | Listen
 Procedure = Generator[Effect, Any, T]
 """Yields effects, is sent their results or thrown their errors, and returns a T."""
 
 
 def is_hint(effect: Effect) -> bool:
     """True for an operation that nobody relies on: sent once, outside of any transaction."""
-    return isinstance(effect, run_lifecycle.Signal)
+    return isinstance(effect, Signal)
 
 
 def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:

@@ -15,10 +15,10 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
-from streamline_pool.protocol import control, files, retention
+from streamline_pool.protocol import durable_events, files, retention
+from streamline_pool.protocol.codec import SERVER_TICK
 from streamline_pool.protocol.files import FILES
 from streamline_pool.protocol.retention import ARCHIVE, IDENTITY
-from streamline_pool.protocol.run_document import SERVER_TICK
 
 from .files import dropping_files
 from .procedures import Effect, Procedure
@@ -105,11 +105,11 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection:
 
 def forgetting_events() -> Procedure[int]:
     """Delete events sent to all that no run is left to want: those older than every run that has not ended. Returns how many."""
-    live = yield control.oldest_live_run()
+    live = yield durable_events.oldest_live_run()
     since = live[0].get("bornAt") if live else None
     if live and not isinstance(since, type(SERVER_TICK)):
         return 0  # another program has changed that run; which events it may want nobody knows
-    forgotten: int = yield control.forget_events(since)
+    forgotten: int = yield durable_events.forget_events(since)
     return forgotten
 
 

@@ -27,8 +27,10 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.parsing import redact_text, redact_uri
 from streamline_pool.config.settings import DEFAULT_MONGODB_URI
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError, WorkflowError
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_document import CODEC
+from streamline_pool.protocol import engine_indexes, run_lifecycle
+from streamline_pool.protocol.codec import CODEC
+from streamline_pool.protocol.operations import Command, Find, Op, Signal, Tail
+from streamline_pool.protocol.signals import ensure_signals
 
 from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
 
@@ -132,7 +134,7 @@ def open_clients() -> list[str]:
     return [str(client.address or client) for client in clients if client._opened and not client._closed]
 
 
-def _command_document(op: run_lifecycle.Command, where: Where, *, in_transaction: bool) -> Document:
+def _command_document(op: Command, where: Where, *, in_transaction: bool) -> Document:
     target: Any = where.collection(op.collection) if op.collection else 1
     document: Document = {op.verb: target, **op.body}
     if op.writes and not in_transaction:
@@ -140,7 +142,7 @@ def _command_document(op: run_lifecycle.Command, where: Where, *, in_transaction
     return document
 
 
-def _result(op: run_lifecycle.Command, reply: Mapping[str, Any]) -> Any:
+def _result(op: Command, reply: Mapping[str, Any]) -> Any:
     failed = reply.get("writeConcernError")
     if failed:
         # Applied, but not known to be durable: an unknown outcome like a lost reply.
@@ -255,12 +257,12 @@ class Store(_StoreBase):
         self.client: MongoClient[Document] = MongoClient(where.uri, tz_aware=True, connect=False, **where.client_options())
         self._database = self.client.get_database(where.database, codec_options=CODEC)
 
-    def run(self, op: run_lifecycle.Op, session: ClientSession | None = None) -> Any:
+    def run(self, op: Op, session: ClientSession | None = None) -> Any:
         """Run one operation, once. Raises StoreUnavailableError (outcome unknown if it wrote) or what the server refused."""
         try:
-            if isinstance(op, run_lifecycle.Find):
+            if isinstance(op, Find):
                 return list(self._cursor(op, session))
-            if isinstance(op, run_lifecycle.Signal):
+            if isinstance(op, Signal):
                 self._unanswered("signals").insert_one(dict(op.document))
                 return None
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
@@ -273,7 +275,7 @@ class Store(_StoreBase):
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
         """Run a procedure to its end. Inside of a transaction nothing is repeated: its owner decides about that."""
         effects = procedure if _in_transaction(session) else repeating(procedure, self._env)
-        tails: dict[run_lifecycle.Tail, Generator[Document | None, None, None]] = {}
+        tails: dict[Tail, Generator[Document | None, None, None]] = {}
         try:
             effect = next(effects)
             while True:
@@ -290,9 +292,7 @@ class Store(_StoreBase):
             for tail in tails.values():
                 tail.close()
 
-    def _perform(
-        self, effect: Effect, session: ClientSession | None, tails: dict[run_lifecycle.Tail, Generator[Document | None, None, None]]
-    ) -> Any:
+    def _perform(self, effect: Effect, session: ClientSession | None, tails: dict[Tail, Generator[Document | None, None, None]]) -> Any:
         match effect:
             case Nap():
                 return self._env.sleep(effect.seconds)
@@ -306,7 +306,7 @@ class Store(_StoreBase):
             case _:
                 return self.run(effect, None if is_hint(effect) else session)
 
-    def _cursor(self, op: run_lifecycle.Find, session: ClientSession | None) -> Any:
+    def _cursor(self, op: Find, session: ClientSession | None) -> Any:
         concern = None if _in_transaction(session) else ReadConcern("majority")
         name = self.where.collection(op.collection)
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
@@ -321,7 +321,7 @@ class Store(_StoreBase):
             self.where.collection(name), read_concern=ReadConcern("majority"), write_concern=WriteConcern(**WRITE_CONCERN)
         )
 
-    def tail(self, tail: run_lifecycle.Tail, wait_s: float) -> Generator[Document | None, None, None]:
+    def tail(self, tail: Tail, wait_s: float) -> Generator[Document | None, None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         mine = object()
         self._tails_open.add(mine)
@@ -352,12 +352,12 @@ class AsyncStore(_StoreBase):
         self.client: AsyncMongoClient[Document] = AsyncMongoClient(where.uri, tz_aware=True, connect=False, **where.client_options())
         self._database = self.client.get_database(where.database, codec_options=CODEC)
 
-    async def run(self, op: run_lifecycle.Op, session: AsyncClientSession | None = None) -> Any:
+    async def run(self, op: Op, session: AsyncClientSession | None = None) -> Any:
         """Run one operation, once. Raises StoreUnavailableError (outcome unknown if it wrote) or what the server refused."""
         try:
-            if isinstance(op, run_lifecycle.Find):
+            if isinstance(op, Find):
                 return await self._cursor(op, session).to_list()
-            if isinstance(op, run_lifecycle.Signal):
+            if isinstance(op, Signal):
                 await self._unanswered("signals").insert_one(dict(op.document))
                 return None
             document = _command_document(op, self.where, in_transaction=_in_transaction(session))
@@ -370,7 +370,7 @@ class AsyncStore(_StoreBase):
     async def drive(self, procedure: Procedure[T], session: AsyncClientSession | None = None) -> T:
         """Run a procedure to its end. Inside of a transaction nothing is repeated: its owner decides about that."""
         effects = procedure if _in_transaction(session) else repeating(procedure, self._env)
-        tails: dict[run_lifecycle.Tail, AsyncGenerator[Document | None, None]] = {}
+        tails: dict[Tail, AsyncGenerator[Document | None, None]] = {}
         try:
             effect = next(effects)
             while True:
@@ -388,7 +388,7 @@ class AsyncStore(_StoreBase):
                 await tail.aclose()
 
     async def _perform(
-        self, effect: Effect, session: AsyncClientSession | None, tails: dict[run_lifecycle.Tail, AsyncGenerator[Document | None, None]]
+        self, effect: Effect, session: AsyncClientSession | None, tails: dict[Tail, AsyncGenerator[Document | None, None]]
     ) -> Any:
         match effect:
             case Nap():
@@ -403,7 +403,7 @@ class AsyncStore(_StoreBase):
             case _:
                 return await self.run(effect, None if is_hint(effect) else session)
 
-    def _cursor(self, op: run_lifecycle.Find, session: AsyncClientSession | None) -> Any:
+    def _cursor(self, op: Find, session: AsyncClientSession | None) -> Any:
         concern = None if _in_transaction(session) else ReadConcern("majority")
         name = self.where.collection(op.collection)
         collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
@@ -412,7 +412,7 @@ class AsyncStore(_StoreBase):
     def _unanswered(self, name: str) -> Any:
         return self._database.get_collection(self.where.collection(name), write_concern=WriteConcern(w=0))
 
-    async def tail(self, tail: run_lifecycle.Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
+    async def tail(self, tail: Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[Document | None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Endless but for errors."""
         signals = self._database.get_collection(self.where.collection("signals"))
         mine = object()
@@ -453,10 +453,10 @@ class AsyncStore(_StoreBase):
 
 
 _ENSURE = (
-    run_lifecycle.ensure_indexes("runs"),
-    run_lifecycle.ensure_indexes("hosts"),
-    run_lifecycle.ensure_indexes("events"),
-    run_lifecycle.ensure_signals(),
+    engine_indexes.ensure_indexes("runs"),
+    engine_indexes.ensure_indexes("hosts"),
+    engine_indexes.ensure_indexes("events"),
+    ensure_signals(),
 )
 
 

@@ -19,7 +19,8 @@ from streamline_pool.client.inline_runner import make_owner
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.events.bus import Event
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, recovery, run_lifecycle
+from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.worker.worker import Worker
@@ -85,7 +86,7 @@ class BorrowedApp:
         """In the kit's loop, when nobody uses it any more; what is open there is closed, too."""
         if self.store is not None:
             try:
-                await self.store.run(run_lifecycle.Command(name="drop_database", collection="", verb="dropDatabase", body={}))
+                await self.store.run(Command(name="drop_database", collection="", verb="dropDatabase", body={}))
             except StoreUnavailableError as exc:
                 log.warning("test_database_left", extra={"database": self.database, "error": str(exc)})
         await self.app.close_async()
@@ -161,7 +162,7 @@ class BorrowedApp:
     async def find_work(self) -> str | None:
         """Have the worker look if there is something due. Yields the id of one such run."""
         assert self._worker is not None and self.store is not None, "see `alive`"
-        due = await self.store.run(run_lifecycle.find_due_before(self._lanes, self.store.now(), 1))
+        due = await self.store.run(claims.find_due_before(self._lanes, self.store.now(), 1))
         if not due:
             return None
         self._worker.ring()
@@ -170,12 +171,12 @@ class BorrowedApp:
     async def recover(self) -> None:
         """Take back leases that have run out, as the stewards of other hosts would."""
         assert self.store is not None, "see `open`"
-        await update_many(self.store.run, run_lifecycle.recover_expired(self.app.settings.max_crashes), self.store.now)
+        await update_many(self.store.run, recovery.recover_expired(self.app.settings.max_crashes), self.store.now)
 
     async def next_due(self, until: datetime) -> datetime | None:
         """The first instant up to `until` at which a run becomes due."""
         assert self.store is not None, "see `open`"
-        planned = await self.store.run(run_lifecycle.find_due_before(self._lanes, until, 0))  # all of them: a test has few
+        planned = await self.store.run(claims.find_due_before(self._lanes, until, 0))  # all of them: a test has few
         return min((run["wakeAt"] for run in planned), default=None)
 
     def works_on(self, lane: object) -> bool:
@@ -184,9 +185,9 @@ class BorrowedApp:
 
     # --- dying -------------------------------------------------------------------------------------------------------
 
-    async def _before_sending(self, op: run_lifecycle.Op) -> None:
+    async def _before_sending(self, op: Op) -> None:
         """The worker dies here, and its write is never sent, if that would store the end of a step it is to die after."""
-        if not (self.crashes or self._died) or op.name != "commit_runs" or not isinstance(op, run_lifecycle.Command):
+        if not (self.crashes or self._died) or op.name != "commit_runs" or not isinstance(op, Command):
             return
         if asyncio.get_running_loop() is not self._loop:
             return  # a program's own `execute`
@@ -202,12 +203,12 @@ class BorrowedApp:
         """As a pool does it: the dead worker's leases are taken back at once, then there is another."""
         assert self._work is not None and self.store is not None, "who has died was alive"
         await end_tasks([self._work])
-        release = run_lifecycle.release_owner(self._owner, self.app.settings.max_crashes, {"signal": "SIGKILL"})
+        release = recovery.release_owner(self._owner, self.app.settings.max_crashes, {"signal": "SIGKILL"})
         await update_many(self.store.run, release, self.store.now)
         await self.start()
 
 
-def _ended_steps(op: run_lifecycle.Command) -> Iterator[str]:
+def _ended_steps(op: Command) -> Iterator[str]:
     """Steps whose handlers have ended, as told by a group of holders' writes."""
     for statement in op.body["updates"]:
         update = statement["u"]

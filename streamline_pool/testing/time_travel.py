@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from streamline_pool.config.env import Env
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import Find, Op, Signal
 from streamline_pool.storage.store import AsyncStore, ServerClock, Store, Where
 
 __all__ = ["JumpableAsyncStore", "JumpableStore", "Timeline", "shifted"]
@@ -54,7 +54,7 @@ class JumpableStore(Store):
         self.clock = _JumpableClock(env, timeline)
         self._timeline = timeline
 
-    def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+    def run(self, op: Op, session: Any = None) -> Any:
         """See `Store.run`."""
         return super().run(shifted(op, self._timeline.offset_ms), session)
 
@@ -65,14 +65,14 @@ class JumpableAsyncStore(AsyncStore):
     It is closed with its loop: a test that uses an app in a loop of its own need not think of that.
     """
 
-    def __init__(self, where: Where, env: Env, timeline: Timeline, before: Callable[[run_lifecycle.Op], Awaitable[None]]) -> None:
+    def __init__(self, where: Where, env: Env, timeline: Timeline, before: Callable[[Op], Awaitable[None]]) -> None:
         super().__init__(where, env)
         self.clock = _JumpableClock(env, timeline)
         self._timeline = timeline
         self._before = before
         self._closing: AsyncGenerator[None, None] | None = None
 
-    async def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+    async def run(self, op: Op, session: Any = None) -> Any:
         """See `AsyncStore.run`."""
         if self._closing is None:
             self._closing = self._close_with_the_loop()
@@ -92,16 +92,16 @@ class JumpableAsyncStore(AsyncStore):
         await (self._closing.aclose() if self._closing is not None else super().close())
 
 
-def shifted(op: run_lifecycle.Op, offset_ms: int) -> run_lifecycle.Op:
+def shifted(op: Op, offset_ms: int) -> Op:
     """The same operation, for a server whose clock is `offset_ms` ahead of the real one's.
 
     `$$NOW` is an expression in pipelines and below `$expr` only. Anywhere else (in a plain update, in an inserted
     document, below `$literal`) it is somebody's text.
     """
-    if not offset_ms or isinstance(op, run_lifecycle.Signal):
+    if not offset_ms or isinstance(op, Signal):
         return op
     now: Document = {"$add": ["$$NOW", offset_ms]}
-    if isinstance(op, run_lifecycle.Find):
+    if isinstance(op, Find):
         return replace(op, filter=_query(op.filter, now))
     body = dict(op.body)
     match op.verb:

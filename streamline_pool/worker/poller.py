@@ -15,7 +15,7 @@ from typing import Any
 from zlib import crc32
 
 from streamline_pool.config.env import Env
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims
 from streamline_pool.protocol.run_document import SLOTS
 from streamline_pool.storage.store import AsyncStore
 
@@ -122,12 +122,12 @@ class Lookout:
         if trail is not None and asked_at < trail.full_at and len(lanes) * SLOTS * len(trail.priorities) <= _SCANS_MAX:
             priorities = sorted(trail.priorities)
             rows: list[Mapping[str, Any]] = await store.run(
-                run_lifecycle.find_due(lanes, slots, now, limit, crashes_below, passed_over, since=trail.since, priorities=priorities)
+                claims.find_due(lanes, slots, now, limit, crashes_below, passed_over, since=trail.since, priorities=priorities)
             )
             if trail.settled and len(rows) < limit:
                 # No trail shows runs of a priority that was never seen before, and nobody may look again for seconds.
                 others = await store.run(
-                    run_lifecycle.find_due(lanes, slots, now, limit - len(rows), crashes_below, passed_over, priorities=priorities)
+                    claims.find_due(lanes, slots, now, limit - len(rows), crashes_below, passed_over, priorities=priorities)
                 )
                 trail.priorities |= {row["priority"] for row in others}
                 rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
@@ -137,7 +137,7 @@ class Lookout:
                 return rows
             # The end of what this trail shows, not of the queue: only a look from the start can tell what else there is.
             asked_at = self._env.clock.monotonic()
-        rows = await store.run(run_lifecycle.find_due(lanes, slots, now, limit, crashes_below, passed_over))
+        rows = await store.run(claims.find_due(lanes, slots, now, limit, crashes_below, passed_over))
         answered_at = self._env.clock.monotonic()
         settled = len(rows) < limit
         self._trails[key] = _Trail(

@@ -19,7 +19,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.engine.engine import Engine
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, signals
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
@@ -281,7 +281,7 @@ class Worker:
             return
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
-        claim = run_lifecycle.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
+        claim = claims.claim_run(run_ids[0], self._lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
         try:
             document = await store.run(claim)
         except ValidationError:  # the server refuses to update it: claimed among others, it is dealt with
@@ -296,7 +296,7 @@ class Worker:
 
     async def _expect(self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], again: Callable[[str], None]) -> None:
         """A ring may come before the insert that it announces: a run that is not there yet, or was not, is tried again in a moment."""
-        taken = {row["_id"] for row in await store.run(run_lifecycle.taken_runs(run_ids))}
+        taken = {row["_id"] for row in await store.run(claims.taken_runs(run_ids))}
         if len(run_ids) > 1 and len(taken) < len(run_ids):
             self._leave_to_looks()  # suspects among them
         for run_id in run_ids:
@@ -389,7 +389,7 @@ class Worker:
     ) -> int:
         lease_id, deadline = self._env.new_id(), engine.leases.deadline()
         self._env.probe("claim.before")
-        claim = run_lifecycle.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
+        claim = claims.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
         won, refused = await update_many(store.run, claim, store.now)
         self._lookout.pass_over(refused)
         self._env.probe("claim.after")
@@ -402,7 +402,7 @@ class Worker:
         """What was won. Repeated while the leases last: given up, these runs would wait for their end, as if a worker had died."""
         while True:
             try:
-                documents: list[dict[str, Any]] = await store.run(run_lifecycle.read_claimed(run_ids, lease_id))
+                documents: list[dict[str, Any]] = await store.run(claims.read_claimed(run_ids, lease_id))
             except StoreUnavailableError:
                 if self._env.clock.monotonic() > deadline:
                     raise
@@ -451,7 +451,7 @@ class Worker:
             while self._ended:
                 run_ids, self._ended = self._ended, []
                 try:
-                    await store.run(run_lifecycle.send_signal("ended", store.now(), runs=run_ids))
+                    await store.run(signals.send_signal("ended", store.now(), runs=run_ids))
                 except WorkflowError:
                     return  # a hint; those who wait look by themselves
         finally:

@@ -1,6 +1,6 @@
 """`python -m streamline_pool.supervisor.cli`: the command, where no script is installed."""
 
-from .main import main
+from streamline_pool.supervisor.cli.main import main
 
 __all__: list[str] = []
 

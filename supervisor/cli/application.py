@@ -20,14 +20,13 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.config.settings import Resolved, SettingError, Settings, read_files, redact_text, resolve
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import hosts, run_lifecycle
+from streamline_pool.supervisor.cli.app_loader import AppImportError, import_app
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode
+from streamline_pool.supervisor.cli.options import Invocation, pick
+from streamline_pool.supervisor.cli.redact_argv import hide_password
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.pool.cpu_count import usable_cpus
-
-from .app_loader import AppImportError, import_app
-from .console import CommandError, ExitCode
-from .options import Invocation, pick
-from .redact_argv import hide_password
 
 __all__ = [
     "adopt",
@@ -221,8 +220,8 @@ def prove_rights(app: Streamline) -> None:
 
     Reaching a server proves little: it greets everybody, and tells nobody's rights but by refusing.
     """
-    app.store().run(run_lifecycle.list_hosts())
-    app.store().run(run_lifecycle.remove_host("(no pool has this id)"))
+    app.store().run(hosts.list_hosts())
+    app.store().run(hosts.remove_host("(no pool has this id)"))
 
 
 def adopt(app: Streamline, settings: Settings) -> Streamline:

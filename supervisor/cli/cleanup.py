@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from streamline_pool.client.app import Streamline
-
-from .application import opened
-from .console import CommandError, ExitCode, print_json
-from .options import CONNECTION, json_option, setting_options
+from streamline_pool.supervisor.cli.application import opened
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_json
+from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 
 __all__ = ["cleanup"]
 

@@ -14,12 +14,11 @@ from streamline_pool import embedded
 from streamline_pool.client.app import Streamline
 from streamline_pool.config.settings import Resolved
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.protocol.run_document import RUN_INDEXES
+from streamline_pool.protocol.engine_indexes import RUN_INDEXES
+from streamline_pool.supervisor.cli.application import adopt, blamed_on, load_app, prove_rights, reach, served, settle
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_json, span, unreachable
+from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 from streamline_pool.supervisor.pool.cpu_count import usable_cpus
-
-from .application import adopt, blamed_on, load_app, prove_rights, reach, served, settle
-from .console import CommandError, ExitCode, package_version, print_json, span, unreachable
-from .options import CONNECTION, json_option, setting_options
 
 __all__ = ["Finding", "doctor"]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from .console import ago, short, span
+from streamline_pool.supervisor.cli.console import ago, short, span
 
 __all__ = ["explain", "part_of", "seen_lately"]
 

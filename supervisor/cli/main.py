@@ -24,15 +24,14 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.config.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
+from streamline_pool.supervisor.cli import pool_commands, run_commands
+from streamline_pool.supervisor.cli.application import adopt, blamed_on, load_app, served, settle, wants_private_server
+from streamline_pool.supervisor.cli.cleanup import cleanup
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
+from streamline_pool.supervisor.cli.doctor import doctor
+from streamline_pool.supervisor.cli.options import Invocation, pick, setting_options
+from streamline_pool.supervisor.cli.systemd import systemd
 from streamline_pool.supervisor.logs import setup_logging
-
-from . import pool_commands, run_commands
-from .application import adopt, blamed_on, load_app, served, settle, wants_private_server
-from .cleanup import cleanup
-from .console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
-from .doctor import doctor
-from .options import Invocation, pick, setting_options
-from .systemd import systemd
 
 __all__ = ["cli", "main"]
 

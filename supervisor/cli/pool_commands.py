@@ -16,11 +16,31 @@ import streamline_pool
 from streamline_pool.client.app import Streamline
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.domain.model import Run, RunStatus
-
-from .application import adopt, blamed_on, load_app, opened, private_server_is_ours, prove_rights, reach, served, settle
-from .console import CommandError, ExitCode, parsed_json, print_json, print_table, say_error, short, span, told, unreachable
-from .explain import explain, seen_lately
-from .options import CONNECTION, json_option, setting_options
+from streamline_pool.supervisor.cli.application import (
+    adopt,
+    blamed_on,
+    load_app,
+    opened,
+    private_server_is_ours,
+    prove_rights,
+    reach,
+    served,
+    settle,
+)
+from streamline_pool.supervisor.cli.console import (
+    CommandError,
+    ExitCode,
+    parsed_json,
+    print_json,
+    print_table,
+    say_error,
+    short,
+    span,
+    told,
+    unreachable,
+)
+from streamline_pool.supervisor.cli.explain import explain, seen_lately
+from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 
 __all__ = ["ALL", "ended_well", "print_end", "somebody_works_on"]
 

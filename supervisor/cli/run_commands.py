@@ -12,13 +12,12 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
-from streamline_pool.protocol import run_lifecycle
-
-from .application import opened
-from .console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
-from .explain import explain, part_of, seen_lately
-from .options import CONNECTION, json_option, setting_options
-from .pool_commands import ended_well, print_end, somebody_works_on
+from streamline_pool.protocol.operations import Find
+from streamline_pool.supervisor.cli.application import opened
+from streamline_pool.supervisor.cli.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
+from streamline_pool.supervisor.cli.explain import explain, part_of, seen_lately
+from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
+from streamline_pool.supervisor.cli.pool_commands import ended_well, print_end, somebody_works_on
 
 __all__ = ["changes", "runs"]
 
@@ -52,7 +51,7 @@ def list_runs(status: str | None, workflow: str | None, queue: str | None, limit
 
 
 def _find(app: Streamline, query: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    op = run_lifecycle.Find(name="list_runs", collection="runs", filter=query, sort=(("createdAt", -1),), limit=limit)
+    op = Find(name="list_runs", collection="runs", filter=query, sort=(("createdAt", -1),), limit=limit)
     found: list[dict[str, Any]] = app.store().run(op)
     return found
 

@@ -11,10 +11,9 @@ import click
 
 from streamline_pool.config.parsing import has_password
 from streamline_pool.config.settings import OPTIONS, Resolved
-
-from .application import settle
-from .console import CommandError, ExitCode, print_json
-from .options import json_option, setting_options
+from streamline_pool.supervisor.cli.application import settle
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_json
+from streamline_pool.supervisor.cli.options import json_option, setting_options
 
 __all__ = ["systemd", "unit_file"]
 

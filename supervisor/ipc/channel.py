@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Generic
 
-from .messages import Direction, FrameReader, FromSteward, FromWorker, M_co, MessageError, decode, encode
+from streamline_pool.supervisor.ipc.messages import Direction, FrameReader, FromSteward, FromWorker, M_co, MessageError, decode, encode
 
 __all__ = ["ORPHAN_EXIT_S", "Link", "arm_orphan_exit"]
 

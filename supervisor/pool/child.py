@@ -38,8 +38,7 @@ from streamline_pool.supervisor.ipc.messages import (
     decode,
     encode,
 )
-
-from .state import Role
+from streamline_pool.supervisor.pool.state import Role
 
 __all__ = ["HANDLED_SIGNALS", "Child", "fork_child"]
 

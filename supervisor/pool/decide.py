@@ -37,9 +37,8 @@ from streamline_pool.supervisor.ipc.messages import (
     Wake,
     WorkerFacts,
 )
-
-from .circuit_breaker import Breaker, Tally, after_probe, after_tally, trial_lost
-from .state import (
+from streamline_pool.supervisor.pool.circuit_breaker import Breaker, Tally, after_probe, after_tally, trial_lost
+from streamline_pool.supervisor.pool.state import (
     Action,
     Attended,
     Dump,
@@ -63,7 +62,17 @@ from .state import (
     Trial,
     Vacancy,
 )
-from .upkeep import BURST_RETRY_S, CANCEL_GRACE_S, KILL_AFTER_S, Decision, ask_idle, begin_ending, dismiss, put, settle
+from streamline_pool.supervisor.pool.upkeep import (
+    BURST_RETRY_S,
+    CANCEL_GRACE_S,
+    KILL_AFTER_S,
+    Decision,
+    ask_idle,
+    begin_ending,
+    dismiss,
+    put,
+    settle,
+)
 
 __all__ = ["decide", "initial", "pause_s", "pool_facts"]
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from streamline_pool.supervisor.ipc.messages import Beat, Died, FromSteward, FromWorker, ToSteward, ToWorker
-
-from .circuit_breaker import Breaker
+from streamline_pool.supervisor.pool.circuit_breaker import Breaker
 
 __all__ = [
     "Action", "Attended", "Burst", "Dump", "Ending", "Event", "Exit", "Exited", "ForkFailed", "Forked", "Garbled", "Heard", "Kill",

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from streamline_pool.supervisor.ipc.messages import Check, Close, Drain, Poke, Publishing, Stop
-
-from .state import Action, Burst, Ending, Exit, Kill, Log, Member, Send, Spawn, State, Vacancy
+from streamline_pool.supervisor.pool.state import Action, Burst, Ending, Exit, Kill, Log, Member, Send, Spawn, State, Vacancy
 
 __all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "Decision", "ask_idle", "begin_ending", "dismiss", "put", "settle"]
 

@@ -21,7 +21,8 @@ from streamline_pool.client.event_delivery import finishing_broadcasts
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, hosts, recovery, run_lifecycle, signals
+from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.supervisor.ipc.channel import Link, arm_orphan_exit
 from streamline_pool.supervisor.ipc.messages import (
@@ -47,12 +48,11 @@ from streamline_pool.supervisor.ipc.messages import (
     ToSteward,
     Wake,
 )
-
-from .health import HOST as HEALTH_HOST
-from .health import start_health_server
-from .host_record import host_record, shape
-from .stream_subscribers import LISTENER_SIGNALS, Listeners
-from .timers import Timers
+from streamline_pool.supervisor.steward.health import HOST as HEALTH_HOST
+from streamline_pool.supervisor.steward.health import start_health_server
+from streamline_pool.supervisor.steward.host_record import host_record, shape
+from streamline_pool.supervisor.steward.stream_subscribers import LISTENER_SIGNALS, Listeners
+from streamline_pool.supervisor.steward.timers import Timers
 
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline
@@ -190,7 +190,7 @@ class _Steward:
                 facts = await self._store.facts()
                 await self._store.ensure()
                 # A tail of an empty capped collection ends at once, again and again; one signal prevents that.
-                await self._store.run(run_lifecycle.send_signal("host", self._store.now(), host=self._boot.host_id))
+                await self._store.run(signals.send_signal("host", self._store.now(), host=self._boot.host_id))
             except StoreUnavailableError as exc:
                 if self._boot.first:
                     return BootFailed(exit_code=STORE_UNREACHABLE_EXIT, message=exc.message)
@@ -211,7 +211,7 @@ class _Steward:
         try:
             async with asyncio.timeout(REMOVE_TIMEOUT_S):
                 await self._listeners.broadcast.close()
-                await self._store.run(run_lifecycle.remove_host(self._boot.host_id))
+                await self._store.run(hosts.remove_host(self._boot.host_id))
                 await self._store.close()
         except (WorkflowError, TimeoutError) as exc:
             log.warning("host_record_left", extra={"error": str(exc), "expires_s": HOST_TTL_S})
@@ -317,7 +317,7 @@ class _Steward:
         failures = 0
         while True:
             try:
-                async for signal in self._store.tail(run_lifecycle.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
+                async for signal in self._store.tail(signals.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
                     failures = 0
                     if signal is not None:
                         since = max(since, min(signal["at"], self._store.now()))  # one from the future must not hide the present
@@ -335,7 +335,7 @@ class _Steward:
                 await self._pause(failures, RETRY_MAX_S if passing else TAIL_RETRY_MAX_S)
 
     async def _cap_signals(self) -> None:
-        await self._run(run_lifecycle.cap_signals(), WRITE_TIMEOUT_S)
+        await self._run(signals.cap_signals(), WRITE_TIMEOUT_S)
 
     def _on_signal(self, signal: dict[str, Any]) -> None:
         lane = signal.get("lane")
@@ -376,7 +376,7 @@ class _Steward:
         full = self._sweeps % FULL_SWEEP_EVERY == 0
         since = None if full else self._store.now() - 3 * timedelta(seconds=self._settings.sweep_interval_s)
         self._sweeps += 1
-        recovered = await self._recover(run_lifecycle.recover_expired(self._settings.max_crashes, since))
+        recovered = await self._recover(recovery.recover_expired(self._settings.max_crashes, since))
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
             self._wake(None, None, recovered)
@@ -387,9 +387,7 @@ class _Steward:
 
     async def _find_due(self, until: datetime, since: datetime | None = None) -> list[dict[str, Any]]:
         try:
-            due: list[dict[str, Any]] = await self._run(
-                run_lifecycle.find_due_before(self._lanes, until, SWEEP_LIMIT, since), READ_TIMEOUT_S
-            )
+            due: list[dict[str, Any]] = await self._run(claims.find_due_before(self._lanes, until, SWEEP_LIMIT, since), READ_TIMEOUT_S)
         except StoreUnavailableError as exc:
             if not exc.context.get("transient"):
                 await self._store.ensure_again()  # the collection was dropped under us, or its indexes: no claim succeeds, either
@@ -402,7 +400,7 @@ class _Steward:
             died = await self._dead.get()
             evidence = {name: value for name, value in asdict(died.evidence).items() if name != "dump"}
             since = self._store.now() - RELEASE_LOOK_BACK
-            release = run_lifecycle.release_owner(died.owner, self._settings.max_crashes, evidence, since)
+            release = recovery.release_owner(died.owner, self._settings.max_crashes, evidence, since)
             runs = await self._insist(functools.partial(self._recover, release))
             self.say(Released(owner=died.owner, runs=runs))
 
@@ -410,7 +408,7 @@ class _Steward:
         """For `--burst`: is anything claimable at this moment?"""
         while True:
             seq = await self._checks.get()
-            look = run_lifecycle.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT)
+            look = claims.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT)
             found = await self._insist(functools.partial(self._run, look, READ_TIMEOUT_S))
             self.say(Checked(seq=seq, due=len(found)))
 
@@ -450,11 +448,11 @@ class _Steward:
         if self._facts is not None:
             boot = self._boot
             record = host_record(boot.host_id, boot.host, boot.pid, self._lanes, self._facts)
-            await self._run(run_lifecycle.put_host(record, HOST_TTL_S), READ_TIMEOUT_S)
+            await self._run(hosts.put_host(record, HOST_TTL_S), READ_TIMEOUT_S)
 
     # ---- operations ------------------------------------------------------------------------------------------------
 
-    async def _run(self, op: run_lifecycle.Op, timeout_s: float) -> Any:
+    async def _run(self, op: Op, timeout_s: float) -> Any:
         """One operation with a deadline."""
         return await self._within(timeout_s, op.name, self._store.run(op))
 
@@ -480,7 +478,7 @@ class _Steward:
         self._failing = False
         return True
 
-    async def _recover(self, op: run_lifecycle.Command) -> int:
+    async def _recover(self, op: Command) -> int:
         """Take leases back. One run that the server refuses to update holds up no other."""
         return (await update_many(lambda each: self._run(each, WRITE_TIMEOUT_S), op, self._store.now)).matched
 

@@ -16,8 +16,9 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.events.bus import Event, global_event_bus
 from streamline_pool.events.publisher import Broadcaster
-from streamline_pool.protocol import event_stream, run_lifecycle
+from streamline_pool.protocol import event_stream
 from streamline_pool.protocol.event_stream import LISTENER_TTL_S
+from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import AsyncStore
 from streamline_pool.supervisor.ipc.messages import Audience, Publishing
 
@@ -58,7 +59,7 @@ class Listeners:
             self._until[listener] = now + LISTENER_TTL_S
             self._tell(now)
 
-    async def look(self, run: Callable[[run_lifecycle.Op], Awaitable[Any]]) -> None:
+    async def look(self, run: Callable[[Op], Awaitable[Any]]) -> None:
         """Look in the database for those whose signal was lost, or older than this steward."""
         found = await run(event_stream.find_listeners())
         now, server_now = self._env.clock.monotonic(), self._store.now()

@@ -16,7 +16,14 @@ from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
 from streamline_pool.engine.group_commit import Verdict, judge
-from streamline_pool.protocol import control, run_lifecycle
+from streamline_pool.protocol import claims, durable_events
+from streamline_pool.protocol.commits import (
+    commit,
+    commit_under_pause,
+    read_fences,
+    write_statements,
+)
+from streamline_pool.protocol.operations import Fence
 
 Act = Callable[[Streamline, str], Any]
 
@@ -33,7 +40,7 @@ class Held:
         self.run_id = self.workflow.start(how).id
         self.workflow.execute(self.run_id)
         app.runs.update_one({"_id": self.run_id}, [{"$set": {"wakeAt": "$$NOW"}}])
-        self.document = app.store().run(run_lifecycle.claim_run(self.run_id, None, "claim", "somebody", 30.0))
+        self.document = app.store().run(claims.claim_run(self.run_id, None, "claim", "somebody", 30.0))
         assert self.document["lease"]["id"] == "claim"
 
     def first(self, ctx: Context) -> None:
@@ -49,11 +56,11 @@ class Held:
     def write(self, change: transitions.Change, *, paused: bool = False) -> Verdict | None:
         """One write by the holder, from what it knew when it claimed."""
         document = self.document
-        fence = run_lifecycle.Fence(self.run_id, "claim", document["rev"], document["token"])
-        statement = (run_lifecycle.commit_under_pause if paused else run_lifecycle.commit)(fence, change, self.app.store().now(), 0)
-        if self.app.store().run(run_lifecycle.write_statements([statement]))["n"] == 1:
+        fence = Fence(self.run_id, "claim", document["rev"], document["token"])
+        statement = (commit_under_pause if paused else commit)(fence, change, self.app.store().now(), 0)
+        if self.app.store().run(write_statements([statement]))["n"] == 1:
             return Verdict.LANDED
-        return judge(statement, self.app.store().run(run_lifecycle.read_fences([self.run_id]))[0])
+        return judge(statement, self.app.store().run(read_fences([self.run_id]))[0])
 
     def time_out(self) -> transitions.Change:
         change = transitions.time_out(self.document, self.workflow.definition, 1, self.app.store().now())
@@ -153,7 +160,7 @@ def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], 
     ]}]}}}}  # fmt: skip
     app.runs.update_one({}, [{"$set": sets}])
     if way == "look":
-        app.store().run(control.record_event("e1", "e", "found", app.store().now()))
+        app.store().run(durable_events.record_event("e1", "e", "found", app.store().now()))
     run = engine.workflows["w"].execute(run_ids[0])
     check_invariants([run.to_dict()])
     assert run.paused

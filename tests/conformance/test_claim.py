@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from streamline_pool import Context, Run, Streamline, Workflow
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, recovery
 
 LEASE_S = 30.0
 
@@ -26,15 +26,15 @@ def flow(mongodb_uri: str, database: str) -> Iterator[Workflow]:
 
 def claimed(flow: Workflow, run: Run, lease_id: str) -> tuple[object, int]:
     """What the two ways to claim win, one after the other."""
-    named = flow.app.store().run(run_lifecycle.claim_run(run.id, None, lease_id, "w", LEASE_S))
-    batch = flow.app.store().run(run_lifecycle.claim_runs([run.id], None, lease_id, "w", LEASE_S))
+    named = flow.app.store().run(claims.claim_run(run.id, None, lease_id, "w", LEASE_S))
+    batch = flow.app.store().run(claims.claim_runs([run.id], None, lease_id, "w", LEASE_S))
     return named, batch
 
 
 def test_a_leased_run_is_claimed_by_nobody_else(flow: Workflow) -> None:
     """Two workers find the same run due and both claim it: in an expression a missing `wakeAt` is before every date."""
     run = flow.start()
-    assert flow.app.store().run(run_lifecycle.claim_runs([run.id], None, "first", "w1", LEASE_S)) == 1
+    assert flow.app.store().run(claims.claim_runs([run.id], None, "first", "w1", LEASE_S)) == 1
     assert claimed(flow, run, "second") == (None, 0)
     stored = flow.get(run.id)
     assert stored is not None
@@ -53,8 +53,8 @@ def test_a_run_of_a_dead_worker_keeps_its_place_in_the_queue(flow: Workflow) -> 
     """A worker dies with a long backlog behind it: its runs must not wait until all of that is done."""
     store, lanes = flow.app.store(), [flow.definition.lane]
     old = flow.start()
-    assert store.run(run_lifecycle.claim_runs([old.id], None, "first", "dead", LEASE_S)) == 1
+    assert store.run(claims.claim_runs([old.id], None, "first", "dead", LEASE_S)) == 1
     flow.start_many([None] * 20)
-    assert store.run(run_lifecycle.release_owner("dead", 3, {})) == 1
-    first, *_ = store.run(run_lifecycle.find_due(lanes, None, store.now(), 1, None))
+    assert store.run(recovery.release_owner("dead", 3, {})) == 1
+    first, *_ = store.run(claims.find_due(lanes, None, store.now(), 1, None))
     assert first["_id"] == old.id

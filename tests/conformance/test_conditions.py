@@ -12,7 +12,7 @@ from pool_process import running
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import Streamline, create_hook
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import operations, recovery
 
 CONDITIONS = ["condition", "skip_if", "run_if"]
 
@@ -104,10 +104,8 @@ def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
                 case "a failed attempt":
                     raise ValueError("once")
                 case "a lost worker":
-                    app.store().run(
-                        run_lifecycle._update_many("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}])
-                    )
-                    app.store().run(run_lifecycle.recover_expired(5))
+                    app.store().run(operations.update_many("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}]))
+                    app.store().run(recovery.recover_expired(5))
                     ctx.signal.wait(0.2)
                 case "a pause":
                     app.pause_run(ctx.run_id)

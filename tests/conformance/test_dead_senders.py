@@ -12,7 +12,7 @@ import pytest
 from pool_process import ROOT, running
 
 from streamline_pool import Context, Streamline
-from streamline_pool.protocol import control
+from streamline_pool.protocol import durable_events
 from support import eventually
 
 APP = """
@@ -58,7 +58,7 @@ def test_a_pool_finishes_the_event_of_a_sender_that_was_killed(
     assert events.count_documents({"pending": True}) == 1
     # A steward looks for events whose sender has had its time; that has passed.
     events.update_one({}, {"$set": {"at": app.store().now() - timedelta(minutes=1)}})
-    assert app.store().run(control.find_pending_events(app.store().now(), 10))
+    assert app.store().run(durable_events.find_pending_events(app.store().now(), 10))
     with running(tmp_path, APP, mongodb_uri, "--workers", "1", database=database) as pool:
         pool.ready()
         eventually(lambda: app.runs.count_documents({"status": "done"}) == len(run_ids), timeout=30)

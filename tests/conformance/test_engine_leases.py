@@ -15,13 +15,14 @@ from workers import Pool, check_invariants, run_until_idle
 from streamline_pool import Streamline, embedded
 from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, commits, recovery
+from streamline_pool.protocol.operations import Fence
 
 
 def take_over(app: Streamline, run_id: str) -> None:
     """What happens to a run whose worker fell silent: the lease runs out, a sweep takes it back."""
     app.runs.update_one({"_id": run_id}, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
-    assert app.store().run(run_lifecycle.recover_expired(app.settings.max_crashes)) == 1
+    assert app.store().run(recovery.recover_expired(app.settings.max_crashes)) == 1
 
 
 def test_a_fenced_worker_changes_nothing(app: Streamline) -> None:
@@ -108,10 +109,10 @@ def test_an_expired_lease_is_taken_back_and_counted_once_by_any_number_of_sweeps
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
     run = workflow.start()
     store = app.store()
-    store.run(run_lifecycle.claim_run(run.id, None, "lease", "dead:1:x", 30))
-    assert store.run(run_lifecycle.recover_expired(3)) == 0, "not before its time"
+    store.run(claims.claim_run(run.id, None, "lease", "dead:1:x", 30))
+    assert store.run(recovery.recover_expired(3)) == 0, "not before its time"
     app.runs.update_one({"_id": run.id}, [{"$set": {"lease.expiresAt": "$$NOW", "paused": paused}}])
-    counts = [store.run(run_lifecycle.recover_expired(3)) for _ in range(3)]
+    counts = [store.run(recovery.recover_expired(3)) for _ in range(3)]
     document = app.runs.find_one({"_id": run.id})
     check_invariants([document])
     assert (counts, document["crashes"], document["token"], document["steps"][0]["status"]) == ([1, 0, 0], 1, 2, "pending")
@@ -123,8 +124,8 @@ def test_the_leases_of_one_dead_worker_are_released_and_nobody_elses(app: Stream
     runs = workflow.start_many(range(4))
     store = app.store()
     for number, run in enumerate(runs):
-        store.run(run_lifecycle.claim_run(run.id, None, f"lease{number}", f"host:{number % 2}:x", 30))
-    assert store.run(run_lifecycle.release_owner("host:0:x", 3, {"signal": "SIGKILL"})) == 2
+        store.run(claims.claim_run(run.id, None, f"lease{number}", f"host:{number % 2}:x", 30))
+    assert store.run(recovery.release_owner("host:0:x", 3, {"signal": "SIGKILL"})) == 2
     assert app.runs.count_documents({"lease.owner": "host:1:x"}) == 2
     assert app.runs.count_documents({"wakeAt": {"$exists": True}, "crashes": 1}) == 2
 
@@ -136,8 +137,8 @@ def test_lost_workers_use_up_no_retries_until_the_third_convicts_the_run(app: St
     store = app.store()
     for death in range(3):
         for run in (survivor, victim) if death < 2 else (victim,):
-            store.run(run_lifecycle.claim_run(run.id, None, f"{run.id}{death}", f"host:{death}:x", 30))
-            assert store.run(run_lifecycle.release_owner(f"host:{death}:x", 3, {"signal": "SIGSEGV", "rss_bytes": 5})) == 1
+            store.run(claims.claim_run(run.id, None, f"{run.id}{death}", f"host:{death}:x", 30))
+            assert store.run(recovery.release_owner(f"host:{death}:x", 3, {"signal": "SIGSEGV", "rss_bytes": 5})) == 1
     run = workflow.get(victim.id)
     check_invariants([run.to_dict()])
     assert (run.status, run.error["code"], run.error["stepId"]) == ("failed", "WORKER_CRASHED", "a")
@@ -157,8 +158,8 @@ def test_a_result_ends_the_count_of_lost_workers_and_a_failed_attempt_does_not(a
     store = app.store()
 
     def lose_a_worker() -> int:
-        store.run(run_lifecycle.claim_run(run.id, None, app.env.new_id(), "host:9:x", 30))
-        store.run(run_lifecycle.release_owner("host:9:x", 3, {}))
+        store.run(claims.claim_run(run.id, None, app.env.new_id(), "host:9:x", 30))
+        store.run(recovery.release_owner("host:9:x", 3, {}))
         return int(app.runs.find_one({"_id": run.id})["crashes"])
 
     assert lose_a_worker() == 1
@@ -318,7 +319,7 @@ def test_a_claim_of_unknown_outcome_is_recovered_when_its_lease_runs_out(make_ap
     app = make_app(lease_s=0.3)
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
     run = workflow.start()
-    app.store().run(run_lifecycle.claim_runs([run.id], None, "forgotten", "host:1:x", 0.3))
+    app.store().run(claims.claim_runs([run.id], None, "forgotten", "host:1:x", 0.3))
 
     async def play() -> None:
         async with Pool(app, recover_every_s=0.05) as pool:
@@ -333,16 +334,16 @@ def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
     workflow = app.workflow("w", steps={name: lambda ctx: 1 for name in ("a", "b", "c")})
     run = workflow.start()
     store = app.store()
-    document = store.run(run_lifecycle.claim_run(run.id, None, "lease", "host:1:x", 30))
+    document = store.run(claims.claim_run(run.id, None, "lease", "host:1:x", 30))
     copies = []
     for place in range(2):
-        fence = run_lifecycle.Fence(run.id, "lease", document["rev"], document["token"])
+        fence = Fence(run.id, "lease", document["rev"], document["token"])
         change = transitions.advance(document, workflow.definition, place, place, {}, store.now())
-        copies.append(run_lifecycle.commit(fence, change, store.now(), 0))
-        assert store.run(run_lifecycle.write_statements([copies[-1]]))["n"] == 1
+        copies.append(commits.commit(fence, change, store.now(), 0))
+        assert store.run(commits.write_statements([copies[-1]]))["n"] == 1
         transitions.apply(document, change)
     before = app.runs.find_one({"_id": run.id})
-    assert store.run(run_lifecycle.write_statements(copies))["n"] == 0
+    assert store.run(commits.write_statements(copies))["n"] == 0
     assert app.runs.find_one({"_id": run.id}) == before
     assert before["currentStepId"] == "c"
 

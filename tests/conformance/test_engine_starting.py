@@ -16,7 +16,7 @@ import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, PayloadTooLargeError, Streamline, ValidationError
-from streamline_pool.protocol.run_document import SERVER_TICK
+from streamline_pool.protocol.codec import SERVER_TICK
 from support import shown
 
 REPOSITORY = Path(__file__).resolve().parents[2]

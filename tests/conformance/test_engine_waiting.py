@@ -12,7 +12,7 @@ import pytest
 from workers import Pool
 
 from streamline_pool import Streamline, WorkflowNotFoundError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.signals import send_signal
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_waiter_that_falls_behind_the_signals_still_returns(app: Streamline, q
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(quick.wait_for, run.id, timeout=20, poll_interval=0.1)
         for number in range(300):
-            store.run(run_lifecycle.send_signal("due", store.now(), lane="x", runId=str(number)))
+            store.run(send_signal("due", store.now(), lane="x", runId=str(number)))
         quick.execute(run.id)
         assert waiting.result(15).status == "done"
 

@@ -20,7 +20,7 @@ from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import PayloadTooLargeError, Run, Streamline, ValidationError, Workflow, WorkflowNotFoundError, is_timeout
 from streamline_pool.client.event_delivery import finishing_broadcasts
-from streamline_pool.protocol import control
+from streamline_pool.protocol import durable_events, inbox
 from support import eventually
 
 
@@ -178,7 +178,7 @@ def test_an_unknown_run_is_named_and_an_ended_one_is_not_woken(app: Streamline) 
 def test_an_inbox_is_bounded_says_so_and_drops_nothing(app: Streamline) -> None:
     workflow = listening(app, times=2)
     run = workflow.start()
-    for number in range(control.INBOX_MAX):
+    for number in range(inbox.INBOX_MAX):
         assert app.send_event("news" if number % 2 else "other", number, run_id=run.id) == 0
     before = stored(app, run)
     with pytest.raises(PayloadTooLargeError, match=r"inbox is full: 100 items.*send again") as caught:
@@ -186,7 +186,7 @@ def test_an_inbox_is_bounded_says_so_and_drops_nothing(app: Streamline) -> None:
     assert (caught.value.http_status, stored(app, run)) == (413, before)
     done = workflow.execute(run.id)
     assert done.output == [1, 3], "what was there first is heard first"
-    assert len(done.document["inbox"]) == control.INBOX_MAX - 2
+    assert len(done.document["inbox"]) == inbox.INBOX_MAX - 2
 
 
 def test_an_inbox_is_bounded_in_bytes_too_but_a_wait_takes_its_event_even_then(app: Streamline) -> None:
@@ -207,8 +207,8 @@ def test_an_event_above_its_limit_is_refused_and_not_stored(app: Streamline) -> 
     run = begun(workflow)
     before = stored(app, run)
     for run_id in (None, run.id):
-        with pytest.raises(PayloadTooLargeError, match=str(control.EVENT_BYTES_MAX)):
-            app.send_event("news", b"x" * control.EVENT_BYTES_MAX, run_id=run_id)
+        with pytest.raises(PayloadTooLargeError, match=str(durable_events.EVENT_BYTES_MAX)):
+            app.send_event("news", b"x" * durable_events.EVENT_BYTES_MAX, run_id=run_id)
     assert (stored(app, run), events(app)) == (before, [])
 
 
@@ -269,7 +269,7 @@ def test_what_was_sent_before_the_deadline_counts_although_nobody_delivered_it(a
     """The sender died after storing the event; whoever claims the run for its deadline looks first."""
     workflow = listening(app, timeout=0.2)
     run = begun(workflow)
-    app.store().run(control.record_event("e1", "news", "from the dead", app.store().now()))
+    app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     run_until_idle(app)
     assert workflow.get(run.id).output == ["from the dead"]
 
@@ -290,7 +290,7 @@ def test_a_sender_that_dies_in_the_middle_is_finished_for(app: Streamline) -> No
     workflow = listening(app)
     run = begun(workflow)
     sent_at = datetime.now(UTC) - timedelta(seconds=60)
-    app.store().run(control.record_event("e1", "news", "from the dead", app.store().now()))
+    app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     younger = begun(workflow)
     assert app.store().drive(finishing_broadcasts(app)) == 0, "whoever has just sent it is alive"
     app.store().collection("events").update_one({"_id": "e1"}, {"$set": {"at": sent_at}})
@@ -304,7 +304,7 @@ def test_a_delivery_that_is_repeated_counts_once(app: Streamline) -> None:
     """After a lost reply the same delivery is sent again, or a late copy of it arrives."""
     workflow = listening(app, times=2)
     run = begun(workflow)
-    deliver = control.deliver_event(run.id, "e1", "news", "once", 100)
+    deliver = durable_events.deliver_event(run.id, "e1", "news", "once", 100)
     assert app.store().run(deliver) is not None
     workflow.execute(run.id)
     before = stored(app, run)
@@ -433,6 +433,6 @@ def test_the_pool_finishes_for_a_sender_that_was_killed(outside: Streamline, mon
         until_step(outside, run, "listen", "waiting")
         # What a sender that is killed after its first write leaves behind, a minute later.
         sent_at = datetime.now(UTC) - timedelta(seconds=60)
-        outside.store().run(control.record_event("e1", "news", "last words", sent_at))
+        outside.store().run(durable_events.record_event("e1", "news", "last words", sent_at))
         assert single.wait_for(run.id, timeout=60).output == "last words"
         eventually(lambda: [event["pending"] for event in events(outside)] == [False])

@@ -14,10 +14,10 @@ import pytest
 from pymongo import MongoClient
 
 from streamline_pool import DataCorruptionError, StoreUnavailableError, Streamline
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.codec import encode_payload
 from streamline_pool.protocol.files import CHUNK_BYTES
+from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.protocol.payloads import split_output
-from streamline_pool.protocol.run_document import encode_payload
 from streamline_pool.storage import files
 from streamline_pool.storage.files import dropping_files, loading_outputs, putting_file
 from streamline_pool.storage.store import Store
@@ -107,7 +107,7 @@ def test_a_put_survives_a_fault_in_each_of_its_operations(app: Streamline, kind:
     class Faulty(Store):
         seen, strike = 0, 0
 
-        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+        def run(self, op: Op, session: Any = None) -> Any:
             self.seen += 1
             if self.seen != self.strike:
                 return super().run(op, session)
@@ -233,7 +233,7 @@ def test_a_marker_passes_a_holders_write(app: Streamline) -> None:
     step = {**run.document["steps"][0], "output": marker}
     change = {"$set": {"steps.0": step, "output": marker}}
     body = {"updates": [{"q": {"_id": run.id}, "u": change}], "ordered": False}
-    reply = app.store().run(run_lifecycle.Command(name="commit_runs", collection="runs", verb="update", body=body, parse=dict))
+    reply = app.store().run(Command(name="commit_runs", collection="runs", verb="update", body=body, parse=dict))
     assert not reply.get("writeErrors")
     assert reply["n"] == 1
     put(app, "f", "x" * 300_000, run.id)

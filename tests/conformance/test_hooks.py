@@ -29,7 +29,7 @@ from streamline_pool import (
     is_timeout,
 )
 from streamline_pool.engine.hooks import hash_token
-from streamline_pool.protocol import control
+from streamline_pool.protocol.answers import answer_hook
 from support import eventually
 
 
@@ -147,10 +147,10 @@ def test_the_databases_own_filter_holds_hash_generation_and_expiry(app: Streamli
     good, gen = hash_token(token), before["waitGen"]
     wrong = [(hash_token(token + "x"), gen, None), (good, gen + 1, None), (good, gen - 1, None), (good, gen, past), (b"", gen, None)]
     for token_hash, number, expires_at in wrong:
-        answer = control.answer_hook(run.id, "offer", number, token_hash, expires_at, "stolen", 100, "answer")
+        answer = answer_hook(run.id, "offer", number, token_hash, expires_at, "stolen", 100, "answer")
         assert app.store().run(answer) is None
         assert stored(app, run) == before
-    assert app.store().run(control.answer_hook(run.id, "offer", gen, good, None, "mine", 100, "answer"))["steps"][0]["output"] == "mine"
+    assert app.store().run(answer_hook(run.id, "offer", gen, good, None, "mine", 100, "answer"))["steps"][0]["output"] == "mine"
 
 
 def test_a_token_expires_while_nobody_looks(app: Streamline) -> None:

@@ -13,7 +13,8 @@ from bson.datetime_ms import DatetimeMS
 from workers import run_until_idle
 
 from streamline_pool import Streamline
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, commits, recovery
+from streamline_pool.protocol.operations import Command
 from streamline_pool.storage.bulk_update import Updated, update_many
 
 FULL_BYTES = 16 * 1024 * 1024
@@ -31,7 +32,7 @@ def statuses(app: Streamline) -> dict[str, int]:
     return {row["_id"]: row["n"] for row in rows}
 
 
-def updated(app: Streamline, op: run_lifecycle.Command) -> Updated:
+def updated(app: Streamline, op: Command) -> Updated:
     async def act() -> Updated:
         async with app:
             store = app.store_async()
@@ -91,11 +92,11 @@ def test_leases_of_the_dead_come_back_beside_one_that_cannot(app: Streamline, ho
     """The danger: recovery stops at the full document, at every sweep and on every host, and every lease behind it is held for ever."""
     workflow = one_step(app)
     runs = workflow.start_many(range(5))
-    app.store().run(run_lifecycle.claim_runs([run.id for run in runs], None, "claim", "dead:1:x", 0.05))
+    app.store().run(claims.claim_runs([run.id for run in runs], None, "claim", "dead:1:x", 0.05))
     app.runs.update_one({"_id": runs[0].id}, {"$set": {"crashes": 2}})  # its conviction is what has no room
     fill(app, runs[0].id, room=50)
     time.sleep(0.1)
-    recover = run_lifecycle.release_owner("dead:1:x", 3, {"signal": "SIGKILL"}) if how == "release" else run_lifecycle.recover_expired(3)
+    recover = recovery.release_owner("dead:1:x", 3, {"signal": "SIGKILL"}) if how == "release" else recovery.recover_expired(3)
     result = updated(app, recover)
     assert set(result.refused) == {runs[0].id}
     assert app.runs.count_documents({"lease": {"$exists": True}}) == 0
@@ -108,9 +109,9 @@ def test_leases_are_renewed_beside_one_that_cannot_be(app: Streamline) -> None:
     workflow = one_step(app)
     runs = workflow.start_many(range(5))
     ids = [run.id for run in runs]
-    app.store().run(run_lifecycle.claim_runs(ids, None, "claim", "me:1:x", 5))
+    app.store().run(claims.claim_runs(ids, None, "claim", "me:1:x", 5))
     app.client[app.runs.database.name].command("collMod", app.runs.name, validator={"input": {"$ne": 2}})
-    result = updated(app, run_lifecycle.renew(ids, ["claim"], 500))
+    result = updated(app, commits.renew(ids, ["claim"], 500))
     assert set(result.refused) == {runs[2].id}
     assert result.matched == 4
     ends = {row["_id"]: row["lease"]["expiresAt"] for row in app.runs.find()}

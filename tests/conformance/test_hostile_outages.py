@@ -13,10 +13,10 @@ from streamline_pool import Settings, Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
 from streamline_pool.engine.group_commit import GroupCommitter, Verdict
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import Fence, Find, Op, Statement
 from streamline_pool.worker.worker import Worker
 
-STATEMENT = run_lifecycle.Statement(run_lifecycle.Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
+STATEMENT = Statement(Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
 
 
 class Scripted:
@@ -25,8 +25,8 @@ class Scripted:
     def __init__(self, answer: Callable[[], Any]) -> None:
         self._answer = answer
 
-    async def run(self, op: run_lifecycle.Op) -> Any:
-        return [{"_id": "run", "lease": {"id": "lease"}, "rev": 0, "token": 1}] if isinstance(op, run_lifecycle.Find) else self._answer()
+    async def run(self, op: Op) -> Any:
+        return [{"_id": "run", "lease": {"id": "lease"}, "rev": 0, "token": 1}] if isinstance(op, Find) else self._answer()
 
 
 def verdict(answer: Callable[[], Any], slept: list[float]) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from streamline_pool import Streamline
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims
 from streamline_pool.worker.poller import Lookout
 
 
@@ -31,7 +31,7 @@ def test_runs_of_a_priority_never_seen_before_are_found_by_the_next_look(app: St
                 ids = [row["_id"] for row in rows if row["_id"] not in found]
                 assert ids, f"deaf after {len(found)} runs"
                 found += ids
-                await store.run(run_lifecycle.claim_runs(ids, None, "lease", "me", 30.0))
+                await store.run(claims.claim_runs(ids, None, "lease", "me", 30.0))
             assert set(found) == {run.id for run in (*higher, *usual, *lower)}
 
     asyncio.run(look())

@@ -13,8 +13,9 @@ from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.client.event_delivery import _broadcasting, finishing_broadcasts, sending_event
 from streamline_pool.client.run_control import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.domain.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
-from streamline_pool.protocol import control, run_lifecycle
-from streamline_pool.protocol.run_document import SERVER_TICK
+from streamline_pool.protocol import commits, durable_events
+from streamline_pool.protocol.codec import SERVER_TICK
+from streamline_pool.protocol.operations import Command, Fence, Find
 from streamline_pool.storage.procedures import Procedure
 from support import eventually, shown
 
@@ -129,8 +130,8 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
     """A sender that stops at the first batch of which nobody was woken would count the event as delivered, and those
     behind it would wait for ever. Here the batch is as small as it gets, and all of it has gone on before the delivery."""
     run_ids = sorted(waiting.parked("event") for _ in range(6))
-    app.store().run(control.record_event("e1", "$go.now", 7, app.store().now()))
-    (event,) = app.store().run(control.read_event("e1"))
+    app.store().run(durable_events.record_event("e1", "$go.now", 7, app.store().now()))
+    (event,) = app.store().run(durable_events.read_event("e1"))
     gone_on: list[str] = []
 
     def racing() -> Procedure[int]:
@@ -138,13 +139,13 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
         effect = next(procedure)
         try:
             while True:
-                if isinstance(effect, run_lifecycle.Find) and effect.name == "find_waiters":
-                    effect = run_lifecycle.Find(**{**{name: getattr(effect, name) for name in effect.__slots__}, "limit": 2})
+                if isinstance(effect, Find) and effect.name == "find_waiters":
+                    effect = Find(**{**{name: getattr(effect, name) for name in effect.__slots__}, "limit": 2})
                 answer = yield effect
                 if effect.name == "find_waiters" and not gone_on:
                     gone_on.extend(found["_id"] for found in answer)
                     for run_id in gone_on:
-                        yield control.deliver_event(run_id, f"other {run_id}", "$go.now", 1, 100)
+                        yield durable_events.deliver_event(run_id, f"other {run_id}", "$go.now", 1, 100)
                 effect = procedure.send(answer)
         except StopIteration as stop:
             return int(stop.value)
@@ -313,10 +314,10 @@ def test_a_nested_event_for_a_busy_run_is_not_refused_for_its_depth(app: Streaml
 def test_a_run_that_ends_for_want_of_room_awaits_nothing(app: Streamline, waiting: Waiting) -> None:
     """Its entry in the index of those who wait would be found by every sender from then on."""
     run_id = waiting.parked("event")
-    fence = run_lifecycle.Fence(run_id, "lease", 1, 1)
+    fence = Fence(run_id, "lease", 1, 1)
     app.runs.update_one({"_id": run_id}, {"$set": {"lease": {"id": "lease"}, "rev": 1}, "$unset": {"wakeAt": ""}})
     error = InvalidStateError("full")
-    app.store().run(run_lifecycle.write_statements([run_lifecycle.fail_barely(fence, 0, error.code, "full", app.store().now())]))
+    app.store().run(commits.write_statements([commits.fail_barely(fence, 0, error.code, "full", app.store().now())]))
     document = app.runs.find_one({"_id": run_id})
     assert document["status"] == "failed"
     assert "awaits" not in document
@@ -522,15 +523,15 @@ def test_one_hook_is_answered_once_early_or_not(app: Streamline) -> None:
     assert (run.status, run.output, run.to_dict()["inbox"]) == ("done", "first", [])
 
 
-def recorded(app: Streamline, procedure: Procedure[Any]) -> list[run_lifecycle.Command]:
+def recorded(app: Streamline, procedure: Procedure[Any]) -> list[Command]:
     """Run a client's procedure; the writes that it has sent, as a network may deliver them once more, later."""
-    sent: list[run_lifecycle.Command] = []
+    sent: list[Command] = []
 
     def watched() -> Procedure[None]:
         try:
             effect = next(procedure)
             while True:
-                if isinstance(effect, run_lifecycle.Command):
+                if isinstance(effect, Command):
                     sent.append(effect)
                 effect = procedure.send((yield effect))
         except StopIteration:

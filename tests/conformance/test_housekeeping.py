@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import pytest
 
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError
-from streamline_pool.protocol import retention, run_lifecycle
-from streamline_pool.protocol.run_document import encode_payload
+from streamline_pool.protocol import retention
+from streamline_pool.protocol.codec import encode_payload
+from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.files import putting_file
 from streamline_pool.storage.store import Store
 from support import shown
@@ -77,7 +78,7 @@ class Meddling(Store):
     meddle: Callable[[], object] | None = None
     before = ""
 
-    def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+    def run(self, op: Op, session: Any = None) -> Any:
         if op.name == self.before and self.meddle is not None:
             meddle, self.meddle = self.meddle, None
             meddle()
@@ -275,7 +276,7 @@ def test_thousands_take_few_commands(app: Streamline) -> None:
     names: Counter[str] = Counter()
 
     class Counting(Store):
-        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+        def run(self, op: Op, session: Any = None) -> Any:
             names[op.name] += 1
             return super().run(op, session)
 
@@ -387,7 +388,7 @@ def test_a_fault_in_any_operation_loses_nothing(make_app: Callable[..., Streamli
     class Faulty(Store):
         seen, strike = 0, 0
 
-        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+        def run(self, op: Op, session: Any = None) -> Any:
             self.seen += 1
             if self.seen != self.strike:
                 return super().run(op, session)

@@ -14,8 +14,8 @@ import pytest
 from pymongo import ASCENDING
 
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_document import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import Store
 from support import shown
 
@@ -94,7 +94,7 @@ def test_another_ttl_changes_the_index_in_place_and_none_leaves_it(app: Streamli
     built: list[str] = []
 
     class Watched(Store):
-        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+        def run(self, op: Op, session: Any = None) -> Any:
             built.append(op.name)
             return super().run(op, session)
 
@@ -154,7 +154,7 @@ def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
     other = Streamline(app.mongodb_uri, database=app.database)
 
     class Overtaken(Store):
-        def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+        def run(self, op: Op, session: Any = None) -> Any:
             if op.name == "create_custom_indexes" and not overtaken:
                 overtaken.append(True)
                 other.setup_indexes(auto_cleanup_days=5)

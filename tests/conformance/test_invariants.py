@@ -15,7 +15,7 @@ import pytest
 from workers import Pool, check_invariants
 
 from streamline_pool import Streamline
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import operations, recovery
 
 RUNS = 40
 SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed > 3 else []) for seed in range(1, 16)]
@@ -79,11 +79,11 @@ async def disturb(app: Streamline, runs: list[str], chance: random.Random, cance
             case 1:
                 # As if its worker had been silent for too long: the holder finds out at its next write.
                 query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
-                await store.run(run_lifecycle._update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
+                await store.run(operations.update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
             case 2:
-                await store.run(run_lifecycle.recover_expired(app.settings.max_crashes))
+                await store.run(recovery.recover_expired(app.settings.max_crashes))
             case 3:
-                await asyncio.gather(*(store.run(run_lifecycle.recover_expired(app.settings.max_crashes)) for _ in range(2)))
+                await asyncio.gather(*(store.run(recovery.recover_expired(app.settings.max_crashes)) for _ in range(2)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

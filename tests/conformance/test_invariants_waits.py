@@ -19,7 +19,7 @@ from workers import Pool, check_invariants
 from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.client.event_delivery import _broadcasting
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
-from streamline_pool.protocol import control, run_lifecycle
+from streamline_pool.protocol import durable_events, operations, recovery
 from streamline_pool.storage.procedures import Procedure
 
 RUNS = 30
@@ -148,17 +148,15 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
                 case 10:
                     # A sender that dies once its event is stored.
                     event_id = app.env.new_id()
-                    await store.run(control.record_event(event_id, chance.choice(NAMES), {"event": event_id}, store.now()))
+                    await store.run(durable_events.record_event(event_id, chance.choice(NAMES), {"event": event_id}, store.now()))
                 case 11:
                     await workflow.rewind_to_async(run_id, chance.choice(STEPS))
                     record["rewinds"][run_id] += 1
                 case 12:
                     # As if its worker had been silent for too long: the holder finds out at its next write.
                     query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
-                    await store.run(
-                        run_lifecycle._update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
-                    )
-                    await store.run(run_lifecycle.recover_expired(app.settings.max_crashes))
+                    await store.run(operations.update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
+                    await store.run(recovery.recover_expired(app.settings.max_crashes))
                 case 13:
                     await store.drive(finishing(app))
                 case 14:
@@ -170,7 +168,7 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
 
 def finishing(app: Streamline) -> Procedure[None]:
     """A steward's finishing of broadcasts, without its wait for their senders."""
-    for event in (yield control.find_pending_events(app._server_now(), 100)):
+    for event in (yield durable_events.find_pending_events(app._server_now(), 100)):
         yield from _broadcasting(app, event)
 
 

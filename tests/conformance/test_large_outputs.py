@@ -11,7 +11,7 @@ import pytest
 from workers import run_until_idle
 
 from streamline_pool import DataCorruptionError, PayloadTooLargeError, Streamline, create_hook
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import recovery
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES, OUTPUT_BYTES_MAX
 
 LARGE = b"x" * (EXTERNAL_BYTES + 1)
@@ -165,7 +165,7 @@ def test_a_crash_between_file_and_commit_loses_nothing(
     died = subprocess.run([sys.executable, "-c", CRASHING, mongodb_uri, database, operation, run.id], timeout=50, capture_output=True)
     assert died.returncode == -9, died.stderr
     app.runs.update_one({"_id": run.id}, {"$set": {"lease.expiresAt": run.created_at}})
-    app.store().run(run_lifecycle.recover_expired(3))
+    app.store().run(recovery.recover_expired(3))
     run_until_idle(app)
     ended = flow.wait_for(run.id, timeout=20)
     assert ended.output == b"y" * 300_000

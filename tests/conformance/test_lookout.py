@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import Streamline, Workflow
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims
 from streamline_pool.storage.store import AsyncStore
 from streamline_pool.worker.poller import Lookout
 
@@ -42,7 +42,7 @@ class Watch:
         rows, _ = await self.lookout.look(self._store, limit, None)
         run_ids = [row["_id"] for row in rows]
         if run_ids:
-            assert await self._store.run(run_lifecycle.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
+            assert await self._store.run(claims.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
         return run_ids
 
 

@@ -57,7 +57,7 @@ from outside_app import outside_app, outside_pool, stored
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Streamline, create_hook
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims, recovery
 from support import eventually
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -103,10 +103,10 @@ def test_a_run_that_was_just_answered_is_not_taken_for_lost(app: Streamline) -> 
     app.runs.update_one({"_id": run.id}, {"$set": {"updatedAt": long_ago, "startedAt": long_ago, "steps.0.startedAt": long_ago}})
     workflow.resume(run.id, "yes")
     before = stored(app, run)
-    assert app.store().run(run_lifecycle.recover_expired(3)) == 0
+    assert app.store().run(recovery.recover_expired(3)) == 0
     assert stored(app, run) == before
-    app.store().run(run_lifecycle.claim_run(run.id, None, "claim", "worker", 60.0))
-    assert app.store().run(run_lifecycle.recover_expired(3)) == 0, "and whoever takes it up has a lease of his own"
+    app.store().run(claims.claim_run(run.id, None, "claim", "worker", 60.0))
+    assert app.store().run(recovery.recover_expired(3)) == 0, "and whoever takes it up has a lease of his own"
     document = stored(app, run)
     assert (document["crashes"], document["lease"]["owner"], entered) == (0, "worker", [])
 
@@ -207,8 +207,8 @@ def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, t
 
 def _worker_lost(app: Streamline, run_id: str) -> None:
     for _ in range(3):
-        app.store().run(run_lifecycle.claim_run(run_id, None, "claim", "worker", 60.0))
-        app.store().run(run_lifecycle.release_owner("worker", 3, {"signal": "SIGKILL"}))
+        app.store().run(claims.claim_run(run_id, None, "claim", "worker", 60.0))
+        app.store().run(recovery.release_owner("worker", 3, {"signal": "SIGKILL"}))
 
 
 def _corrupted(app: Streamline, run_id: str) -> None:

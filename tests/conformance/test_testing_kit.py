@@ -21,7 +21,7 @@ import pytest
 from pymongo import MongoClient
 
 from streamline_pool import Context, InvalidStateError, Settings, Streamline, ValidationError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import claims
 from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.testing import SERVER_VARIABLE, TestKit
 from support import eventually
@@ -185,7 +185,7 @@ def test_leases_end_at_the_kits_time(kit: TestKit, app: Streamline) -> None:
     """A run that another program has claimed, and died with, is taken back when its lease is over."""
     flow = app.workflow("flow", steps={"only": fine})
     run = flow.start()
-    app.store().run(run_lifecycle.claim_run(run.id, None, "another", "another:1:1", 60.0))
+    app.store().run(claims.claim_run(run.id, None, "another", "another:1:1", 60.0))
     kit.jump(59)
     assert flow.get(run.id).status == "running"
     kit.jump(2)
@@ -227,7 +227,7 @@ def test_runs_move_within_the_kits_calls_only(kit: TestKit, app: Streamline) -> 
     second = flow.start()
     threads = {thread.name for thread in threading.enumerate()}
     assert not any(name.startswith("streamline-handler") for name in threads)
-    assert app.store().run(run_lifecycle.find_due_before(app.lanes(), kit.now(), 10)) != []
+    assert app.store().run(claims.find_due_before(app.lanes(), kit.now(), 10)) != []
     assert entered == [first.id]
     kit.settle()
     assert entered == [first.id, second.id]

@@ -19,7 +19,8 @@ from outside_app import evidence, outside_app, outside_pool, stored, until_step
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Run, Streamline, ValidationError, Workflow, is_timeout
-from streamline_pool.protocol import control, run_lifecycle
+from streamline_pool.protocol import claims
+from streamline_pool.protocol.answers import answer_wait
 from support import eventually
 
 
@@ -144,7 +145,7 @@ def test_an_old_answer_does_not_answer_a_newer_wait(app: Streamline) -> None:
     workflow.execute(run.id)
     before = stored(app, run)
     for step_id, gen in (("one", 1), ("two", 1), ("one", 2)):
-        assert app.store().run(control.answer_wait("w", run.id, step_id, gen, "late", "copy")) is None
+        assert app.store().run(answer_wait("w", run.id, step_id, gen, "late", "copy")) is None
     assert stored(app, run) == before
     assert workflow.resume(run.id, "to the second").step("two").output == "to the second"
 
@@ -156,7 +157,7 @@ def test_a_rewound_step_waits_anew_and_no_answer_to_its_first_wait_counts(app: S
     workflow.rewind_to(run.id, "ask")
     again = workflow.execute(run.id)
     assert (again.step("ask").status, again.document["waitGen"]) == ("waiting", gen + 1)
-    assert app.store().run(control.answer_wait(None, run.id, "ask", gen, "late", "copy")) is None
+    assert app.store().run(answer_wait(None, run.id, "ask", gen, "late", "copy")) is None
     assert workflow.resume(run.id, "new").step("ask").output == "new"
 
 
@@ -165,7 +166,7 @@ def test_an_answer_takes_the_run_from_a_worker_that_holds_it_for_its_deadline(ap
     workflow = asking(app, timeout=3600)
     run = begun(workflow)
     app.runs.update_one({"_id": run.id}, {"$set": {"wakeAt": datetime.now(UTC)}})
-    claimed = app.store().run(run_lifecycle.claim_run(run.id, None, "claim", "somebody", 60.0))
+    claimed = app.store().run(claims.claim_run(run.id, None, "claim", "somebody", 60.0))
     answered = workflow.resume(run.id, "in time").to_dict()
     assert ("lease" in answered, answered["token"], answered["steps"][0]["output"]) == (False, claimed["token"] + 1, "in time")
     assert workflow.execute(run.id).output == "in time", "and it goes on at once, not when that lease has run out"

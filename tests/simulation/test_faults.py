@@ -20,7 +20,7 @@ from workers import Pool, check_invariants
 from streamline_pool import Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.store import AsyncStore, Store
 
 LATE_S = 0.03  # how long a copy of a write that was given up on is under way
@@ -40,7 +40,7 @@ class Faults:
         self.seen = 0
         self.hit: list[str] = []
 
-    def strikes(self, op: run_lifecycle.Op) -> bool:
+    def strikes(self, op: Op) -> bool:
         if op.name in STEWARD:
             return False
         self.seen += 1
@@ -50,24 +50,24 @@ class Faults:
         return True
 
     @staticmethod
-    def error(op: run_lifecycle.Op) -> StoreUnavailableError:
+    def error(op: Op) -> StoreUnavailableError:
         return StoreUnavailableError(f"{op.name}: a fault of this test", transient=True)
 
 
 class FaultyStore(AsyncStore):
     faults: Faults
 
-    async def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+    async def run(self, op: Op, session: Any = None) -> Any:
         if not self.faults.strikes(op):
             return await super().run(op, session)
         if self.faults.kind == "unknown":
             await super().run(op, session)
-        elif self.faults.kind == "late" and isinstance(op, run_lifecycle.Command):
+        elif self.faults.kind == "late" and isinstance(op, Command):
             late = asyncio.get_running_loop().create_task(self._run_late(op, session))
             self.late = [*getattr(self, "late", []), late]
         raise self.faults.error(op)
 
-    async def _run_late(self, op: run_lifecycle.Op, session: Any) -> None:
+    async def _run_late(self, op: Op, session: Any) -> None:
         await asyncio.sleep(LATE_S)
         await super().run(op, session)
 
@@ -75,12 +75,12 @@ class FaultyStore(AsyncStore):
 class FaultyBlockingStore(Store):
     faults: Faults
 
-    def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+    def run(self, op: Op, session: Any = None) -> Any:
         if not self.faults.strikes(op):
             return super().run(op, session)
         if self.faults.kind == "unknown":
             super().run(op, session)
-        elif self.faults.kind == "late" and isinstance(op, run_lifecycle.Command):
+        elif self.faults.kind == "late" and isinstance(op, Command):
             timer = threading.Timer(LATE_S, super().run, (op, session))
             timer.start()
         raise self.faults.error(op)

@@ -17,7 +17,7 @@ from workers import check_invariants
 from streamline_pool import Streamline, create_hook
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.store import Store
 from support import eventually
 
@@ -38,14 +38,14 @@ class FaultyStore(Store):
     def fail(self, kind: str, first: int) -> None:
         self.kind, self.first, self.seen, self.hit = kind, first, 0, None
 
-    def run(self, op: run_lifecycle.Op, session: Any = None) -> Any:
+    def run(self, op: Op, session: Any = None) -> Any:
         self.seen += 1
         if self.seen != self.first:
             return super().run(op, session)
         self.hit = op.name
         if self.kind == "unknown":
             super().run(op, session)
-        elif self.kind == "late" and isinstance(op, run_lifecycle.Command):
+        elif self.kind == "late" and isinstance(op, Command):
             self.late = threading.Timer(LATE_S, super().run, (op, session))
             self.late.start()
         raise StoreUnavailableError(f"{op.name}: a fault of this test", transient=True)

@@ -9,8 +9,9 @@ import pytest
 
 from streamline_pool.domain import transitions
 from streamline_pool.domain.definition import Definition, make_step
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_document import RUN_INDEXES
+from streamline_pool.protocol import commits
+from streamline_pool.protocol.engine_indexes import RUN_INDEXES
+from streamline_pool.protocol.operations import Fence
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 STEPS = tuple(make_step("w", name, lambda ctx: 1, {}) for name in ("a", "b"))
@@ -28,7 +29,7 @@ def held(place: int) -> dict[str, Any]:
 def test_a_step_without_waits_pays_nothing_for_waits(place: int) -> None:
     """Every step of every run sends this: a field more costs all of them, an indexed one costs an index entry each."""
     change = transitions.advance(held(place), DEFINITION, place, "output", {"key": 1}, NOW)
-    update = run_lifecycle.commit(run_lifecycle.Fence("r", "claim", 4, 1), change, NOW, 0).update
+    update = commits.commit(Fence("r", "claim", 4, 1), change, NOW, 0).update
     assert set(update["q"]) == {"_id", "lease.id", "rev", "paused"}
     assert set(update["u"]) == ({"$set"} if place == 0 else {"$set", "$unset"})
     common = {"rev", "updatedAt", "currentStepId", "context.key", f"steps.{place}"}

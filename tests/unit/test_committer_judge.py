@@ -9,8 +9,8 @@ import pytest
 
 from streamline_pool.domain import transitions
 from streamline_pool.engine.group_commit import Verdict, judge
-from streamline_pool.protocol import run_lifecycle
-from streamline_pool.protocol.run_lifecycle import Fence, Statement
+from streamline_pool.protocol import commits
+from streamline_pool.protocol.operations import Fence, Statement
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 FENCE = Fence("r", "mine", 4, 1)
@@ -30,8 +30,8 @@ def statement(kind: str, *, paused: bool = False) -> Statement:
         "wake": lambda: transitions.decide_entry(run(), 0)._replace(not_before=NOW + timedelta(days=1)),
     }[kind]()
     if paused:
-        return run_lifecycle.commit_under_pause(FENCE, change, NOW, 100)
-    return run_lifecycle.commit(FENCE, change, NOW, 100)
+        return commits.commit_under_pause(FENCE, change, NOW, 100)
+    return commits.commit(FENCE, change, NOW, 100)
 
 
 ANSWER = {"stepId": "a", "gen": 1}

@@ -17,18 +17,8 @@ from hypothesis import strategies as st
 
 from streamline_pool import DataCorruptionError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.definition import Definition, make_step
-from streamline_pool.protocol.run_document import (
-    CODEC,
-    PAYLOAD_BYTES_MAX,
-    PAYLOAD_DEPTH_MAX,
-    as_payload,
-    as_stored,
-    check_payload,
-    make_context,
-    misfit,
-    new_run,
-    parse_run,
-)
+from streamline_pool.protocol.codec import CODEC, PAYLOAD_BYTES_MAX, PAYLOAD_DEPTH_MAX, as_payload, check_payload
+from streamline_pool.protocol.run_document import as_stored, make_context, misfit, new_run, parse_run
 from support import shown
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from streamline_pool import PayloadTooLargeError, ValidationError
+from streamline_pool.protocol.codec import PAYLOAD_BYTES_MAX, as_payload, check_payload, decode_payload, encode_payload
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES, OUTPUT_BYTES_MAX, external_ids, is_external, split_output, with_outputs
-from streamline_pool.protocol.run_document import PAYLOAD_BYTES_MAX, as_payload, check_payload, decode_payload, encode_payload
 from support import shown
 
 OVERHEAD = len(encode_payload("", "x"))

@@ -6,15 +6,16 @@ from datetime import timedelta
 
 import pytest
 
-from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol import recovery, signals
+from streamline_pool.protocol.operations import Command, Find, Op
 from streamline_pool.testing.time_travel import Timeline, shifted
 
 DAY_MS = 86_400_000
 LATER = {"$add": ["$$NOW", DAY_MS]}
 
 
-def command(verb: str, **body: object) -> run_lifecycle.Command:
-    return run_lifecycle.Command(name="any", collection="runs", verb=verb, body=body)
+def command(verb: str, **body: object) -> Command:
+    return Command(name="any", collection="runs", verb=verb, body=body)
 
 
 def test_a_pipeline_update_asks_for_the_later_time() -> None:
@@ -30,7 +31,7 @@ def test_a_pipeline_update_asks_for_the_later_time() -> None:
 def test_filters_ask_for_the_later_time_where_they_hold_an_expression() -> None:
     query = {"x": "$$NOW", "$expr": {"$lte": ["$a", "$$NOW"]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": ["$$NOW", "$b"]}}]}]}
     wanted = {"x": "$$NOW", "$expr": {"$lte": ["$a", LATER]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": [LATER, "$b"]}}]}]}
-    assert shifted(run_lifecycle.Find(name="any", collection="runs", filter=query), DAY_MS).filter == wanted
+    assert shifted(Find(name="any", collection="runs", filter=query), DAY_MS).filter == wanted
     assert shifted(command("delete", deletes=[{"q": query, "limit": 0}]), DAY_MS).body == {"deletes": [{"q": wanted, "limit": 0}]}
     assert shifted(command("update", updates=[{"q": query, "u": {}}]), DAY_MS).body["updates"][0]["q"] == wanted
     assert shifted(command("count", query=query), DAY_MS).body["query"] == wanted
@@ -45,18 +46,18 @@ def test_filters_ask_for_the_later_time_where_they_hold_an_expression() -> None:
         command("update", updates=[{"q": {}, "u": [{"$set": {"reason": {"$literal": {"said": ["$$NOW"]}}}}]}]),
         command("insert", documents=[{"input": "$$NOW", "$expr": "$$NOW"}]),
         command("findAndModify", query={"_id": "$$NOW"}, remove=True),
-        run_lifecycle.Find(name="any", collection="runs", filter={"context.at": {"$in": ["$$NOW"]}}),
-        run_lifecycle.send_signal("due", None, lane="$$NOW"),  # type: ignore[arg-type]
+        Find(name="any", collection="runs", filter={"context.at": {"$in": ["$$NOW"]}}),
+        signals.send_signal("due", None, lane="$$NOW"),  # type: ignore[arg-type]
     ],
     ids=["plain update", "literal", "insert", "key", "find", "signal"],
 )
-def test_data_is_never_taken_for_the_time(op: run_lifecycle.Op) -> None:
+def test_data_is_never_taken_for_the_time(op: Op) -> None:
     """A user whose text is "$$NOW" would otherwise find a date in its place, in tests only."""
     assert shifted(op, DAY_MS) == op
 
 
 def test_without_a_jump_nothing_is_changed() -> None:
-    op = run_lifecycle.recover_expired(3)
+    op = recovery.recover_expired(3)
     assert shifted(op, 0) is op
 
 

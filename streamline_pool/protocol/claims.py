@@ -1,0 +1,151 @@
+"""Finding due runs and claiming them, as data. Owns the filter that every claim shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from streamline_pool.domain.model import RunStatus, StepStatus
+
+from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, TERMINAL_TEXTS, map_steps, plus_one, server_time_in, some_step
+from .operations import Command, Find, update_matching
+from .run_document import SLOTS
+
+__all__ = [
+    "claim_run",
+    "claim_runs",
+    "find_due",
+    "find_due_before",
+    "read_claimed",
+    "taken_runs",
+]
+
+Document = dict[str, Any]
+
+_NOT_ENDED = {"$nin": TERMINAL_TEXTS}  # so that a `wakeAt` which another program wrote revives nothing
+# In an expression a missing field is less than any date, so the first half is what keeps leased and ended runs out.
+_DUE = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
+
+
+def taken_runs(run_ids: Sequence[str]) -> Find:
+    """Which of these runs exist and cannot be claimed: somebody holds them, or they have ended."""
+    query = {"_id": {"$in": list(run_ids)}, "wakeAt": {"$exists": False}}
+    return Find(name="taken_runs", collection="runs", filter=query, projection={"_id": 1})
+
+
+def find_due(
+    lanes: Sequence[str],
+    slots: Sequence[int] | None,
+    due_at: datetime,
+    limit: int,
+    crashes_below: int | None,
+    passed_over: Sequence[str] = (),
+    *,
+    since: datetime | None = None,
+    priorities: Sequence[int] = (),
+) -> Find:
+    """Ids of runs that look claimable, highest priority first, then longest due.
+
+    Index streamline_due: one scan per lane and slot, merged. `slots` None means all of them. `crashes_below` leaves
+    out runs whose next lost worker would convict them, for a worker that has one of those already, `passed_over` those
+    that cannot be claimed. `since`, with the `priorities` it is known for, starts the scans there instead of at the
+    beginning (lookout.py says why); `priorities` alone leaves these out.
+    """
+    query: Document = {
+        "lane": {"$in": list(lanes)},
+        "slot": {"$in": list(range(SLOTS)) if slots is None else list(slots)},
+        "wakeAt": {"$lte": due_at},
+    }
+    if since is not None:
+        query["wakeAt"]["$gte"] = since
+        query["priority"] = {"$in": list(priorities)}
+    elif priorities:
+        query["priority"] = {"$nin": list(priorities)}
+    if crashes_below is not None:
+        query["crashes"] = {"$lt": crashes_below}
+    if passed_over:
+        query["_id"] = {"$nin": list(passed_over)}
+    return Find(
+        name="find_due",
+        collection="runs",
+        filter=query,
+        projection={"_id": 1, "crashes": 1, "priority": 1, "wakeAt": 1},
+        sort=(("priority", -1), ("wakeAt", 1)),
+        limit=limit,
+        hint="streamline_due",
+    )
+
+
+def claim_runs(
+    run_ids: Sequence[str], lanes: Sequence[str] | None, lease_id: str, owner: str, lease_s: float, crashes_below: int | None = None
+) -> Command:
+    """Take the lease of those runs that are still due and not paused. Yields how many.
+
+    The attempt is counted here, so that a crash before the first write still costs one (River counts it in the
+    same place). Times are the server's.
+    """
+    query = _claimable({"$in": list(run_ids)}, lanes, crashes_below)
+    return update_matching("claim_runs", query, _claim_update(lease_id, owner, lease_s))
+
+
+def claim_run(
+    run_id: str, lanes: Sequence[str] | None, lease_id: str, owner: str, lease_s: float, crashes_below: int | None = None
+) -> Command:
+    """Claim one named run in one round trip. Yields the claimed document or None.
+
+    The document is the one that the majority-acknowledged write has made, hence as good as a majority read.
+    """
+    body = {"query": _claimable(run_id, lanes, crashes_below), "update": _claim_update(lease_id, owner, lease_s), "new": True}
+    return Command(name="claim_run", collection="runs", verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))
+
+
+def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | None) -> Document:
+    query: Document = {"_id": run_id, "status": _NOT_ENDED, "paused": NOT_PAUSED, **_DUE}
+    if lanes is not None:
+        query["lane"] = {"$in": list(lanes)}
+    if crashes_below is not None:
+        query["crashes"] = {"$lt": crashes_below}
+    return query
+
+
+def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
+    enterable = {"$in": ["$$step.status", [StepStatus.PENDING.value, StepStatus.RUNNING.value]]}
+    entry = {"status": StepStatus.RUNNING.value, "attempts": plus_one("$$step.attempts"), "startedAt": "$$NOW"}
+    step = {"$cond": [{"$and": [IS_CURRENT, enterable]}, {"$mergeObjects": ["$$step", entry]}, "$$step"]}
+    # A run whose current step waits stays `waiting` until its holder has ended that wait.
+    waits = {"$and": [IS_CURRENT, {"$eq": ["$$step.status", StepStatus.WAITING.value]}]}
+    some_wait = some_step(waits)
+    unknown = {"$not": [{"$in": ["$status", NON_TERMINAL_TEXTS]}]}  # left for documents.misfit to report
+    lease = {"id": lease_id, "owner": owner, "token": plus_one("$token"), "expiresAt": server_time_in(lease_s)}
+    return [
+        {
+            "$set": {
+                "wakeAt": "$$REMOVE",
+                "token": plus_one("$token"),
+                "lease": {"$mergeObjects": [lease]},  # replaces whatever is there; a plain document would be merged into it
+                "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
+                "status": {"$cond": [{"$or": [some_wait, unknown]}, "$status", RunStatus.RUNNING.value]},
+                "steps": map_steps(step),
+            }
+        }
+    ]
+
+
+def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
+    """Those of the runs that carry this claim's id: what was really won."""
+    return Find(name="read_claimed", collection="runs", filter={"_id": {"$in": list(run_ids)}, "lease.id": lease_id})
+
+
+def find_due_before(lanes: Sequence[str], until: datetime, limit: int, since: datetime | None = None) -> Find:
+    """Runs due by `until` (and not before `since`), in no particular order: for the steward's timers and for the fallback sweep."""
+    instants = {"$lte": until} if since is None else {"$lte": until, "$gt": since}
+    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": instants}
+    return Find(
+        name="find_due_before",
+        collection="runs",
+        filter=query,
+        projection={"lane": 1, "wakeAt": 1},
+        limit=limit,
+        hint="streamline_due",
+    )

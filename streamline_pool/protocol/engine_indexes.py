@@ -1,0 +1,81 @@
+"""The indexes that the engine itself needs, as data. Indexes for the queries of users are in storage/indexes.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .operations import Command
+
+__all__ = [
+    "EVENT_INDEXES",
+    "HOST_INDEXES",
+    "RUN_INDEXES",
+    "IndexDefinition",
+    "ensure_indexes",
+]
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexDefinition:
+    """One index, as `createIndexes` takes it."""
+
+    name: str
+    key: Mapping[str, int]
+    partial: Mapping[str, Any] | None = None
+    unique: bool = False
+    expire_after_s: int | None = None
+
+    def spec(self) -> Document:
+        """The element of `createIndexes.indexes`."""
+        spec: Document = {"name": self.name, "key": dict(self.key)}
+        if self.partial is not None:
+            spec["partialFilterExpression"] = dict(self.partial)
+        if self.unique:
+            spec["unique"] = True
+        if self.expire_after_s is not None:
+            spec["expireAfterSeconds"] = self.expire_after_s
+        return spec
+
+
+RUN_INDEXES: tuple[IndexDefinition, ...] = (
+    # Claimable now or later. A lane is queue, workflow and version: runs that a pool cannot run are never looked at.
+    IndexDefinition(
+        name="streamline_due",
+        key={"lane": 1, "slot": 1, "priority": -1, "wakeAt": 1},
+        partial={"wakeAt": {"$exists": True}},
+    ),
+    # Runs in flight, few at any time; the owner is in the key so that releasing one worker's reads no documents.
+    IndexDefinition(
+        name="streamline_lease",
+        key={"lease.expiresAt": 1, "lease.owner": 1},
+        partial={"lease.expiresAt": {"$exists": True}},
+    ),
+    IndexDefinition(
+        name="streamline_idempotency",
+        key={"workflowId": 1, "idempotencyKey": 1},
+        partial={"idempotencyKey": {"$type": "string"}},
+        unique=True,
+    ),
+    # Runs that wait for an event, so that one sent to all finds them; by id, so that it gets through them in one pass.
+    IndexDefinition(name="streamline_awaits", key={"awaits": 1, "_id": 1}, partial={"awaits": {"$exists": True}}),
+)
+"""The indexes that the engine itself needs. A step's commit touches none of their fields."""
+
+EVENT_INDEXES: tuple[IndexDefinition, ...] = (
+    IndexDefinition(name="streamline_event", key={"name": 1, "bornAt": 1}),
+    # Events whose sender has not finished: a steward does when the sender died.
+    IndexDefinition(name="streamline_pending", key={"at": 1}, partial={"pending": True}),
+)
+
+HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_expire", key={"expireAt": 1}, expire_after_s=0),)
+
+
+def ensure_indexes(collection: str = "runs") -> Command:
+    """Create the engine's indexes of a collection; does nothing when they exist."""
+    made = {"runs": RUN_INDEXES, "hosts": HOST_INDEXES, "events": EVENT_INDEXES}[collection]
+    body = {"indexes": [index.spec() for index in made]}
+    return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body=body)

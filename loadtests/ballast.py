@@ -60,7 +60,7 @@ def claimable(workflow: Workflow) -> Document:
         tags=(),
         slot=random.randrange(SLOTS),
         now=now,
-        act_id=uuid4().hex,
+        control_id=uuid4().hex,
     )
 
 

@@ -118,7 +118,7 @@ def _held_run(run_id: str) -> dict[str, Any]:
         tags=(),
         slot=0,
         now=now,
-        act_id=_LEASE_ID,
+        control_id=_LEASE_ID,
     )
     del document["wakeAt"]
     document["token"] = 1

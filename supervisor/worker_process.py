@@ -20,24 +20,24 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.events.bus import global_event_bus
-from streamline_pool.supervisor.ipc.channel import Link, arm_orphan_exit
+from streamline_pool.supervisor.ipc.channel import Channel, arm_orphan_exit
 from streamline_pool.supervisor.ipc.messages import (
     BOOT_FAILED_EXIT,
     STORE_UNREACHABLE_EXIT,
     TO_WORKER,
-    AbortRun,
-    Alarm,
     Beat,
     BootFailed,
+    CheckRun,
     Drain,
     Gate,
     Hold,
-    Poke,
-    Publish,
+    IdleCheck,
     Reslot,
-    Ring,
+    ServeSubscribers,
     Stop,
+    TimersFired,
     ToWorker,
+    WakeUp,
 )
 from streamline_pool.worker.worker import Worker
 
@@ -83,21 +83,21 @@ class _WorkerProcess:
         self._env = env
         owner = f"{boot.host}:{os.getpid()}:{boot.nonce}"
         self._worker = Worker(app, settings, owner=owner, index=boot.index, total=boot.total, env=env, notify=self._beat_soon)
-        self._poke = self._publish = 0  # the highest numbers received
+        self._idle_check = self._subscribers_served = 0  # the highest numbers received
         self._beat_pending = False
         self._beaten_at = 0.0
         self._booted = False
 
     async def run(self, sock: socket.socket) -> int:
         self._loop = asyncio.get_running_loop()
-        self._link = Link(sock, TO_WORKER, self._obey, self._orphaned)
+        self._channel = Channel(sock, TO_WORKER, self._on_message, self._orphaned)
         beats = asyncio.create_task(self._beat_forever())
         try:
             await self._worker.run()
         except Exception as exc:
             if self._booted:
                 raise
-            self._link.send(_boot_failed(exc))
+            self._channel.send(_boot_failed(exc))
             return BOOT_FAILED_EXIT
         finally:
             beats.cancel()
@@ -106,15 +106,15 @@ class _WorkerProcess:
         global_event_bus.close(SUBSCRIBERS_S)
         return 0
 
-    def _obey(self, message: ToWorker) -> None:
+    def _on_message(self, message: ToWorker) -> None:
         worker = self._worker
         match message:
-            case Ring(lane=lane, run_id=run_id):
-                worker.ring(lane, run_id)
-            case Alarm(run_ids=run_ids):
-                worker.alarm(run_ids)
-            case AbortRun(run_id=run_id, reason=reason):
-                worker.abort_run(run_id, reason)
+            case WakeUp(lane=lane, run_id=run_id):
+                worker.wake_up(lane, run_id)
+            case TimersFired(run_ids=run_ids):
+                worker.timers_fired(run_ids)
+            case CheckRun(run_id=run_id, reason=reason):
+                worker.check_run(run_id, reason)
             case Gate(state=state):
                 worker.set_gate(state)
             case Hold(held=held):
@@ -125,12 +125,12 @@ class _WorkerProcess:
                 worker.drain()
             case Stop(grace_s=grace_s):
                 worker.stop(grace_s)
-            case Poke(seq=seq):
-                self._poke = seq
+            case IdleCheck(seq=seq):
+                self._idle_check = seq
                 self._beat()
-            case Publish(seq=seq, listeners=listeners):
-                worker.attend(listeners)
-                self._publish = seq
+            case ServeSubscribers(seq=seq, subscribers=subscribers):
+                worker.serve_subscribers(subscribers)
+                self._subscribers_served = seq
                 self._beat()
             case _:
                 assert_never(message)
@@ -156,15 +156,15 @@ class _WorkerProcess:
     def _beat(self) -> None:
         self._beat_pending = False
         parked = _nearest(self._worker.take_parked())
-        if self._link.unsent_bytes:
+        if self._channel.unsent_bytes:
             return  # the supervisor is slow or stopped: the next beat says more than this one
         self._beaten_at = self._env.clock.monotonic()
         status = self._worker.status()
         self._booted = self._booted or status.state != "starting"
-        self._link.send(
+        self._channel.send(
             Beat(
                 state=status.state,
-                hungry=status.hungry,
+                idle=status.idle,
                 in_flight=status.in_flight,
                 runs_total=status.runs_total,
                 steps_total=status.steps_total,
@@ -175,8 +175,8 @@ class _WorkerProcess:
                 running=tuple(status.running),
                 lru=dict(status.lru),
                 parked=parked,
-                poke=self._poke,
-                publish=self._publish,
+                idle_check=self._idle_check,
+                publish=self._subscribers_served,
             )
         )
 

@@ -25,7 +25,7 @@ from streamline_pool.domain.model import Run
 from streamline_pool.engine.active_run import Observer
 from streamline_pool.engine.engine import Engine
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
-from streamline_pool.events.publisher import ActEvents, Broadcaster
+from streamline_pool.events.publisher import ControlEvents, EventPublisher
 from streamline_pool.events.stream import EventStream, open_stream
 from streamline_pool.protocol import retention, signals
 from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
@@ -33,12 +33,12 @@ from streamline_pool.protocol.hosts import list_hosts
 from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
-from streamline_pool.storage.store import AsyncStore, Store, Where
+from streamline_pool.storage.store import AsyncStore, DatabaseTarget, Store
 
 from .event_delivery import sending_event
-from .inline_runner import LocalRunner, LoopThread
+from .inline_runner import InlineRunner, LoopThread
 from .run_control import HookResult, answering_hook, cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
-from .workflow import Workflow, twins
+from .workflow import Workflow, sync_and_async
 
 __all__ = ["Streamline"]
 
@@ -69,10 +69,10 @@ class Streamline:
         self.database = database
         self.collection_prefix = collection_prefix
         self.events = EventBus(self._open_stream)
-        self._open_store: Callable[[Where, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
-        self._open_async_store: Callable[[Where, Env], AsyncStore] = AsyncStore
+        self._open_store: Callable[[DatabaseTarget, Env], Store] = Store  # testing.py puts in stores whose time can be jumped
+        self._open_async_store: Callable[[DatabaseTarget, Env], AsyncStore] = AsyncStore
         self._workflows: dict[str, Workflow] = {}
-        self._where: Where | None = None
+        self._where: DatabaseTarget | None = None
         self._tenant_field: str | None = None  # as given to `setup_indexes` of this object
         self._reset_connections()
 
@@ -81,9 +81,9 @@ class Streamline:
         self._opening = threading.Lock()  # threads that come first at the same time share what the first of them opens
         self._store: Store | None = None
         self._async_stores: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncStore] = weakref.WeakKeyDictionary()
-        self._runners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LocalRunner] = weakref.WeakKeyDictionary()
+        self._runners: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, InlineRunner] = weakref.WeakKeyDictionary()
         self._background: LoopThread | None = None
-        self._act_events = ActEvents(self.env)
+        self._control_events = ControlEvents(self.env)
 
     # --- workflows -------------------------------------------------------------------------------------------------
 
@@ -153,11 +153,11 @@ class Streamline:
         self.database = settings.database or self.database
 
     @property
-    def where(self) -> Where:
+    def where(self) -> DatabaseTarget:
         """The server, database and collections in use."""
         if self._where is None:
             uri = self.mongodb_uri or os.environ.get("STREAMLINE_MONGODB_URI") or DEFAULT_MONGODB_URI
-            self._where = Where(uri, self.database or os.environ.get("STREAMLINE_DATABASE"), self.collection_prefix)
+            self._where = DatabaseTarget(uri, self.database or os.environ.get("STREAMLINE_DATABASE"), self.collection_prefix)
         return self._where
 
     def store(self) -> Store:
@@ -241,31 +241,31 @@ class Streamline:
         """The run with that id, of whatever workflow; None if there is none."""
         return (yield from getting_run(self, None, run_id))
 
-    get_run, get_run_async = twins(_proc_get_run)
+    get_run, get_run_async = sync_and_async(_proc_get_run)
 
     def _proc_cancel_run(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
         """Cancel a run of whatever workflow; see `Workflow.cancel`."""
         return (yield from cancelling_run(self, None, run_id, reason))
 
-    cancel_run, cancel_run_async = twins(_proc_cancel_run)
+    cancel_run, cancel_run_async = sync_and_async(_proc_cancel_run)
 
     def _proc_pause_run(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
         """Pause a run of whatever workflow; see `Workflow.pause`."""
         return (yield from pausing_run(self, None, run_id, reason))
 
-    pause_run, pause_run_async = twins(_proc_pause_run)
+    pause_run, pause_run_async = sync_and_async(_proc_pause_run)
 
     def _proc_resume_run(self, run_id: str, payload: Any = None) -> Procedure[Run]:
         """Resume a run of whatever workflow; see `Workflow.resume`."""
         return (yield from resuming_run(self, None, run_id, payload))
 
-    resume_run, resume_run_async = twins(_proc_resume_run)
+    resume_run, resume_run_async = sync_and_async(_proc_resume_run)
 
     def _proc_rewind_run(self, run_id: str, step_id: str) -> Procedure[Run]:
         """Rewind a run of whatever workflow; see `Workflow.rewind_to`."""
         return (yield from rewinding_run(self, None, run_id, step_id))
 
-    rewind_run, rewind_run_async = twins(_proc_rewind_run)
+    rewind_run, rewind_run_async = sync_and_async(_proc_rewind_run)
 
     def _proc_resume_hook(self, token: str, payload: Any = None) -> Procedure[HookResult]:
         """Answer by the token of a hook; the payload becomes the output of the step that made it.
@@ -275,7 +275,7 @@ class Streamline:
         """
         return (yield from answering_hook(self, token, payload))
 
-    resume_hook, resume_hook_async = twins(_proc_resume_hook)
+    resume_hook, resume_hook_async = sync_and_async(_proc_resume_hook)
 
     def _proc_send_event(self, name: str, data: Any = None, *, run_id: str | None = None) -> Procedure[int]:
         """Deliver a durable event to one run, or to every run that waits for it; the number of runs woken now.
@@ -286,28 +286,28 @@ class Streamline:
         """
         return (yield from sending_event(self, name, data, run_id))
 
-    send_event, send_event_async = twins(_proc_send_event)
+    send_event, send_event_async = sync_and_async(_proc_send_event)
 
     def _proc_workers(self) -> Procedure[list[dict[str, Any]]]:
         """What every pool that has spoken lately says of itself: one document per pool, with its workers."""
         hosts: list[dict[str, Any]] = yield list_hosts()
         return hosts
 
-    workers, workers_async = twins(_proc_workers)
+    workers, workers_async = sync_and_async(_proc_workers)
 
     def _proc_server_info(self) -> Procedure[dict[str, Any]]:
         """`{version, topology, database, uri}`. Raises StoreUnavailableError when unreachable or too old."""
         store = self.store()
         return (yield from store.reading_facts())
 
-    server_info, server_info_async = twins(_proc_server_info)
+    server_info, server_info_async = sync_and_async(_proc_server_info)
 
     def _proc_init_db(self) -> Procedure[list[str]]:
         """Create the engine's collections and indexes; idempotent. Yields the index names."""
         yield from self._ensuring(None)
         return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
 
-    init_db, init_db_async = twins(_proc_init_db)
+    init_db, init_db_async = sync_and_async(_proc_init_db)
 
     # --- indexes and housekeeping ----------------------------------------------------------------------------------
 
@@ -337,7 +337,7 @@ class Streamline:
         self._tenant_field = tenant_field or self._tenant_field
         return names
 
-    setup_indexes, setup_indexes_async = twins(_proc_setup_indexes)
+    setup_indexes, setup_indexes_async = sync_and_async(_proc_setup_indexes)
 
     def _proc_cleanup_old_runs(self, days: float | timedelta = 30, *, tenant_id: Any = None, dry_run: bool = False) -> Procedure[int]:
         """Delete runs that ended at least `days` days ago, with their files; returns how many.
@@ -355,7 +355,7 @@ class Streamline:
             yield from forgetting_events()
         return count
 
-    cleanup_old_runs, cleanup_old_runs_async = twins(_proc_cleanup_old_runs)
+    cleanup_old_runs, cleanup_old_runs_async = sync_and_async(_proc_cleanup_old_runs)
 
     def _proc_archive_old_runs(self, days: float | timedelta = 90, *, to: str | None = None, dry_run: bool = False) -> Procedure[int]:
         """Move runs that ended at least `days` days ago to another collection of this database; returns how many.
@@ -368,13 +368,13 @@ class Streamline:
         collection, stored_name = check_archive(to, self.where.prefix)
         return (yield from archiving(retention.ended_before(age_s), collection, stored_name, dry_run=dry_run))
 
-    archive_old_runs, archive_old_runs_async = twins(_proc_archive_old_runs)
+    archive_old_runs, archive_old_runs_async = sync_and_async(_proc_archive_old_runs)
 
     def _proc_cleanup_expired(self, *, dry_run: bool = False) -> Procedure[int]:
         """Delete ended runs whose `context.expireAt` (a date) has passed, with their files; returns how many."""
         return (yield from deleting(retention.expired(), dry_run=dry_run))
 
-    cleanup_expired, cleanup_expired_async = twins(_proc_cleanup_expired)
+    cleanup_expired, cleanup_expired_async = sync_and_async(_proc_cleanup_expired)
 
     def _tenant_path(self) -> Procedure[str]:
         """The field that holds a run's tenant: as this object was told, else as some other process has indexed it."""
@@ -397,17 +397,17 @@ class Streamline:
             env=self.env,
             definition_of=self.definition_of,
             events=self.events,
-            broadcast=Broadcaster(store, self.env),
+            broadcast=EventPublisher(store, self.env),
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
             observer=observer,
         )
 
-    def _runner(self) -> LocalRunner:
+    def _runner(self) -> InlineRunner:
         loop = asyncio.get_running_loop()
         runner = self._runners.get(loop)
         if runner is None:
-            runner = self._runners[loop] = LocalRunner(self.make_engine, self.store_async(), self.env, self.settings.lease_s)
+            runner = self._runners[loop] = InlineRunner(self.make_engine, self.store_async(), self.env, self.settings.lease_s)
         return runner
 
     def _loop_thread(self) -> LoopThread:
@@ -431,7 +431,7 @@ class Streamline:
     def _drive(self, procedure: Procedure[T], session: Any) -> T:
         store = self.store()
         result = store.drive(procedure, session)
-        for signal in self._act_events.take():
+        for signal in self._control_events.take():
             with contextlib.suppress(WorkflowError):  # those who stream see by the numbers that they missed it
                 store.run(signal)
         return result
@@ -439,7 +439,7 @@ class Streamline:
     async def _drive_async(self, procedure: Procedure[T], session: Any) -> T:
         store = self.store_async()
         result = await store.drive(procedure, session)
-        for signal in self._act_events.take():
+        for signal in self._control_events.take():
             with contextlib.suppress(WorkflowError):
                 await store.run(signal)
         return result
@@ -495,4 +495,4 @@ class Streamline:
         )
         self.events.publish(event)
         global_event_bus.publish(event)
-        self._act_events.add(event)  # sent by whatever drives this act
+        self._control_events.add(event)  # sent by whatever drives this act

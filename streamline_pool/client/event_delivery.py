@@ -21,7 +21,7 @@ from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 from streamline_pool.protocol.run_document import check_run_id
 from streamline_pool.storage.procedures import Procedure
 
-from .run_control import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, ringing
+from .run_control import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, signalling_due
 
 if TYPE_CHECKING:
     from .app import Streamline
@@ -69,14 +69,14 @@ def _sending_to_one(app: Streamline, run_id: str, event_id: str, name: str, data
                     return 0
                 check_not_full(document, size + ITEM_BYTES)
                 continue  # it has got room between the two reads
-        if not _tell(app, document, event_id, data):
+        if not _publish_woken(app, document, event_id, data):
             return 0
-        yield from ringing(app, document)
+        yield from signalling_due(app, document)
         return 1
     raise InvalidStateError(f"run {run_id}: others act on it all the time; the event was not delivered, send it again", run_id=run_id)
 
 
-def _tell(app: Streamline, document: Mapping[str, Any], event_id: str, data: Any) -> bool:
+def _publish_woken(app: Streamline, document: Mapping[str, Any], event_id: str, data: Any) -> bool:
     """Publish that this event has woken the run, if it has."""
     step_id = answered_step(document, event_id)
     if step_id is not None:
@@ -104,9 +104,9 @@ def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
         for lane, count in Counter(lane for lane in lanes if isinstance(lane, str)).items():
             yield from app._signalling("due", wakeAt=app._server_now(), lane=lane, count=count)
         for document in delivered:
-            _tell(app, document, event["_id"], event.get("data"))
+            _publish_woken(app, document, event["_id"], event.get("data"))
         total += len(delivered)
-    yield durable_events.settle_event(event["_id"])
+    yield durable_events.mark_delivered(event["_id"])
     return total
 
 

@@ -23,7 +23,7 @@ from streamline_pool.protocol import claims, signals
 from streamline_pool.protocol.operations import Signal
 from streamline_pool.storage.store import AsyncStore
 
-__all__ = ["LocalRunner", "LoopThread", "make_owner"]
+__all__ = ["InlineRunner", "LoopThread", "make_owner"]
 
 T = TypeVar("T")
 
@@ -35,16 +35,16 @@ def make_owner(env: Env) -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{env.new_id()[-8:]}"
 
 
-class _Witness:
+class _OutcomeRecorder:
     """Nobody schedules around a program's own executions; only how each of them came out is wanted."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}  # run id -> status ("" at first), while its caller waits
 
-    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
+    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """See engine.Observer."""
 
-    def landed(self, run_id: str, status: str) -> None:
+    def on_finished(self, run_id: str, status: str) -> None:
         """See engine.Observer."""
         if run_id in self.outcomes:
             self.outcomes[run_id] = status
@@ -52,43 +52,43 @@ class _Witness:
     def store_answered(self, ok: bool) -> None:
         """See engine.Observer."""
 
-    def stuck(self, what: str) -> None:
+    def on_stuck(self, what: str) -> None:
         """See engine.Observer."""
 
 
-class LocalRunner:
+class InlineRunner:
     """Claims and drives runs in one event loop, one call at a time each."""
 
-    def __init__(self, make_engine: Callable[[AsyncStore, _Witness], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
-        self._witness = _Witness()
-        self._engine = make_engine(store, self._witness)
+    def __init__(self, make_engine: Callable[[AsyncStore, _OutcomeRecorder], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
+        self._recorder = _OutcomeRecorder()
+        self._engine = make_engine(store, self._recorder)
         self._store = store
         self._env = env
         self._lease_s = lease_s
         self._owner = make_owner(env)
         self._callers: set[asyncio.Task[Any]] = set()
         self._engine.start()
-        self._engine.broadcast.look_while(lambda: bool(self._engine.flights))
+        self._engine.broadcast.poll_while(lambda: bool(self._engine.active_runs))
 
     async def execute(self, run_id: str) -> bool:
         """Claim a run by name and drive it to its next stop. False if it could not be claimed now."""
-        await self._engine.broadcast.look()  # nobody tells a program who streams; beside a claim's majority write it costs little
+        await self._engine.broadcast.poll()  # nobody tells a program who streams; beside a claim's majority write it costs little
         deadline = self._engine.leases.deadline()
         lease_id = self._env.new_id()
         document = await self._store.run(claims.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:
             return False
-        self._witness.outcomes[run_id] = ""
+        self._recorder.outcomes[run_id] = ""
         task = self._engine.admit(document, deadline)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             # The caller has given up, which says nothing against the run: its handler stops, others may claim it.
-            self._engine.give_up(run_id)
-            self._witness.outcomes.pop(run_id, None)
+            self._engine.stop_run(run_id)
+            self._recorder.outcomes.pop(run_id, None)
             raise
-        if self._witness.outcomes.pop(run_id, None) in ("done", "failed"):
-            await _ring(self._store, signals.send_signal("ended", self._store.now(), runs=[run_id]))
+        if self._recorder.outcomes.pop(run_id, None) in ("done", "failed"):
+            await _notify(self._store, signals.send_signal("ended", self._store.now(), runs=[run_id]))
         return True
 
     def check(self, run_id: str) -> None:
@@ -121,7 +121,7 @@ class LocalRunner:
             await asyncio.wait(waiting, timeout=_CALLERS_S)
 
 
-async def _ring(store: AsyncStore, signal: Signal) -> None:
+async def _notify(store: AsyncStore, signal: Signal) -> None:
     with contextlib.suppress(WorkflowError):  # a hint: those who wait look by themselves a little later
         await store.run(signal)
 

@@ -26,7 +26,7 @@ from streamline_pool.protocol.codec import check_text, decode_payload, size_of
 from streamline_pool.protocol.inbox import INBOX_BYTES_MAX, INBOX_MAX
 from streamline_pool.protocol.operations import Command
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
-from streamline_pool.protocol.run_document import SLOTS, check_run_id, misfit, parse_run
+from streamline_pool.protocol.run_document import SLOTS, check_run_id, parse_run, validate_run_document
 from streamline_pool.storage.files import loading_outputs, putting_file
 from streamline_pool.storage.procedures import Procedure
 
@@ -37,7 +37,7 @@ __all__ = [
     "ITEM_BYTES", "HookResult",
     "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "making_run", "pausing_run", "publish_resumed",
     "reading_run",
-    "resuming_run", "rewinding_run", "ringing",
+    "resuming_run", "rewinding_run", "signalling_due",
 ]  # fmt: skip
 
 Document = Mapping[str, Any]
@@ -80,7 +80,7 @@ def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any
 def _reading_live_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
     """The same, for who looks into its steps, waits and inbox as well: they have the shape that the engine relies on."""
     document = yield from reading_run(workflow_id, run_id)
-    reason = None if document["status"] in TERMINAL else misfit(document)
+    reason = None if document["status"] in TERMINAL else validate_run_document(document)
     if reason is not None:
         raise DataCorruptionError(f"run {run_id}: the stored document was changed by another program: {reason}; mend it", run_id=run_id)
     return document
@@ -91,15 +91,15 @@ def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason
     check_run_id(run_id)
     if reason is not None:
         check_text(reason, "cancel: reason")
-    act_id = app.env.new_id()
+    control_id = app.env.new_id()
     while True:
-        document = yield control.cancel_run(workflow_id, run_id, reason, act_id)
+        document = yield control.cancel_run(workflow_id, run_id, reason, control_id)
         if document is None:
             found = yield from reading_run(workflow_id, run_id)
             stored = parse_run(found)
             if not stored.is_terminal:
                 continue  # it changed between the two reads: decide again
-            if found.get("lastAct") != act_id:
+            if found.get("lastAct") != control_id:
                 return (yield from making_run(found))
             document = found  # our own write had landed, its reply was lost
         yield from app._signalling("cancel", runId=run_id)
@@ -113,15 +113,15 @@ def pausing_run(app: Streamline, workflow_id: str | None, run_id: str, reason: s
     check_run_id(run_id)
     if reason is not None:
         check_text(reason, "pause: reason")
-    act_id = app.env.new_id()
+    control_id = app.env.new_id()
 
     def decide(found: Document) -> Command | None:
         if found["status"] in TERMINAL or found.get("paused") is True:
             return None
-        return control.pause_run(workflow_id, run_id, found.get("acts"), reason, act_id)
+        return control.pause_run(workflow_id, run_id, found.get("acts"), reason, control_id)
 
-    document, landed = yield from _acting(workflow_id, run_id, act_id, decide)
-    if landed:
+    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
+    if applied:
         yield from app._signalling("cancel", runId=run_id)  # its holder looks at the database at once, and finds the pause
         app._publish(document, "workflow:paused", reason)
     return (yield from making_run(document))
@@ -140,16 +140,16 @@ def resuming_run(app: Streamline, workflow_id: str | None, run_id: str, payload:
 
 
 def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run]:
-    act_id = app.env.new_id()
+    control_id = app.env.new_id()
 
     def decide(found: Document) -> Command | None:
         if found.get("paused") is not True or found["status"] in TERMINAL:
             return None  # somebody else has resumed or ended it meanwhile
-        return control.unpause_run(workflow_id, run_id, found.get("acts"), act_id)
+        return control.unpause_run(workflow_id, run_id, found.get("acts"), control_id)
 
-    document, landed = yield from _acting(workflow_id, run_id, act_id, decide)
-    if landed:
-        yield from ringing(app, document)
+    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
+    if applied:
+        yield from signalling_due(app, document)
         app._publish(document, "workflow:resumed", None)
     return (yield from making_run(document))
 
@@ -171,7 +171,7 @@ def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, a
                 run_id=run_id,
                 status=document["status"],
             )
-    yield from ringing(app, document)
+    yield from signalling_due(app, document)
     publish_resumed(app, document, step["stepId"], _value(answer))
     return (yield from making_run(document))
 
@@ -200,7 +200,7 @@ def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookR
                 check_not_full(document, size)
             raise _bad_token()
     if answered_step(document, answer_id) is not None:
-        yield from ringing(app, document)
+        yield from signalling_due(app, document)
         publish_resumed(app, document, step["stepId"], _value(answer))
     return HookResult(run_id, (yield from making_run(document)))
 
@@ -248,7 +248,7 @@ def check_not_full(document: Document, size: int) -> None:
 def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id: str) -> Procedure[Run]:
     """Rewind a run; see `Workflow.rewind_to`."""
     check_run_id(run_id)
-    act_id = app.env.new_id()
+    control_id = app.env.new_id()
 
     def decide(found: Document) -> Command:
         step_ids = [step["stepId"] for step in found["steps"]]
@@ -266,20 +266,20 @@ def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id
             )
         lane = f"{found.get('queue', 'default')}/{found['workflowId']}/{found['version']}"
         slot = int(app.env.random() * SLOTS)
-        return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids[place:], lane, slot, act_id)
+        return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids[place:], lane, slot, control_id)
 
-    document, landed = yield from _acting(workflow_id, run_id, act_id, decide)
-    if landed:
+    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
+    if applied:
         yield from app._signalling("cancel", runId=run_id)  # whoever still holds it finds out at once
-        yield from ringing(app, document)
+        yield from signalling_due(app, document)
     return (yield from making_run(document))
 
 
 # --- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _acting(
-    workflow_id: str | None, run_id: str, act_id: str, decide: Callable[[Document], Command | None]
+def controlling(
+    workflow_id: str | None, run_id: str, control_id: str, decide: Callable[[Document], Command | None]
 ) -> Procedure[tuple[dict[str, Any], bool]]:
     """Read the run, act on it as it was found, and say whether that took effect. The stored document either way.
 
@@ -296,21 +296,21 @@ def _acting(
             return document, True
         after = yield from reading_run(workflow_id, run_id)
         kept = after.get("actIds")
-        if after.get("lastAct") == act_id or (isinstance(kept, list) and act_id in kept):
+        if after.get("lastAct") == control_id or (isinstance(kept, list) and control_id in kept):
             return after, True
-        if _acts_of(after) - _acts_of(found) > control.ACTS_KEPT:
+        if _control_count(after) - _control_count(found) > control.CONTROL_IDS_KEPT:
             break  # ours may have been one of those that are kept no more
     raise InvalidStateError(
         f"run {run_id}: others act on it all the time, so what became of this act is unknown; look at it", run_id=run_id
     )
 
 
-def _acts_of(document: Document) -> int:
+def _control_count(document: Document) -> int:
     acts_made = document.get("acts")
     return acts_made if isinstance(acts_made, int) else 0
 
 
-def ringing(app: Streamline, document: Document) -> Procedure[None]:
+def signalling_due(app: Streamline, document: Document) -> Procedure[None]:
     """Have a worker look at a run that has become due."""
     if document.get("wakeAt") is not None:
         yield from app._signalling("due", wakeAt=document["wakeAt"], lane=document.get("lane"), runId=document["_id"], count=1)

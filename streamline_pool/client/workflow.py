@@ -18,14 +18,14 @@ from streamline_pool.domain.model import TERMINAL, Run, RunStatus, seconds
 from streamline_pool.protocol import run_lifecycle, signals
 from streamline_pool.protocol.codec import check_payload, check_text
 from streamline_pool.protocol.run_document import SLOTS, as_stored, check_run_id, make_context, new_run, parse_run
-from streamline_pool.storage.procedures import Listen, Procedure
+from streamline_pool.storage.procedures import AwaitSignal, Procedure
 
 from .run_control import cancelling_run, getting_run, making_run, pausing_run, reading_run, resuming_run, rewinding_run
 
 if TYPE_CHECKING:
     from .app import Streamline
 
-__all__ = ["Workflow", "twins"]
+__all__ = ["Workflow", "sync_and_async"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Driven(Protocol):
     async def _drive_async(self, procedure: Procedure[T], session: Any) -> T: ...
 
 
-def twins(
+def sync_and_async(
     procedure: Callable[Concatenate[S, P], Procedure[T]],
 ) -> tuple[Callable[Concatenate[S, P], T], Callable[Concatenate[S, P], Awaitable[T]]]:
     """The synchronous and the asyncio method of one procedure."""
@@ -165,7 +165,7 @@ class Workflow:
         runs = yield from self._insert([document], looked_up=session is not None)
         return runs[0]
 
-    start, start_async = twins(_proc_start)
+    start, start_async = sync_and_async(_proc_start)
 
     def _proc_start_many(
         self,
@@ -190,7 +190,7 @@ class Workflow:
         documents = [make(input, None, key) for input, key in zip(inputs, keys, strict=True)]
         return (yield from self._insert(documents, looked_up=session is not None))
 
-    start_many, start_many_async = twins(_proc_start_many)
+    start_many, start_many_async = sync_and_async(_proc_start_many)
 
     def _maker(
         self,
@@ -235,7 +235,7 @@ class Workflow:
                 tags=tags,
                 slot=int(env.random() * SLOTS),
                 now=now,
-                act_id=env.new_id(),
+                control_id=env.new_id(),
             )
             return as_stored(document)
 
@@ -315,19 +315,19 @@ class Workflow:
         """The run as stored now, or None. Another workflow's run is as if it did not exist."""
         return (yield from getting_run(self.app, self.id, run_id))
 
-    get, get_async = twins(_proc_get)
+    get, get_async = sync_and_async(_proc_get)
 
     def _proc_cancel(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
         """Refuse all further progress, wherever the run is; its handler's `ctx.signal` fires. A terminal run is returned unchanged."""
         return (yield from cancelling_run(self.app, self.id, run_id, reason))
 
-    cancel, cancel_async = twins(_proc_cancel)
+    cancel, cancel_async = sync_and_async(_proc_cancel)
 
     def _proc_pause(self, run_id: str, *, reason: str | None = None) -> Procedure[Run]:
         """Start no further step until `resume`; the step in progress is finished and stored. A terminal run is returned unchanged."""
         return (yield from pausing_run(self.app, self.id, run_id, reason))
 
-    pause, pause_async = twins(_proc_pause)
+    pause, pause_async = sync_and_async(_proc_pause)
 
     def _proc_resume(self, run_id: str, payload: Any = None) -> Procedure[Run]:
         """Answer the wait that the run is in: the payload becomes the step's output. A paused run is only un-paused.
@@ -337,7 +337,7 @@ class Workflow:
         """
         return (yield from resuming_run(self.app, self.id, run_id, payload))
 
-    resume, resume_async = twins(_proc_resume)
+    resume, resume_async = sync_and_async(_proc_resume)
 
     def _proc_rewind_to(self, run_id: str, step_id: str) -> Procedure[Run]:
         """Bring that step and all later ones back to pending and the run into the queue, whatever it is doing now.
@@ -346,7 +346,7 @@ class Workflow:
         """
         return (yield from rewinding_run(self.app, self.id, run_id, step_id))
 
-    rewind_to, rewind_to_async = twins(_proc_rewind_to)
+    rewind_to, rewind_to_async = sync_and_async(_proc_rewind_to)
 
     def _proc_wait_for(
         self, run_id: str, *, timeout: float | timedelta | None = None, poll_interval: float | timedelta = 1.0
@@ -369,9 +369,9 @@ class Workflow:
                 return (yield from making_run(document))
             if until is not None and clock.monotonic() >= until:
                 raise TimeoutError(f"run {run_id} is still {run.status} after {timeout} s, at step {run.current_step_id}")
-            yield Listen(tail, poll_s)
+            yield AwaitSignal(tail, poll_s)
 
-    wait_for, wait_for_async = twins(_proc_wait_for)
+    wait_for, wait_for_async = sync_and_async(_proc_wait_for)
 
     def execute(self, run_id: str) -> Run:
         """Claim the run and drive it here to its next stop: terminal, wait, sleep, back-off or pause.

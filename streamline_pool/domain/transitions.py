@@ -25,9 +25,8 @@ __all__ = [
     "decide_entry",
     "fail_run",
     "finish",
-    "give_back",
-    "look_found",
     "park",
+    "release",
     "skip",
     "sleep",
     "step_failed",
@@ -35,6 +34,7 @@ __all__ = [
     "time_out",
     "under_pause",
     "wait",
+    "wait_answered",
     "wake",
     "without_grant",
 ]
@@ -258,7 +258,7 @@ def _answered(change: Change, place: int, answer_id: Any) -> Change:
     return change._replace(steps={**change.steps, place: {**change.steps[place], "answer": answer_id}})
 
 
-def look_found(document: Document, definition: Definition, place: int, item: Mapping[str, Any], now: datetime) -> Change:
+def wait_answered(document: Document, definition: Definition, place: int, item: Mapping[str, Any], now: datetime) -> Change:
     """A waiting run has found what it waits for: in its inbox, or among the events that were sent to all."""
     change = _resumed(document, definition, place, item.get("data"), now)
     if "_id" in item:  # sent to all
@@ -316,7 +316,7 @@ def fail_run(document: Document, place: int, failure: Failure, now: datetime, *,
     return Change("fail", fields, {place: failed}, events, releases=True, unset=("awaits",) if "awaits" in document else ())
 
 
-def give_back(document: Document, place: int, now: datetime, *, entered: bool) -> Change:
+def release(document: Document, place: int, now: datetime, *, entered: bool) -> Change:
     """Nothing is known to have failed: claimable again at once, by anyone, uncounted (drain, second INT).
 
     Not `entered`: the attempt that the claim counted has not taken place.

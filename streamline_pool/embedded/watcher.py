@@ -87,7 +87,7 @@ class _Watcher:
                     return
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
-                    self._obey(*line.decode().split())
+                    self._on_message(*line.decode().split())
 
     def end(self) -> None:
         """Stop mongod, however it was left: cleanly, unless its data is temporary and removed with it."""
@@ -95,7 +95,7 @@ class _Watcher:
         if self._plan["temporary"]:
             shutil.rmtree(self._data_dir, ignore_errors=True)
 
-    def _obey(self, order: str, argument: str = "") -> None:
+    def _on_message(self, order: str, argument: str = "") -> None:
         match order:
             case "start":
                 self._start(int(argument))

@@ -22,10 +22,10 @@ from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import Store
 
 from .attempt import Attempt
-from .group_commit import Verdict, judge, refusal
+from .group_commit import WriteOutcome, refusal, resolve_write
 from .hooks import hash_token, make_token
 
-__all__ = ["STATEMENT_BYTES", "Flight", "Observer"]
+__all__ = ["STATEMENT_BYTES", "ActiveRun", "Observer"]
 
 _SAVE_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
 _HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
@@ -35,20 +35,20 @@ STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: some 45
 class Observer(Protocol):
     """Who is told what happens to the runs in flight, in the loop's thread."""
 
-    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
+    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """A run was given up, to be claimed again from that instant on."""
 
-    def landed(self, run_id: str, status: str) -> None:
+    def on_finished(self, run_id: str, status: str) -> None:
         """A run is through with this process; its stored status as far as known here."""
 
     def store_answered(self, ok: bool) -> None:
         """A command to the database succeeded or failed."""
 
-    def stuck(self, what: str) -> None:
+    def on_stuck(self, what: str) -> None:
         """A handler goes on after its attempt is over and cannot be stopped."""
 
 
-class Ground(Protocol):
+class EnginePort(Protocol):
     """What a flight needs of its engine."""
 
     env: Env
@@ -57,7 +57,7 @@ class Ground(Protocol):
 
     def blocking_store(self) -> Store: ...
 
-    async def write(self, statement: Statement) -> Verdict: ...
+    async def write(self, statement: Statement) -> WriteOutcome: ...
 
     def now(self) -> datetime: ...
 
@@ -66,28 +66,28 @@ class Ground(Protocol):
     def publish(self, document: Document, events: tuple[tuple[str, str | None, Any], ...]) -> None: ...
 
 
-class Flight:
+class ActiveRun:
     """One claimed run, from the claim's read-back to the write that gives it up."""
 
     __slots__ = (
-        "_ground",
+        "_engine",
         "attempt",
         "blocking_save",
         "deadline",
         "definition",
         "document",
         "lease_id",
-        "leaving",
         "lost",
         "outputs",
         "place",
+        "release_requested",
         "renew_now",
         "saving",
         "task",
     )
 
-    def __init__(self, ground: Ground, definition: Definition, document: Document, lease_id: str, deadline: float) -> None:
-        self._ground = ground
+    def __init__(self, engine: EnginePort, definition: Definition, document: Document, lease_id: str, deadline: float) -> None:
+        self._engine = engine
         self.definition = definition
         self.document = document
         self.lease_id = lease_id
@@ -97,7 +97,7 @@ class Flight:
         self.outputs: dict[str, Any] = {}  # by file id: outputs that the document only refers to, once somebody may want them
         self.place = 0  # of the step at hand
         self.renew_now = False
-        self.leaving = False  # no further step is to be entered here
+        self.release_requested = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
         self.saving: asyncio.Future[None] | None = None  # a checkpoint or hook under way: no other write may be sent
         self.blocking_save = threading.Lock()  # held while one is under way on a thread
@@ -125,10 +125,10 @@ class Flight:
 
     def save_hook(self, reason: str, expires_s: float | None) -> str:
         """See context.Port."""
-        token = make_token(self.run_id, self._ground.env.new_secret())
+        token = make_token(self.run_id, self._engine.env.new_secret())
         hook: dict[str, Any] = {"hash": hash_token(token), "gen": self.document.get("waitGen", 0) + 1, "reason": reason}
         if expires_s is not None:
-            hook["expiresAt"] = self._ground.now() + timedelta(milliseconds=round(expires_s * 1000))
+            hook["expiresAt"] = self._engine.now() + timedelta(milliseconds=round(expires_s * 1000))
         # Those of earlier attempts stay good: somebody may hold one of them.
         self._save("hooks", lambda: [*self.document["steps"][self.place].get("hooks", ()), hook], _HOOK_BYTES)
         return token
@@ -138,34 +138,34 @@ class Flight:
 
         The threads of an `async def` handler take the same way: waiting for a loop that waits for them would be for ever.
         """
-        if not self.definition.steps[self.place].is_async and threading.get_ident() != self._ground.loop_thread:
-            asyncio.run_coroutine_threadsafe(self._save_in_group(field, value, size), self._ground.loop).result()
+        if not self.definition.steps[self.place].is_async and threading.get_ident() != self._engine.loop_thread:
+            asyncio.run_coroutine_threadsafe(self._save_in_group(field, value, size), self._engine.loop).result()
             return
         with self.blocking_save:
             self._check_at_work()
             saved = value()
             statement = self._statement(field, saved, size)
             try:
-                verdict = self._ground.blocking_store().drive(_write_alone(statement))
+                outcome = self._engine.blocking_store().drive(_write_alone(statement))
             except StoreUnavailableError:
                 self.lost = "lease-lost"  # whether it landed is unknown, so nothing more may be sent for this run
                 raise
-            self._save_landed(verdict, field, saved)
+            self._save_landed(outcome, field, saved)
 
     async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
         while self.saving is not None:
             await self.saving
         self._check_at_work()
-        done = self.saving = self._ground.loop.create_future()
+        done = self.saving = self._engine.loop.create_future()
         try:
             saved = value()
-            self._save_landed(await self._ground.write(self._statement(field, saved, size)), field, saved)
+            self._save_landed(await self._engine.write(self._statement(field, saved, size)), field, saved)
         finally:
             self.saving = None
             done.set_result(None)
 
     def _statement(self, field: str, value: Any, size: int) -> Statement:
-        return commits.save_in_step(self.fence(), self.place, field, value, self._ground.now(), size + STATEMENT_BYTES)
+        return commits.save_in_step(self.fence(), self.place, field, value, self._engine.now(), size + STATEMENT_BYTES)
 
     def _check_at_work(self) -> None:
         if self.lost is not None:
@@ -180,10 +180,10 @@ class Flight:
         while self.blocking_save.locked():
             await asyncio.sleep(_SAVE_POLL_S)
 
-    def _save_landed(self, verdict: Verdict, field: str, value: Any) -> None:
-        if verdict not in (Verdict.LANDED, Verdict.LANDED_BY_READ):
+    def _save_landed(self, outcome: WriteOutcome, field: str, value: Any) -> None:
+        if outcome not in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
             self.lost = self.lost or "lease-lost"
-            self._ground.loop.call_soon_threadsafe(self.abort, "lease-lost")
+            self._engine.loop.call_soon_threadsafe(self.abort, "lease-lost")
             raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; the step's {field} was not stored", run_id=self.run_id)
         self.document["rev"] += 1
         self.document["steps"][self.place][field] = value
@@ -191,22 +191,22 @@ class Flight:
     def heartbeat(self) -> None:
         """See context.Port."""
         self.renew_now = True
-        self._ground.loop.call_soon_threadsafe(self._ground.renew_soon)
+        self._engine.loop.call_soon_threadsafe(self._engine.renew_soon)
 
     def emit(self, name: str, data: Any) -> None:
         """See context.Port."""
-        self._ground.publish(self.document, ((name, self.document["currentStepId"], data),))
+        self._engine.publish(self.document, ((name, self.document["currentStepId"], data),))
 
 
-def _write_alone(statement: Statement) -> Procedure[Verdict]:
+def _write_alone(statement: Statement) -> Procedure[WriteOutcome]:
     """One fenced write outside the group, with its verdict; unknown outcomes are read, then repeated."""
     while True:
         reply = yield commits.write_statements([statement])
         if reply["n"] == 1:
-            return Verdict.LANDED
+            return WriteOutcome.COMMITTED
         found = yield commits.read_fences([statement.fence.run_id])
-        verdict = judge(statement, found[0] if found else None)
-        if verdict is not None:
-            return verdict
+        outcome = resolve_write(statement, found[0] if found else None)
+        if outcome is not None:
+            return outcome
         if reply.get("writeErrors"):
             raise refusal(statement, reply["writeErrors"][0])

@@ -19,7 +19,7 @@ from streamline_pool.domain.definition import Handler, StepDefinition
 from streamline_pool.domain.errors import ErrorCode, NonRetriableError, ValidationError
 from streamline_pool.domain.transitions import Failure
 
-from .context import Context, Ending, current_signal
+from .context import Context, Suspension, current_signal
 
 __all__ = ["Attempt", "Kind", "Outcome", "failure_of", "timeout_failure"]
 
@@ -46,7 +46,7 @@ class Kind(Enum):
 
     RETURNED = "returned"  # value: its output
     RAISED = "raised"  # value: the exception, of any kind
-    ENDED = "ended"  # value: the `Ending` that ctx.sleep or its kin raised
+    SUSPENDED = "ended"  # value: the `Ending` that ctx.sleep or its kin raised
     ABANDONED = "abandoned"  # it was told to stop and has not; value: None
 
 
@@ -96,8 +96,8 @@ class Attempt:
         assert task is not None, "drivers are tasks"
         try:
             outcome = Outcome(Kind.RETURNED, await handler(self.context))
-        except Ending as ending:
-            outcome = Outcome(Kind.ENDED, ending)
+        except Suspension as suspension:
+            outcome = Outcome(Kind.SUSPENDED, suspension)
         except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
             outcome = Outcome(Kind.RAISED, exc)
         if _forks != self._forks:
@@ -156,8 +156,8 @@ def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
     try:
         value = handler(context)
         outcome = Outcome(Kind.RETURNED, value)
-    except Ending as ending:
-        outcome = Outcome(Kind.ENDED, ending)
+    except Suspension as suspension:
+        outcome = Outcome(Kind.SUSPENDED, suspension)
     except BaseException as exc:  # noqa: BLE001 -- as above
         outcome = Outcome(Kind.RAISED, exc)
     finally:
@@ -171,8 +171,8 @@ def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
 def failure_of(exc: BaseException) -> Failure:
     """A raised exception in words that can be stored."""
     code, retriable = ErrorCode.STEP_FAILED, True
-    if isinstance(exc, Ending):
-        return Failure(ErrorCode.VALIDATION_ERROR, "a condition cannot sleep or wait, only its step's handler can", "Ending", "", False)
+    if isinstance(exc, Suspension):
+        return Failure(ErrorCode.VALIDATION_ERROR, "a condition cannot sleep or wait, only its step's handler can", "Suspension", "", False)
     if isinstance(exc, ValidationError):
         code, retriable = exc.code, False
     elif isinstance(exc, NonRetriableError):

@@ -21,25 +21,25 @@ from streamline_pool.events.bus import ENGINE_EVENTS
 from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 
-__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "Ending", "SleepEnding", "WaitEnding", "check_event_name", "current_signal"]
+__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "SleepSuspension", "Suspension", "WaitSuspension", "check_event_name", "current_signal"]
 
 log = logging.getLogger("streamline_pool.handler")
 
 WAIT_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime` arithmetic is what ends
 
 
-class Ending(BaseException):
+class Suspension(BaseException):
     """Raised by `ctx.sleep` and its kin to leave the handler. Not an `Exception`, so `except Exception` lets it pass."""
 
 
-class SleepEnding(Ending):
+class SleepSuspension(Suspension):
     """The handler is through; its step is done `seconds` from now."""
 
     def __init__(self, delay_s: float) -> None:
         self.delay_s = delay_s
 
 
-class WaitEnding(Ending):
+class WaitSuspension(Suspension):
     """The handler is through; its step is done when somebody answers, or when `timeout_s` seconds have passed."""
 
     def __init__(self, waiting_for: Mapping[str, Any], timeout_s: float | None) -> None:
@@ -188,7 +188,6 @@ class Context:
         "_closed",
         "_context",
         "_document",
-        "_ending",
         "_has_hook",
         "_input",
         "_outputs",
@@ -196,6 +195,7 @@ class Context:
         "_port",
         "_sets",
         "_sets_bytes",
+        "_suspension",
         "attempt",
         "signal",
         "step_id",
@@ -211,7 +211,7 @@ class Context:
         self._port = port
         self._sets: dict[str, Any] = {}
         self._sets_bytes = 0  # an upper bound: a key set twice counts twice
-        self._ending: Ending | None = None
+        self._suspension: Suspension | None = None
         self._has_hook = False  # made by this attempt
         self._closed = False
         self.step_id: str = step["stepId"]
@@ -271,7 +271,7 @@ class Context:
 
     def sleep(self, delay: float | timedelta) -> NoReturn:
         """End this handler; its step is done after that time, and the handler is not called again. Outlives every restart."""
-        self._end(SleepEnding(_bounded(delay, "ctx.sleep", zero_ok=True)))
+        self._end(SleepSuspension(_bounded(delay, "ctx.sleep", zero_ok=True)))
 
     def wait(self, reason: str, data: Any = None, *, timeout: float | timedelta | None = None) -> NoReturn:
         """End this handler; its step is done when somebody answers, by `Workflow.resume` or by the hook made before.
@@ -284,7 +284,7 @@ class Context:
         if data is not None:
             wanted["data"], size = as_payload(data, "wait.data")
             self._sets_bytes += size
-        self._end(WaitEnding(wanted, None if timeout is None else _bounded(timeout, "ctx.wait: timeout")))
+        self._end(WaitSuspension(wanted, None if timeout is None else _bounded(timeout, "ctx.wait: timeout")))
 
     def wait_for(self, event_name: str, *, timeout: float | timedelta | None = None) -> NoReturn:
         """End this handler; its step is done when an event of that name comes, by `app.send_event`, or has come already.
@@ -294,7 +294,7 @@ class Context:
         self._check_open()
         name = check_event_name(event_name, "ctx.wait_for")
         wanted = {"type": "event", "reason": f"event {name}", "eventName": name}
-        self._end(WaitEnding(wanted, None if timeout is None else _bounded(timeout, "ctx.wait_for: timeout")))
+        self._end(WaitSuspension(wanted, None if timeout is None else _bounded(timeout, "ctx.wait_for: timeout")))
 
     def _add_hook(self, reason: str, expires_s: float | None) -> str:
         """Store a hook; see hooks.create_hook."""
@@ -310,10 +310,10 @@ class Context:
     def _hooks(self) -> Any:
         return self._document["steps"][self._place].get("hooks")
 
-    def _end(self, ending: Ending) -> NoReturn:
+    def _end(self, suspension: Suspension) -> NoReturn:
         self._check_open()
-        self._ending = self._ending or ending
-        raise self._ending
+        self._suspension = self._suspension or suspension
+        raise self._suspension
 
     def heartbeat(self) -> None:
         """Renew the lease now. Never needed for a step to live long (renewal is automatic); a sign of life for `runs show`."""

@@ -23,19 +23,19 @@ from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableE
 from streamline_pool.domain.model import StepStatus
 from streamline_pool.domain.transitions import Change
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
-from streamline_pool.events.publisher import Broadcaster
+from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol import commits, durable_events, recovery
 from streamline_pool.protocol.codec import check_payload, decode_payload
 from streamline_pool.protocol.operations import Statement
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, external_ids, is_external
-from streamline_pool.protocol.run_document import misfit
+from streamline_pool.protocol.run_document import validate_run_document
 from streamline_pool.storage.files import putting_file, reading_outputs
 from streamline_pool.storage.store import AsyncStore, Store
 
-from .active_run import STATEMENT_BYTES, Flight, Observer
+from .active_run import STATEMENT_BYTES, ActiveRun, Observer
 from .attempt import Attempt, Kind, Outcome, failure_of
 from .context import AbortSignal, Context
-from .group_commit import GroupCommitter, Verdict
+from .group_commit import GroupCommitter, WriteOutcome
 from .leases import LeaseKeeper
 from .outcomes import Decided, Moment, allowed, change_after, damaged, failed, version_mismatch
 from .run_cache import RunCache, RunNote
@@ -66,7 +66,7 @@ class Engine:
         env: Env,
         definition_of: Callable[[Mapping[str, Any]], Definition | None],
         events: EventBus,
-        broadcast: Broadcaster,
+        broadcast: EventPublisher,
         lease_s: float,
         threads_max: int,
         observer: Observer,
@@ -75,7 +75,7 @@ class Engine:
         self.blocking_store = blocking_store
         self.env = env
         self.cache = RunCache()
-        self.flights: dict[str, Flight] = {}
+        self.active_runs: dict[str, ActiveRun] = {}
         self.draining = False
         self.steps_total = 0
         self._definition_of = definition_of
@@ -85,7 +85,7 @@ class Engine:
         self._committer = GroupCommitter(store, env, observer.store_answered)
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
         self._threads = ThreadPoolExecutor(max_workers=2 * threads_max + 8, thread_name_prefix="streamline-handler")
-        self.leases = LeaseKeeper(store, env, self.flights, lease_s, observer)
+        self.leases = LeaseKeeper(store, env, self.active_runs, lease_s, observer)
         self._reports: set[asyncio.Task[None]] = set()
         self._closed = False
         self._empty = asyncio.Event()
@@ -103,9 +103,9 @@ class Engine:
         """Stop. Runs still in flight are left to the expiry of their leases; drain first to give them back."""
         self._closed = True
         await self.leases.close()
-        for flight in list(self.flights.values()):
-            if flight.task is not None:
-                flight.task.cancel()
+        for active in list(self.active_runs.values()):
+            if active.task is not None:
+                active.task.cancel()
         await self._committer.close()
         await self.broadcast.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -114,7 +114,7 @@ class Engine:
 
     def admit(self, document: dict[str, Any], deadline: float) -> asyncio.Task[None]:
         """Drive a claimed run. The task ends when the run is parked, terminal, given back or lost; it never raises."""
-        reason = misfit(document)
+        reason = validate_run_document(document)
         definition = self._definition_of(document) if reason is None else None
         run_id = document["_id"]
         if definition is None:
@@ -122,12 +122,12 @@ class Engine:
             self._reports.add(task)  # a task that nobody refers to may be collected
             task.add_done_callback(self._reports.discard)
             return task
-        flight = Flight(self, definition, document, document["lease"]["id"], deadline)
-        self.flights[run_id] = flight
+        active = ActiveRun(self, definition, document, document["lease"]["id"], deadline)
+        self.active_runs[run_id] = active
         self._empty.clear()
         self.cache.put(run_id, RunNote(document["version"], document["token"], deadline, True))
-        flight.task = self.loop.create_task(self._fly(flight))
-        return flight.task
+        active.task = self.loop.create_task(self._run_task(active))
+        return active.task
 
     async def _report_corrupt(self, run_id: str, reason: str) -> None:
         log.error("run_corrupt", extra={"run_id": run_id, "reason": reason})
@@ -138,122 +138,122 @@ class Engine:
 
     # --- driving ---------------------------------------------------------------------------------------------------
 
-    async def _fly(self, flight: Flight, change: Change | None = None) -> None:
+    async def _run_task(self, active: ActiveRun, change: Change | None = None) -> None:
         try:
-            if change is None or await self._store(flight, change):
-                await self._drive(flight, resumed=change is not None)
+            if change is None or await self._store(active, change):
+                await self._drive(active, resumed=change is not None)
         except _SupersededError:
             return
         except asyncio.CancelledError:
             if self._closed:
                 raise
             # Somebody kept the task that ran a handler and cancelled it too late: as bad as a defect of ours, and no worse.
-            log.warning("driver_cancelled", extra={"run_id": flight.run_id})
+            log.warning("driver_cancelled", extra={"run_id": active.run_id})
         except Exception:
             # A defect of ours: the run is not wedged by it, since a lease that is not renewed expires.
-            log.exception("drive_failed", extra={"run_id": flight.run_id})
-            self.publish(flight.document, (("engine:error", None, {"run_id": flight.run_id}),))
-        self._leave(flight)
+            log.exception("drive_failed", extra={"run_id": active.run_id})
+            self.publish(active.document, (("engine:error", None, {"run_id": active.run_id}),))
+        self._detach(active)
 
-    def _leave(self, flight: Flight) -> None:
-        if self.flights.get(flight.run_id) is flight:  # else the run has been claimed again, here, in the meantime
-            del self.flights[flight.run_id]
-        self.cache.put(flight.run_id, RunNote(flight.document["version"], flight.document["token"], flight.deadline, False))
-        if not self.flights:
+    def _detach(self, active: ActiveRun) -> None:
+        if self.active_runs.get(active.run_id) is active:  # else the run has been claimed again, here, in the meantime
+            del self.active_runs[active.run_id]
+        self.cache.put(active.run_id, RunNote(active.document["version"], active.document["token"], active.deadline, False))
+        if not self.active_runs:
             self._empty.set()
-        self._observer.landed(flight.run_id, flight.document["status"] if flight.lost is None else "lost")
+        self._observer.on_finished(active.run_id, active.document["status"] if active.lost is None else "lost")
 
-    def _stuck(self, flight: Flight, attempt: Attempt, what: str) -> None:
+    def _on_stuck_handler(self, active: ActiveRun, attempt: Attempt, what: str) -> None:
         """A handler does not end. A thread leaves its driver free; a coroutine holds its driver, so a new one goes on."""
-        self._observer.stuck(what)
-        if attempt.settled is not None or flight.attempt is not attempt:
+        self._observer.on_stuck(what)
+        if attempt.settled is not None or active.attempt is not attempt:
             return
         attempt.context._close()
-        flight.attempt = None
-        decided = self._change_after(flight, flight.place, attempt.context, Outcome(Kind.ABANDONED, None))
+        active.attempt = None
+        decided = self._change_after(active, active.place, attempt.context, Outcome(Kind.ABANDONED, None))
         if decided is None:
-            self._leave(flight)
+            self._detach(active)
         else:
-            flight.task = self.loop.create_task(self._fly(flight, decided.change))
+            active.task = self.loop.create_task(self._run_task(active, decided.change))
 
-    async def _drive(self, flight: Flight, resumed: bool) -> None:
-        if not resumed and self._listening():
-            self._publish_claimed(flight)
-        misplaced = version_mismatch(flight.document, flight.definition, self.store.now())
+    async def _drive(self, active: ActiveRun, resumed: bool) -> None:
+        if not resumed and self._has_subscribers():
+            self._publish_claimed(active)
+        misplaced = version_mismatch(active.document, active.definition, self.store.now())
         if misplaced is not None:
-            await self._store(flight, misplaced)
+            await self._store(active, misplaced)
             return
-        if flight.document.get("paused") is True:
+        if active.document.get("paused") is True:
             # Paused between the claim's update and its read-back: given up at once.
-            place = transitions.current_place(flight.document) or 0
-            await self._store(flight, transitions.give_back(flight.document, place, self.store.now(), entered=False))
+            place = transitions.current_place(active.document) or 0
+            await self._store(active, transitions.release(active.document, place, self.store.now(), entered=False))
             return
         while True:
-            decided = await self._next_change(flight)
-            if decided is None or not await self._store_decided(flight, decided):
+            decided = await self._next_change(active)
+            if decided is None or not await self._store_decided(active, decided):
                 return
 
-    async def _next_change(self, flight: Flight) -> Decided | None:
+    async def _next_change(self, active: ActiveRun) -> Decided | None:
         """The next transition of a run; None when the run is no longer ours."""
-        document = flight.document
+        document = active.document
         place = transitions.current_place(document)
         now = self.store.now()
         if place is None:
             return Decided(transitions.finish(document, now))
-        flight.place = place
+        active.place = place
         stored = document["steps"][place]
         if stored["status"] == StepStatus.WAITING.value:
-            change = await self._end_wait(flight, place, stored["waitingFor"])
+            change = await self._end_wait(active, place, stored["waitingFor"])
             # What has been found is stored as the step's output, and once more as the run's if this is the last one.
             size = 2 * check_payload(change.steps[place]["output"], "output") if change.name == "look" else 0
             return Decided(change, size)
-        if self.draining or flight.leaving:
-            return Decided(transitions.give_back(document, place, now, entered=False))
-        if flight.lost is not None:
+        if self.draining or active.release_requested:
+            return Decided(transitions.release(document, place, now, entered=False))
+        if active.lost is not None:
             return None
         try:
-            await self._load_outputs(flight)
+            await self._load_outputs(active)
         except DataCorruptionError as exc:
             return Decided(damaged(document, place, exc, now))
-        if self.env.clock.monotonic() >= flight.deadline:
+        if self.env.clock.monotonic() >= active.deadline:
             # Looked at immediately before a handler may be entered: past the deadline another worker may hold the run.
             # If nobody does, it is given back; the write's fence sees to that.
-            log.warning("lease_ran_out", extra={"run_id": flight.run_id})
-            return Decided(transitions.give_back(document, place, now, entered=False))
-        step = flight.definition.steps[place]
+            log.warning("lease_ran_out", extra={"run_id": active.run_id})
+            return Decided(transitions.release(document, place, now, entered=False))
+        step = active.definition.steps[place]
         if step.is_conditional and not stored.get("decided"):
-            return Decided(await self._decide_entry(flight, step, place))
-        return await self._attempt(flight, step, place)
+            return Decided(await self._decide_entry(active, step, place))
+        return await self._attempt(active, step, place)
 
-    async def _load_outputs(self, flight: Flight) -> None:
+    async def _load_outputs(self, active: ActiveRun) -> None:
         """Have at hand what the run's document only refers to: handlers and conditions may ask for any earlier output."""
-        missing = [file_id for file_id in external_ids(flight.document) if file_id not in flight.outputs]
+        missing = [file_id for file_id in external_ids(active.document) if file_id not in active.outputs]
         while missing:
             try:
-                flight.outputs |= await self.store.drive(reading_outputs(flight.document, missing))
+                active.outputs |= await self.store.drive(reading_outputs(active.document, missing))
                 return
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
 
-    async def _end_wait(self, flight: Flight, place: int, waiting_for: Mapping[str, Any]) -> Change:
+    async def _end_wait(self, active: ActiveRun, place: int, waiting_for: Mapping[str, Any]) -> Change:
         """A run that waits was claimed, or has just begun to wait for an event: has its wait ended? Its handler is through."""
-        document, definition = flight.document, flight.definition
+        document, definition = active.document, active.definition
         if waiting_for["type"] == "timer":
             return transitions.wake(document, definition, place, self.store.now())
         if waiting_for["type"] == "event":
             # Looked up first, whoever claimed the run and why: no broadcast may be missed for a deadline or a crash.
             name = waiting_for["eventName"]
-            found = transitions.arrived(document, {"name": name}) or await self._find_event(flight, name)
+            found = transitions.arrived(document, {"name": name}) or await self._find_event(active, name)
             if found is not None:
-                return transitions.look_found(document, definition, place, found, self.store.now())
+                return transitions.wait_answered(document, definition, place, found, self.store.now())
         now, expires_at = self.store.now(), waiting_for.get("expiresAt")
         if expires_at is not None and expires_at <= now:
             return transitions.time_out(document, definition, place, now)
         return transitions.park(document, place)
 
-    async def _find_event(self, flight: Flight, name: str) -> Mapping[str, Any] | None:
+    async def _find_event(self, active: ActiveRun, name: str) -> Mapping[str, Any] | None:
         """An event that was sent to all since the run exists, and that it has not had."""
-        document = flight.document
+        document = active.document
         while True:
             try:
                 found = await self.store.run(durable_events.find_event_for(name, document.get("bornAt"), document.get("seen") or ()))
@@ -261,159 +261,159 @@ class Engine:
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
 
-    async def _decide_entry(self, flight: Flight, step: StepDefinition, place: int) -> Change:
-        context = Context(flight.document, place, AbortSignal(), flight, flight.outputs)
+    async def _decide_entry(self, active: ActiveRun, step: StepDefinition, place: int) -> Change:
+        context = Context(active.document, place, AbortSignal(), active, active.outputs)
         try:
-            enter = await allowed(step, context, flight.document, flight.outputs)
+            enter = await allowed(step, context, active.document, active.outputs)
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._closed:
                 raise
-            return failed(flight.document, step, place, failure_of(exc), self._moment())
+            return failed(active.document, step, place, failure_of(exc), self._moment())
         if enter:
-            return transitions.decide_entry(flight.document, place)
-        return transitions.skip(flight.document, flight.definition, place, context._sets, self.store.now())
+            return transitions.decide_entry(active.document, place)
+        return transitions.skip(active.document, active.definition, place, context._sets, self.store.now())
 
-    async def _attempt(self, flight: Flight, step: StepDefinition, place: int) -> Decided | None:
-        context = Context(flight.document, place, AbortSignal(), flight, flight.outputs)
-        attempt = flight.attempt = Attempt(self.loop, context, functools.partial(self._stuck, flight))
-        if self._listening():
-            self.publish(flight.document, (("step:started", step.id, {"attempt": context.attempt}),))
+    async def _attempt(self, active: ActiveRun, step: StepDefinition, place: int) -> Decided | None:
+        context = Context(active.document, place, AbortSignal(), active, active.outputs)
+        attempt = active.attempt = Attempt(self.loop, context, functools.partial(self._on_stuck_handler, active))
+        if self._has_subscribers():
+            self.publish(active.document, (("step:started", step.id, {"attempt": context.attempt}),))
         outcome = await attempt.run(step, self._threads)
-        if flight.attempt is not attempt:
+        if active.attempt is not attempt:
             raise _SupersededError  # the run went on without this handler, and with another driver
         context._close()
-        flight.attempt = None
+        active.attempt = None
         self.steps_total += 1
         self.env.probe("handler.after")
-        return self._change_after(flight, place, context, outcome)
+        return self._change_after(active, place, context, outcome)
 
-    def _change_after(self, flight: Flight, place: int, context: Context, outcome: Outcome) -> Decided | None:
+    def _change_after(self, active: ActiveRun, place: int, context: Context, outcome: Outcome) -> Decided | None:
         """What an attempt's outcome means for the run; None if that is no longer ours to say."""
-        if flight.lost is not None or self._closed:
+        if active.lost is not None or self._closed:
             return None
-        return change_after(flight.document, flight.definition, place, context, outcome, self._moment())
+        return change_after(active.document, active.definition, place, context, outcome, self._moment())
 
     def _moment(self) -> Moment:
         return Moment(self.store.now(), self.env.random(), self.env.new_id)
 
     # --- storing ---------------------------------------------------------------------------------------------------
 
-    async def _store_decided(self, flight: Flight, decided: Decided) -> bool:
+    async def _store_decided(self, active: ActiveRun, decided: Decided) -> bool:
         """As `_store`; a large output goes into its file first, so that nothing ever refers to a file that is not there."""
         if decided.file is None:
-            return await self._store(flight, decided.change, decided.size)
+            return await self._store(active, decided.change, decided.size)
         file = decided.file
         while True:
             try:
-                await self.store.drive(putting_file(file.id, file.content, flight.run_id))
+                await self.store.drive(putting_file(file.id, file.content, active.run_id))
                 break
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
             except ValidationError as exc:
-                step = flight.definition.steps[flight.place]
-                return await self._store(flight, failed(flight.document, step, flight.place, failure_of(exc), self._moment()))
-        flight.outputs[file.id] = decode_payload(file.content)
+                step = active.definition.steps[active.place]
+                return await self._store(active, failed(active.document, step, active.place, failure_of(exc), self._moment()))
+        active.outputs[file.id] = decode_payload(file.content)
         # Should the commit find the run lost, the file stays until the run is deleted: the write may have landed before.
-        return await self._store(flight, decided.change, decided.size)
+        return await self._store(active, decided.change, decided.size)
 
-    async def _store(self, flight: Flight, change: Change, size: int = 0) -> bool:
+    async def _store(self, active: ActiveRun, change: Change, size: int = 0) -> bool:
         """Make a transition durable. True if the run is still ours and goes on."""
-        if (self.draining or flight.leaving) and change.name == "advance":
+        if (self.draining or active.release_requested) and change.name == "advance":
             # The next step would not be entered here: leave it to whoever claims the run, in this same write.
-            change = transitions.without_grant(flight.document, change, self.store.now())
+            change = transitions.without_grant(active.document, change, self.store.now())
         first, twin = change, False
-        await flight.saves_done()
+        await active.saves_done()
         while True:
-            if self._listening():
-                await self._load_told(flight, change)
+            if self._has_subscribers():
+                await self._load_told(active, change)
             now = self.store.now()
             make = commits.commit_under_pause if twin else commits.commit
             self.env.probe("commit.before")
             try:
-                statement = make(flight.fence(), change, now, size + STATEMENT_BYTES)
+                statement = make(active.fence(), change, now, size + STATEMENT_BYTES)
                 verdict = await self._committer.write(statement, express=change.name == "wake")
             except ValidationError as exc:
                 if change.name == "fail":
-                    return await self._fail_barely(flight, exc)
-                step = flight.definition.steps[flight.place]
-                change = first = failed(flight.document, step, flight.place, failure_of(exc), self._moment())
+                    return await self._fail_minimal(active, exc)
+                step = active.definition.steps[active.place]
+                change = first = failed(active.document, step, active.place, failure_of(exc), self._moment())
                 continue
             self.env.probe("commit.after")
-            if verdict is Verdict.LANDED or verdict is Verdict.LANDED_BY_READ:
-                return await self._landed(flight, change, verdict)
-            if verdict is Verdict.FENCED:
-                flight.lost = flight.lost or "lease-lost"
-                log.info("run_fenced", extra={"run_id": flight.run_id, "change": change.name})
+            if verdict is WriteOutcome.COMMITTED or verdict is WriteOutcome.COMMITTED_BY_READ:
+                return await self._committed(active, change, verdict)
+            if verdict is WriteOutcome.FENCED:
+                active.lost = active.lost or "lease-lost"
+                log.info("run_fenced", extra={"run_id": active.run_id, "change": change.name})
                 return False
-            if verdict is Verdict.NOT_YET:
-                change = first = transitions.park(flight.document, flight.place)
-            elif verdict is Verdict.ARRIVED:
+            if verdict is WriteOutcome.NOT_YET:
+                change = first = transitions.park(active.document, active.place)
+            elif verdict is WriteOutcome.ARRIVED:
                 # What the run was about to wait for came first: it is in the document, and not in our copy yet.
-                document = await self._read_held(flight)
+                document = await self._read_held(active)
                 if document is None:
-                    flight.lost = flight.lost or "lease-lost"
+                    active.lost = active.lost or "lease-lost"
                     return False
-                flight.document = document
-                change = first = transitions.take(document, flight.definition, first, now) or first
-                if (self.draining or flight.leaving) and change.name == "advance":
+                active.document = document
+                change = first = transitions.take(document, active.definition, first, now) or first
+                if (self.draining or active.release_requested) and change.name == "advance":
                     change = first = transitions.without_grant(document, change, now)
                 twin = False
             else:
-                twin = verdict is Verdict.PAUSED
-                change = transitions.under_pause(flight.document, first, self.store.now()) if twin else first
+                twin = verdict is WriteOutcome.PAUSED
+                change = transitions.under_pause(active.document, first, self.store.now()) if twin else first
 
-    async def _load_told(self, flight: Flight, change: Change) -> None:
+    async def _load_told(self, active: ActiveRun, change: Change) -> None:
         """Have at hand what subscribers will be told and the document only refers to: an answer that is in a file."""
-        told = [data[EXTERNAL_KEY] for _, _, data in change.events if is_external(data) and data[EXTERNAL_KEY] not in flight.outputs]
+        told = [data[EXTERNAL_KEY] for _, _, data in change.events if is_external(data) and data[EXTERNAL_KEY] not in active.outputs]
         if told:
             with contextlib.suppress(WorkflowError):  # then they are told of the file, and the run goes on
-                flight.outputs |= await self.store.drive(reading_outputs(flight.document, told))
+                active.outputs |= await self.store.drive(reading_outputs(active.document, told))
 
-    async def _fail_barely(self, flight: Flight, exc: ValidationError) -> bool:
+    async def _fail_minimal(self, active: ActiveRun, exc: ValidationError) -> bool:
         """Not even its failure fits into the run: say so in as few bytes as possible."""
         try:
-            await self.write(commits.fail_barely(flight.fence(), flight.place, exc.code, exc.message, self.store.now()))
-            flight.document["status"] = "failed"
+            await self.write(commits.fail_minimal(active.fence(), active.place, exc.code, exc.message, self.store.now()))
+            active.document["status"] = "failed"
         except ValidationError:
-            log.exception("run_unstorable", extra={"run_id": flight.run_id})
-            flight.lost = "lease-lost"
+            log.exception("run_unstorable", extra={"run_id": active.run_id})
+            active.lost = "lease-lost"
         return False
 
-    async def _landed(self, flight: Flight, change: Change, verdict: Verdict) -> bool:
-        if verdict is Verdict.LANDED_BY_READ and not change.releases:
+    async def _committed(self, active: ActiveRun, change: Change, verdict: WriteOutcome) -> bool:
+        if verdict is WriteOutcome.COMMITTED_BY_READ and not change.releases:
             # After a lost reply the document itself says where the run is, not our memory of what we sent.
-            document = await self._read_held(flight)
+            document = await self._read_held(active)
             if document is None:
-                flight.lost = flight.lost or "lease-lost"
+                active.lost = active.lost or "lease-lost"
                 return False
-            flight.document = document
+            active.document = document
         else:
-            transitions.apply(flight.document, change)
-        if self._listening():
-            self.publish(flight.document, _with_values(change.events, flight.outputs))
+            transitions.apply(active.document, change)
+        if self._has_subscribers():
+            self.publish(active.document, _with_values(change.events, active.outputs))
         if change.name in ("retry", "fail"):
-            _log_failure(flight, change)
+            _log_failure(active, change)
         if change.releases and change.wake_at is not None:
-            self._observer.parked(flight.document["lane"], change.wake_at, flight.run_id)
+            self._observer.on_parked(active.document["lane"], change.wake_at, active.run_id)
         return not change.releases
 
-    async def _read_held(self, flight: Flight) -> dict[str, Any] | None:
+    async def _read_held(self, active: ActiveRun) -> dict[str, Any] | None:
         while True:
             try:
-                found = await self.store.run(commits.read_held(flight.run_id, flight.lease_id))
+                found = await self.store.run(commits.read_held(active.run_id, active.lease_id))
                 return dict(found[0]) if found else None
             except StoreUnavailableError:
                 await self.env.async_sleep(_READ_AGAIN_S)
 
     def check(self, run_id: str) -> None:
         """Somebody says that something was done to this run from outside: find out, if it is in flight here."""
-        flight = self.flights.get(run_id)
-        if flight is not None:
-            self.leases.check(flight)
+        active = self.active_runs.get(run_id)
+        if active is not None:
+            self.leases.check(active)
 
     # --- flight.Ground ---------------------------------------------------------------------------------------------
 
-    async def write(self, statement: Statement) -> Verdict:
+    async def write(self, statement: Statement) -> WriteOutcome:
         """Hand a fenced write to the group, and wait for its verdict."""
         return await self._committer.write(statement)
 
@@ -434,16 +434,16 @@ class Engine:
     def stop(self, grace_s: float) -> None:
         """Drain now: signals fire with reason "shutdown", handlers have `grace_s` seconds, their runs are given back."""
         self.draining = True
-        for flight in list(self.flights.values()):
-            if flight.attempt is not None:
-                flight.attempt.abort("shutdown", grace_s)
+        for active in list(self.active_runs.values()):
+            if active.attempt is not None:
+                active.attempt.abort("shutdown", grace_s)
 
-    def give_up(self, run_id: str) -> None:
+    def stop_run(self, run_id: str) -> None:
         """Stop one run as `stop` stops all: it is given back, uncounted."""
-        flight = self.flights.get(run_id)
-        if flight is not None:
-            flight.leaving = True
-            flight.abort("shutdown")
+        active = self.active_runs.get(run_id)
+        if active is not None:
+            active.release_requested = True
+            active.abort("shutdown")
 
     async def emptied(self) -> None:
         """Return once nothing is in flight."""
@@ -451,11 +451,11 @@ class Engine:
 
     # --- events ----------------------------------------------------------------------------------------------------
 
-    def _listening(self) -> bool:
+    def _has_subscribers(self) -> bool:
         return self._own_events.active or global_event_bus.active or self.broadcast.active
 
-    def _publish_claimed(self, flight: Flight) -> None:
-        document = flight.document
+    def _publish_claimed(self, active: ActiveRun) -> None:
+        document = active.document
         if document["token"] == 1:
             self.publish(document, (("workflow:started", None, document.get("input")),))
         elif document["crashes"]:
@@ -486,14 +486,14 @@ def _unknown(document: Mapping[str, Any]) -> str:
     return f"{named} of this application, though its lane {document['lane']!r} does"
 
 
-def _log_failure(flight: Flight, change: Change) -> None:
+def _log_failure(active: ActiveRun, change: Change) -> None:
     """The pool's log is where people look first for a step that failed."""
-    step = flight.document["steps"][flight.place]
-    fields = {"run_id": flight.run_id, "workflow_id": flight.definition.workflow_id, "step_id": step["stepId"], "attempt": step["attempts"]}
+    step = active.document["steps"][active.place]
+    fields = {"run_id": active.run_id, "workflow_id": active.definition.workflow_id, "step_id": step["stepId"], "attempt": step["attempts"]}
     if change.name == "retry":
         error = step["error"]
         log.warning("attempt_failed", extra={**fields, "error": f"{error['type']}: {error['message']}", "again_at": str(change.wake_at)})
     else:
-        error = flight.document["error"]
-        more = f"streamline-pool runs show {flight.run_id}"  # with the traceback, which is too long for a line
+        error = active.document["error"]
+        more = f"streamline-pool runs show {active.run_id}"  # with the traceback, which is too long for a line
         log.error("run_failed", extra={**fields, "error": f"{error['code']}: {error['type']}: {error['message']}", "more": more})

@@ -22,7 +22,7 @@ from streamline_pool.protocol import commits
 from streamline_pool.protocol.operations import Statement
 from streamline_pool.storage.store import AsyncStore
 
-__all__ = ["GroupCommitter", "Verdict", "judge", "lease_id_of", "refusal"]
+__all__ = ["GroupCommitter", "WriteOutcome", "lease_id_of", "refusal", "resolve_write"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -37,11 +37,11 @@ _TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
 _REFUSED_CODES = frozenset({2, 9, 14, 15, 22, 28, 52, 55, 56, 57, 121, 11000})
 
 
-class Verdict(Enum):
+class WriteOutcome(Enum):
     """What became of a fenced write."""
 
-    LANDED = "landed"
-    LANDED_BY_READ = "landed by read"  # known from a later read, not from a reply: go on from the document, not from memory
+    COMMITTED = "committed"
+    COMMITTED_BY_READ = "committed by read"  # known from a later read, not from a reply: go on from the document, not from memory
     FENCED = "fenced"  # the lease is gone: write nothing more
     PAUSED = "paused"  # not stored, the run is paused: send the twin
     RESUMED = "resumed"  # the twin was not stored, the run is no longer paused: send the first form
@@ -49,7 +49,7 @@ class Verdict(Enum):
     ARRIVED = "arrived"  # not stored: what the run is about to wait for is in its inbox
 
 
-_Item = tuple[Statement, "asyncio.Future[Verdict]"]
+_Item = tuple[Statement, "asyncio.Future[WriteOutcome]"]
 _Batch = list[_Item]
 
 
@@ -88,14 +88,14 @@ class GroupCommitter:
                 future.cancel()
             queue.items.clear()
 
-    def write(self, statement: Statement, *, express: bool = False) -> asyncio.Future[Verdict]:
+    def write(self, statement: Statement, *, express: bool = False) -> asyncio.Future[WriteOutcome]:
         """Hand in a statement. Its verdict comes when the database has shown it, however long that takes.
 
         `express` ones do not queue behind the others, and go in commands of their own: for the few that somebody times.
         The future raises PayloadTooLargeError when the document would outgrow MongoDB's limit, ValidationError when
         the server refuses it for another reason that lies in the document.
         """
-        future: asyncio.Future[Verdict] = self._loop.create_future()
+        future: asyncio.Future[WriteOutcome] = self._loop.create_future()
         queue = self._express if express else self._queue
         queue.items.append((statement, future))
         queue.filled.set()
@@ -108,7 +108,7 @@ class GroupCommitter:
                 await queue.filled.wait()
             batch = _next_batch(queue.items)
             try:
-                await self._settle(batch, doubtful=False)
+                await self._send_until_resolved(batch, doubtful=False)
             except Exception as exc:
                 # A defect of ours: it ends the drivers of these runs, whose leases run out, and nobody else's.
                 log.exception("commit_failed", extra={"runs": len(batch)})
@@ -119,7 +119,7 @@ class GroupCommitter:
                     future.cancel()
                 raise
 
-    async def _settle(self, batch: _Batch, *, doubtful: bool) -> None:
+    async def _send_until_resolved(self, batch: _Batch, *, doubtful: bool) -> None:
         """Repeat a batch until every statement in it has its verdict. Repeating is safe: each names the `rev` it follows."""
         failures = refusals = 0
         while batch:
@@ -129,12 +129,12 @@ class GroupCommitter:
                     # All in one turn of the loop, though it is a long one: given a few at a time, the next statements come a few at
                     # a time too, and the other pump sends them so; measured: a sixth of the throughput.
                     for _, future in batch:
-                        _resolve(future, Verdict.LANDED)
+                        _resolve(future, WriteOutcome.COMMITTED)
                     return
                 errors = reply.get("writeErrors", ())
                 refusals = refusals + 1 if errors else 0
                 batch = self._refuse(batch, errors, for_good=refusals >= _REFUSALS_MAX)
-                batch = await self._judge(batch, doubtful)
+                batch = await self._resolve_by_read(batch, doubtful)
                 if not batch:
                     return
             except ValidationError as exc:
@@ -143,7 +143,7 @@ class GroupCommitter:
                     return
                 # The command as a whole was refused for one of its statements: each goes alone.
                 for item in batch:
-                    await self._settle([item], doubtful=doubtful)
+                    await self._send_until_resolved([item], doubtful=doubtful)
                 return
             except StoreUnavailableError:
                 self._on_outcome(False)
@@ -166,18 +166,18 @@ class GroupCommitter:
             _fail(future, refusal(statement, error))
         return [item for index, item in enumerate(batch) if index not in refused]
 
-    async def _judge(self, batch: _Batch, doubtful: bool) -> _Batch:
+    async def _resolve_by_read(self, batch: _Batch, doubtful: bool) -> _Batch:
         """One majority read tells what became of each statement. Returns those that must be sent again."""
         found = await self._store.run(commits.read_fences([statement.fence.run_id for statement, _ in batch]))
         documents = {document["_id"]: document for document in found}
         again = []
         for statement, future in batch:
-            verdict = judge(statement, documents.get(statement.fence.run_id))
-            if verdict is None:
+            outcome = resolve_write(statement, documents.get(statement.fence.run_id))
+            if outcome is None:
                 again.append((statement, future))
             else:
                 # Without a lost reply only one copy was sent, so memory is as good as the document.
-                _resolve(future, Verdict.LANDED if verdict is Verdict.LANDED_BY_READ and not doubtful else verdict)
+                _resolve(future, WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ and not doubtful else outcome)
         return again
 
 
@@ -190,42 +190,42 @@ def _next_batch(items: deque[_Item]) -> _Batch:
     return batch
 
 
-def judge(statement: Statement, document: Mapping[str, Any] | None) -> Verdict | None:
+def resolve_write(statement: Statement, document: Mapping[str, Any] | None) -> WriteOutcome | None:
     """What a majority read shows of a statement that was sent, or None if it did not land and may be sent again."""
     fence = statement.fence
     if document is None:
-        return Verdict.FENCED
+        return WriteOutcome.FENCED
     lease_id = lease_id_of(document)
-    landed = document.get("rev") == fence.rev + 1
+    committed = document.get("rev") == fence.rev + 1
     if lease_id != fence.lease_id:
         # Nobody has claimed, released or acted since (the token stands): the lease went with this very write.
-        gave_up = lease_id is None and landed and document.get("token") == fence.token and _releases(statement)
-        return Verdict.LANDED_BY_READ if gave_up else Verdict.FENCED
-    if landed and not _releases(statement):
-        return Verdict.LANDED_BY_READ
+        gave_up = lease_id is None and committed and document.get("token") == fence.token and _releases(statement)
+        return WriteOutcome.COMMITTED_BY_READ if gave_up else WriteOutcome.FENCED
+    if committed and not _releases(statement):
+        return WriteOutcome.COMMITTED_BY_READ
     if document.get("rev") != fence.rev:
-        return Verdict.FENCED
+        return WriteOutcome.FENCED
     wanted = statement.update["q"].get("paused")
     if wanted is True and document.get("paused") is not True:
-        return Verdict.RESUMED
+        return WriteOutcome.RESUMED
     if isinstance(wanted, dict) and document.get("paused") is True:
-        return Verdict.PAUSED
+        return WriteOutcome.PAUSED
     if "$expr" in statement.update["q"]:
-        return Verdict.NOT_YET
+        return WriteOutcome.NOT_YET
     inbox = statement.update["q"].get("inbox")
-    return Verdict.ARRIVED if inbox is not None and arrived(document, inbox["$not"]["$elemMatch"]) is not None else None
+    return WriteOutcome.ARRIVED if inbox is not None and arrived(document, inbox["$not"]["$elemMatch"]) is not None else None
 
 
 def _releases(statement: Statement) -> bool:
     return "lease" in statement.update["u"].get("$unset", ())
 
 
-def _resolve(future: asyncio.Future[Verdict], verdict: Verdict) -> None:
+def _resolve(future: asyncio.Future[WriteOutcome], outcome: WriteOutcome) -> None:
     if not future.done():
-        future.set_result(verdict)
+        future.set_result(outcome)
 
 
-def _fail(future: asyncio.Future[Verdict], exc: Exception) -> None:
+def _fail(future: asyncio.Future[WriteOutcome], exc: Exception) -> None:
     if not future.done():
         future.set_exception(exc)
 

@@ -19,7 +19,7 @@ from streamline_pool.protocol import commits
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
-from .active_run import Flight, Observer
+from .active_run import ActiveRun, Observer
 from .group_commit import lease_id_of
 
 __all__ = ["LeaseKeeper"]
@@ -34,14 +34,14 @@ _RENEWAL_PATIENCE = 1 / 4  # of the lease; as long as a tick and two such waits 
 class LeaseKeeper:
     """Watches over the flights of one engine, which adds and removes them."""
 
-    def __init__(self, store: AsyncStore, env: Env, flights: Mapping[str, Flight], lease_s: float, observer: Observer) -> None:
+    def __init__(self, store: AsyncStore, env: Env, active_runs: Mapping[str, ActiveRun], lease_s: float, observer: Observer) -> None:
         self._store = store
         self._env = env
-        self._flights = flights
+        self._active_runs = active_runs
         self._lease_s = lease_s
         self._observer = observer
         self._wanted = asyncio.Event()
-        self._doubted: dict[str, Flight] = {}  # runs in flight of which somebody says that they were taken away
+        self._doubted: dict[str, ActiveRun] = {}  # runs in flight of which somebody says that they were taken away
         self._doubt = asyncio.Event()
         self._tick_s = min(1.0, lease_s / 20)
         self._tasks: list[asyncio.Task[None]] = []
@@ -64,13 +64,13 @@ class LeaseKeeper:
         """Look at the leases now instead of at the next tick."""
         self._wanted.set()
 
-    def check(self, flight: Flight) -> None:
+    def check(self, active: ActiveRun) -> None:
         """Somebody says that something was done to this run from outside: find out now.
 
         One read, beside the renewals: a renewal would tell as well, but only after the one that is under way, and with
         a write before the read that shows who has the run.
         """
-        self._doubted[flight.run_id] = flight
+        self._doubted[active.run_id] = active
         self._doubt.set()
 
     async def _check_forever(self) -> None:
@@ -88,36 +88,36 @@ class LeaseKeeper:
                 log.exception("check_failed", extra={"runs": len(doubted)})  # a defect of ours; as above
                 self._leave_to_renewal(doubted)
 
-    async def _check(self, flights: list[Flight]) -> None:
-        found = await self._store.run(commits.read_fences([flight.run_id for flight in flights]))
+    async def _check(self, active_runs: list[ActiveRun]) -> None:
+        found = await self._store.run(commits.read_fences([active.run_id for active in active_runs]))
         self._observer.store_answered(True)
         documents = {document["_id"]: document for document in found}
-        for flight in flights:
-            document = documents.get(flight.run_id, {})
-            if lease_id_of(document) != flight.lease_id:
-                self._lost(flight, document)
+        for active in active_runs:
+            document = documents.get(active.run_id, {})
+            if lease_id_of(document) != active.lease_id:
+                self._lost(active, document)
 
-    def _leave_to_renewal(self, flights: list[Flight]) -> None:
-        for flight in flights:
-            flight.renew_now = True
+    def _leave_to_renewal(self, active_runs: list[ActiveRun]) -> None:
+        for active in active_runs:
+            active.renew_now = True
         self.renew_soon()
 
-    def _lost(self, flight: Flight, document: Mapping[str, Any]) -> None:
+    def _lost(self, active: ActiveRun, document: Mapping[str, Any]) -> None:
         """Somebody else has the run, or nobody. Only while a handler is at work: otherwise it is our own write that gave the lease up."""
-        if flight.attempt is not None and self._flights.get(flight.run_id) is flight:
-            flight.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
-            log.info("run_lost", extra={"run_id": flight.run_id, "reason": flight.lost})
-            flight.abort(flight.lost)
+        if active.attempt is not None and self._active_runs.get(active.run_id) is active:
+            active.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
+            log.info("run_lost", extra={"run_id": active.run_id, "reason": active.lost})
+            active.abort(active.lost)
 
     async def _fence_forever(self) -> None:
         while True:
             await self._env.async_sleep(self._tick_s)
             too_late = self._env.clock.monotonic() + self._tick_s
-            for flight in list(self._flights.values()):
-                if flight.deadline <= too_late and flight.attempt is not None:
+            for active in list(self._active_runs.values()):
+                if active.deadline <= too_late and active.attempt is not None:
                     # Nobody else holds the run yet: its handler stops, and it is given back if that can still be written.
-                    log.warning("lease_running_out", extra={"run_id": flight.run_id})
-                    flight.abort("lease-lost")
+                    log.warning("lease_running_out", extra={"run_id": active.run_id})
+                    active.abort("lease-lost")
 
     async def _renew_forever(self) -> None:
         while True:
@@ -125,7 +125,7 @@ class LeaseKeeper:
                 await asyncio.wait_for(self._wanted.wait(), self._tick_s)
             self._wanted.clear()
             renew_before = self._env.clock.monotonic() + self._lease_s * (_SAFETY - _RENEW_AFTER)
-            due = [flight for flight in self._flights.values() if flight.deadline <= renew_before or flight.renew_now]
+            due = [active for active in self._active_runs.values() if active.deadline <= renew_before or active.renew_now]
             if not due:
                 continue
             try:
@@ -137,27 +137,27 @@ class LeaseKeeper:
             except Exception:
                 log.exception("renew_failed", extra={"runs": len(due)})  # a defect of ours; the other leases need their keeper
 
-    async def _renew(self, flights: list[Flight]) -> None:
+    async def _renew(self, active_runs: list[ActiveRun]) -> None:
         """Extend these leases, each by run and claim; a shortfall says that some are gone, a read says which."""
-        run_ids = [flight.run_id for flight in flights]
+        run_ids = [active.run_id for active in active_runs]
         deadline = self.deadline()
-        for flight in flights:
-            flight.renew_now = False
+        for active in active_runs:
+            active.renew_now = False
         try:
-            renewal = commits.renew(run_ids, list({flight.lease_id for flight in flights}), self._lease_s)
+            renewal = commits.renew(run_ids, list({active.lease_id for active in active_runs}), self._lease_s)
             renewed, refused = await update_many(self._store.run, renewal, self._store.now)
-            found = [] if renewed == len(flights) else await self._store.run(commits.read_fences(run_ids))
+            found = [] if renewed == len(active_runs) else await self._store.run(commits.read_fences(run_ids))
         except StoreUnavailableError as exc:
             self._observer.store_answered(False)
-            log.warning("renew_failed", extra={"runs": len(flights), "error": str(exc)})
+            log.warning("renew_failed", extra={"runs": len(active_runs), "error": str(exc)})
             return
         self._observer.store_answered(True)
         documents = {document["_id"]: document for document in found}
-        for flight in flights:
-            document = documents.get(flight.run_id, {})
-            if flight.run_id in refused:
+        for active in active_runs:
+            document = documents.get(active.run_id, {})
+            if active.run_id in refused:
                 continue  # it is ours for as long as it was; nobody can extend that
-            if renewed == len(flights) or lease_id_of(document) == flight.lease_id:
-                flight.deadline = max(flight.deadline, deadline)
+            if renewed == len(active_runs) or lease_id_of(document) == active.lease_id:
+                active.deadline = max(active.deadline, deadline)
             else:
-                self._lost(flight, document)
+                self._lost(active, document)

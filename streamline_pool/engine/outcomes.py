@@ -19,7 +19,7 @@ from streamline_pool.protocol.payloads import split_output, with_outputs
 from streamline_pool.protocol.run_document import parse_run
 
 from .attempt import Kind, Outcome, failure_of, timeout_failure
-from .context import Context, Ending, SleepEnding, WaitEnding
+from .context import Context, SleepSuspension, Suspension, WaitSuspension
 
 __all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
 
@@ -57,11 +57,11 @@ def change_after(document: Document, definition: Definition, place: int, context
     reason = context.signal.reason
     if reason == "timeout":
         return Decided(failed(document, step, place, timeout_failure(step), at))
-    ending = context._ending  # also when the handler swallowed it and returned
-    if ending is None and outcome.kind is Kind.ENDED:
-        ending = outcome.value
-    if ending is not None:
-        return Decided(_ended(document, definition, place, ending, context._sets, at), context._sets_bytes)
+    suspension = context._suspension  # also when the handler swallowed it and returned
+    if suspension is None and outcome.kind is Kind.SUSPENDED:
+        suspension = outcome.value
+    if suspension is not None:
+        return Decided(_suspended(document, definition, place, suspension, context._sets, at), context._sets_bytes)
     if outcome.kind is Kind.RETURNED:
         file_id = at.new_id()
         try:
@@ -72,18 +72,20 @@ def change_after(document: Document, definition: Definition, place: int, context
         # The last step's output is stored once more, as the run's.
         return Decided(change, 2 * size + context._sets_bytes, None if content is None else File(file_id, content))
     if reason in ("shutdown", "lease-lost"):
-        return Decided(transitions.give_back(document, place, at.now, entered=True))
+        return Decided(transitions.release(document, place, at.now, entered=True))
     return Decided(failed(document, step, place, failure_of(outcome.value), at))
 
 
-def _ended(document: Document, definition: Definition, place: int, ending: Ending, sets: Mapping[str, Any], at: Moment) -> Change:
+def _suspended(
+    document: Document, definition: Definition, place: int, suspension: Suspension, sets: Mapping[str, Any], at: Moment
+) -> Change:
     """The handler left by `ctx.sleep`, `ctx.wait` or `ctx.wait_for`. What has arrived already is not waited for."""
-    if isinstance(ending, SleepEnding):
-        return transitions.sleep(document, place, at.after(ending.delay_s), sets, at.now)
-    assert isinstance(ending, WaitEnding), "a handler ends in a sleep or in a wait"
-    waiting_for = dict(ending.waiting_for)
-    if ending.timeout_s is not None:
-        waiting_for["expiresAt"] = at.after(ending.timeout_s)
+    if isinstance(suspension, SleepSuspension):
+        return transitions.sleep(document, place, at.after(suspension.delay_s), sets, at.now)
+    assert isinstance(suspension, WaitSuspension), "a handler ends in a sleep or in a wait"
+    waiting_for = dict(suspension.waiting_for)
+    if suspension.timeout_s is not None:
+        waiting_for["expiresAt"] = at.after(suspension.timeout_s)
     begin = transitions.await_event if waiting_for["type"] == "event" else transitions.wait
     waiting = begin(document, place, waiting_for, sets, at.now)
     return transitions.take(document, definition, waiting, at.now) or waiting

@@ -26,7 +26,7 @@ from streamline_pool.storage.store import AsyncStore
 
 from .bus import Event
 
-__all__ = ["EVENT_DATA_BYTES_MAX", "ActEvents", "Broadcaster"]
+__all__ = ["EVENT_DATA_BYTES_MAX", "ControlEvents", "EventPublisher"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -45,7 +45,7 @@ _PLAIN_BYTES, _NAME_MAX = 500, 100
 _LOOK_EVERY_S = 5.0  # for a program whose local executions go on while somebody begins to stream
 
 
-class Broadcaster:
+class EventPublisher:
     """Sends the events of one engine or steward to whoever streams. `start` it in its loop, `close` it at the end."""
 
     def __init__(self, store: AsyncStore, env: Env) -> None:
@@ -81,12 +81,12 @@ class Broadcaster:
 
     # --- who streams -----------------------------------------------------------------------------------------------
 
-    def attend(self, listeners: Iterable[tuple[str, float]]) -> None:
+    def serve_subscribers(self, subscribers: Iterable[tuple[str, float]]) -> None:
         """Publish for these, and for nobody else: ids, each with the seconds for which it is served unless said again."""
         now = self._env.clock.monotonic()
-        self._serve({listener: now + left_s for listener, left_s in listeners if left_s > 0})
+        self._serve({subscriber: now + left_s for subscriber, left_s in subscribers if left_s > 0})
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Look in the database who streams. A failure costs nothing but events."""
         known = set(self._listeners)
         try:
@@ -97,29 +97,29 @@ class Broadcaster:
         if not found and not self._listeners:
             return
         # Whom others told us of in the meantime is not in what was read.
-        told = {listener: until for listener, until in self._listeners.items() if listener not in known}
+        told = {subscriber: until for subscriber, until in self._listeners.items() if subscriber not in known}
         now, monotonic = self._store.now(), self._env.clock.monotonic()
         self._serve({row["_id"]: monotonic + (row["expireAt"] - now) / timedelta(seconds=1) for row in found} | told)
 
-    def look_while(self, busy: Callable[[], bool]) -> None:
+    def poll_while(self, busy: Callable[[], bool]) -> None:
         """Look again and again while this holds: for a publisher that nobody tells who streams."""
 
         async def keep_looking() -> None:
             while True:
                 await asyncio.sleep(_LOOK_EVERY_S)
                 if busy():
-                    await self.look()
+                    await self.poll()
 
         self._tasks.append(self._loop.create_task(keep_looking(), name="broadcaster-look"))
 
-    def _serve(self, listeners: Mapping[str, float]) -> None:
+    def _serve(self, subscribers: Mapping[str, float]) -> None:
         if self._closed:
             return
         now = self._env.clock.monotonic()
         with self._lock:
-            known, self._listeners = self._listeners, {listener: until for listener, until in listeners.items() if until > now}
-            self._greets = {listener: number for listener, number in self._greets.items() if listener in self._listeners}
-            self._greets |= {listener: self._next for listener in self._listeners if listener not in known}
+            known, self._listeners = self._listeners, {subscriber: until for subscriber, until in subscribers.items() if until > now}
+            self._greets = {subscriber: number for subscriber, number in self._greets.items() if subscriber in self._listeners}
+            self._greets |= {subscriber: self._next for subscriber in self._listeners if subscriber not in known}
             self.active = bool(self._listeners)
             if not self.active:
                 self._backlog.clear()
@@ -197,11 +197,11 @@ class Broadcaster:
         with self._lock:
             while self._backlog and self._next - len(self._backlog) < up_to:  # some may have been dropped in the meantime
                 self._backlog_bytes -= self._backlog.popleft()[1]
-            for listener in greets:
-                self._greets.pop(listener, None)
+            for subscriber in greets:
+                self._greets.pop(subscriber, None)
 
 
-class ActEvents:
+class ControlEvents:
     """The events of a program's outside acts, sent after each act whether somebody streams or not.
 
     To ask first would cost a round trip for each act; one more signal without an answer, beside the two that an act

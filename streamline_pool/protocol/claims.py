@@ -40,7 +40,7 @@ def find_due(
     due_at: datetime,
     limit: int,
     crashes_below: int | None,
-    passed_over: Sequence[str] = (),
+    skipped: Sequence[str] = (),
     *,
     since: datetime | None = None,
     priorities: Sequence[int] = (),
@@ -64,8 +64,8 @@ def find_due(
         query["priority"] = {"$nin": list(priorities)}
     if crashes_below is not None:
         query["crashes"] = {"$lt": crashes_below}
-    if passed_over:
-        query["_id"] = {"$nin": list(passed_over)}
+    if skipped:
+        query["_id"] = {"$nin": list(skipped)}
     return Find(
         name="find_due",
         collection="runs",

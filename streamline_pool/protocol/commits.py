@@ -18,7 +18,7 @@ from .operations import Command, Fence, Find, Statement, update_matching
 __all__ = [
     "commit",
     "commit_under_pause",
-    "fail_barely",
+    "fail_minimal",
     "read_fences",
     "read_held",
     "renew",
@@ -74,7 +74,7 @@ def save_in_step(fence: Fence, place: int, field: str, value: Any, now: datetime
     return Statement(fence, {"q": query, "u": {"$set": sets}}, size)
 
 
-def fail_barely(fence: Fence, place: int, code: ErrorCode, message: str, now: datetime) -> Statement:
+def fail_minimal(fence: Fence, place: int, code: ErrorCode, message: str, now: datetime) -> Statement:
     """End a run that has no room left even for its own failure: the reason in few bytes, the checkpoint dropped."""
     error = {"code": code.value, "message": message[:100], "type": "", "stepId": None, "traceback": ""}
     sets = {"rev": fence.rev + 1, "status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}

@@ -21,15 +21,15 @@ from .expressions import (
 )
 from .operations import Command, change_one
 
-__all__ = ["ACTS_KEPT", "cancel_run", "pause_run", "rewind_run", "unpause_run"]
+__all__ = ["CONTROL_IDS_KEPT", "cancel_run", "pause_run", "rewind_run", "unpause_run"]
 
 Document = dict[str, Any]
 
-ACTS_KEPT = 8
+CONTROL_IDS_KEPT = 8
 """Ids of the latest acts that a run keeps, so that a caller knows of its own for certain when others have acted after it."""
 
 
-def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id: str) -> Command:
+def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, control_id: str) -> Command:
     """Cancel a run that has not ended, whoever holds it. Yields the cancelled document or None.
 
     Takes the lease away (token + 1), so the holder's next write misses: a cancel that won has won for good.
@@ -45,23 +45,23 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, act_id:
         "pausedWakeAt": "$$REMOVE",
         "awaits": "$$REMOVE",
         "token": plus_one("$token"),
-        **_act(act_id),
+        **_act(control_id),
         "actIds": "$$REMOVE",  # no act follows
     }
     return change_one("cancel_run", live_run(workflow_id, run_id), [{"$set": sets}])
 
 
-def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, act_id: str) -> Command:
+def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:
     """Keep a run from being claimed, as it was found with `acts`. Yields the paused document or None.
 
     A live lease is left alone: its holder finds the pause at its next write, stores its result and gives the run up.
     """
     query = {**live_run(workflow_id, run_id), "paused": NOT_PAUSED, "acts": {"$eq": acts}}
-    sets = {"paused": True, "pauseReason": {"$literal": reason}, "pausedWakeAt": "$wakeAt", "wakeAt": "$$REMOVE", **_act(act_id)}
+    sets = {"paused": True, "pauseReason": {"$literal": reason}, "pausedWakeAt": "$wakeAt", "wakeAt": "$$REMOVE", **_act(control_id)}
     return change_one("pause_run", query, [{"$set": sets}])
 
 
-def unpause_run(workflow_id: str | None, run_id: str, acts: object, act_id: str) -> Command:
+def unpause_run(workflow_id: str | None, run_id: str, acts: object, control_id: str) -> Command:
     """Let a paused run go on, as it was found with `acts`. Yields the document or None.
 
     Where a worker holds the run, nothing else changes: its next write simply succeeds.
@@ -73,13 +73,13 @@ def unpause_run(workflow_id: str | None, run_id: str, acts: object, act_id: str)
         "pauseReason": "$$REMOVE",
         "wakeAt": {"$cond": [free, {"$ifNull": ["$pausedWakeAt", "$$REMOVE"]}, "$$REMOVE"]},
         "pausedWakeAt": "$$REMOVE",
-        **_act(act_id),
+        **_act(control_id),
     }
     return change_one("unpause_run", query, [{"$set": sets}])
 
 
 def rewind_run(
-    workflow_id: str | None, run_id: str, acts: object, place: int, step_ids: Sequence[str], lane: str, slot: int, act_id: str
+    workflow_id: str | None, run_id: str, acts: object, place: int, step_ids: Sequence[str], lane: str, slot: int, control_id: str
 ) -> Command:
     """Bring the step at `place` and all later ones, `step_ids`, back to pending, as the run was found with `acts`.
 
@@ -112,16 +112,16 @@ def rewind_run(
         "pausedWakeAt": {"$cond": [IS_PAUSED, "$$NOW", "$$REMOVE"]},
         "lane": {"$ifNull": ["$lane", {"$literal": lane}]},
         "slot": {"$ifNull": ["$slot", slot]},
-        **_act(act_id),
+        **_act(control_id),
     }
     return change_one("rewind_run", query, [{"$set": sets}])
 
 
-def _act(act_id: str) -> Document:
+def _act(control_id: str) -> Document:
     earlier = {"$cond": [{"$isArray": ["$actIds"]}, "$actIds", []]}
     return {
         "acts": plus_one("$acts"),
-        "lastAct": {"$literal": act_id},
-        "actIds": {"$slice": [{"$concatArrays": [earlier, [{"$literal": act_id}]]}, -ACTS_KEPT]},
+        "lastAct": {"$literal": control_id},
+        "actIds": {"$slice": [{"$concatArrays": [earlier, [{"$literal": control_id}]]}, -CONTROL_IDS_KEPT]},
         "updatedAt": "$$NOW",
     }

@@ -22,11 +22,11 @@ __all__ = [
     "find_pending_events",
     "find_waiters",
     "forget_events",
+    "mark_delivered",
     "oldest_live_run",
     "read_delivered",
     "read_event",
     "record_event",
-    "settle_event",
 ]
 
 Document = dict[str, Any]
@@ -113,7 +113,7 @@ def read_delivered(run_ids: Sequence[str], event_id: str) -> Find:
     return Find(name="read_delivered", collection="runs", filter=query, projection=projection)
 
 
-def settle_event(event_id: str) -> Command:
+def mark_delivered(event_id: str) -> Command:
     """Everybody who waited when the event was sent has it; who waits later looks for it."""
     body = {"updates": [{"q": {"_id": event_id}, "u": {"$set": {"pending": False}}}]}
     return Command(name="settle_event", collection="events", verb="update", body=body)

@@ -25,14 +25,14 @@ LISTENER_TTL_S = 90.0
 """A listener that has not said for so long that it listens is one no more; it says so three times as often."""
 
 
-def put_listener(listener: str, host: str, pid: int) -> Command:
+def put_listener(subscriber: str, host: str, pid: int) -> Command:
     """Say that somebody streams. The record vanishes by itself, as that of a pool does."""
-    return hosts.put_host({"_id": listener, "listener": True, "host": host, "pid": pid}, LISTENER_TTL_S)
+    return hosts.put_host({"_id": subscriber, "listener": True, "host": host, "pid": pid}, LISTENER_TTL_S)
 
 
-def remove_listener(listener: str) -> Command:
+def remove_listener(subscriber: str) -> Command:
     """It streams no more."""
-    return hosts.remove_host(listener)
+    return hosts.remove_host(subscriber)
 
 
 def find_listeners() -> Find:
@@ -48,24 +48,24 @@ def find_pools(seen_within_s: float) -> Find:
     return Find(name="find_pools", collection="hosts", filter=query, projection={"_id": 1})
 
 
-def listen(listener: str, at: datetime) -> Signal:
+def listen(subscriber: str, at: datetime) -> Signal:
     """Ask every pool to publish for this listener, for LISTENER_TTL_S from now on."""
-    return signals.send_signal("listen", at, listener=listener)
+    return signals.send_signal("listen", at, subscriber=subscriber)
 
 
-def unlisten(listener: str, at: datetime) -> Signal:
+def unlisten(subscriber: str, at: datetime) -> Signal:
     """This listener has gone."""
-    return signals.send_signal("unlisten", at, listener=listener)
+    return signals.send_signal("unlisten", at, subscriber=subscriber)
 
 
-def heard(pool: str, listeners: Sequence[str], at: datetime) -> Signal:
+def heard(pool: str, subscribers: Sequence[str], at: datetime) -> Signal:
     """All workers of this pool publish for these listeners."""
-    return signals.send_signal("heard", at, pool=pool, listeners=list(listeners))
+    return signals.send_signal("heard", at, pool=pool, subscribers=list(subscribers))
 
 
 def _batch(publisher: str, first: int, events: Sequence[Any], greets: Mapping[str, int], at: datetime) -> dict[str, Any]:
     """Events numbered from `first` on. `greets`: the number from which on each new listener is owed this publisher's events."""
-    greeting = [{"listener": listener, "number": number} for listener, number in greets.items()]
+    greeting = [{"listener": subscriber, "number": number} for subscriber, number in greets.items()]
     return {"kind": "events", "at": at, "publisher": publisher, "first": first, "events": events, "greets": greeting}
 
 
@@ -88,7 +88,7 @@ def events_signal(publisher: str, first: int, events: Sequence[Any], at: datetim
     return Signal(name="signal_events", document=_batch(publisher, first, events, {}, at))
 
 
-def stream_tail(listener: str, since: datetime) -> Tail:
+def stream_tail(subscriber: str, since: datetime) -> Tail:
     """All that concerns one listener, written from about `since` on."""
-    mine = {"kind": {"$in": ["listen", "unlisten"]}, "listener": listener}
-    return Tail(filter={"at": {"$gte": since}, "$or": [{"kind": "events"}, mine, {"kind": "heard", "listeners": listener}]})
+    mine = {"kind": {"$in": ["listen", "unlisten"]}, "listener": subscriber}
+    return Tail(filter={"at": {"$gte": since}, "$or": [{"kind": "events"}, mine, {"kind": "heard", "listeners": subscriber}]})

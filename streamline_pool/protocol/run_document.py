@@ -17,7 +17,7 @@ from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepState, St
 
 from .codec import CODEC, Document, check_text
 
-__all__ = ["NEW_RUN_BYTES_MAX", "SLOTS", "as_stored", "check_run_id", "make_context", "misfit", "new_run", "parse_run"]
+__all__ = ["NEW_RUN_BYTES_MAX", "SLOTS", "as_stored", "check_run_id", "make_context", "new_run", "parse_run", "validate_run_document"]
 
 SLOTS = 16
 """Runs are spread over this many slots, so that workers claim from different ends of the queue. Derived: a find
@@ -49,7 +49,7 @@ def new_run(
     tags: Sequence[str],
     slot: int,
     now: datetime,
-    act_id: str,
+    control_id: str,
 ) -> Document:
     """The document of a run that nobody has touched: claimable from `due_at`, `draft` until then if that is later."""
     document: Document = {
@@ -80,7 +80,7 @@ def new_run(
         "token": 0,
         "rev": 0,
         "acts": 0,
-        "lastAct": act_id,
+        "lastAct": control_id,
         "waitGen": 0,
         "crashes": 0,
         "failures": 0,
@@ -90,7 +90,7 @@ def new_run(
     return document
 
 
-def misfit(document: Mapping[str, Any]) -> str | None:
+def validate_run_document(document: Mapping[str, Any]) -> str | None:
     """Why the engine cannot work with this document, or None: a field it relies on is missing or of another type.
 
     Looked at once per claim, so that a document which some other program changed fails that run alone.

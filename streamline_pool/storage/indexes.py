@@ -14,7 +14,7 @@ from streamline_pool.domain.model import TERMINAL
 from streamline_pool.protocol.engine_indexes import IndexDefinition
 from streamline_pool.protocol.operations import Command
 
-from .procedures import Nap, Procedure
+from .procedures import Procedure, Sleep
 
 __all__ = ["TENANT_FIELD", "check_field", "custom_indexes", "days_in_seconds", "making_indexes", "tenant_fields"]
 
@@ -154,7 +154,7 @@ def making_indexes(indexes: Sequence[IndexDefinition]) -> Procedure[list[str]]:
             code = getattr(exc.__cause__, "code", None)
             if tried == _TRIES or not (code in _CONFLICTS | _BUSY or exc.context.get("transient")):
                 raise
-            yield Nap(_PAUSE_S)
+            yield Sleep(_PAUSE_S)
     raise AssertionError("the last try either returns or raises")
 
 

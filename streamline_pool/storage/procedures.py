@@ -13,7 +13,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol.operations import Op, Signal, Tail
 
-__all__ = ["Effect", "Listen", "Nap", "Procedure", "is_hint", "repeating"]
+__all__ = ["AwaitSignal", "Effect", "Procedure", "Sleep", "is_hint", "repeating"]
 
 T = TypeVar("T")
 
@@ -21,20 +21,20 @@ _REPEAT_S = 10.0  # a fail-over of a replica set takes some seconds
 _PAUSE_MAX_S = 1.0
 
 
-class Nap(NamedTuple):
+class Sleep(NamedTuple):
     """An effect: wait this long."""
 
     seconds: float
 
 
-class Listen(NamedTuple):
+class AwaitSignal(NamedTuple):
     """An effect: wait for a signal that matches, at most this long. A hint, never a promise."""
 
     tail: Tail
     seconds: float
 
 
-Effect = Op | Nap | Listen
+Effect = Op | Sleep | AwaitSignal
 Procedure = Generator[Effect, Any, T]
 """Yields effects, is sent their results or thrown their errors, and returns a T."""
 
@@ -58,9 +58,9 @@ def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
             try:
                 answer = yield effect
             except WorkflowError as exc:
-                if isinstance(effect, Listen):
+                if isinstance(effect, AwaitSignal):
                     # Nobody relies on hearing anything: whether the database is there, the next look tells.
-                    yield Nap(min(effect.seconds, _PAUSE_MAX_S))
+                    yield Sleep(min(effect.seconds, _PAUSE_MAX_S))
                     effect = procedure.send(None)
                     continue
                 if not failures:
@@ -69,7 +69,7 @@ def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
                     effect = procedure.throw(exc)
                     continue
                 failures += 1
-                yield Nap(min(0.05 * 2.0 ** min(failures, 10), _PAUSE_MAX_S) * (0.5 + env.random() / 2))
+                yield Sleep(min(0.05 * 2.0 ** min(failures, 10), _PAUSE_MAX_S) * (0.5 + env.random() / 2))
                 continue
             failures = 0
             effect = procedure.send(answer)

@@ -32,9 +32,9 @@ from streamline_pool.protocol.codec import CODEC
 from streamline_pool.protocol.operations import Command, Find, Op, Signal, Tail
 from streamline_pool.protocol.signals import ensure_signals
 
-from .procedures import Effect, Listen, Nap, Procedure, is_hint, repeating
+from .procedures import AwaitSignal, Effect, Procedure, Sleep, is_hint, repeating
 
-__all__ = ["AsyncStore", "ServerClock", "Store", "Where", "open_clients"]
+__all__ = ["AsyncStore", "DatabaseTarget", "ServerClock", "Store", "open_clients"]
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -62,7 +62,7 @@ _AUTH_FAILED = 18
 _COMMAND_CODEC = cast("CodecOptions[Mapping[str, Any]]", CODEC)  # what `command` is typed to take
 
 
-class Where:
+class DatabaseTarget:
     """Which server, database and collections: resolved once, shown without its password."""
 
     def __init__(self, uri: str, database: str | None, prefix: str) -> None:
@@ -134,7 +134,7 @@ def open_clients() -> list[str]:
     return [str(client.address or client) for client in clients if client._opened and not client._closed]
 
 
-def _command_document(op: Command, where: Where, *, in_transaction: bool) -> Document:
+def _command_document(op: Command, where: DatabaseTarget, *, in_transaction: bool) -> Document:
     target: Any = where.collection(op.collection) if op.collection else 1
     document: Document = {op.verb: target, **op.body}
     if op.writes and not in_transaction:
@@ -150,7 +150,7 @@ def _result(op: Command, reply: Mapping[str, Any]) -> Any:
     return op.parse(reply)
 
 
-def _refusal(name: str, exc: Exception, where: Where) -> WorkflowError:
+def _refusal(name: str, exc: Exception, where: DatabaseTarget) -> WorkflowError:
     """What a driver error means to callers. `context["transient"]` tells whether to try again."""
     text = redact_text(re.split(r", Timeout:| \(configured timeouts:", str(exc))[0])
     code = getattr(exc, "code", None)
@@ -188,7 +188,7 @@ _CODEC_ERRORS = (bson.errors.BSONError, UnicodeError, OverflowError)  # raised w
 _DRIVER_ERRORS = (pymongo.errors.PyMongoError, pymongo.errors.DocumentTooLarge, OSError, *_CODEC_ERRORS)
 
 
-def server_facts(hello: Mapping[str, Any], build: Mapping[str, Any], where: Where) -> dict[str, Any]:
+def server_facts(hello: Mapping[str, Any], build: Mapping[str, Any], where: DatabaseTarget) -> dict[str, Any]:
     """Version, topology and database, for banners; a StoreUnavailableError when the server is too old."""
     version = str(build.get("version", "0"))
     if tuple(int(part) for part in version.split(".")[:2]) < SERVER_VERSION_MIN:
@@ -204,7 +204,7 @@ def server_facts(hello: Mapping[str, Any], build: Mapping[str, Any], where: Wher
 class _StoreBase:
     """What both stores know, and the procedures that both drive."""
 
-    def __init__(self, where: Where, env: Env) -> None:
+    def __init__(self, where: DatabaseTarget, env: Env) -> None:
         self.where = where
         self.clock = ServerClock(env)
         self._env = env
@@ -252,7 +252,7 @@ class _StoreBase:
 class Store(_StoreBase):
     """Operations by the synchronous API. Connects at the first one."""
 
-    def __init__(self, where: Where, env: Env) -> None:
+    def __init__(self, where: DatabaseTarget, env: Env) -> None:
         super().__init__(where, env)
         self.client: MongoClient[Document] = MongoClient(where.uri, tz_aware=True, connect=False, **where.client_options())
         self._database = self.client.get_database(where.database, codec_options=CODEC)
@@ -294,9 +294,9 @@ class Store(_StoreBase):
 
     def _perform(self, effect: Effect, session: ClientSession | None, tails: dict[Tail, Generator[Document | None, None, None]]) -> Any:
         match effect:
-            case Nap():
+            case Sleep():
                 return self._env.sleep(effect.seconds)
-            case Listen():
+            case AwaitSignal():
                 if effect.tail not in tails and len(self._tails_open) >= _TAILS_MAX:
                     return self._env.sleep(effect.seconds)
                 tail = tails.pop(effect.tail, None) or self.tail(effect.tail, effect.seconds)
@@ -347,7 +347,7 @@ class Store(_StoreBase):
 class AsyncStore(_StoreBase):
     """Operations by the asyncio API; belongs to the event loop in which it was made."""
 
-    def __init__(self, where: Where, env: Env) -> None:
+    def __init__(self, where: DatabaseTarget, env: Env) -> None:
         super().__init__(where, env)
         self.client: AsyncMongoClient[Document] = AsyncMongoClient(where.uri, tz_aware=True, connect=False, **where.client_options())
         self._database = self.client.get_database(where.database, codec_options=CODEC)
@@ -391,9 +391,9 @@ class AsyncStore(_StoreBase):
         self, effect: Effect, session: AsyncClientSession | None, tails: dict[Tail, AsyncGenerator[Document | None, None]]
     ) -> Any:
         match effect:
-            case Nap():
+            case Sleep():
                 return await self._env.async_sleep(effect.seconds)
-            case Listen():
+            case AwaitSignal():
                 if effect.tail not in tails and len(self._tails_open) >= _TAILS_MAX:
                     return await self._env.async_sleep(effect.seconds)
                 tail = tails.pop(effect.tail, None) or self.tail(effect.tail, effect.seconds)

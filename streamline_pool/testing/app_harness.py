@@ -27,7 +27,7 @@ from streamline_pool.worker.worker import Worker
 
 from .time_travel import JumpableAsyncStore, JumpableStore, Timeline
 
-__all__ = ["BorrowedApp", "Lender"]
+__all__ = ["AppHarness", "Lender"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -45,7 +45,7 @@ class Lender(Protocol):
         """Subscribed to the application's bus."""
 
 
-class BorrowedApp:
+class AppHarness:
     """An application that a kit has taken over: where it was, and its worker while there is one."""
 
     def __init__(self, app: Streamline, kit: Lender, database: str, queues: Sequence[str]) -> None:
@@ -91,7 +91,7 @@ class BorrowedApp:
                 log.warning("test_database_left", extra={"database": self.database, "error": str(exc)})
         await self.app.close_async()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """The application is as it was before `take`, and closed."""
         app = self.app
         app.events.off("*", self._kit.record)
@@ -148,7 +148,7 @@ class BorrowedApp:
     def is_at_rest(self) -> bool:
         """True while the worker neither works nor looks for work."""
         status = self._worker.status() if self._worker is not None else None
-        return status is not None and not self._died and status.state == "ready" and status.hungry and not status.in_flight
+        return status is not None and not self._died and status.state == "ready" and status.idle and not status.in_flight
 
     async def alive(self) -> Worker:
         """The worker; a new one if it has died as it was told to. What else ended it is raised."""
@@ -165,7 +165,7 @@ class BorrowedApp:
         due = await self.store.run(claims.find_due_before(self._lanes, self.store.now(), 1))
         if not due:
             return None
-        self._worker.ring()
+        self._worker.wake_up()
         return str(due[0]["_id"])
 
     async def recover(self) -> None:

@@ -25,7 +25,7 @@ from streamline_pool.domain.model import Run, seconds
 from streamline_pool.events.bus import Event
 from streamline_pool.storage.store import Store
 
-from .app_harness import BorrowedApp
+from .app_harness import AppHarness
 from .time_travel import Timeline
 
 __all__ = ["SERVER_VARIABLE", "TestKit"]
@@ -55,7 +55,7 @@ class TestKit:
         self.timeline = Timeline()
         self._timeout_s = seconds(timeout, "TestKit: timeout")
         self._env = env or system_env()
-        self._guests: list[BorrowedApp] = []
+        self._guests: list[AppHarness] = []
         self._databases: dict[tuple[str | None, str | None], str] = {}  # by where the apps were -> where they are now
         self._events: list[Event] = []
         self._closed = False
@@ -79,7 +79,7 @@ class TestKit:
             self._close_app(guest.app)
         for guest in self._guests:
             self._call(guest.drop_database())
-            guest.give_back()
+            guest.release()
         self._loop.close()
 
     # --- applications ------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class TestKit:
             raise InvalidStateError("use: a TestKit has this app already; close that kit first, or use it once")
         where = (app.mongodb_uri, app.database)
         database = self._databases.setdefault(where, f"streamline_test_{self._env.new_id()[-12:]}")
-        guest = BorrowedApp(app, self, database, queues)
+        guest = AppHarness(app, self, database, queues)
         self._close_app(app)
         self._guests.append(guest)  # from here on it is given back, whatever fails
         guest.take()
@@ -300,7 +300,7 @@ class TestKit:
                     )
                 await self._pass_to(stored["wakeAt"], deadline)
 
-    async def _find(self, run_id: str) -> tuple[BorrowedApp, Run]:
+    async def _find(self, run_id: str) -> tuple[AppHarness, Run]:
         found = [(guest, run) for guest in self._guests if (run := await guest.app.get_run_async(run_id)) is not None]
         for guest, run in found:
             if run.workflow_id in guest.app.workflows:  # the others only share its database
@@ -334,7 +334,7 @@ class TestKit:
             raise failure
 
 
-def _what_it_waits_for(run: Run, guest: BorrowedApp) -> str:
+def _what_it_waits_for(run: Run, guest: AppHarness) -> str:
     if run.paused:
         return "it is paused"
     if not guest.works_on(run.to_dict().get("lane")):

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamline_pool.config.env import Env
 from streamline_pool.protocol.operations import Find, Op, Signal
-from streamline_pool.storage.store import AsyncStore, ServerClock, Store, Where
+from streamline_pool.storage.store import AsyncStore, DatabaseTarget, ServerClock, Store
 
 __all__ = ["JumpableAsyncStore", "JumpableStore", "Timeline", "shifted"]
 
@@ -49,7 +49,7 @@ class _JumpableClock(ServerClock):
 class JumpableStore(Store):
     """A store on a timeline of its own."""
 
-    def __init__(self, where: Where, env: Env, timeline: Timeline) -> None:
+    def __init__(self, where: DatabaseTarget, env: Env, timeline: Timeline) -> None:
         super().__init__(where, env)
         self.clock = _JumpableClock(env, timeline)
         self._timeline = timeline
@@ -65,7 +65,7 @@ class JumpableAsyncStore(AsyncStore):
     It is closed with its loop: a test that uses an app in a loop of its own need not think of that.
     """
 
-    def __init__(self, where: Where, env: Env, timeline: Timeline, before: Callable[[Op], Awaitable[None]]) -> None:
+    def __init__(self, where: DatabaseTarget, env: Env, timeline: Timeline, before: Callable[[Op], Awaitable[None]]) -> None:
         super().__init__(where, env)
         self.clock = _JumpableClock(env, timeline)
         self._timeline = timeline

@@ -19,13 +19,13 @@ from streamline_pool.protocol import claims
 from streamline_pool.protocol.run_document import SLOTS
 from streamline_pool.storage.store import AsyncStore
 
-__all__ = ["Lookout", "slots_of"]
+__all__ = ["Poller", "slots_of"]
 
 _SCANS_MAX = 190  # lanes times slots times priorities in one find; MongoDB merges at most 200 index scans
 _FULL_SHARE = 1 / 50  # of the time that looks from the start may take; a guess
 _MARGIN = timedelta(seconds=5)  # runs become visible later than their `wakeAt` says, by an insert's duration and clock errors
-_PASS_OVER_S = 30.0  # then it is tried again: somebody may have mended it
-_PASSED_OVER_MAX = 100
+_SKIP_S = 30.0  # then it is tried again: somebody may have mended it
+_SKIPPED_MAX = 100
 
 
 def slots_of(index: int, total: int) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class _Trail:
     full_at: float  # monotonic; from then on the next look from the start is affordable
 
 
-class Lookout:
+class Poller:
     """Looks for due runs on behalf of one worker."""
 
     def __init__(self, lanes: Sequence[str], index: int, total: int, env: Env) -> None:
@@ -53,7 +53,7 @@ class Lookout:
         self._env = env
         self._turn = 0  # rotates the lanes when there are too many for one find
         self._trails: dict[tuple[str, bool], _Trail] = {}
-        self._passed_over: dict[str, float] = {}  # run id -> until when (monotonic)
+        self._skipped: dict[str, float] = {}  # run id -> until when (monotonic)
         self.reslot(index, total)
 
     def reslot(self, index: int, total: int) -> None:
@@ -67,20 +67,20 @@ class Lookout:
         """Look from the very start next time: there may be runs that are due since long, and were not a moment ago."""
         self._trails.clear()
 
-    def pass_over(self, run_ids: Iterable[str]) -> None:
+    def skip_for_now(self, run_ids: Iterable[str]) -> None:
         """Show these runs no more for a while: they cannot be claimed, and would be found first again and again."""
-        until = self._env.clock.monotonic() + _PASS_OVER_S
-        self._passed_over.update(dict.fromkeys(run_ids, until))
-        while len(self._passed_over) > _PASSED_OVER_MAX:
-            del self._passed_over[next(iter(self._passed_over))]
+        until = self._env.clock.monotonic() + _SKIP_S
+        self._skipped.update(dict.fromkeys(run_ids, until))
+        while len(self._skipped) > _SKIPPED_MAX:
+            del self._skipped[next(iter(self._skipped))]
 
-    def _still_passed_over(self) -> list[str]:
-        if self._passed_over:
+    def _still_skipped(self) -> list[str]:
+        if self._skipped:
             now = self._env.clock.monotonic()
-            self._passed_over = {run_id: until for run_id, until in self._passed_over.items() if until > now}
-        return list(self._passed_over)
+            self._skipped = {run_id: until for run_id, until in self._skipped.items() if until > now}
+        return list(self._skipped)
 
-    async def look(self, store: AsyncStore, limit: int, crashes_below: int | None) -> tuple[list[Mapping[str, Any]], bool]:
+    async def poll(self, store: AsyncStore, limit: int, crashes_below: int | None) -> tuple[list[Mapping[str, Any]], bool]:
         """Up to `limit` due runs `{_id, crashes, priority, wakeAt}`, and whether there may be more."""
         seen = 0
         while seen < len(self._lanes):
@@ -117,17 +117,17 @@ class Lookout:
     ) -> list[Mapping[str, Any]]:
         key = (lanes[0], slots is None)
         trail = self._trails.get(key)
-        passed_over = self._still_passed_over()
+        skipped = self._still_skipped()
         asked_at, now = self._env.clock.monotonic(), store.now()
         if trail is not None and asked_at < trail.full_at and len(lanes) * SLOTS * len(trail.priorities) <= _SCANS_MAX:
             priorities = sorted(trail.priorities)
             rows: list[Mapping[str, Any]] = await store.run(
-                claims.find_due(lanes, slots, now, limit, crashes_below, passed_over, since=trail.since, priorities=priorities)
+                claims.find_due(lanes, slots, now, limit, crashes_below, skipped, since=trail.since, priorities=priorities)
             )
             if trail.settled and len(rows) < limit:
                 # No trail shows runs of a priority that was never seen before, and nobody may look again for seconds.
                 others = await store.run(
-                    claims.find_due(lanes, slots, now, limit - len(rows), crashes_below, passed_over, priorities=priorities)
+                    claims.find_due(lanes, slots, now, limit - len(rows), crashes_below, skipped, priorities=priorities)
                 )
                 trail.priorities |= {row["priority"] for row in others}
                 rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
@@ -137,7 +137,7 @@ class Lookout:
                 return rows
             # The end of what this trail shows, not of the queue: only a look from the start can tell what else there is.
             asked_at = self._env.clock.monotonic()
-        rows = await store.run(claims.find_due(lanes, slots, now, limit, crashes_below, passed_over))
+        rows = await store.run(claims.find_due(lanes, slots, now, limit, crashes_below, skipped))
         answered_at = self._env.clock.monotonic()
         settled = len(rows) < limit
         self._trails[key] = _Trail(

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-__all__ = ["Alarms", "Batch"]
+__all__ = ["Batch", "TimerClaims"]
 
 _NAMES_MAX = 1_000  # kept while no place is free; beyond it, looks for what is due find the others in their turn
 _AHEAD_SHARE = 8  # one place in addition to so many of a worker's `concurrency`; a guess
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     spare: int  # so many of them take places that are free to all
 
 
-class Alarms:
+class TimerClaims:
     """The names that wait to be claimed, and the runs in flight that were claimed ahead of their turn."""
 
     def __init__(self, concurrency: int) -> None:
@@ -70,13 +70,13 @@ class Alarms:
         self._ahead_promised += len(run_ids) - batch.spare
         return batch
 
-    def settle(self, batch: Batch, in_flight: Container[str]) -> None:
+    def claimed(self, batch: Batch, in_flight: Container[str]) -> None:
         """The claim is through; what it has brought is in flight."""
         self._spare_promised -= batch.spare
         self._ahead_promised -= len(batch.run_ids) - batch.spare
         self._ahead.update(run_id for run_id in batch.run_ids[batch.spare :] if run_id in in_flight)
 
-    def landed(self, run_id: str) -> None:
+    def finished(self, run_id: str) -> None:
         """A run is no longer in flight."""
         self._ahead.discard(run_id)
         if self._names:

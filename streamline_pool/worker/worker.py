@@ -23,8 +23,8 @@ from streamline_pool.protocol import claims, signals
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
-from .poller import Lookout
-from .timer_claims import Alarms
+from .poller import Poller
+from .timer_claims import TimerClaims
 
 __all__ = ["Gate", "Worker", "WorkerStatus"]
 
@@ -34,8 +34,8 @@ Gate = Literal["open", "closed", "one"]
 """The circuit breaker's word: claim freely, not at all, or one batch to see whether it works."""
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first of them wait
-_ALARM_CLAIMS = 3  # claims of such runs under way at once, so that one does not wait for another to be answered; a guess
-_RINGS_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
+_TIMER_CLAIMS = 3  # claims of such runs under way at once, so that one does not wait for another to be answered; a guess
+_NAMED_MAX = 1_000  # names of runs kept while a claim is under way; beyond it a plain look finds them
 _EXPECT_FIRST_S, _EXPECT_TRIES = 0.001, 9  # doubling: half a second in all; an insert that takes longer is announced again
 _RETRY_MAX_S = 1.0  # so that claiming resumes within moments of the database's return
 _STOP_MARGIN_S = 3.0  # beyond the handlers' grace, for giving the runs back
@@ -46,7 +46,7 @@ class WorkerStatus:
     """How a worker fares; counters are cumulative."""
 
     state: str  # "starting" | "ready" | "holding" | "draining" | "stopped"
-    hungry: bool  # it has room, and found nothing when it last looked
+    idle: bool  # it has room, and found nothing when it last looked
     in_flight: int
     runs_total: int  # runs that are through with this worker
     steps_total: int  # handlers entered
@@ -86,24 +86,24 @@ class Worker:
         self._leaving = False
         self._backlog = True  # there may be due runs that this worker has not seen
         self._claims_fail = False  # since the last one that did not
-        self._looking = 0  # claims under way: what they bring is neither in flight yet nor due any more
+        self._claims_under_way = 0  # claims under way: what they bring is neither in flight yet nor due any more
         self._suspects_left = False  # a look has passed some over, because one was in flight
-        self._rings: deque[str] = deque(maxlen=_RINGS_MAX)
+        self._named: deque[str] = deque(maxlen=_NAMED_MAX)
         self._expected: dict[str, int] = {}  # runs that were announced and are not there yet -> tries so far
         self._wanted = asyncio.Event()
-        self._alarms = Alarms(settings.concurrency)
+        self._timer_claims = TimerClaims(settings.concurrency)
         self._parked: list[tuple[str, datetime, str]] = []
         self._ended: list[str] = []
-        self._telling: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._runs_total = 0
         self._ops_ok = 0
         self._ops_failed = 0
         self._consecutive_failures = 0
         self._recycle: str | None = None
-        self._was_hungry = False
+        self._was_idle = False
         self._engine: Engine | None = None
         self._stop_grace_s: float | None = None
-        self._lookout = Lookout(self._lanes, index, total, self._env)
+        self._poller = Poller(self._lanes, index, total, self._env)
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -112,29 +112,29 @@ class Worker:
         store = self._app.store_async()
         engine = self._engine = self._app.make_engine(store, self)
         engine.start()
-        alarms = asyncio.gather(*(self._serve_alarms(store, engine) for _ in range(_ALARM_CLAIMS)))
-        alarms.add_done_callback(lambda done: self._wanted.set())
+        timer_claims = asyncio.gather(*(self._serve_timers(store, engine) for _ in range(_TIMER_CLAIMS)))
+        timer_claims.add_done_callback(lambda done: self._wanted.set())
         try:
             await self._connect(store)
-            await engine.broadcast.look()  # a stream that was opened before this worker is to see its first run, too
+            await engine.broadcast.poll()  # a stream that was opened before this worker is to see its first run, too
             self._state = "ready"
             self._notify()
             self._wanted.set()
-            while not self._leaving and not alarms.done():
+            while not self._leaving and not timer_claims.done():
                 await self._wanted.wait()
                 self._wanted.clear()
                 if not self._leaving:
-                    self._looking += 1
+                    self._claims_under_way += 1
                     await self._claim_round(store, engine)
-                    self._looking -= 1
-                    self._alarms.wanted.set()
-                    self._report_hunger()
-            await alarms
-            await self._give_back(engine)
-            await self._tell_ended(store)
+                    self._claims_under_way -= 1
+                    self._timer_claims.wanted.set()
+                    self._report_idle()
+            await timer_claims
+            await self._release_runs(engine)
+            await self._publish_ended(store)
         finally:
             self._state = "stopped"
-            alarms.cancel()
+            timer_claims.cancel()
             await engine.close()
 
     async def _connect(self, store: AsyncStore) -> None:
@@ -149,18 +149,18 @@ class Worker:
                 log.warning("store_unavailable", extra={"error": str(exc)})
                 await self._env.async_sleep(min(0.1 * 2.0 ** min(failures, 10), _RETRY_MAX_S) * (0.5 + self._env.random() / 2))
 
-    async def _give_back(self, engine: Engine) -> None:
+    async def _release_runs(self, engine: Engine) -> None:
         if self._stop_grace_s is None:
             await engine.emptied()
             return
         try:
             await asyncio.wait_for(engine.emptied(), self._stop_grace_s + _STOP_MARGIN_S)
         except TimeoutError:
-            log.warning("runs_left_to_expiry", extra={"runs": len(engine.flights)})
+            log.warning("runs_left_to_expiry", extra={"runs": len(engine.active_runs)})
 
     # --- orders ----------------------------------------------------------------------------------------------------
 
-    def ring(self, lane: str | None = None, run_id: str | None = None) -> None:
+    def wake_up(self, lane: str | None = None, run_id: str | None = None) -> None:
         """There may be work: this run, or something in this lane, or anything at all."""
         if lane is not None and lane not in self._lane_set:
             return
@@ -168,19 +168,19 @@ class Worker:
         if note is not None and note.in_flight:
             return
         if lane is None:
-            self._lookout.forget()  # runs were given back or recovered, and keep their old places in the queue
-        if run_id is None or len(self._rings) >= _RINGS_MAX:
+            self._poller.forget()  # runs were given back or recovered, and keep their old places in the queue
+        if run_id is None or len(self._named) >= _NAMED_MAX:
             self._backlog = True
         else:
-            self._rings.append(run_id)
+            self._named.append(run_id)
         self._wanted.set()
 
-    def alarm(self, run_ids: Sequence[str]) -> None:
+    def timers_fired(self, run_ids: Sequence[str]) -> None:
         """The instants of these runs have come: they are claimed ahead of what is due since longer, even by a full worker."""
-        if not self._alarms.add(run_ids):
-            self._leave_to_looks()
+        if not self._timer_claims.add(run_ids):
+            self._leave_to_poll()
 
-    def abort_run(self, run_id: str, reason: str) -> None:
+    def check_run(self, run_id: str, reason: str) -> None:
         """Somebody says that this run was cancelled (or paused): look at the database, and act on what it says."""
         if self._engine is not None:
             self._engine.check(run_id)
@@ -201,14 +201,14 @@ class Worker:
         self._wanted.set()
         self._notify()
 
-    def attend(self, listeners: Iterable[tuple[str, float]]) -> None:
+    def serve_subscribers(self, subscribers: Iterable[tuple[str, float]]) -> None:
         """Publish events for those who stream: their ids, each with the seconds for which it is served unless said again."""
         if self._engine is not None:
-            self._engine.broadcast.attend(listeners)
+            self._engine.broadcast.serve_subscribers(subscribers)
 
     def reslot(self, index: int, total: int) -> None:
         """This worker's place among the workers of its host has changed."""
-        self._lookout.reslot(index, total)
+        self._poller.reslot(index, total)
 
     def drain(self) -> None:
         """Finish the steps in flight, give the runs back, return from `run`."""
@@ -217,7 +217,7 @@ class Worker:
         if self._engine is not None:
             self._engine.drain()
         self._wanted.set()
-        self._alarms.wanted.set()
+        self._timer_claims.wanted.set()
         self._notify()
 
     def stop(self, grace_s: float) -> None:
@@ -233,14 +233,14 @@ class Worker:
         """How many runs may be claimed now."""
         if self._engine is None or self._leaving or self._held or self._gate == "closed":
             return 0
-        return max(0, self._settings.concurrency - self._alarms.places_taken(len(self._engine.flights)))
+        return max(0, self._settings.concurrency - self._timer_claims.places_taken(len(self._engine.active_runs)))
 
     async def _claim_round(self, store: AsyncStore, engine: Engine) -> None:
         """Claim what there is room for: runs that were named first, then whatever is due."""
         try:
             if store.clock.stale:
                 await store.sync_clock()
-            if self._rings and self._room():
+            if self._named and self._room():
                 await self._claim_named(store, engine)
             while self._backlog and (room := self._room()):
                 await self._claim_due(store, engine, min(room, _CLAIM_MAX))
@@ -265,11 +265,11 @@ class Worker:
 
     async def _claim_named(self, store: AsyncStore, engine: Engine) -> None:
         room = self._room()
-        run_ids = [self._rings.popleft() for _ in range(min(room, _CLAIM_MAX, len(self._rings)))]
-        if self._rings:
+        run_ids = [self._named.popleft() for _ in range(min(room, _CLAIM_MAX, len(self._named)))]
+        if self._named:
             self._wanted.set()
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
-        await self._claim_by_name(store, engine, run_ids, crashes_below, self._ring_again)
+        await self._claim_by_name(store, engine, run_ids, crashes_below, self._add_named)
 
     async def _claim_by_name(
         self, store: AsyncStore, engine: Engine, run_ids: Sequence[str], crashes_below: int | None, again: Callable[[str], None]
@@ -298,56 +298,56 @@ class Worker:
         """A ring may come before the insert that it announces: a run that is not there yet, or was not, is tried again in a moment."""
         taken = {row["_id"] for row in await store.run(claims.taken_runs(run_ids))}
         if len(run_ids) > 1 and len(taken) < len(run_ids):
-            self._leave_to_looks()  # suspects among them
+            self._leave_to_poll()  # suspects among them
         for run_id in run_ids:
             tries = self._expected.pop(run_id, 0)
             if run_id not in taken and tries >= _EXPECT_TRIES:
-                self._leave_to_looks()
+                self._leave_to_poll()
             elif run_id not in taken:
                 self._expected[run_id] = tries + 1
                 engine.loop.call_later(_EXPECT_FIRST_S * 2.0**tries, again, run_id)
 
-    def _ring_again(self, run_id: str) -> None:
-        self._rings.append(run_id)
+    def _add_named(self, run_id: str) -> None:
+        self._named.append(run_id)
         self._wanted.set()
 
     # --- runs whose timers have ended ------------------------------------------------------------------------------
 
-    async def _serve_alarms(self, store: AsyncStore, engine: Engine) -> None:
+    async def _serve_timers(self, store: AsyncStore, engine: Engine) -> None:
         """Claim runs whose instants have come, beside the other claims, so that they wait for none of these."""
         while not self._leaving:
-            await self._alarms.wanted.wait()
-            self._alarms.wanted.clear()
-            while self._alarms and not self._leaving and await self._claim_alarmed(store, engine):
+            await self._timer_claims.wanted.wait()
+            self._timer_claims.wanted.clear()
+            while self._timer_claims and not self._leaving and await self._claim_fired(store, engine):
                 pass
-        self._alarms.wanted.set()  # the other servers are to leave, too
+        self._timer_claims.wanted.set()  # the other servers are to leave, too
 
-    async def _claim_alarmed(self, store: AsyncStore, engine: Engine) -> bool:
+    async def _claim_fired(self, store: AsyncStore, engine: Engine) -> bool:
         """One claim; False if there is no place for any. What finds none stays, and may be found by a look as well."""
         if self._state != "ready" or self._gate != "open":
-            self._alarms.clear()  # when claiming is allowed again, a look comes first
-            self._leave_to_looks()
+            self._timer_claims.clear()  # when claiming is allowed again, a look comes first
+            self._leave_to_poll()
             return False
         # What is free belongs to the backlog, if there is one, or to the claim that is under way.
-        batch = self._alarms.take(0 if self._backlog or self._looking else self._room(), engine.flights)
-        if self._alarms:
-            self._leave_to_looks()
+        batch = self._timer_claims.take(0 if self._backlog or self._claims_under_way else self._room(), engine.active_runs)
+        if self._timer_claims:
+            self._leave_to_poll()
         if not batch.run_ids:
             return False
-        self._looking += 1
+        self._claims_under_way += 1
         try:
             # Never a suspect: claims beside this one may bring another, and neither sees what the other is about to have.
-            await self._claim_by_name(store, engine, batch.run_ids, self._suspect_from, lambda run_id: self.alarm([run_id]))
+            await self._claim_by_name(store, engine, batch.run_ids, self._suspect_from, lambda run_id: self.timers_fired([run_id]))
         except WorkflowError as exc:
             self._claim_failed(engine, exc)
-        self._looking -= 1
-        self._alarms.settle(batch, engine.flights)
-        if self._backlog or self._rings:
+        self._claims_under_way -= 1
+        self._timer_claims.claimed(batch, engine.active_runs)
+        if self._backlog or self._named:
             self._wanted.set()  # they may have found no place, while those were promised to this claim
-        self._report_hunger()
+        self._report_idle()
         return True
 
-    def _leave_to_looks(self) -> None:
+    def _leave_to_poll(self) -> None:
         if not self._backlog:  # else a look will follow anyway: when there is room, or when the pause after a failure is over
             self._backlog = True
             self._wanted.set()
@@ -356,7 +356,7 @@ class Worker:
         """One look; claims what it finds."""
         self._backlog = False  # before the look: a ring that comes during it may be for a run that it has just missed
         crashes_below = self._suspect_from if self._holds_suspect(engine) else None
-        rows, more = await self._lookout.look(store, limit, crashes_below)
+        rows, more = await self._poller.poll(store, limit, crashes_below)
         found = self._one_suspect_at_most(rows)
         self._suspects_left = self._suspects_left or crashes_below is not None or len(found) < len(rows)
         self.store_answered(True)
@@ -366,7 +366,7 @@ class Worker:
             await self._claim(store, engine, found)
 
     def _holds_suspect(self, engine: Engine) -> bool:
-        return any(flight.document["crashes"] >= self._suspect_from for flight in engine.flights.values())
+        return any(active.document["crashes"] >= self._suspect_from for active in engine.active_runs.values())
 
     def _one_suspect_at_most(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Runs that lost workers before share a worker with none of their like, so that the last death convicts one run."""
@@ -391,7 +391,7 @@ class Worker:
         self._env.probe("claim.before")
         claim = claims.claim_runs(run_ids, lanes, lease_id, self._owner, self._settings.lease_s, crashes_below)
         won, refused = await update_many(store.run, claim, store.now)
-        self._lookout.pass_over(refused)
+        self._poller.skip_for_now(refused)
         self._env.probe("claim.after")
         documents = await self._read_back(store, run_ids, lease_id, deadline) if won else []
         for document in documents:
@@ -412,40 +412,40 @@ class Worker:
             self.store_answered(True)
             return documents
 
-    def _report_hunger(self) -> None:
-        hungry = self._hungry()
-        if hungry != self._was_hungry:
-            self._was_hungry = hungry
+    def _report_idle(self) -> None:
+        idle = self._is_idle()
+        if idle != self._was_idle:
+            self._was_idle = idle
             self._notify()
 
-    def _hungry(self) -> bool:
-        return not self._looking and not self._backlog and not self._rings and not self._alarms and self._room() > 0
+    def _is_idle(self) -> bool:
+        return not self._claims_under_way and not self._backlog and not self._named and not self._timer_claims and self._room() > 0
 
     # --- what the engine tells (engine.Observer) -------------------------------------------------------------------
 
-    def parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
+    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
         """See engine.Observer."""
         self._parked.append((lane, wake_at, run_id))
         self._notify()
 
-    def landed(self, run_id: str, status: str) -> None:
+    def on_finished(self, run_id: str, status: str) -> None:
         """See engine.Observer."""
         self._runs_total += 1
-        self._alarms.landed(run_id)
+        self._timer_claims.finished(run_id)
         if status in ("done", "failed"):
             self._ended.append(run_id)
-            if self._telling is None and self._engine is not None:
-                self._telling = self._engine.loop.create_task(self._tell_ended(self._engine.store))
+            if self._publishing is None and self._engine is not None:
+                self._publishing = self._engine.loop.create_task(self._publish_ended(self._engine.store))
         if self._suspects_left:
             self._backlog, self._suspects_left = True, False  # the one in flight may have been this
-            self._lookout.forget()
-        if self._backlog or self._rings:
+            self._poller.forget()
+        if self._backlog or self._named:
             self._wanted.set()
-        if self._engine is not None and not self._engine.flights:
+        if self._engine is not None and not self._engine.active_runs:
             self._notify()
-        self._report_hunger()
+        self._report_idle()
 
-    async def _tell_ended(self, store: AsyncStore) -> None:
+    async def _publish_ended(self, store: AsyncStore) -> None:
         """Wake those who wait for runs to end; everything that ends meanwhile goes into the next signal."""
         try:
             while self._ended:
@@ -455,7 +455,7 @@ class Worker:
                 except WorkflowError:
                     return  # a hint; those who wait look by themselves
         finally:
-            self._telling = None
+            self._publishing = None
 
     def store_answered(self, ok: bool) -> None:
         """See engine.Observer."""
@@ -467,7 +467,7 @@ class Worker:
             self._consecutive_failures += 1
             self._notify()
 
-    def stuck(self, what: str) -> None:
+    def on_stuck(self, what: str) -> None:
         """See engine.Observer. Threads cannot be stopped, so the whole worker is to be replaced."""
         log.error("handler_stuck", extra={"what": what})
         self._recycle = what
@@ -478,22 +478,22 @@ class Worker:
     def status(self) -> WorkerStatus:
         """How this worker fares now."""
         engine = self._engine
-        flights = list(engine.flights.values()) if engine is not None else []
+        active_runs = list(engine.active_runs.values()) if engine is not None else []
         return WorkerStatus(
             state=self._state,
-            hungry=self._hungry(),
-            in_flight=len(flights),
+            idle=self._is_idle(),
+            in_flight=len(active_runs),
             runs_total=self._runs_total,
             steps_total=engine.steps_total if engine is not None else 0,
             ops_ok=self._ops_ok,
             ops_failed=self._ops_failed,
             consecutive_failures=self._consecutive_failures,
             recycle=self._recycle,
-            running=tuple((flight.run_id, str(flight.document["currentStepId"])) for flight in flights[:5]),
+            running=tuple((active.run_id, str(active.document["currentStepId"])) for active in active_runs[:5]),
             lru=engine.cache.counters() if engine is not None else {},
         )
 
     def take_parked(self) -> list[tuple[str, datetime, str]]:
         """Instants newly stored as `wakeAt`, with lane and run id; each is told once."""
-        parked, self._parked = self._parked, []
-        return parked
+        on_parked, self._parked = self._parked, []
+        return on_parked

@@ -63,7 +63,7 @@ def settle(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
     return resolved
 
 
-def load_app(resolved: Resolved, *, needed_for: str = "", tell_threads: bool = True) -> tuple[Streamline | None, Resolved]:
+def load_app(resolved: Resolved, *, needed_for: str = "", notify_threads: bool = True) -> tuple[Streamline | None, Resolved]:
     """The application, if one is named, and the settings with what it says in code. `needed_for`: refuse to go on without.
 
     A sub-command that only reads runs does without an application.
@@ -81,7 +81,7 @@ def load_app(resolved: Resolved, *, needed_for: str = "", tell_threads: bool = T
         app, threads = import_app(path)
     except AppImportError as exc:
         raise CommandError(f"cannot load the application {path}: {exc}", ExitCode.USAGE) from None
-    if threads and tell_threads:
+    if threads and notify_threads:
         advice = "worker processes will not have them: start them in a step, or on first use"
         _log.warning("import_started_threads", extra={"threads": threads, "advice": advice})
     try:

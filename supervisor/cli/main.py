@@ -78,7 +78,7 @@ def _run_the_pool() -> int:
 
     for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, lambda *_: None)  # orders for the pool: until there is one they must not end this process
-    app, resolved = load_app(settle({}), needed_for="the pool", tell_threads=False)  # run_pool tells of them
+    app, resolved = load_app(settle({}), needed_for="the pool", notify_threads=False)  # run_pool tells of them
     assert app is not None, "load_app refuses to go on without an application"
     with served(resolved, lasting=True) as settings, blamed_on(resolved):
         adopt(app, settings).freeze()

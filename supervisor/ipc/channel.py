@@ -14,13 +14,13 @@ from typing import Generic
 
 from streamline_pool.supervisor.ipc.messages import Direction, FrameReader, FromSteward, FromWorker, M_co, MessageError, decode, encode
 
-__all__ = ["ORPHAN_EXIT_S", "Link", "arm_orphan_exit"]
+__all__ = ["ORPHAN_EXIT_S", "Channel", "arm_orphan_exit"]
 
 ORPHAN_EXIT_S = 1.8  # an orphan may live for 2 s
 _READ_BYTES = 64 * 1024
 
 
-class Link(Generic[M_co]):
+class Channel(Generic[M_co]):
     """Calls `heard(message)` for each message and `lost()` once at the end; `send` never blocks."""
 
     def __init__(self, sock: socket.socket, direction: Direction[M_co], heard: Callable[[M_co], None], lost: Callable[[], None]) -> None:

@@ -14,12 +14,50 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import orjson
 
 __all__ = [
-    "BOOT_FAILED_EXIT", "FROM_STEWARD", "FROM_WORKER", "STORE_UNREACHABLE_EXIT", "TO_STEWARD", "TO_WORKER",
-    "AbortHint", "AbortRun", "Alarm", "Audience", "Beat", "BootFailed", "Check", "Checked", "Circuit", "CircuitState", "Close", "Died",
+    "BOOT_FAILED_EXIT",
+    "FROM_STEWARD",
+    "FROM_WORKER",
+    "STORE_UNREACHABLE_EXIT",
+    "TO_STEWARD",
+    "TO_WORKER",
+    "Beat",
+    "BootFailed",
+    "CheckDue",
+    "CheckRun",
+    "Circuit",
+    "CircuitState",
+    "Close",
+    "Died",
     "Drain",
-    "Evidence", "FrameReader", "FromSteward", "FromWorker", "Gate", "GateState", "Hold", "MessageError", "Parked", "Poke", "PoolFacts",
-    "Probe", "Publish", "Publishing", "Released", "Reslot", "Ring", "StewardBeat", "Stop", "ToSteward", "ToWorker", "Wake", "WorkerFacts",
-    "decode", "encode",
+    "DueCount",
+    "Evidence",
+    "FrameReader",
+    "FromSteward",
+    "FromWorker",
+    "Gate",
+    "GateState",
+    "Hold",
+    "IdleCheck",
+    "MessageError",
+    "Parked",
+    "PoolFacts",
+    "Probe",
+    "Released",
+    "Reslot",
+    "RunChanged",
+    "ServeSubscribers",
+    "StewardBeat",
+    "Stop",
+    "Subscribers",
+    "SubscribersServed",
+    "TimersFired",
+    "ToSteward",
+    "ToWorker",
+    "WakeUp",
+    "WorkDue",
+    "WorkerFacts",
+    "decode",
+    "encode",
 ]  # fmt: skip
 
 VERSION = 1  # raised with every incompatible change; both ends are one fork of one program, so a mismatch is a bug
@@ -40,7 +78,7 @@ class MessageError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ring:
+class WakeUp:
     """There may be work; look now."""
 
     lane: str | None = None  # where; None: anywhere
@@ -48,7 +86,7 @@ class Ring:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
+class TimersFired:
     """The instants of these runs have come: claim them by name, ahead of what is due since longer, and even when full.
 
     From the steward to the supervisor, who shares the names out, and on to the workers. A hint: lost, these runs are
@@ -59,7 +97,7 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AbortRun:
+class CheckRun:
     """Somebody cancelled this run; its holder should look at the database at once. A hint: loss costs only time."""
 
     run_id: str
@@ -101,18 +139,18 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Poke:
+class IdleCheck:
     """Send a beat that names `seq`. As pipes keep their order, that beat is news from after the poke was sent."""
 
     seq: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Publish:
+class ServeSubscribers:
     """Send events for these listeners, and for nobody else; answered by a beat that names `seq`."""
 
     seq: int
-    listeners: tuple[tuple[str, float], ...]  # (id, seconds for which it is served unless said again)
+    subscribers: tuple[tuple[str, float], ...]  # (id, seconds for which it is served unless said again)
 
 
 # ---- worker -> supervisor ------------------------------------------------------------------------------------------
@@ -123,7 +161,7 @@ class Beat:
     """What a worker says of itself, from its own event loop. The counters only grow during one life."""
 
     state: str  # starting | ready | holding | draining | stopped
-    hungry: bool  # has free slots, has looked, has found nothing
+    idle: bool  # has free slots, has looked, has found nothing
     in_flight: int
     runs_total: int
     steps_total: int
@@ -134,7 +172,7 @@ class Beat:
     running: tuple[tuple[str, str], ...] = ()  # sample of (run id, step id) in flight
     lru: dict[str, int]  # counters of the run cache
     parked: tuple[tuple[str, int, str], ...] = ()  # (lane, wakeAt in epoch ms, run id) written since the last beat
-    poke: int = 0  # the highest `Poke.seq` received
+    idle_check: int = 0  # the highest `Poke.seq` received
     publish: int = 0  # ... and the highest `Publish.seq`
 
 
@@ -178,7 +216,7 @@ class Parked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class CheckDue:
     """Is anything claimable now? Answered by `Checked` with the same number."""
 
     seq: int
@@ -222,10 +260,10 @@ class PoolFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Publishing:
+class SubscribersServed:
     """Every worker that there is publishes for these listeners."""
 
-    listeners: tuple[str, ...]
+    subscribers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +280,7 @@ class StewardBeat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wake:
+class WorkDue:
     """About `count` runs of `lane` are due: ring as many hungry workers."""
 
     lane: str | None
@@ -251,7 +289,7 @@ class Wake:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AbortHint:
+class RunChanged:
     """A cancellation seen on the signal tail. `owner`: the worker that held the run; None: not known, tell all."""
 
     run_id: str
@@ -260,10 +298,10 @@ class AbortHint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Audience:
+class Subscribers:
     """All who stream events, as far as this host knows: workers are to publish for them. Answered by `Publishing`."""
 
-    listeners: tuple[tuple[str, float], ...]  # (id, seconds for which it is served unless said again)
+    subscribers: tuple[tuple[str, float], ...]  # (id, seconds for which it is served unless said again)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +313,7 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
+class DueCount:
     seq: int
     due: int  # runs claimable now, up to some limit
 
@@ -288,10 +326,10 @@ class Probe:
     error: str | None = None
 
 
-ToWorker = Ring | Alarm | AbortRun | Gate | Hold | Reslot | Drain | Stop | Poke | Publish
+ToWorker = WakeUp | TimersFired | CheckRun | Gate | Hold | Reslot | Drain | Stop | IdleCheck | ServeSubscribers
 FromWorker = Beat | BootFailed
-ToSteward = Died | Parked | Check | Circuit | PoolFacts | Publishing | Close
-FromSteward = StewardBeat | Wake | Alarm | AbortHint | Audience | Released | Checked | Probe | BootFailed
+ToSteward = Died | Parked | CheckDue | Circuit | PoolFacts | SubscribersServed | Close
+FromSteward = StewardBeat | WorkDue | TimersFired | RunChanged | Subscribers | Released | DueCount | Probe | BootFailed
 
 M_co = TypeVar("M_co", covariant=True)
 

@@ -25,16 +25,16 @@ import psutil
 from streamline_pool.supervisor.ipc.messages import (
     FROM_STEWARD,
     FROM_WORKER,
-    Alarm,
     Direction,
     FrameReader,
     FromSteward,
     FromWorker,
     Parked,
     PoolFacts,
-    Ring,
+    TimersFired,
     ToSteward,
     ToWorker,
+    WakeUp,
     decode,
     encode,
 )
@@ -98,7 +98,7 @@ class Child:
         While a child does not listen, news that will be repeated is dropped. Orders are kept: they are few, and a
         child that does not listen does not beat either, so it is gone within the stall timeout.
         """
-        if len(self._unsent) > UNSENT_BYTES_MAX and isinstance(message, Ring | Alarm | Parked | PoolFacts):
+        if len(self._unsent) > UNSENT_BYTES_MAX and isinstance(message, WakeUp | TimersFired | Parked | PoolFacts):
             return
         self._unsent += encode(message)
         self.flush()

@@ -13,28 +13,28 @@ from typing import assert_never
 
 from streamline_pool.supervisor.ipc.messages import (
     STORE_UNREACHABLE_EXIT,
-    AbortHint,
-    AbortRun,
-    Alarm,
-    Audience,
     Beat,
     BootFailed,
-    Checked,
+    CheckRun,
     Circuit,
     Died,
+    DueCount,
     Evidence,
     Gate,
     Hold,
+    IdleCheck,
     Parked,
-    Poke,
     PoolFacts,
     Probe,
-    Publish,
     Released,
     Reslot,
-    Ring,
+    RunChanged,
+    ServeSubscribers,
     StewardBeat,
-    Wake,
+    Subscribers,
+    TimersFired,
+    WakeUp,
+    WorkDue,
     WorkerFacts,
 )
 from streamline_pool.supervisor.pool.circuit_breaker import Breaker, Tally, after_probe, after_tally, trial_lost
@@ -42,7 +42,6 @@ from streamline_pool.supervisor.pool.state import (
     Action,
     Attended,
     Dump,
-    Ending,
     Event,
     Exited,
     Forked,
@@ -56,6 +55,7 @@ from streamline_pool.supervisor.pool.state import (
     Member,
     Role,
     Send,
+    Shutdown,
     Signalled,
     State,
     Tick,
@@ -92,14 +92,14 @@ def initial(target: int, limits: Limits, now: float) -> State:
 
 def pause_s(state: State) -> float:
     """How long the loop may sleep when nothing happens. Short while some deadline or back-off is near."""
-    pending = state.vacancies or state.ending or state.burst or any(m.deadline is not None for m in state.members.values())
+    pending = state.vacancies or state.shutdown or state.burst or any(m.deadline is not None for m in state.members.values())
     return 0.02 if pending else 0.5
 
 
 def decide(state: State, event: Event, now: float) -> Decision:
     """The one place where the supervisor branches on what happened."""
     state, actions = _react(state, event, now)
-    if isinstance(event, Heard) and isinstance(event.message, Wake | Alarm | AbortHint):
+    if isinstance(event, Heard) and isinstance(event.message, WorkDue | TimersFired | RunChanged):
         return state, actions  # the hot path: a ring changes nothing that the rules look at
     state, more = settle(state, now)
     return state, actions + more
@@ -140,17 +140,17 @@ def _on_message(state: State, member: Member, event: Heard, now: float) -> Decis
     match event.message:
         case Beat() as beat:
             return _on_beat(state, member, beat, now)
-        case Wake(lane=lane, run_id=run_id, count=count):
+        case WorkDue(lane=lane, run_id=run_id, count=count):
             return _ring(state, lane, run_id, count, now)
-        case Alarm(run_ids=run_ids):
+        case TimersFired(run_ids=run_ids):
             return _share_out(state, run_ids, now)
-        case AbortHint(run_id=run_id, owner=owner, reason=reason):
+        case RunChanged(run_id=run_id, owner=owner, reason=reason):
             holders = [m for m in state.workers if owner in (None, m.owner)]
-            return state, [Send(pid=m.pid, message=AbortRun(run_id=run_id, reason=reason)) for m in holders]
-        case Audience(listeners=listeners):
+            return state, [Send(pid=m.pid, message=CheckRun(run_id=run_id, reason=reason)) for m in holders]
+        case Subscribers(subscribers=subscribers):
             seq = state.pokes + 1
-            attended = Attended(seq=seq, until={listener: now + left_s for listener, left_s in listeners})
-            publish = Publish(seq=seq, listeners=listeners)
+            attended = Attended(seq=seq, until={subscriber: now + left_s for subscriber, left_s in subscribers})
+            publish = ServeSubscribers(seq=seq, subscribers=subscribers)
             return replace(state, pokes=seq, attended=attended), [Send(pid=m.pid, message=publish) for m in state.workers]
         case StewardBeat(ready=ready):
             starts = ready and member.phase == "starting"
@@ -162,7 +162,7 @@ def _on_message(state: State, member: Member, event: Heard, now: float) -> Decis
             log = Log(level=logging.INFO, event="leases_released", fields={"owner": owner, "runs": runs})
             state, actions = _ring(replace(state, unacknowledged=left), None, None, runs, now)
             return state, [log, *actions]
-        case Checked(seq=seq, due=due):
+        case DueCount(seq=seq, due=due):
             return _on_checked(state, seq, due, now)
         case BootFailed() as failed:
             return _on_boot_failed(state, member, failed, now)
@@ -184,13 +184,13 @@ def _on_beat(state: State, member: Member, beat: Beat, now: float) -> Decision:
         trailing=beat.consecutive_failures,
     )
     trial = state.trial
-    if trial is not None and trial.pid == member.pid and not trial.started and beat.poke >= trial.poke:
+    if trial is not None and trial.pid == member.pid and not trial.started and beat.idle_check >= trial.idle_check:
         state = replace(state, trial=replace(trial, started=True))  # what comes after this beat happened after the gate
     on_trial = trial is not None and trial.pid == member.pid and trial.started
     cause = f"{tally.trailing} operations in a row failed"
     state, more = _circuit(state, after_tally(state.breaker, tally, now, trial=on_trial), cause, now)
     actions += more
-    if beat.hungry and state.unserved:
+    if beat.idle and state.unserved:
         state, more = _ring(replace(state, unserved=state.unserved - 1), state.unserved_lane, None, 1, now)
         actions += more
     return state, actions
@@ -205,13 +205,13 @@ def _ring(state: State, lane: str | None, run_id: str | None, count: int, now: f
     """
     if count <= 0 or state.held or state.breaker.state != "closed":
         return state, []
-    hungry = [m for m in state.members.values() if m.beat is not None and m.beat.hungry and m.phase == "ready" and m.leaving is None]
-    rung = sorted(hungry, key=lambda m: m.rung_at)[:count]
+    idle = [m for m in state.members.values() if m.beat is not None and m.beat.idle and m.phase == "ready" and m.leaving is None]
+    rung = sorted(idle, key=lambda m: m.rung_at)[:count]
     unserved = min(state.unserved + count - len(rung), len(state.staying) - len(rung))
     kept_lane = lane if not state.unserved or state.unserved_lane is not None else None
     state = replace(state, unserved=max(unserved, 0), unserved_lane=kept_lane)
-    ring = Ring(lane=lane, run_id=run_id if count == 1 else None)
-    return put(state, *(replace(m, rung_at=now) for m in rung)), [Send(pid=m.pid, message=ring) for m in rung]
+    wake_up = WakeUp(lane=lane, run_id=run_id if count == 1 else None)
+    return put(state, *(replace(m, rung_at=now) for m in rung)), [Send(pid=m.pid, message=wake_up) for m in rung]
 
 
 def _share_out(state: State, run_ids: Sequence[str], now: float) -> Decision:
@@ -222,9 +222,9 @@ def _share_out(state: State, run_ids: Sequence[str], now: float) -> Decision:
     if state.held or state.breaker.state != "closed":
         return state, []  # whoever may claim again looks at all that is due
     able = [m for m in state.staying if m.phase == "ready"]
-    hungry = [m for m in able if m.beat is not None and m.beat.hungry]
-    chosen = sorted(hungry or able, key=lambda m: m.rung_at)[: len(run_ids)]
-    shares = [Send(pid=m.pid, message=Alarm(run_ids=tuple(run_ids[place :: len(chosen)]))) for place, m in enumerate(chosen)]
+    idle = [m for m in able if m.beat is not None and m.beat.idle]
+    chosen = sorted(idle or able, key=lambda m: m.rung_at)[: len(run_ids)]
+    shares = [Send(pid=m.pid, message=TimersFired(run_ids=tuple(run_ids[place :: len(chosen)]))) for place, m in enumerate(chosen)]
     return put(state, *(replace(m, rung_at=now) for m in chosen)), [*shares]
 
 
@@ -244,7 +244,7 @@ def _on_boot_failed(state: State, member: Member, failed: BootFailed, now: float
     if state.ready and failed.exit_code == STORE_UNREACHABLE_EXIT:
         return put(state, member), []
     state = put(state, replace(member, leaving=member.leaving or "boot failed"))
-    if state.ending is not None:
+    if state.shutdown is not None:
         return state, []
     fields = {"pid": member.pid, "role": member.role, "error": failed.message}
     state, actions = begin_ending(state, now, failed.exit_code, "boot failed", grace_s=BOOT_GRACE_S)
@@ -274,8 +274,8 @@ def _circuit(state: State, breaker: Breaker, cause: str, now: float) -> Decision
             if chosen is None:
                 return state, actions
             seq = state.pokes + 1
-            actions += [Send(pid=chosen.pid, message=Poke(seq=seq)), Send(pid=chosen.pid, message=Gate(state="one"))]
-            return replace(state, pokes=seq, trial=Trial(pid=chosen.pid, poke=seq)), actions
+            actions += [Send(pid=chosen.pid, message=IdleCheck(seq=seq)), Send(pid=chosen.pid, message=Gate(state="one"))]
+            return replace(state, pokes=seq, trial=Trial(pid=chosen.pid, idle_check=seq)), actions
         case "closed":
             actions.append(Log(level=logging.INFO, event="scheduler:circuit-closed"))
             actions += [Send(pid=m.pid, message=Gate(state="open")) for m in state.workers]
@@ -302,7 +302,7 @@ def _on_forked(state: State, event: Forked, now: float) -> Decision:
     if state.breaker.state != "closed":
         actions.append(Send(pid=event.pid, message=Gate(state="closed")))
     if state.attended is not None:
-        publish = Publish(seq=state.attended.seq, listeners=state.attended.left(now))
+        publish = ServeSubscribers(seq=state.attended.seq, subscribers=state.attended.left(now))
         actions.append(Send(pid=event.pid, message=publish))
     return state, actions
 
@@ -323,11 +323,11 @@ def _on_exited(state: State, event: Exited, now: float) -> Decision:
     state = replace(state, members={pid: m for pid, m in state.members.items() if pid != event.pid})
     if member.beat is not None:
         state = replace(state, gone_runs=state.gone_runs + member.beat.runs_total, gone_steps=state.gone_steps + member.beat.steps_total)
-    wanted = member.leaving is not None or state.ending is not None
+    wanted = member.leaving is not None or state.shutdown is not None
     clean = event.exit_code == 0 and wanted
     died = Died(owner=member.owner, evidence=_evidence(member, event, now))
     # One that we killed before it had anything to do is no crash to look into, such as when there is no database.
-    unborn = member.phase == "dying" and state.ending is not None and (member.beat is None or member.beat.state == "starting")
+    unborn = member.phase == "dying" and state.shutdown is not None and (member.beat is None or member.beat.state == "starting")
     actions: list[Action] = [_farewell(member, died.evidence, expected=clean or member.excused or unborn)]
     if member.role == "worker" and not clean:
         state = replace(state, unacknowledged={**state.unacknowledged, member.owner: died})
@@ -338,7 +338,7 @@ def _on_exited(state: State, event: Exited, now: float) -> Decision:
         actions += more
     if member.leaving is None and member.excused:
         state = _refill(state, member.role, member.index, now + RESTART_STORE_AWAY_S * (1 + event.jitter))
-    elif member.leaving is None and (state.ending is None or member.role == "steward"):
+    elif member.leaving is None and (state.shutdown is None or member.role == "steward"):
         state, more = _replace_crashed(state, member.role, member.index, event.jitter, now)
         actions += more
     return state, actions
@@ -377,7 +377,7 @@ def _replace_crashed(state: State, role: Role, index: int, jitter: float, now: f
     """Fork a successor after a back-off, or end the pool when its budget of restarts is used up."""
     crashes = (*(at for at in state.crashes if now - at < CRASH_WINDOW_S), now)
     state = replace(state, crashes=crashes)
-    if len(crashes) > state.limits.restart_budget and state.ending is None:
+    if len(crashes) > state.limits.restart_budget and state.shutdown is None:
         fields = {"crashes_per_minute": len(crashes), "budget": state.limits.restart_budget}
         state, actions = begin_ending(state, now, 1, "restart budget exceeded")
         return state, [Log(level=logging.CRITICAL, event="restart_budget_exceeded", fields=fields), *actions]
@@ -415,8 +415,8 @@ def pool_facts(state: State, now: float) -> PoolFacts:
     """The pool in figures, for the host record and the health port."""
     workers = tuple(_worker_facts(m, now) for m in state.workers)
     return PoolFacts(
-        ready=state.ready and state.ending is None,
-        draining=state.ending is not None,
+        ready=state.ready and state.shutdown is None,
+        draining=state.shutdown is not None,
         held=state.held,
         target=state.target,
         restarts=state.restarts,
@@ -450,12 +450,12 @@ def _worker_facts(member: Member, now: float) -> WorkerFacts:
 def _on_signal(state: State, signum: signal.Signals, now: float) -> Decision:
     match signum:
         case signal.SIGTERM:
-            return begin_ending(state, now, 0, "SIGTERM") if state.ending is None else (state, [])
+            return begin_ending(state, now, 0, "SIGTERM") if state.shutdown is None else (state, [])
         case signal.SIGINT:
             return _on_interrupt(state, now)
         case signal.SIGHUP:
             return replace(state, rolling=frozenset(m.pid for m in state.staying)), [Log(level=logging.INFO, event="pool_rolls")]
-        case signal.SIGTTIN | signal.SIGTTOU if state.ending is None:
+        case signal.SIGTTIN | signal.SIGTTOU if state.shutdown is None:
             return _resize(state, 1 if signum == signal.SIGTTIN else -1, now)
         case signal.SIGTSTP | signal.SIGCONT:
             return _hold(state, signum == signal.SIGTSTP)
@@ -470,14 +470,14 @@ def _on_interrupt(state: State, now: float) -> Decision:
     ints = state.ints + 1
     state = replace(state, ints=ints)
     if ints == 1:
-        return begin_ending(state, now, 0, "SIGINT") if state.ending is None else (state, [])
+        return begin_ending(state, now, 0, "SIGINT") if state.shutdown is None else (state, [])
     if ints == 2:
         return begin_ending(state, now, 4, "second SIGINT", grace_s=CANCEL_GRACE_S)
     state, actions = begin_ending(state, now, 137, "third SIGINT", grace_s=0.0)
     doomed = [replace(m, phase="dying", leaving="third SIGINT", deadline=now + KILL_AFTER_S) for m in state.members.values()]
-    ending = Ending(stage="close", code=137, reason="third SIGINT")
+    shutdown = Shutdown(stage="close", code=137, reason="third SIGINT")
     kills = [Kill(pid=m.pid, signum=signal.SIGKILL) for m in doomed]
-    return replace(put(state, *doomed), ending=ending, vacancies=()), [*actions, *kills]
+    return replace(put(state, *doomed), shutdown=shutdown, vacancies=()), [*actions, *kills]
 
 
 def _hold(state: State, held: bool) -> Decision:

@@ -15,8 +15,32 @@ from streamline_pool.supervisor.ipc.messages import Beat, Died, FromSteward, Fro
 from streamline_pool.supervisor.pool.circuit_breaker import Breaker
 
 __all__ = [
-    "Action", "Attended", "Burst", "Dump", "Ending", "Event", "Exit", "Exited", "ForkFailed", "Forked", "Garbled", "Heard", "Kill",
-    "Limits", "Log", "Measured", "Member", "Phase", "Role", "Send", "Signalled", "Spawn", "State", "Tick", "Trial", "Vacancy",
+    "Action",
+    "Attended",
+    "Burst",
+    "Dump",
+    "Event",
+    "Exit",
+    "Exited",
+    "ForkFailed",
+    "Forked",
+    "Garbled",
+    "Heard",
+    "Kill",
+    "Limits",
+    "Log",
+    "Measured",
+    "Member",
+    "Phase",
+    "Role",
+    "Send",
+    "Shutdown",
+    "Signalled",
+    "Spawn",
+    "State",
+    "Tick",
+    "Trial",
+    "Vacancy",
 ]  # fmt: skip
 
 Role = Literal["steward", "worker"]
@@ -71,7 +95,7 @@ class Trial:
     """The half-open breaker's one worker. Its tallies count from the beat that answers `poke`."""
 
     pid: int
-    poke: int
+    idle_check: int
     started: bool = False
 
 
@@ -99,11 +123,11 @@ class Attended:
 
     def left(self, now: float) -> tuple[tuple[str, float], ...]:
         """Each with the seconds that it has left."""
-        return tuple((listener, until - now) for listener, until in self.until.items() if until > now)
+        return tuple((subscriber, until - now) for subscriber, until in self.until.items() if until > now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Shutdown:
     """The pool is going to exit with `code`.
 
     workers: told to go, each with deadlines of its own. settle: none is left; the steward releases what the dead ones
@@ -135,7 +159,7 @@ class State:
     pokes: int = 0  # the last poke, check or publish number used
     attended: Attended | None = None  # None: nobody streams
     ints: int = 0  # SIGINTs so far
-    ending: Ending | None = None
+    shutdown: Shutdown | None = None
     crashes: tuple[float, ...] = ()  # instants of the crashes of the last minute
     restarts: int = 0
     recycled: int = 0

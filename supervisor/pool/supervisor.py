@@ -248,10 +248,10 @@ class Pool:
         if mask & selectors.EVENT_WRITE:
             child.flush()
         if mask & selectors.EVENT_READ:
-            self._hear(child, child.receive)
+            self._on_message(child, child.receive)
         self._watch(child)
 
-    def _hear(self, child: Child, receive: Callable[[], Sequence[Any]]) -> None:
+    def _on_message(self, child: Child, receive: Callable[[], Sequence[Any]]) -> None:
         try:
             self._events.extend(Heard(pid=child.pid, message=message) for message in receive())
         except MessageError as exc:
@@ -279,7 +279,7 @@ class Pool:
             code = child.exit_code()
             if code is None:
                 continue
-            self._hear(child, child.last_words)
+            self._on_message(child, child.last_words)
             dump = child.take_dump()
             self._show_dump(child.pid, dump)
             by_signal = signal.Signals(-code).name if code < 0 else None

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from streamline_pool.supervisor.ipc.messages import Check, Close, Drain, Poke, Publishing, Stop
-from streamline_pool.supervisor.pool.state import Action, Burst, Ending, Exit, Kill, Log, Member, Send, Spawn, State, Vacancy
+from streamline_pool.supervisor.ipc.messages import CheckDue, Close, Drain, IdleCheck, Stop, SubscribersServed
+from streamline_pool.supervisor.pool.state import Action, Burst, Exit, Kill, Log, Member, Send, Shutdown, Spawn, State, Vacancy
 
 __all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "Decision", "ask_idle", "begin_ending", "dismiss", "put", "settle"]
 
@@ -30,7 +30,7 @@ BURST_RETRY_S = 0.2  # a guess: between looks for work that nobody has claimed y
 def settle(state: State, now: float) -> Decision:
     """Apply every rule once."""
     rules: tuple[Callable[[State, float], Decision], ...]
-    if state.ending is None:
+    if state.shutdown is None:
         rules = (_overdue, _announce, _recycle, _roll, _fill, _confirm_publishing, _prove_idle)
     else:
         rules = (_overdue, _fill, _confirm_publishing, _end)
@@ -58,8 +58,8 @@ def dismiss(state: State, member: Member, reason: str, now: float, *, refill: bo
 
 def begin_ending(state: State, now: float, code: int, reason: str, *, grace_s: float | None = None) -> Decision:
     """Start to end the pool, or end it harder. `grace_s`: workers give their steps up after so long; None: they finish them."""
-    if state.ending is not None and code == 4:
-        code = state.ending.code or code  # a worse reason to end stays the reason
+    if state.shutdown is not None and code == 4:
+        code = state.shutdown.code or code  # a worse reason to end stays the reason
     actions: list[Action] = [
         Log(level=logging.INFO, event="pool_ends", fields={"reason": reason, "exit_code": code, **_left(state, grace_s)})
     ]
@@ -77,8 +77,8 @@ def begin_ending(state: State, now: float, code: int, reason: str, *, grace_s: f
             state = put(state, replace(member, phase="stopping", leaving=leaving, deadline=deadline))
             actions.append(Send(pid=member.pid, message=Stop(grace_s=grace_s)))
     kept = tuple(v for v in state.vacancies if v.role == "steward")
-    ending = Ending(stage="workers", code=code, reason=reason)
-    return replace(state, ending=ending, vacancies=kept, rolling=frozenset(), burst=None), actions
+    shutdown = Shutdown(stage="workers", code=code, reason=reason)
+    return replace(state, shutdown=shutdown, vacancies=kept, rolling=frozenset(), burst=None), actions
 
 
 def _left(state: State, grace_s: float | None) -> dict[str, Any]:
@@ -107,14 +107,14 @@ def _overdue(state: State, now: float) -> Decision:
             state = put(state, replace(member, phase="dying", deadline=now + KILL_AFTER_S))
             actions.append(Log(level=logging.WARNING, event="child_killed", fields=fields))
             actions.append(Kill(pid=member.pid, signum=signal.SIGKILL))
-        if state.ending is not None and member.role == "worker":
-            state = replace(state, ending=_unfinished(state.ending))
+        if state.shutdown is not None and member.role == "worker":
+            state = replace(state, shutdown=_unfinished(state.shutdown))
     return state, actions
 
 
-def _unfinished(ending: Ending) -> Ending:
+def _unfinished(shutdown: Shutdown) -> Shutdown:
     """Work had to be given up: exit 4, unless the pool ends for a worse reason."""
-    return ending if ending.code else replace(ending, code=4)
+    return shutdown if shutdown.code else replace(shutdown, code=4)
 
 
 def _announce(state: State, now: float) -> Decision:
@@ -165,7 +165,7 @@ def _roll(state: State, now: float) -> Decision:
 
 def _fill(state: State, now: float) -> Decision:
     """Fork what is missing, once its back-off is over."""
-    if state.ending is not None and not (state.workers or state.unacknowledged):
+    if state.shutdown is not None and not (state.workers or state.unacknowledged):
         return state, []  # nobody is left for whom a steward would be needed
     due = [v for v in state.vacancies if v.due_at <= now]
     if not due:
@@ -184,7 +184,7 @@ def _confirm_publishing(state: State, now: float) -> Decision:
     if any(m.beat is None or m.beat.publish < attended.seq for m in state.workers if m.phase != "dying"):
         return state, []
     state = replace(state, attended=replace(attended, confirmed=True))
-    return state, [Send(pid=steward.pid, message=Publishing(listeners=tuple(attended.until)))]
+    return state, [Send(pid=steward.pid, message=SubscribersServed(subscribers=tuple(attended.until)))]
 
 
 def _prove_idle(state: State, now: float) -> Decision:
@@ -197,14 +197,14 @@ def _prove_idle(state: State, now: float) -> Decision:
     if burst is None:
         return ask_idle(state, "asking", {}) if now >= state.burst_again_at else (state, [])
     beats = {m.pid: m.beat for m in state.workers if m.beat is not None}
-    if burst.stage == "checking" or any(beat.poke < burst.seq for beat in beats.values()):
+    if burst.stage == "checking" or any(beat.idle_check < burst.seq for beat in beats.values()):
         return state, []
     runs = {pid: beat.runs_total for pid, beat in beats.items()}
     if burst.stage == "asking":
         steward, seq = state.steward, state.pokes + 1
         assert steward is not None, "an idle pool has a steward"
         state = replace(state, pokes=seq, burst=Burst(stage="checking", seq=seq, runs=runs))
-        return state, [Send(pid=steward.pid, message=Check(seq=seq))]
+        return state, [Send(pid=steward.pid, message=CheckDue(seq=seq))]
     if runs != burst.runs:
         return replace(state, burst=None), []
     return begin_ending(state, now, 0, "burst: nothing left to do")
@@ -214,29 +214,29 @@ def ask_idle(state: State, stage: Literal["asking", "confirming"], runs: Mapping
     """Have every worker say whether it is idle, in an answer that is certainly newer than this question."""
     seq = state.pokes + 1
     burst = Burst(stage=stage, seq=seq, runs=runs)
-    return replace(state, pokes=seq, burst=burst), [Send(pid=m.pid, message=Poke(seq=seq)) for m in state.workers]
+    return replace(state, pokes=seq, burst=burst), [Send(pid=m.pid, message=IdleCheck(seq=seq)) for m in state.workers]
 
 
 def _looks_idle(state: State) -> bool:
     if state.vacancies or state.unacknowledged or state.unserved or state.breaker.state != "closed":
         return False
-    idle = all(m.beat is not None and m.beat.hungry and m.beat.in_flight == 0 for m in state.workers)
+    idle = all(m.beat is not None and m.beat.idle and m.beat.in_flight == 0 for m in state.workers)
     return idle and state.steward is not None and all(m.phase == "ready" for m in state.members.values())
 
 
 def _end(state: State, now: float) -> Decision:
     """Workers first, then what the dead ones held, then the steward, then ourselves."""
-    ending, steward = state.ending, state.steward
-    assert ending is not None, "the caller looked"
-    if ending.stage == "workers" and not state.workers:
-        ending = replace(ending, stage="settle", deadline=now + SETTLE_S)
-    if ending.stage == "settle":
-        assert ending.deadline is not None, "set above"
-        if state.unacknowledged and now < ending.deadline and (steward is not None or state.vacancies):
-            return replace(state, ending=ending), []
-        ending = replace(ending, stage="close")
+    shutdown, steward = state.shutdown, state.steward
+    assert shutdown is not None, "the caller looked"
+    if shutdown.stage == "workers" and not state.workers:
+        shutdown = replace(shutdown, stage="settle", deadline=now + SETTLE_S)
+    if shutdown.stage == "settle":
+        assert shutdown.deadline is not None, "set above"
+        if state.unacknowledged and now < shutdown.deadline and (steward is not None or state.vacancies):
+            return replace(state, shutdown=shutdown), []
+        shutdown = replace(shutdown, stage="close")
         if steward is not None:
-            state = put(state, replace(steward, phase="stopping", leaving=ending.reason, deadline=now + KILL_AFTER_S))
-            return replace(state, ending=ending, vacancies=()), [Send(pid=steward.pid, message=Close())]
-    state = replace(state, ending=ending)
-    return (state, [Exit(code=ending.code)]) if ending.stage == "close" and not state.members else (state, [])
+            state = put(state, replace(steward, phase="stopping", leaving=shutdown.reason, deadline=now + KILL_AFTER_S))
+            return replace(state, shutdown=shutdown, vacancies=()), [Send(pid=steward.pid, message=Close())]
+    state = replace(state, shutdown=shutdown)
+    return (state, [Exit(code=shutdown.code)]) if shutdown.stage == "close" and not state.members else (state, [])

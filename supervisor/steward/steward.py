@@ -24,34 +24,34 @@ from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol import claims, hosts, recovery, run_lifecycle, signals
 from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.bulk_update import update_many
-from streamline_pool.supervisor.ipc.channel import Link, arm_orphan_exit
+from streamline_pool.supervisor.ipc.channel import Channel, arm_orphan_exit
 from streamline_pool.supervisor.ipc.messages import (
     BOOT_FAILED_EXIT,
     STORE_UNREACHABLE_EXIT,
     TO_STEWARD,
-    AbortHint,
-    Alarm,
     BootFailed,
-    Check,
-    Checked,
+    CheckDue,
     Circuit,
     CircuitState,
     Close,
     Died,
+    DueCount,
     FromSteward,
     Parked,
     PoolFacts,
     Probe,
-    Publishing,
     Released,
+    RunChanged,
     StewardBeat,
+    SubscribersServed,
+    TimersFired,
     ToSteward,
-    Wake,
+    WorkDue,
 )
 from streamline_pool.supervisor.steward.health import HOST as HEALTH_HOST
 from streamline_pool.supervisor.steward.health import start_health_server
 from streamline_pool.supervisor.steward.host_record import host_record, shape
-from streamline_pool.supervisor.steward.stream_subscribers import LISTENER_SIGNALS, Listeners
+from streamline_pool.supervisor.steward.stream_subscribers import LISTENER_SIGNALS, StreamSubscribers
 from streamline_pool.supervisor.steward.timers import Timers
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ async def _main(app: Streamline, settings: Settings, env: Env, boot: StewardBoot
     starting = asyncio.create_task(steward.start())
     await asyncio.wait({beats, closing, starting}, return_when=asyncio.FIRST_COMPLETED)
     if starting.done() and (failed := starting.result()) is not None:
-        steward.say(failed)
+        steward.send(failed)
         return BOOT_FAILED_EXIT
     duties = [asyncio.create_task(duty()) for duty in steward.duties] if starting.done() else [starting]
     done, _ = await asyncio.wait({beats, closing, *duties}, return_when=asyncio.FIRST_COMPLETED)
@@ -129,7 +129,7 @@ class _Steward:
     def __init__(self, app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> None:
         self.closing = asyncio.Event()
         self._store = app.store_async()
-        self._listeners = Listeners(app, self._store, env, boot.host_id, self.say)
+        self._listeners = StreamSubscribers(app, self._store, env, boot.host_id, self.send)
         self._listeners.broadcast.start()
         self.duties: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (
             self._tail,
@@ -146,7 +146,7 @@ class _Steward:
         self._boot = boot
         self._loop = asyncio.get_running_loop()
         self._lanes = app.lanes(settings.queues)
-        self._link = Link(sock, TO_STEWARD, self._hear, self._orphaned)
+        self._channel = Channel(sock, TO_STEWARD, self._on_message, self._orphaned)
         self._ready = False
         self._failing = False  # what is attempted again and again, at the last time
         self._health: asyncio.Server | None = None
@@ -164,13 +164,13 @@ class _Steward:
         self._wakes: dict[str | None, tuple[str | None, int]] = {}  # lane -> (the run, if it is one; how many)
         self._woken_at = 0.0
 
-    def say(self, message: FromSteward) -> None:
-        self._link.send(message)
+    def send(self, message: FromSteward) -> None:
+        self._channel.send(message)
 
     async def beat_forever(self) -> None:
         while True:
-            if not self._link.unsent_bytes:
-                self.say(StewardBeat(ready=self._ready))
+            if not self._channel.unsent_bytes:
+                self.send(StewardBeat(ready=self._ready))
             await asyncio.sleep(self._settings.beat_interval_s)
 
     async def start(self) -> BootFailed | None:
@@ -200,7 +200,7 @@ class _Steward:
             except WorkflowError as exc:
                 return BootFailed(exit_code=2, message=exc.message)
             self._ready = True
-            self.say(StewardBeat(ready=True))
+            self.send(StewardBeat(ready=True))
             log.info("server", extra={key: facts[key] for key in ("version", "topology", "database")})
             if facts["topology"] == "standalone":
                 log.warning("standalone_server", extra={"advice": "no replica set: a crash of the server can lose acknowledged work"})
@@ -218,7 +218,7 @@ class _Steward:
 
     # ---- the supervisor speaks -------------------------------------------------------------------------------------
 
-    def _hear(self, message: ToSteward) -> None:
+    def _on_message(self, message: ToSteward) -> None:
         match message:
             case Died():
                 self._dead.put_nowait(message)
@@ -226,7 +226,7 @@ class _Steward:
                 for lane, at_ms, run_id in instants:
                     self._timers.add(lane, at_ms, run_id)
                 self._set_alarm()
-            case Check(seq=seq):
+            case CheckDue(seq=seq):
                 self._checks.put_nowait(seq)
             case Circuit(state=state):
                 self._circuit = state
@@ -234,7 +234,7 @@ class _Steward:
                     self._doubtful.set()
                 if state != "half-open":
                     self._listeners.publish(f"scheduler:circuit-{state}")
-            case Publishing():
+            case SubscribersServed():
                 self._listeners.confirmed(message)
             case PoolFacts() as facts:
                 if self._facts is None or shape(facts) != shape(self._facts):
@@ -272,12 +272,12 @@ class _Steward:
         self._woken_at = self._env.clock.monotonic()
         wakes, self._wakes = self._wakes, {}
         for lane, (run_id, count) in wakes.items():
-            self._hint(Wake(lane=lane, run_id=run_id, count=count))
+            self._hint(WorkDue(lane=lane, run_id=run_id, count=count))
 
     def _hint(self, message: FromSteward) -> None:
         """Say what may be lost. A supervisor that is stopped takes nothing, and signals may come by the thousand."""
-        if self._link.unsent_bytes < HINT_BYTES_MAX:
-            self.say(message)
+        if self._channel.unsent_bytes < HINT_BYTES_MAX:
+            self.send(message)
 
     def _plan(self, lane: str, at: datetime, run_id: str | None, count: int = 1) -> None:
         """Wake somebody for a run (or so many) at its instant, or now if that has come."""
@@ -303,7 +303,7 @@ class _Steward:
         due = self._timers.pop_due(_epoch_ms(self._store.now()))
         names = [each.run_id for each in due if each.run_id is not None]
         for start in range(0, len(names), ALARM_MAX):
-            self._hint(Alarm(run_ids=tuple(names[start : start + ALARM_MAX])))
+            self._hint(TimersFired(run_ids=tuple(names[start : start + ALARM_MAX])))
         for each in due:
             if each.run_id is None:
                 self._wake(each.lane, None, 1)
@@ -340,7 +340,7 @@ class _Steward:
     def _on_signal(self, signal: dict[str, Any]) -> None:
         lane = signal.get("lane")
         if signal["kind"] == "cancel":
-            self._hint(AbortHint(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
+            self._hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
         elif signal["kind"] in LISTENER_SIGNALS:
             self._listeners.on_signal(signal)
         elif isinstance(lane, str) and lane in self._lanes:
@@ -402,7 +402,7 @@ class _Steward:
             since = self._store.now() - RELEASE_LOOK_BACK
             release = recovery.release_owner(died.owner, self._settings.max_crashes, evidence, since)
             runs = await self._insist(functools.partial(self._recover, release))
-            self.say(Released(owner=died.owner, runs=runs))
+            self.send(Released(owner=died.owner, runs=runs))
 
     async def _answer_checks(self) -> None:
         """For `--burst`: is anything claimable at this moment?"""
@@ -410,7 +410,7 @@ class _Steward:
             seq = await self._checks.get()
             look = claims.find_due_before(self._lanes, self._store.now(), SWEEP_LIMIT)
             found = await self._insist(functools.partial(self._run, look, READ_TIMEOUT_S))
-            self.say(Checked(seq=seq, due=len(found)))
+            self.send(DueCount(seq=seq, due=len(found)))
 
     async def _probe_when_doubtful(self) -> None:
         """After a failed operation, and while the breaker is not closed: try one that costs nothing."""
@@ -427,9 +427,9 @@ class _Steward:
         try:
             await self._run(run_lifecycle.server_info(), PROBE_TIMEOUT_S)
         except WorkflowError as exc:
-            self.say(Probe(ok=False, error=exc.message))
+            self.send(Probe(ok=False, error=exc.message))
             return False
-        self.say(Probe(ok=True))
+        self.send(Probe(ok=True))
         return True
 
     async def _keep_host_record(self) -> None:

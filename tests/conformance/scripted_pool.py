@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from streamline_pool.config.env import system_env
-from streamline_pool.supervisor.ipc.channel import Link
+from streamline_pool.supervisor.ipc.channel import Channel
 from streamline_pool.supervisor.ipc.messages import (
     TO_STEWARD,
     TO_WORKER,
@@ -25,10 +25,10 @@ from streamline_pool.supervisor.ipc.messages import (
     Died,
     Drain,
     Released,
-    Ring,
     StewardBeat,
     Stop,
-    Wake,
+    WakeUp,
+    WorkDue,
 )
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.pool.state import Limits
@@ -36,7 +36,7 @@ from streamline_pool.supervisor.pool.supervisor import Birth, Pool
 
 LIMITS = Limits(drain_timeout_s=2.0, stall_timeout_s=1.5, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
 FLOOD = 20_000  # messages; their bytes are several times what a socket buffer holds
-IDLE = Beat(state="ready", hungry=True, in_flight=0, runs_total=0, steps_total=0, ops_ok=0, ops_failed=0, consecutive_failures=0, lru={})
+IDLE = Beat(state="ready", idle=True, in_flight=0, runs_total=0, steps_total=0, ops_ok=0, ops_failed=0, consecutive_failures=0, lru={})
 
 log = logging.getLogger("streamline_pool")
 
@@ -47,24 +47,24 @@ class Actor:
     def __init__(self, birth: Birth, sock: socket.socket) -> None:
         self.birth = birth
         self.sock = sock
-        self.rings = 0
+        self.wake_ups = 0
         self.done = asyncio.get_running_loop().create_future()
-        self.link: Link[Any] = Link(sock, TO_STEWARD if birth.role == "steward" else TO_WORKER, self.hear, lambda: self.end(0))
+        self.link: Channel[Any] = Channel(sock, TO_STEWARD if birth.role == "steward" else TO_WORKER, self.on_message, lambda: self.end(0))
 
     def end(self, code: int) -> None:
         if not self.done.done():
             self.done.set_result(code)
 
-    def hear(self, message: Any) -> None:
+    def on_message(self, message: Any) -> None:
         match message:
             case Drain() | Stop() | Close():
                 self.end(0)
             case Died(owner=owner):
                 self.link.send(Released(owner=owner, runs=0))
-            case Ring():
-                self.rings += 1
-                if self.rings == FLOOD // 4:
-                    log.info("rung", extra={"rings": self.rings})
+            case WakeUp():
+                self.wake_ups += 1
+                if self.wake_ups == FLOOD // 4:
+                    log.info("rung", extra={"rings": self.wake_ups})
 
     async def play(self) -> int:
         while not self.done.done():
@@ -80,7 +80,7 @@ async def obedient(actor: Actor) -> int:
 async def deaf(actor: Actor) -> int:
     """Worker 0 stops to read after its first beat; the steward rings far more than fits into a pipe."""
     if actor.birth.role == "steward":
-        asyncio.get_running_loop().call_later(0.3, lambda: [actor.link.send(Wake(lane="l", run_id="r", count=1)) for _ in range(FLOOD)])
+        asyncio.get_running_loop().call_later(0.3, lambda: [actor.link.send(WorkDue(lane="l", run_id="r", count=1)) for _ in range(FLOOD)])
     elif actor.birth.index == 0 and actor.birth.first:
         actor.link.send(IDLE)
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -15,7 +15,7 @@ from workers import check_invariants
 from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
-from streamline_pool.engine.group_commit import Verdict, judge
+from streamline_pool.engine.group_commit import WriteOutcome, resolve_write
 from streamline_pool.protocol import claims, durable_events
 from streamline_pool.protocol.commits import (
     commit,
@@ -53,14 +53,14 @@ class Held:
         check_invariants([document])
         return document
 
-    def write(self, change: transitions.Change, *, paused: bool = False) -> Verdict | None:
+    def write(self, change: transitions.Change, *, paused: bool = False) -> WriteOutcome | None:
         """One write by the holder, from what it knew when it claimed."""
         document = self.document
         fence = Fence(self.run_id, "claim", document["rev"], document["token"])
         statement = (commit_under_pause if paused else commit)(fence, change, self.app.store().now(), 0)
         if self.app.store().run(write_statements([statement]))["n"] == 1:
-            return Verdict.LANDED
-        return judge(statement, self.app.store().run(read_fences([self.run_id]))[0])
+            return WriteOutcome.COMMITTED
+        return resolve_write(statement, self.app.store().run(read_fences([self.run_id]))[0])
 
     def time_out(self) -> transitions.Change:
         change = transitions.time_out(self.document, self.workflow.definition, 1, self.app.store().now())
@@ -97,8 +97,8 @@ def test_an_act_takes_the_lease_from_who_has_just_claimed_the_run(app: Streamlin
         assert stored["status"] == "cancelled"
     else:
         assert ("wakeAt" in stored, "pausedWakeAt" in stored) == (not paused, paused)
-    assert held.write(held.time_out()) is Verdict.FENCED
-    assert held.write(held.time_out(), paused=True) is Verdict.FENCED
+    assert held.write(held.time_out()) is WriteOutcome.FENCED
+    assert held.write(held.time_out(), paused=True) is WriteOutcome.FENCED
     assert held.stored() == stored, "a fenced holder has changed something"
 
 
@@ -109,15 +109,15 @@ def test_pause_and_resume_leave_a_live_lease_alone(app: Streamline) -> None:
     stored = held.stored()
     assert stored["lease"] == held.document["lease"]
     assert "pausedWakeAt" not in stored
-    assert held.write(held.time_out()) is Verdict.PAUSED
+    assert held.write(held.time_out()) is WriteOutcome.PAUSED
     held.workflow.resume(held.run_id)
     stored = held.stored()
     assert stored["lease"] == held.document["lease"]
     assert "wakeAt" not in stored
     assert stored["token"] == held.document["token"]
     twin = transitions.under_pause(held.document, held.time_out(), app.store().now())
-    assert held.write(twin, paused=True) is Verdict.RESUMED
-    assert held.write(held.time_out()) is Verdict.LANDED
+    assert held.write(twin, paused=True) is WriteOutcome.RESUMED
+    assert held.write(held.time_out()) is WriteOutcome.COMMITTED
     assert held.stored()["steps"][1]["status"] == "done"
 
 

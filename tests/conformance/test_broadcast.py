@@ -16,7 +16,7 @@ from streamline_pool import Event, Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.events import publisher as module
-from streamline_pool.events.publisher import Broadcaster
+from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import AsyncStore
 from support import eventually
@@ -37,13 +37,13 @@ def numbers(app: Streamline) -> list[int]:
     return [batch["first"] + place for batch in batches(app) for place in range(len(batch["events"]))]
 
 
-def publishing(app: Streamline, scenario: Callable[[Broadcaster], Any], settle: Callable[[], bool] = lambda: True) -> None:
+def publishing(app: Streamline, scenario: Callable[[EventPublisher], Any], settle: Callable[[], bool] = lambda: True) -> None:
     """Run a scenario with a broadcaster at work in its loop; it is closed once that has settled."""
 
     async def run() -> None:
         store = app.store_async()
         await store.ensure()
-        broadcaster = Broadcaster(store, app.env)
+        broadcaster = EventPublisher(store, app.env)
         broadcaster.start()
         outcome = scenario(broadcaster)
         if asyncio.iscoroutine(outcome):
@@ -60,8 +60,8 @@ def publishing(app: Streamline, scenario: Callable[[Broadcaster], Any], settle: 
 def test_a_busy_publisher_sends_few_batches_in_order(app: Streamline) -> None:
     """One command for each event would cost a busy worker more than its steps do."""
 
-    async def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    async def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         for number in range(500):
             broadcaster.publish(event(number))
             await asyncio.sleep(0)
@@ -76,8 +76,8 @@ def test_a_busy_publisher_sends_few_batches_in_order(app: Streamline) -> None:
 def test_the_oldest_give_way_and_the_numbers_tell(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKLOG_MAX", 10)
 
-    def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         for number in range(25):
             broadcaster.publish(event(number))
 
@@ -90,8 +90,8 @@ def test_a_backlog_is_bounded_in_bytes_too(app: Streamline, monkeypatch: pytest.
     """Ten thousand events of 32 KiB would be 300 MB in a worker."""
     monkeypatch.setattr(module, "_BACKLOG_BYTES_MAX", 100_000)
 
-    def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         for number in range(20):
             broadcaster.publish(event(number, "x" * 30_000))
 
@@ -100,8 +100,8 @@ def test_a_backlog_is_bounded_in_bytes_too(app: Streamline, monkeypatch: pytest.
 
 
 def test_what_a_handler_emits_is_sent_as_it_was_then(app: Streamline) -> None:
-    def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         data = {"x": 1}
         broadcaster.publish(event(0, data))
         data["x"] = 2
@@ -111,8 +111,8 @@ def test_what_a_handler_emits_is_sent_as_it_was_then(app: Streamline) -> None:
 
 
 def test_what_cannot_be_stored_is_left_out(app: Streamline) -> None:
-    def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         for data in (object(), "x" * 13_000_000):
             broadcaster.publish(event(0, data))
 
@@ -125,8 +125,8 @@ def test_what_cannot_be_stored_is_left_out(app: Streamline) -> None:
 def test_what_the_server_refuses_holds_up_nothing_else(app: Streamline) -> None:
     """A name may be as long as it likes; a batch that is sent again for ever would be the last one of its publisher."""
 
-    def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         broadcaster.publish(replace(event(0), name="x" * 17_000_000))
         broadcaster.publish(event(1))
 
@@ -136,8 +136,8 @@ def test_what_the_server_refuses_holds_up_nothing_else(app: Streamline) -> None:
 def test_a_listener_that_is_silent_is_served_no_more(app: Streamline) -> None:
     """A program that watched events and was killed must not cost the cluster anything for ever."""
 
-    async def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("short", 0.05), ("over", -1.0)])
+    async def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("short", 0.05), ("over", -1.0)])
         assert broadcaster.active
         async with asyncio.timeout(5):
             while broadcaster.active:
@@ -152,13 +152,13 @@ def test_a_listener_that_is_silent_is_served_no_more(app: Streamline) -> None:
 def test_a_listener_heard_of_again_is_not_greeted_again(app: Streamline) -> None:
     """Its numbers would start anew, and what it had missed would be forgotten."""
 
-    async def scenario(broadcaster: Broadcaster) -> None:
-        broadcaster.attend([("l", 60.0)])
+    async def scenario(broadcaster: EventPublisher) -> None:
+        broadcaster.serve_subscribers([("l", 60.0)])
         broadcaster.publish(event(0))
         async with asyncio.timeout(5):
             while not await asyncio.to_thread(batches, app):
                 await asyncio.sleep(0.01)
-        broadcaster.attend([("l", 60.0), ("m", 60.0)])
+        broadcaster.serve_subscribers([("l", 60.0), ("m", 60.0)])
         broadcaster.publish(event(1))
 
     publishing(app, scenario)
@@ -182,11 +182,11 @@ class ForgetfulStore(AsyncStore):
 def test_a_batch_of_unknown_outcome_is_sent_again_and_read_once(app: Streamline, make_app: Callable[..., Streamline]) -> None:
     """Neither loss nor doubling: the numbers make one event of two copies."""
 
-    async def scenario(listener: str) -> None:
+    async def scenario(subscriber: str) -> None:
         store = ForgetfulStore(app.where, app.env)
-        broadcaster = Broadcaster(store, app.env)
+        broadcaster = EventPublisher(store, app.env)
         broadcaster.start()
-        broadcaster.attend([(listener, 60.0)])
+        broadcaster.serve_subscribers([(subscriber, 60.0)])
         for number in range(3):
             broadcaster.publish(event(number))
         async with asyncio.timeout(10):

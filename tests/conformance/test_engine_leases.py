@@ -210,7 +210,7 @@ def test_a_suspect_that_is_called_by_name_waits_its_turn_too(app: Streamline) ->
         async with Pool(app) as pool:
             await asyncio.sleep(0.35)
             for run in runs:
-                pool.workers[0].ring(workflow.definition.lane, run.id)
+                pool.workers[0].wake_up(workflow.definition.lane, run.id)
             await pool.until(lambda: app.runs.count_documents({"status": "done"}) == 3)
 
     asyncio.run(play())
@@ -371,7 +371,7 @@ def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: 
         async with Pool(app, recover_every_s=0.05) as pool:
             await pool.until(entered.is_set)
             await asyncio.to_thread(take_over, app, run.id)
-            pool.workers[0].abort_run(run.id, "lease-lost")
+            pool.workers[0].check_run(run.id, "lease-lost")
             await pool.until(lambda: workflow.get(run.id).status == "done")
 
     asyncio.run(play())

@@ -364,20 +364,20 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
     outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
     """Two senders broadcast while two workers bring the runs to their waits: three events, three waits, each event once."""
-    listener = outside.workflows["listener"]
+    subscriber = outside.workflows["listener"]
     with (
         outside_pool(tmp_path, mongodb_uri, database),
         elsewhere(mongodb_uri, database) as left,
         elsewhere(mongodb_uri, database) as right,
     ):
-        runs = listener.start_many([None] * 40)
+        runs = subscriber.start_many([None] * 40)
         left.ask("send_event", "news", "left")
         right.ask("send_event", "news", "right")
         woken = [left.answer(), right.answer()]
         for run in runs:
             until_step(outside, run, "third", "waiting")
         woken.append(left.call("send_event", "news", "last"))
-        done = [listener.wait_for(run.id, timeout=30) for run in runs]
+        done = [subscriber.wait_for(run.id, timeout=30) for run in runs]
     print(f"woken at once: {woken}")
     assert woken[2] == 40
     for run in done:

@@ -12,7 +12,7 @@ import pytest
 from streamline_pool import Settings, Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
-from streamline_pool.engine.group_commit import GroupCommitter, Verdict
+from streamline_pool.engine.group_commit import GroupCommitter, WriteOutcome
 from streamline_pool.protocol.operations import Fence, Find, Op, Statement
 from streamline_pool.worker.worker import Worker
 
@@ -29,13 +29,13 @@ class Scripted:
         return [{"_id": "run", "lease": {"id": "lease"}, "rev": 0, "token": 1}] if isinstance(op, Find) else self._answer()
 
 
-def verdict(answer: Callable[[], Any], slept: list[float]) -> Verdict:
+def outcome(answer: Callable[[], Any], slept: list[float]) -> WriteOutcome:
     """Of one statement, in a world in which pauses take no time."""
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
 
-    async def write() -> Verdict:
+    async def write() -> WriteOutcome:
         committer = GroupCommitter(Scripted(answer), dataclasses.replace(system_env(), async_sleep=sleep))  # type: ignore[arg-type]
         committer.start()
         try:
@@ -50,7 +50,7 @@ def test_a_write_refused_for_a_reason_that_nobody_has_thought_of_holds_up_the_ot
     """The danger: one such write in each of the two pumps, repeated for ever, and no run of the worker goes on (code 388 is one)."""
     slept: list[float] = []
     with pytest.raises(ValidationError, match="too large") as raised:
-        verdict(lambda: {"n": 0, "writeErrors": [{"index": 0, "code": 388, "errmsg": "transaction is too large"}]}, slept)
+        outcome(lambda: {"n": 0, "writeErrors": [{"index": 0, "code": 388, "errmsg": "transaction is too large"}]}, slept)
     assert not isinstance(raised.value, PayloadTooLargeError)
     assert sum(slept) < 5
 
@@ -68,7 +68,7 @@ def test_a_write_is_repeated_through_an_outage_of_hours() -> None:
 
     slept: list[float] = []
     with pytest.raises(ValidationError, match="it is back"):
-        verdict(answer, slept)
+        outcome(answer, slept)
     assert max(slept) <= 1
 
 

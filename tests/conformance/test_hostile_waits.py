@@ -317,7 +317,7 @@ def test_a_run_that_ends_for_want_of_room_awaits_nothing(app: Streamline, waitin
     fence = Fence(run_id, "lease", 1, 1)
     app.runs.update_one({"_id": run_id}, {"$set": {"lease": {"id": "lease"}, "rev": 1}, "$unset": {"wakeAt": ""}})
     error = InvalidStateError("full")
-    app.store().run(commits.write_statements([commits.fail_barely(fence, 0, error.code, "full", app.store().now())]))
+    app.store().run(commits.write_statements([commits.fail_minimal(fence, 0, error.code, "full", app.store().now())]))
     document = app.runs.find_one({"_id": run_id})
     assert document["status"] == "failed"
     assert "awaits" not in document

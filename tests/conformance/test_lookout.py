@@ -13,7 +13,7 @@ import pytest
 from streamline_pool import Streamline, Workflow
 from streamline_pool.protocol import claims
 from streamline_pool.storage.store import AsyncStore
-from streamline_pool.worker.poller import Lookout
+from streamline_pool.worker.poller import Poller
 
 
 class JumpingClock:
@@ -34,12 +34,12 @@ class Watch:
 
     def __init__(self, app: Streamline, store: AsyncStore, lanes: tuple[str, ...], total: int) -> None:
         self.clock = JumpingClock(app.env.clock)
-        self.lookout = Lookout(lanes, 0, total, dataclasses.replace(app.env, clock=self.clock))
+        self.poller = Poller(lanes, 0, total, dataclasses.replace(app.env, clock=self.clock))
         self._store = store
 
     async def take(self, limit: int) -> list[str]:
         """Look and claim, as a worker does."""
-        rows, _ = await self.lookout.look(self._store, limit, None)
+        rows, _ = await self.poller.poll(self._store, limit, None)
         run_ids = [row["_id"] for row in rows]
         if run_ids:
             assert await self._store.run(claims.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
@@ -105,7 +105,7 @@ def test_a_run_that_was_given_back_is_found_after_a_ring_for_anything(app: Strea
             lambda: app.runs.update_one({"_id": given_back.id}, {"$unset": {"lease": ""}, "$set": {"wakeAt": past(store)}})
         )
         assert set(await watch.take(1)) < others - set(first), "not found where looks go on"
-        watch.lookout.forget()
+        watch.poller.forget()
         assert await watch.take(1) == [given_back.id]
 
     watch(app, use)

@@ -31,7 +31,7 @@ def heard(app: Streamline, *names: str) -> list[tuple[str, Any]]:
 
 async def alone(pool: Pool) -> None:
     """Once the worker is hungry, nobody rings it any more but the test."""
-    await pool.until(lambda: pool.statuses()[0].hungry)
+    await pool.until(lambda: pool.statuses()[0].idle)
     assert pool._steward is not None
     await end_tasks([pool._steward])
 
@@ -80,7 +80,7 @@ def test_suspects_whose_timers_end_together_do_not_share_a_worker(make_app: Call
     def probe(point: str) -> None:
         if point == "claim.before" and second and workers:
             run_id = second.pop()
-            asyncio.get_running_loop().call_soon(workers[0].alarm, [run_id])
+            asyncio.get_running_loop().call_soon(workers[0].timers_fired, [run_id])
 
     app = make_app(env=replace(system_env(), probe=probe), concurrency=16)
 
@@ -100,7 +100,7 @@ def test_suspects_whose_timers_end_together_do_not_share_a_worker(make_app: Call
             await asyncio.to_thread(make_suspects, app, ids)
             second.append(ids[1])
             workers.append(pool.workers[0])
-            pool.workers[0].alarm([ids[0]])
+            pool.workers[0].timers_fired([ids[0]])
             await pool.until(lambda: all(app.runs.find_one({"_id": run_id})["status"] == "done" for run_id in ids))
 
     asyncio.run(work())
@@ -118,9 +118,9 @@ def test_a_worker_that_was_named_only_suspects_is_not_deaf_afterwards(make_app: 
             await alone(pool)
             ids = [run.id for run in await flow.start_many_async([1, 2], start_at=timedelta(hours=1))]
             await asyncio.to_thread(make_suspects, app, ids)
-            pool.workers[0].alarm(ids)
+            pool.workers[0].timers_fired(ids)
             await pool.until(lambda: app.runs.count_documents({"status": "done"}) == 2)
-            await pool.until(lambda: pool.statuses()[0].hungry)
+            await pool.until(lambda: pool.statuses()[0].idle)
 
     asyncio.run(work())
 
@@ -132,7 +132,7 @@ def test_a_ring_during_a_timers_claim_that_brings_nothing_is_heard(make_app: Cal
     def probe(point: str) -> None:
         if point == "claim.before" and rung:
             worker, lane, run_id = rung.pop()
-            asyncio.get_running_loop().call_soon(worker.ring, lane, run_id)
+            asyncio.get_running_loop().call_soon(worker.wake_up, lane, run_id)
 
     app = make_app(env=replace(system_env(), probe=probe), concurrency=1)
     flow = app.workflow("flow", steps={"work": lambda ctx: 1})
@@ -143,7 +143,7 @@ def test_a_ring_during_a_timers_claim_that_brings_nothing_is_heard(make_app: Cal
             gone, run = await flow.start_many_async([1, 2])
             await flow.pause_async(gone.id)
             rung.append((pool.workers[0], flow.definition.lane, run.id))
-            pool.workers[0].alarm([gone.id])
+            pool.workers[0].timers_fired([gone.id])
             await pool.until(lambda: app.runs.find_one({"_id": run.id})["status"] == "done")
 
     asyncio.run(work())

@@ -120,15 +120,15 @@ def run_two(app: Streamline, runs: int) -> list[str]:
 
 def read_until(stream: EventStream, name: str, count: int = 1, timeout: float = 20.0) -> list[Event]:
     """What the stream gives, up to the last of `count` events of that name. It is closed if they do not come."""
-    alarm = threading.Timer(timeout, stream.close)
-    alarm.start()
+    timers_fired = threading.Timer(timeout, stream.close)
+    timers_fired.start()
     read = []
     for event in stream:
         read.append(event)
         count -= event.name == name
         if not count:
             break
-    alarm.cancel()
+    timers_fired.cancel()
     assert not count, f"{count} × {name} missing after {len(read)} events, missed {stream.missed}: {read[-20:]}"
     return read
 

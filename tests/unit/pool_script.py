@@ -25,7 +25,7 @@ class Script:
         self.alive: set[int] = set()
         self._next_pid = STEWARD
 
-    def tell(self, *events: Event) -> list[Action]:
+    def send(self, *events: Event) -> list[Action]:
         """All that is done about these events and the forks that follow from them."""
         self.actions, queue = [], list(events)
         while queue:
@@ -47,26 +47,26 @@ class Script:
                 members={pid: replace(m, heard_at=self.now) for pid, m in self.state.members.items() if m.phase != "dying"}
                 | {pid: m for pid, m in self.state.members.items() if m.phase == "dying"},
             )
-            actions += self.tell(Tick())
+            actions += self.send(Tick())
         self.actions = actions
         return actions
 
-    def hear(self, pid: int, message: Any) -> list[Action]:
-        return self.tell(Heard(pid=pid, message=message))
+    def on_message(self, pid: int, message: Any) -> list[Action]:
+        return self.send(Heard(pid=pid, message=message))
 
     def beat(self, pid: int, **fields: Any) -> list[Action]:
-        return self.hear(pid, beat(**fields))
+        return self.on_message(pid, beat(**fields))
 
     def dies(self, pid: int, exit_code: int | None = None, signal: str | None = "SIGKILL") -> list[Action]:
         self.alive.discard(pid)
-        return self.tell(Exited(pid=pid, exit_code=exit_code, signal=None if exit_code is not None else signal, dump=None, jitter=0.5))
+        return self.send(Exited(pid=pid, exit_code=exit_code, signal=None if exit_code is not None else signal, dump=None, jitter=0.5))
 
     def signal(self, signum: signal.Signals) -> list[Action]:
-        return self.tell(Signalled(signum=signum))
+        return self.send(Signalled(signum=signum))
 
     def started(self) -> Script:
-        self.tell(Tick())
-        self.hear(STEWARD, StewardBeat(ready=True))
+        self.send(Tick())
+        self.on_message(STEWARD, StewardBeat(ready=True))
         for pid in self.workers:
             self.beat(pid)
         assert self.state.ready

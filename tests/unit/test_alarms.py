@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamline_pool.worker.timer_claims import Alarms
+from streamline_pool.worker.timer_claims import TimerClaims
 
 
 def names(count: int, prefix: str = "r") -> list[str]:
@@ -11,67 +11,67 @@ def names(count: int, prefix: str = "r") -> list[str]:
 
 def test_a_full_worker_has_a_few_places_more() -> None:
     """Behind a backlog every worker is full; without these places no timer would be on time."""
-    alarms = Alarms(concurrency=16)
-    alarms.add(names(5))
-    first = alarms.take(0, ())
+    timer_claims = TimerClaims(concurrency=16)
+    timer_claims.add(names(5))
+    first = timer_claims.take(0, ())
     assert (first.run_ids, first.spare) == (["r0", "r1"], 0)
-    assert alarms.take(0, ()).run_ids == [], "the claim under way may bring them all"
-    alarms.settle(first, {"r0", "r1"})
-    assert alarms.take(0, {"r0", "r1"}).run_ids == [], "they are in flight"
-    alarms.landed("r0")
-    assert alarms.take(0, {"r1"}).run_ids == ["r2"]
+    assert timer_claims.take(0, ()).run_ids == [], "the claim under way may bring them all"
+    timer_claims.claimed(first, {"r0", "r1"})
+    assert timer_claims.take(0, {"r0", "r1"}).run_ids == [], "they are in flight"
+    timer_claims.finished("r0")
+    assert timer_claims.take(0, {"r1"}).run_ids == ["r2"]
 
 
 def test_runs_ahead_of_their_turn_take_no_place_from_the_others() -> None:
     """An endless row of timers must not starve the backlog, however short the sleeps."""
-    alarms = Alarms(concurrency=16)
-    alarms.add(names(2))
-    batch = alarms.take(0, ())
-    alarms.settle(batch, {"r0", "r1"})
-    assert alarms.places_taken(in_flight=18) == 16
-    alarms.landed("r0")
-    assert alarms.places_taken(in_flight=17) == 16
+    timer_claims = TimerClaims(concurrency=16)
+    timer_claims.add(names(2))
+    batch = timer_claims.take(0, ())
+    timer_claims.claimed(batch, {"r0", "r1"})
+    assert timer_claims.places_taken(in_flight=18) == 16
+    timer_claims.finished("r0")
+    assert timer_claims.places_taken(in_flight=17) == 16
 
 
 def test_free_places_are_taken_first_and_are_promised_while_the_claim_is_under_way() -> None:
     """A look that runs beside the claim must not fill the same places once more."""
-    alarms = Alarms(concurrency=16)
-    alarms.add(names(4))
-    batch = alarms.take(3, ())
+    timer_claims = TimerClaims(concurrency=16)
+    timer_claims.add(names(4))
+    batch = timer_claims.take(3, ())
     assert (len(batch.run_ids), batch.spare) == (4, 3)
-    assert alarms.places_taken(in_flight=13) == 16
-    alarms.settle(batch, {"r0", "r1", "r2", "r3"})
-    assert alarms.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(in_flight=13) == 16
+    timer_claims.claimed(batch, {"r0", "r1", "r2", "r3"})
+    assert timer_claims.places_taken(in_flight=17) == 16
 
 
 def test_what_the_claim_did_not_bring_takes_no_place() -> None:
-    alarms = Alarms(concurrency=16)
-    alarms.add(names(2))
-    batch = alarms.take(0, ())
-    alarms.settle(batch, {"r1"})
-    assert alarms.places_taken(in_flight=17) == 16
-    alarms.add(["r2"])
-    assert alarms.take(0, {"r1"}).run_ids == ["r2"]
+    timer_claims = TimerClaims(concurrency=16)
+    timer_claims.add(names(2))
+    batch = timer_claims.take(0, ())
+    timer_claims.claimed(batch, {"r1"})
+    assert timer_claims.places_taken(in_flight=17) == 16
+    timer_claims.add(["r2"])
+    assert timer_claims.take(0, {"r1"}).run_ids == ["r2"]
 
 
 def test_a_worker_told_to_do_few_runs_at_a_time_does_no_more() -> None:
     """One in flight may mean: there is one graphics card."""
-    alarms = Alarms(concurrency=7)
-    alarms.add(names(3))
-    assert alarms.take(0, ()).run_ids == []
-    assert alarms.take(1, ()).run_ids == ["r0"]
+    timer_claims = TimerClaims(concurrency=7)
+    timer_claims.add(names(3))
+    assert timer_claims.take(0, ()).run_ids == []
+    assert timer_claims.take(1, ()).run_ids == ["r0"]
 
 
 def test_a_run_that_is_in_flight_already_is_not_claimed() -> None:
-    alarms = Alarms(concurrency=16)
-    alarms.add(["r0", "r1"])
-    assert alarms.take(0, {"r0"}).run_ids == ["r1"]
+    timer_claims = TimerClaims(concurrency=16)
+    timer_claims.add(["r0", "r1"])
+    assert timer_claims.take(0, {"r0"}).run_ids == ["r1"]
 
 
 def test_names_beyond_the_bound_are_left_to_looks() -> None:
     """A million runs scheduled for midnight are not a million names in a worker."""
-    alarms = Alarms(concurrency=16)
-    assert alarms.add(names(999))
-    assert not alarms.add(names(2, "s"))
-    taken = [run_id for _ in range(6) for run_id in alarms.take(10_000, ()).run_ids]
+    timer_claims = TimerClaims(concurrency=16)
+    assert timer_claims.add(names(999))
+    assert not timer_claims.add(names(2, "s"))
+    taken = [run_id for _ in range(6) for run_id in timer_claims.take(10_000, ()).run_ids]
     assert len(taken) == 1_000

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamline_pool.domain import transitions
-from streamline_pool.engine.group_commit import Verdict, judge
+from streamline_pool.engine.group_commit import WriteOutcome, resolve_write
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.operations import Fence, Statement
 
@@ -26,7 +26,7 @@ def statement(kind: str, *, paused: bool = False) -> Statement:
         "wait": lambda: transitions.wait(run(), 0, {"type": "webhook", "reason": "?"}, {}, NOW),
         "await": lambda: transitions.await_event(run(), 0, {"type": "event", "eventName": "paid"}, {}, NOW),
         "decide": lambda: transitions.decide_entry(run(), 0),
-        "release": lambda: transitions.give_back(run(), 0, NOW, entered=True),
+        "release": lambda: transitions.release(run(), 0, NOW, entered=True),
         "wake": lambda: transitions.decide_entry(run(), 0)._replace(not_before=NOW + timedelta(days=1)),
     }[kind]()
     if paused:
@@ -41,46 +41,46 @@ GONE = {"lease": None}
 @pytest.mark.parametrize(
     ("kind", "paused", "changes", "verdict"),
     [
-        ("wait", False, {"inbox": [ANSWER]}, Verdict.ARRIVED),
-        ("wait", False, {"inbox": [{"name": "paid"}, ANSWER]}, Verdict.ARRIVED),
+        ("wait", False, {"inbox": [ANSWER]}, WriteOutcome.ARRIVED),
+        ("wait", False, {"inbox": [{"name": "paid"}, ANSWER]}, WriteOutcome.ARRIVED),
         ("wait", False, {"inbox": [{"stepId": "a", "gen": 2}]}, None),
         ("wait", False, {"inbox": [{"stepId": "b", "gen": 1}]}, None),
         ("wait", False, {"inbox": [{"name": "paid"}]}, None),
         ("wait", False, {}, None),
-        ("await", False, {"inbox": [{"name": "paid"}]}, Verdict.ARRIVED),
+        ("await", False, {"inbox": [{"name": "paid"}]}, WriteOutcome.ARRIVED),
         ("await", False, {"inbox": [{"name": "other"}, ANSWER]}, None),
         ("await", False, {"inbox": []}, None),
         # The pause is told first: what has arrived is found out by the twin.
-        ("wait", False, {"inbox": [ANSWER], "paused": True}, Verdict.PAUSED),
-        ("wait", True, {"inbox": [ANSWER], "paused": True}, Verdict.ARRIVED),
-        ("wait", True, {"inbox": [ANSWER]}, Verdict.RESUMED),
-        ("await", True, {"inbox": [{"name": "paid"}], "paused": True}, Verdict.ARRIVED),
+        ("wait", False, {"inbox": [ANSWER], "paused": True}, WriteOutcome.PAUSED),
+        ("wait", True, {"inbox": [ANSWER], "paused": True}, WriteOutcome.ARRIVED),
+        ("wait", True, {"inbox": [ANSWER]}, WriteOutcome.RESUMED),
+        ("await", True, {"inbox": [{"name": "paid"}], "paused": True}, WriteOutcome.ARRIVED),
         # Whose run it is no longer, what is in its inbox is none of his business.
-        ("wait", False, {"inbox": [ANSWER], "lease": {"id": "theirs"}}, Verdict.FENCED),
-        ("wait", False, {"inbox": [ANSWER], **GONE}, Verdict.FENCED),
-        ("wait", False, {"inbox": [ANSWER], "rev": 6}, Verdict.FENCED),
+        ("wait", False, {"inbox": [ANSWER], "lease": {"id": "theirs"}}, WriteOutcome.FENCED),
+        ("wait", False, {"inbox": [ANSWER], **GONE}, WriteOutcome.FENCED),
+        ("wait", False, {"inbox": [ANSWER], "rev": 6}, WriteOutcome.FENCED),
         # It had landed, and its answer or event came afterwards.
-        ("wait", False, {"rev": 5, **GONE}, Verdict.LANDED_BY_READ),
-        ("wait", False, {"rev": 5, "token": 2, **GONE}, Verdict.FENCED),
-        ("await", False, {"rev": 5, "inbox": [{"name": "paid"}]}, Verdict.LANDED_BY_READ),
+        ("wait", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED_BY_READ),
+        ("wait", False, {"rev": 5, "token": 2, **GONE}, WriteOutcome.FENCED),
+        ("await", False, {"rev": 5, "inbox": [{"name": "paid"}]}, WriteOutcome.COMMITTED_BY_READ),
         ("decide", False, {"inbox": [ANSWER]}, None),
-        ("decide", False, {"paused": True}, Verdict.PAUSED),
-        ("decide", True, {}, Verdict.RESUMED),
-        ("release", False, {"rev": 5, **GONE}, Verdict.LANDED_BY_READ),
-        ("wake", False, {}, Verdict.NOT_YET),
-        ("wake", False, {"rev": 5}, Verdict.LANDED_BY_READ),
+        ("decide", False, {"paused": True}, WriteOutcome.PAUSED),
+        ("decide", True, {}, WriteOutcome.RESUMED),
+        ("release", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED_BY_READ),
+        ("wake", False, {}, WriteOutcome.NOT_YET),
+        ("wake", False, {"rev": 5}, WriteOutcome.COMMITTED_BY_READ),
     ],
 )
-def test_a_document_tells_what_became_of_a_write(kind: str, paused: bool, changes: dict[str, Any], verdict: Verdict | None) -> None:
+def test_a_document_tells_what_became_of_a_write(kind: str, paused: bool, changes: dict[str, Any], outcome: WriteOutcome | None) -> None:
     """A wrong verdict repeats a write that has landed, or goes on from one that has not."""
-    assert judge(statement(kind, paused=paused), run(**changes)) is verdict
+    assert resolve_write(statement(kind, paused=paused), run(**changes)) is outcome
 
 
 def test_a_run_that_is_gone_is_nobodys() -> None:
-    assert judge(statement("wait"), None) is Verdict.FENCED
+    assert resolve_write(statement("wait"), None) is WriteOutcome.FENCED
 
 
 @pytest.mark.parametrize("inbox", [None, "garbage", 5, [None, 5, "x"], {}])
 def test_garbage_in_an_inbox_stops_nobody(inbox: Any) -> None:
     """Another program may have changed the field; the committer judges a whole batch and must not fail for one run."""
-    assert judge(statement("wait"), run(inbox=inbox)) is None
+    assert resolve_write(statement("wait"), run(inbox=inbox)) is None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError, create_hook
-from streamline_pool.engine.context import AbortSignal, Context, Ending, WaitEnding
+from streamline_pool.engine.context import AbortSignal, Context, Suspension, WaitSuspension
 
 
 class Port:
@@ -67,9 +67,9 @@ def test_a_checkpoint_can_be_awaited_or_not() -> None:
 
 def test_a_sleep_is_no_exception_that_handlers_catch() -> None:
     ctx, _ = made()
-    with pytest.raises(Ending) as first:
+    with pytest.raises(Suspension) as first:
         ctx.sleep(5)
-    with pytest.raises(Ending) as second:
+    with pytest.raises(Suspension) as second:
         ctx.sleep(99)
     assert not isinstance(first.value, Exception)
     assert second.value is first.value, "the first ending counts"
@@ -106,8 +106,8 @@ def test_after_its_end_ctx_does_nothing() -> None:
 # --- waiting --------------------------------------------------------------------------------------------------------
 
 
-def ended(act: Any) -> WaitEnding:
-    with pytest.raises(WaitEnding) as caught:
+def ended(act: Any) -> WaitSuspension:
+    with pytest.raises(WaitSuspension) as caught:
         act()
     assert not isinstance(caught.value, Exception), "`except Exception` in a handler lets it pass"
     return caught.value
@@ -126,7 +126,7 @@ def test_the_first_ending_counts_whatever_kinds_there_are() -> None:
     ctx, _ = made()
     first = ended(lambda: ctx.wait("why"))
     for act in (lambda: ctx.wait_for("e"), lambda: ctx.sleep(1)):
-        with pytest.raises(Ending) as caught:
+        with pytest.raises(Suspension) as caught:
             act()
         assert caught.value is first
 

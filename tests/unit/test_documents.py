@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from streamline_pool import DataCorruptionError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.definition import Definition, make_step
 from streamline_pool.protocol.codec import CODEC, PAYLOAD_BYTES_MAX, PAYLOAD_DEPTH_MAX, as_payload, check_payload
-from streamline_pool.protocol.run_document import as_stored, make_context, misfit, new_run, parse_run
+from streamline_pool.protocol.run_document import as_stored, make_context, new_run, parse_run, validate_run_document
 from support import shown
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -152,14 +152,14 @@ def a_document(**changes: Any) -> dict[str, Any]:
     document = new_run(
         Definition(workflow_id="w", version="1", queue="q", steps=steps, make_context=None),
         run_id="r", input=1, context={}, meta=None, idempotency_key=None, priority=0, queue="q", due_at=NOW, user_id=None, tags=(), slot=0,
-        now=NOW, act_id="x",
+        now=NOW, control_id="x",
     )  # fmt: skip
     return {**document, **changes}
 
 
 def test_a_new_run_is_sound_and_can_be_found_by_a_claim() -> None:
     document = a_document()
-    assert misfit(document) is None
+    assert validate_run_document(document) is None
     assert parse_run(document).status == "running"
     assert (document["wakeAt"], document["lane"]) == (NOW, "q/w/1")
     assert "lease" not in document
@@ -171,7 +171,7 @@ def test_a_run_that_is_due_later_is_a_draft() -> None:
     later = new_run(
         Definition(workflow_id="w", version="1", queue="q", steps=steps, make_context=None),
         run_id="r", input=1, context={}, meta=None, idempotency_key="k", priority=0, queue="q", due_at=NOW + timedelta(seconds=1),
-        user_id=None, tags=(), slot=0, now=NOW, act_id="x",
+        user_id=None, tags=(), slot=0, now=NOW, control_id="x",
     )  # fmt: skip
     assert (later["status"], later["idempotencyKey"]) == ("draft", "k")
 
@@ -206,7 +206,7 @@ MISFITS = [
 @pytest.mark.parametrize(("field", "value"), MISFITS, ids=shown)
 def test_a_field_that_another_program_changed_is_named(field: str, value: Any) -> None:
     """The engine would otherwise raise in the middle of a claim, and take the batch with it."""
-    reason = misfit(a_document(**{field: value}))
+    reason = validate_run_document(a_document(**{field: value}))
     assert reason is not None
     assert field in reason or "step" in reason
 
@@ -217,14 +217,14 @@ def test_a_field_that_another_program_changed_is_named(field: str, value: Any) -
 def test_a_missing_field_is_named(field: str) -> None:
     document = a_document()
     del document[field]
-    assert field in (misfit(document) or "")
+    assert field in (validate_run_document(document) or "")
 
 
 @given(st.sampled_from([*a_document()]), json_like)
 def test_no_value_in_any_field_makes_the_check_itself_fail(field: str, value: Any) -> None:
-    misfit(a_document(**{field: value}))
-    misfit(a_document(steps=[{**STEP, field: value}, OTHER]))
-    misfit(a_document(steps=[value, OTHER]))
+    validate_run_document(a_document(**{field: value}))
+    validate_run_document(a_document(steps=[{**STEP, field: value}, OTHER]))
+    validate_run_document(a_document(steps=[value, OTHER]))
 
 
 @given(st.sampled_from([*a_document()]), json_like)

@@ -22,9 +22,9 @@ from streamline_pool.supervisor.ipc.messages import (
     FromSteward,
     FromWorker,
     MessageError,
-    Ring,
     ToSteward,
     ToWorker,
+    WakeUp,
     decode,
     encode,
 )
@@ -65,8 +65,8 @@ def test_every_message_arrives_as_it_was_sent(cls: type, direction: Direction[An
     check()
 
 
-@given(st.lists(st.builds(Ring, lane=st.text(max_size=5), run_id=st.none())), st.data())
-def test_frames_cut_anywhere_come_out_whole(sent: list[Ring], data: st.DataObject) -> None:
+@given(st.lists(st.builds(WakeUp, lane=st.text(max_size=5), run_id=st.none())), st.data())
+def test_frames_cut_anywhere_come_out_whole(sent: list[WakeUp], data: st.DataObject) -> None:
     """A stream socket cuts where it likes, also within the length."""
     stream = b"".join(map(encode, sent))
     reader, heard, at = FrameReader(), [], 0
@@ -86,8 +86,8 @@ def test_frames_cut_anywhere_come_out_whole(sent: list[Ring], data: st.DataObjec
         b"[1]",
         b"{}",
         orjson.dumps([messages.VERSION, "Explode", {}]),
-        orjson.dumps([messages.VERSION, "Ring", {"colour": "red"}]),
-        orjson.dumps([messages.VERSION, "Ring", [1]]),
+        orjson.dumps([messages.VERSION, "WakeUp", {"colour": "red"}]),
+        orjson.dumps([messages.VERSION, "WakeUp", [1]]),
         orjson.dumps([messages.VERSION + 1, "Drain", {}]),
         encode(messages.StewardBeat(ready=True))[4:],
     ],

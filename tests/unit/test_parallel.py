@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from streamline_pool import LeaseLostError, Settled, ValidationError, WorkflowCancelledError, execute_parallel, execute_parallel_sync
-from streamline_pool.engine.context import AbortSignal, Ending, SleepEnding, current_signal
+from streamline_pool.engine.context import AbortSignal, SleepSuspension, Suspension, current_signal
 from streamline_pool.engine.parallel import GRACE_S, MODES, THREADS_MAX
 from support import eventually, shown
 
@@ -760,7 +760,7 @@ def test_a_signal_that_never_fires_is_not_burdened_by_the_calls_it_watched() -> 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["def", "async def"])
-@pytest.mark.parametrize("error", [SleepEnding(60), SystemExit(3), KeyboardInterrupt()], ids=shown)
+@pytest.mark.parametrize("error", [SleepSuspension(60), SystemExit(3), KeyboardInterrupt()], ids=shown)
 def test_what_is_no_exception_ends_the_call_in_every_mode(call: Callable[..., Any], mode: str, kind: str, error: BaseException) -> None:
     """`ctx.sleep` in a task must put the run to sleep, and `sys.exit` must not end the worker's loop."""
     sleeper = Sleeper()
@@ -776,11 +776,11 @@ def test_an_ending_is_not_lost_when_it_comes_while_a_task_is_stopped(call: Calla
         try:
             await asyncio.sleep(FOREVER_S)
         finally:
-            raise SleepEnding(60)
+            raise SleepSuspension(60)
 
-    with pytest.raises(Ending):
+    with pytest.raises(Suspension):
         call([leave_at_last, lambda: value_of(1)], "race")
-    with pytest.raises(Ending):
+    with pytest.raises(Suspension):
         call([leave_at_last], "all_settled", timeout=0.02)
 
 
@@ -790,9 +790,9 @@ def test_an_ending_of_a_plain_task_is_not_lost_when_its_time_is_up(call: Callabl
     def leave_late() -> None:
         begun.set()
         threading.Event().wait(0.1)
-        raise SleepEnding(60)
+        raise SleepSuspension(60)
 
-    with pytest.raises(Ending):
+    with pytest.raises(Suspension):
         call([leave_late], "all_settled", timeout=0.02)
     assert begun.is_set()
 

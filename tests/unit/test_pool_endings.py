@@ -11,23 +11,23 @@ from hypothesis import strategies as st
 from pool_script import LIMITS, STEWARD, Script
 
 from streamline_pool.supervisor.ipc.messages import (
-    AbortHint,
-    Alarm,
     Beat,
     BootFailed,
-    Check,
-    Checked,
+    CheckDue,
     Close,
     Died,
     Drain,
-    Poke,
+    DueCount,
+    IdleCheck,
     PoolFacts,
     Probe,
     Released,
-    Ring,
+    RunChanged,
     StewardBeat,
     Stop,
-    Wake,
+    TimersFired,
+    WakeUp,
+    WorkDue,
 )
 from streamline_pool.supervisor.pool.decide import pause_s, pool_facts
 from streamline_pool.supervisor.pool.state import Exit, Kill, Log, Measured, Send, Spawn, Tick
@@ -64,8 +64,8 @@ def test_who_presses_ctrl_c_is_told_what_the_pool_waits_for() -> None:
 def test_a_worker_killed_before_it_began_is_no_crash_to_look_into() -> None:
     """Without a database the reason would otherwise stand above as many errors as there are workers."""
     script = Script(workers=1)
-    script.tell(Tick())
-    script.hear(STEWARD, BootFailed(exit_code=3, message="no database"))
+    script.send(Tick())
+    script.on_message(STEWARD, BootFailed(exit_code=3, message="no database"))
     script.wait(60)
     script.dies(101, signal="SIGKILL")
     assert "child_left" in script.logged()
@@ -92,7 +92,7 @@ def test_a_worker_that_cannot_even_stop_is_killed_and_released_by_the_steward() 
     script.dies(101)
     assert [pid for pid, _ in script.sent(Died)] == [STEWARD]
     assert not script.sent(Close), "the steward still has something to release"
-    script.hear(STEWARD, Released(owner="h:101:n", runs=1))
+    script.on_message(STEWARD, Released(owner="h:101:n", runs=1))
     assert script.sent(Close)
     script.dies(STEWARD, exit_code=0)
     assert script.did(Exit) == [Exit(code=4)]
@@ -151,19 +151,19 @@ def burst_until_check(script: Script) -> int:
     assert script.state.burst is not None
     seq = script.state.burst.seq
     for pid in script.workers:
-        script.beat(pid, poke=seq, runs_total=3)
-    ((to, check),) = script.sent(Check)
+        script.beat(pid, idle_check=seq, runs_total=3)
+    ((to, check),) = script.sent(CheckDue)
     assert to == STEWARD
     return check.seq
 
 
 def test_burst_ends_when_idle_nothing_due_and_still_idle() -> None:
     script = Script(workers=2, burst=True).started()
-    script.hear(STEWARD, Checked(seq=burst_until_check(script), due=0))
-    seq = script.sent(Poke)[0][1].seq
-    script.beat(101, poke=seq, runs_total=3)
+    script.on_message(STEWARD, DueCount(seq=burst_until_check(script), due=0))
+    seq = script.sent(IdleCheck)[0][1].seq
+    script.beat(101, idle_check=seq, runs_total=3)
     assert script.state.ending is None, "one worker has not confirmed"
-    script.beat(102, poke=seq, runs_total=3)
+    script.beat(102, idle_check=seq, runs_total=3)
     assert [pid for pid, _ in script.sent(Drain)] == [101, 102]
     for pid in (101, 102, STEWARD):
         script.dies(pid, exit_code=0)
@@ -173,26 +173,26 @@ def test_burst_ends_when_idle_nothing_due_and_still_idle() -> None:
 def test_burst_does_not_end_when_a_run_passed_between_the_questions() -> None:
     """It was claimed before the check and has ended since: it may have started another one in between."""
     script = Script(workers=2, burst=True).started()
-    script.hear(STEWARD, Checked(seq=burst_until_check(script), due=0))
-    seq = script.sent(Poke)[0][1].seq
-    script.beat(101, poke=seq, runs_total=3)
-    script.beat(102, poke=seq, runs_total=4)
+    script.on_message(STEWARD, DueCount(seq=burst_until_check(script), due=0))
+    seq = script.sent(IdleCheck)[0][1].seq
+    script.beat(101, idle_check=seq, runs_total=3)
+    script.beat(102, idle_check=seq, runs_total=4)
     assert script.state.ending is None
 
 
 def test_burst_goes_on_while_something_is_due() -> None:
     script = Script(workers=2, burst=True).started()
-    script.hear(STEWARD, Checked(seq=burst_until_check(script), due=1))
-    assert len(script.sent(Ring)) == 1
+    script.on_message(STEWARD, DueCount(seq=burst_until_check(script), due=1))
+    assert len(script.sent(WakeUp)) == 1
     assert script.state.burst is None
-    assert not script.sent(Poke), "not at once again"
+    assert not script.sent(IdleCheck), "not at once again"
 
 
 def test_burst_waits_for_the_release_of_a_dead_workers_runs() -> None:
     script = Script(workers=1, burst=True)
-    script.tell(Tick())
-    script.hear(STEWARD, StewardBeat(ready=True))
-    script.beat(101, in_flight=1, hungry=False)
+    script.send(Tick())
+    script.on_message(STEWARD, StewardBeat(ready=True))
+    script.beat(101, in_flight=1, idle=False)
     script.dies(101)
     script.wait(0.5)
     script.beat(102)
@@ -203,8 +203,8 @@ def test_burst_waits_for_the_release_of_a_dead_workers_runs() -> None:
 def test_work_that_appears_during_the_check_starts_the_proof_again() -> None:
     script = Script(workers=2, burst=True).started()
     seq = burst_until_check(script)
-    script.beat(101, in_flight=1, hungry=False, runs_total=4)
-    script.hear(STEWARD, Checked(seq=seq, due=0))
+    script.beat(101, in_flight=1, idle=False, runs_total=4)
+    script.on_message(STEWARD, DueCount(seq=seq, due=0))
     assert script.state.burst is None
     assert script.state.ending is None
 
@@ -244,20 +244,20 @@ counters = {name: st.integers(0, 9) for name in ("in_flight", "runs_total", "ste
 beats = st.builds(
     Beat,
     state=st.sampled_from(["starting", "ready", "holding", "draining"]),
-    hungry=st.booleans(),
+    idle=st.booleans(),
     recycle=st.sampled_from([None, None, "stuck"]),
     lru=st.just({}),
     parked=st.just((("l", 1, "r"),)),
-    poke=st.integers(0, 9),
+    idle_check=st.integers(0, 9),
     **counters,
 )
 words = st.one_of(
     st.just(StewardBeat(ready=True)),
-    st.builds(Wake, lane=st.just("l"), run_id=st.none(), count=st.integers(0, 3)),
-    st.builds(Alarm, run_ids=st.sampled_from([("a",), ("a", "b", "c")])),
-    st.builds(AbortHint, run_id=st.just("r"), owner=st.none(), reason=st.just("cancelled")),
+    st.builds(WorkDue, lane=st.just("l"), run_id=st.none(), count=st.integers(0, 3)),
+    st.builds(TimersFired, run_ids=st.sampled_from([("a",), ("a", "b", "c")])),
+    st.builds(RunChanged, run_id=st.just("r"), owner=st.none(), reason=st.just("cancelled")),
     st.builds(Released, owner=st.builds("h:{}:n".format, pids), runs=st.integers(0, 2)),
-    st.builds(Checked, seq=st.integers(0, 9), due=st.integers(0, 1)),
+    st.builds(DueCount, seq=st.integers(0, 9), due=st.integers(0, 1)),
     st.builds(Probe, ok=st.booleans()),
 )
 SIGNALS = [signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP, signal.SIGCONT, signal.SIGUSR1]
@@ -274,9 +274,9 @@ happenings = st.one_of(
 def play(script: Script, kind: str, what: Any, more: Any) -> None:
     match kind:
         case "beat" if what in script.state.members and script.state.members[what].role == "worker":
-            script.hear(what, more)
+            script.on_message(what, more)
         case "word" if script.state.steward is not None:
-            script.hear(script.state.steward.pid, more)
+            script.on_message(script.state.steward.pid, more)
         case "dies" if what in script.alive:
             script.dies(what, exit_code=more)
         case "wait":
@@ -284,7 +284,7 @@ def play(script: Script, kind: str, what: Any, more: Any) -> None:
         case "signal":
             script.signal(what)
         case "rss":
-            script.tell(Measured(rss_bytes={what: more}))
+            script.send(Measured(rss_bytes={what: more}))
 
 
 def check_invariants(script: Script) -> None:
@@ -306,7 +306,7 @@ def check_invariants(script: Script) -> None:
 def test_whatever_happens_the_pool_stays_whole_and_can_be_ended(story: list[tuple[str, Any, Any]], burst: bool) -> None:
     """No order of deaths, signals and messages may lose a place, start two for one, or leave a pool that cannot end."""
     script = Script(workers=3, burst=burst, max_rss_bytes=100, restart_budget=20)
-    script.tell(Tick())
+    script.send(Tick())
     for kind, what, more in story:
         play(script, kind, what, more)
         check_invariants(script)

@@ -14,7 +14,7 @@ from streamline_pool.domain.definition import Definition, make_step
 from streamline_pool.domain.errors import ErrorCode
 from streamline_pool.domain.model import RUN_MOVES, STEP_MOVES, RunStatus, StepStatus
 from streamline_pool.domain.transitions import Change, Failure
-from streamline_pool.protocol.run_document import misfit
+from streamline_pool.protocol.run_document import validate_run_document
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = NOW + timedelta(seconds=60)
@@ -94,15 +94,15 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "take at the last": (held("b", inbox=[PAID]), taken(held("b", inbox=[PAID]), 1, EVENT)),
     "look, inbox": (
         waiting(EVENT, awaits="paid", inbox=[PAID]),
-        transitions.look_found(waiting(EVENT, awaits="paid", inbox=[PAID]), DEFINITION, 0, PAID, NOW),
+        transitions.wait_answered(waiting(EVENT, awaits="paid", inbox=[PAID]), DEFINITION, 0, PAID, NOW),
     ),
     "look, broadcast": (
         waiting(EVENT, awaits="paid"),
-        transitions.look_found(waiting(EVENT, awaits="paid"), DEFINITION, 0, {"_id": "e2", "name": "paid", "data": 8}, NOW),
+        transitions.wait_answered(waiting(EVENT, awaits="paid"), DEFINITION, 0, {"_id": "e2", "name": "paid", "data": 8}, NOW),
     ),
     "look at the last": (
         waiting(EVENT, "b", awaits="paid", inbox=[PAID]),
-        transitions.look_found(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), DEFINITION, 1, PAID, NOW),
+        transitions.wait_answered(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), DEFINITION, 1, PAID, NOW),
     ),
     "time out": (waiting(HUMAN | BY_LATER), transitions.time_out(waiting(HUMAN | BY_LATER), DEFINITION, 0, LATER)),
     "time out an event": (
@@ -125,8 +125,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "retry": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail": (held(failures=1), transitions.step_failed(held(failures=1), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail at once": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE._replace(retriable=False), NOW, LATER)),
-    "release entered": (held(), transitions.give_back(held(), 0, NOW, entered=True)),
-    "release": (held(), transitions.give_back(held(), 0, NOW, entered=False)),
+    "release entered": (held(), transitions.release(held(), 0, NOW, entered=True)),
+    "release": (held(), transitions.release(held(), 0, NOW, entered=False)),
 }
 every = pytest.mark.parametrize("name", CHANGES)
 
@@ -188,7 +188,7 @@ def test_a_change_goes_only_where_the_tables_lead(name: str) -> None:
 def test_a_live_run_stays_sound(name: str) -> None:
     _, _, after = applied(name)
     if after["status"] not in ("done", "failed"):
-        assert misfit(after) is None
+        assert validate_run_document(after) is None
 
 
 @every
@@ -270,7 +270,7 @@ def test_without_a_grant_the_next_step_is_left_to_the_next_holder() -> None:
     after = copy.deepcopy(before)
     transitions.apply(after, lone)
     assert (after["steps"][1], after["currentStepId"], lone.releases) == ({"stepId": "b", "status": "pending", "attempts": 0}, "b", True)
-    assert misfit(after) is None
+    assert validate_run_document(after) is None
 
 
 def test_a_sleep_is_ended_only_by_the_servers_clock() -> None:

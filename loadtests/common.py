@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = (sys.executable, "-c", "from streamline_pool.supervisor.cli import main; main()")
+COMMAND = (sys.executable, "-c", "from streamline_pool.supervisor.cli.main import main; main()")
 READY_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 20.0
 

@@ -19,7 +19,7 @@ from support import eventually
 __all__ = ["PoolProcess", "running"]
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = [sys.executable, "-c", "from streamline_pool.supervisor.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from streamline_pool.supervisor.cli.main import main; main()"]
 
 
 class PoolProcess:

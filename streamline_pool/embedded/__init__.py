@@ -1,7 +1,7 @@
 """A private MongoDB server for demos, tests and `--embedded`.
 
 Owns finding, starting and stopping one `mongod`, and the process that ends it with its user.
-Must never be imported by the engine: a pool on a real server does not need this package.
+It must never be imported by the engine: a pool on a real server does not need this package.
 """
 
 from .server import DEFAULT_DATA_DIR, EmbeddedServer, find_mongod, serving, start

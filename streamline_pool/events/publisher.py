@@ -42,7 +42,7 @@ _RETRY_MAX_S = 1.0
 _FLUSH_POLLS, _FLUSH_POLL_S = 200, 0.005  # at the end of a publisher, for what it has not sent yet: a second
 _PLAIN = frozenset({type(None), bool, float, datetime})  # nobody can change them, and their size is known
 _PLAIN_BYTES, _NAME_MAX = 500, 100
-_LOOK_EVERY_S = 5.0  # for a program whose local executions go on while somebody begins to stream
+_POLL_EVERY_S = 5.0  # for a program whose local executions go on while somebody begins to stream
 
 
 class EventPublisher:
@@ -106,7 +106,7 @@ class EventPublisher:
 
         async def keep_looking() -> None:
             while True:
-                await asyncio.sleep(_LOOK_EVERY_S)
+                await asyncio.sleep(_POLL_EVERY_S)
                 if busy():
                     await self.poll()
 

@@ -1,7 +1,7 @@
 """The kit for users' own tests: real workers on a real MongoDB, in the test's process, with a clock that can be jumped.
 
 Owns `TestKit` and its pytest fixtures. In the top-level conftest.py: `pytest_plugins = ["streamline_pool.testing"]`.
-Must never be imported by code that runs in production.
+It must never be imported by code that runs in production.
 """
 
 import contextlib

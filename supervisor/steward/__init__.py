@@ -1,0 +1,6 @@
+"""The steward process: the duties of a pool that need the database, one file per duty.
+
+Owns timers, the recovery of expired leases, signals, the host's record, the health port and clean-up.
+Any number of stewards on any number of hosts may run at once; there is no leader.
+It must never hold a run and never run a handler.
+"""

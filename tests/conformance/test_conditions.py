@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outside_app import stored
+from waiting_app import stored
 from pool_process import running
 from workers import check_invariants, run_until_idle
 

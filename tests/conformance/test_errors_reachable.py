@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outside_app import outside_app
+from waiting_app import waiting_app
 from pool_process import running
 from workers import run_until_idle
 
@@ -291,7 +291,7 @@ app.workflow("deadly", steps={"die": lambda ctx: os._exit(7)})
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_worker_crashed(mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    with outside_app(mongodb_uri, database) as app, running(tmp_path, DEADLY, mongodb_uri, "--workers", "1", database=database) as pool:
+    with waiting_app(mongodb_uri, database) as app, running(tmp_path, DEADLY, mongodb_uri, "--workers", "1", database=database) as pool:
         pool.ready()
         deadly = app.workflow("deadly", steps={"die": lambda ctx: None})
         failed = deadly.wait_for(deadly.start().id, timeout=40)

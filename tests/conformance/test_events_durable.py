@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import elsewhere
-from outside_app import evidence, outside_app, outside_pool, stored, until_step
+from other_program import other_program
+from waiting_app import evidence, waiting_app, waiting_pool, stored, until_step
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import PayloadTooLargeError, Run, Streamline, ValidationError, Workflow, WorkflowNotFoundError, is_timeout
@@ -26,7 +26,7 @@ from support import eventually
 
 @pytest.fixture
 def outside(mongodb_uri: str, database: str) -> Iterator[Streamline]:
-    with outside_app(mongodb_uri, database) as app:
+    with waiting_app(mongodb_uri, database) as app:
         yield app
 
 
@@ -366,9 +366,9 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
     """Two senders broadcast while two workers bring the runs to their waits: three events, three waits, each event once."""
     subscriber = outside.workflows["listener"]
     with (
-        outside_pool(tmp_path, mongodb_uri, database),
-        elsewhere(mongodb_uri, database) as left,
-        elsewhere(mongodb_uri, database) as right,
+        waiting_pool(tmp_path, mongodb_uri, database),
+        other_program(mongodb_uri, database) as left,
+        other_program(mongodb_uri, database) as right,
     ):
         runs = subscriber.start_many([None] * 40)
         left.ask("send_event", "news", "left")
@@ -390,17 +390,17 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
 def test_an_event_wait_outlives_every_process(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The pool is killed while its runs wait; the event is sent while there is no pool; the next pool goes on."""
     single = outside.workflows["single"]
-    with outside_pool(tmp_path / "first", mongodb_uri, database) as pool:
+    with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         runs = single.start_many([None] * 4)
         for run in runs:
             until_step(outside, run, "listen", "waiting")
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
-    with elsewhere(mongodb_uri, database) as other:
+    with other_program(mongodb_uri, database) as other:
         assert other.call("send_event", "news", "to one", run_id=runs[0].id) == 1
         assert other.call("send_event", "news", "to all") == 3
-    with outside_pool(tmp_path / "second", mongodb_uri, database):
+    with waiting_pool(tmp_path / "second", mongodb_uri, database):
         assert [single.wait_for(run.id, timeout=20).output for run in runs] == ["to one", "to all", "to all", "to all"]
     assert len(evidence(outside, "entered", step="listen")) == 4, "no handler was called again"
 
@@ -417,7 +417,7 @@ def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
     once = tmp_path / "happened"
     probe = {"STREAMLINE_PROBE": f"commit.after={act}@{once}"}
     options = ("--lease", "2", "--stall-timeout", "6")
-    with outside_pool(tmp_path / "pool", mongodb_uri, database, *options, environ=probe):
+    with waiting_pool(tmp_path / "pool", mongodb_uri, database, *options, environ=probe):
         assert single.wait_for(run.id, timeout=40).output == "before the wait"
     assert once.exists(), "the point was never reached"
     assert len(evidence(outside, "entered", step="listen")) == 1
@@ -428,7 +428,7 @@ def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
 @pytest.mark.timeout(120)
 def test_the_pool_finishes_for_a_sender_that_was_killed(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     single = outside.workflows["single"]
-    with outside_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward looks for such events every two seconds
+    with waiting_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward looks for such events every two seconds
         run = single.start()
         until_step(outside, run, "listen", "waiting")
         # What a sender that is killed after its first write leaves behind, a minute later.

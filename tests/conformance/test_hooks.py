@@ -12,8 +12,8 @@ from typing import Any
 
 import bson
 import pytest
-from elsewhere import elsewhere
-from outside_app import evidence, outside_app, outside_pool, stored, until_step
+from other_program import other_program
+from waiting_app import evidence, waiting_app, waiting_pool, stored, until_step
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import (
@@ -35,7 +35,7 @@ from support import eventually
 
 @pytest.fixture
 def outside(mongodb_uri: str, database: str) -> Iterator[Streamline]:
-    with outside_app(mongodb_uri, database) as app:
+    with waiting_app(mongodb_uri, database) as app:
         yield app
 
 
@@ -362,9 +362,9 @@ def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
     chance = random.Random(3)
     hooked = outside.workflows["hooked"]
     with (
-        outside_pool(tmp_path, mongodb_uri, database),
-        elsewhere(mongodb_uri, database) as left,
-        elsewhere(mongodb_uri, database) as right,
+        waiting_pool(tmp_path, mongodb_uri, database),
+        other_program(mongodb_uri, database) as left,
+        other_program(mongodb_uri, database) as right,
     ):
         kinds = {"early": 0, "waiting": 0}
         for _ in range(40):
@@ -389,7 +389,7 @@ def test_a_token_is_good_after_every_process_that_knew_it_is_gone(
     outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
     hooked = outside.workflows["hooked"]
-    with outside_pool(tmp_path / "first", mongodb_uri, database) as pool:
+    with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         runs = hooked.start_many([None] * 2)
         for run in runs:
             until_step(outside, run, "offer", "waiting")
@@ -397,10 +397,10 @@ def test_a_token_is_good_after_every_process_that_knew_it_is_gone(
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
-    with elsewhere(mongodb_uri, database) as other:
+    with other_program(mongodb_uri, database) as other:
         without_a_pool, with_another = runs
         assert other.call("resume_hook", tokens[without_a_pool.id], "to nobody")["id"] == without_a_pool.id
-        with outside_pool(tmp_path / "second", mongodb_uri, database):
+        with waiting_pool(tmp_path / "second", mongodb_uri, database):
             assert other.call("resume_hook", tokens[with_another.id], "to the next")["id"] == with_another.id
             assert hooked.wait_for(without_a_pool.id, timeout=20).output == "to nobody"
             assert hooked.wait_for(with_another.id, timeout=20).output == "to the next"

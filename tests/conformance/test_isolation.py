@@ -11,8 +11,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from elsewhere import elsewhere
-from outside_app import until_step
+from other_program import other_program
+from waiting_app import until_step
 from pool_process import running
 from workers import run_until_idle
 
@@ -185,7 +185,7 @@ def test_a_run_of_a_version_or_workflow_that_no_pool_has_waits_for_one(mongodb_u
                 found = app.runs.find_one({"_id": run.id})
                 del found["bornAt"]  # the server's addition
                 assert found == run.document, "touched by a pool that does not have it"
-            with elsewhere(mongodb_uri, database) as other:
+            with other_program(mongodb_uri, database) as other:
                 assert other.call("pause_run", waiting[0].id)["paused"] is True, "acts need no workflow"
                 assert other.call("resume_run", waiting[0].id)["paused"] is False
         with running(

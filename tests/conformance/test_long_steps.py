@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outside_app import stored
+from waiting_app import stored
 from pool_process import PoolProcess, running
 from workers import check_invariants
 

@@ -52,8 +52,8 @@ from typing import Any
 
 import psutil
 import pytest
-from elsewhere import elsewhere
-from outside_app import outside_app, outside_pool, stored
+from other_program import other_program
+from waiting_app import waiting_app, waiting_pool, stored
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Streamline, create_hook
@@ -167,7 +167,7 @@ def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
     app = make_app()
     entered: list[str] = []
     workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "act": lambda ctx: entered.append(ctx.run_id)})
-    with elsewhere(mongodb_uri, database) as other:
+    with other_program(mongodb_uri, database) as other:
         runs = [workflow.execute(workflow.start().id) for _ in range(3)]
         answered, cancelled, rewound = runs
         other.call("resume_run", answered.id, "yes")
@@ -191,7 +191,7 @@ def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
 @pytest.mark.timeout(120)
 def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """Nothing else happens: no other run, no signal at that time, no traffic; only the timer can know."""
-    with outside_app(mongodb_uri, database) as app, outside_pool(tmp_path, mongodb_uri, database):
+    with waiting_app(mongodb_uri, database) as app, waiting_pool(tmp_path, mongodb_uri, database):
         approval = app.workflows["approval"]
         late_s = []
         runs = [approval.start(start_at=delay_s) for delay_s in (0.5, 1.5, 8.0)]  # the last: longer than a sweep looks ahead

@@ -344,7 +344,7 @@ def test_a_local_execution_under_way_joins_in(
     app: Streamline, make_app: Callable[..., Streamline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody tells a program that somebody streams; it looks now and then."""
-    monkeypatch.setattr("streamline_pool.broadcast._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("streamline_pool.events.publisher._POLL_EVERY_S", 0.05)
     go = threading.Event()
     other = make_app()
 

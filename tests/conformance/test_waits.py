@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import elsewhere
-from outside_app import evidence, outside_app, outside_pool, stored, until_step
+from other_program import other_program
+from waiting_app import evidence, waiting_app, waiting_pool, stored, until_step
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Run, Streamline, ValidationError, Workflow, is_timeout
@@ -26,7 +26,7 @@ from support import eventually
 
 @pytest.fixture
 def outside(mongodb_uri: str, database: str) -> Iterator[Streamline]:
-    with outside_app(mongodb_uri, database) as app:
+    with waiting_app(mongodb_uri, database) as app:
         yield app
 
 
@@ -244,9 +244,9 @@ def test_of_two_answers_from_two_processes_exactly_one_counts(outside: Streamlin
     approval = outside.workflows["approval"]
     wins = {"left": 0, "right": 0}
     with (
-        outside_pool(tmp_path, mongodb_uri, database),
-        elsewhere(mongodb_uri, database) as left,
-        elsewhere(mongodb_uri, database) as right,
+        waiting_pool(tmp_path, mongodb_uri, database),
+        other_program(mongodb_uri, database) as left,
+        other_program(mongodb_uri, database) as right,
     ):
         runs = approval.start_many([{}] * 30)
         for run in runs:
@@ -272,7 +272,7 @@ def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
     """Nothing but the ring of the answer can make it so: no run here is due, and sweeps are far between."""
     approval = outside.workflows["approval"]
     took_s = []
-    with outside_pool(tmp_path, mongodb_uri, database), elsewhere(mongodb_uri, database) as other:
+    with waiting_pool(tmp_path, mongodb_uri, database), other_program(mongodb_uri, database) as other:
         for _ in range(5):
             run = approval.start()
             until_step(outside, run, "ask", "waiting")
@@ -291,16 +291,16 @@ def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
 def test_a_wait_outlives_every_process_and_so_does_its_answer(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The pool is killed while the run waits, the answer comes while there is no pool, and the next pool goes on."""
     approval = outside.workflows["approval"]
-    with outside_pool(tmp_path / "first", mongodb_uri, database) as pool:
+    with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         answered, unanswered = approval.start(), approval.start({"timeout": 1.0})
         for run in (answered, unanswered):
             until_step(outside, run, "ask", "waiting")
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
-    with elsewhere(mongodb_uri, database) as other:
+    with other_program(mongodb_uri, database) as other:
         assert other.call("resume_run", answered.id, "while nobody was there")["status"] == "running"
-    with outside_pool(tmp_path / "second", mongodb_uri, database):
+    with waiting_pool(tmp_path / "second", mongodb_uri, database):
         assert approval.wait_for(answered.id, timeout=20).output == "while nobody was there"
         assert approval.wait_for(unanswered.id, timeout=20).output == "nobody", "a deadline is kept across restarts, too"
     assert [entry["run"] for entry in evidence(outside, "entered", step="ask")].count(answered.id) == 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Elsewhere", "elsewhere"]
+__all__ = ["OtherProgram", "other_program"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ for line in sys.stdin:
 """
 
 
-class Elsewhere:
+class OtherProgram:
     """That program. `ask` and `answer` are apart, so that two of them can be asked for the same at the same moment."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -62,7 +62,7 @@ class Elsewhere:
 
 
 @contextmanager
-def elsewhere(uri: str, database: str, prefix: str = "workflow_") -> Iterator[Elsewhere]:
+def other_program(uri: str, database: str, prefix: str = "workflow_") -> Iterator[OtherProgram]:
     """Another program, connected and ready. Ends with the block."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
     process = subprocess.Popen(
@@ -70,7 +70,7 @@ def elsewhere(uri: str, database: str, prefix: str = "workflow_") -> Iterator[El
         cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        yield Elsewhere(process)
+        yield OtherProgram(process)
     finally:
         assert process.stdin is not None
         assert process.stdout is not None

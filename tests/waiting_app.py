@@ -13,7 +13,7 @@ from pymongo.read_concern import ReadConcern
 from streamline_pool import Run, Streamline
 from support import eventually
 
-__all__ = ["APP", "evidence", "outside_app", "outside_pool", "step_of", "stored", "until_step"]
+__all__ = ["APP", "evidence", "waiting_app", "waiting_pool", "step_of", "stored", "until_step"]
 
 APP = '''
 import os, time
@@ -103,10 +103,10 @@ def rest(ctx):
 
 
 @contextmanager
-def outside_app(uri: str, database: str) -> Iterator[Streamline]:
+def waiting_app(uri: str, database: str) -> Iterator[Streamline]:
     """The application as a second program on that database has it."""
     scope: dict[str, Any] = {}
-    exec(compile(APP, "outside_app", "exec"), scope)
+    exec(compile(APP, "waiting_app", "exec"), scope)
     app: Streamline = scope["app"]
     app.mongodb_uri, app.database = uri, database
     with app:
@@ -114,7 +114,7 @@ def outside_app(uri: str, database: str) -> Iterator[Streamline]:
 
 
 @contextmanager
-def outside_pool(folder: Path, uri: str, database: str, *options: str, environ: dict[str, str] | None = None) -> Iterator[PoolProcess]:
+def waiting_pool(folder: Path, uri: str, database: str, *options: str, environ: dict[str, str] | None = None) -> Iterator[PoolProcess]:
     """A pool of the application, ready; two workers unless the options say otherwise."""
     folder.mkdir(exist_ok=True)
     workers = () if "--workers" in options else ("--workers", "2")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import elsewhere
-from outside_app import evidence, outside_app, outside_pool, stored, until_step
+from other_program import other_program
+from waiting_app import evidence, waiting_app, waiting_pool, stored, until_step
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Run, StepNotFoundError, Streamline, WorkflowError, WorkflowNotFoundError, create_hook
@@ -355,9 +355,9 @@ def test_a_checkpoint_and_a_hook_can_be_stored_during_a_pause(app: Streamline) -
 @pytest.mark.timeout(120)
 def test_a_pause_from_another_process_stops_a_run_after_the_step_in_progress(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     with (
-        outside_app(mongodb_uri, database) as app,
-        outside_pool(tmp_path, mongodb_uri, database),
-        elsewhere(mongodb_uri, database) as other,
+        waiting_app(mongodb_uri, database) as app,
+        waiting_pool(tmp_path, mongodb_uri, database),
+        other_program(mongodb_uri, database) as other,
     ):
         slow = app.workflows["slow"]
         run = slow.start()
@@ -385,9 +385,9 @@ def test_a_pause_from_another_process_stops_a_run_after_the_step_in_progress(mon
 def test_a_cancel_from_another_process_reaches_a_running_handler_at_once(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     took_s = []
     with (
-        outside_app(mongodb_uri, database) as app,
-        outside_pool(tmp_path, mongodb_uri, database),
-        elsewhere(mongodb_uri, database) as other,
+        waiting_app(mongodb_uri, database) as app,
+        waiting_pool(tmp_path, mongodb_uri, database),
+        other_program(mongodb_uri, database) as other,
     ):
         slow = app.workflows["slow"]
         for _ in range(5):
@@ -408,7 +408,7 @@ def test_a_cancel_from_another_process_reaches_a_running_handler_at_once(mongodb
 @pytest.mark.timeout(120)
 def test_a_cancel_whose_signal_is_lost_reaches_the_handler_with_the_next_renewal(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """Signals are hints. Here nobody sends one: the write alone must be enough."""
-    with outside_app(mongodb_uri, database) as app, outside_pool(tmp_path, mongodb_uri, database, "--lease", "3"):
+    with waiting_app(mongodb_uri, database) as app, waiting_pool(tmp_path, mongodb_uri, database, "--lease", "3"):
         run = app.workflows["slow"].start()
         eventually(lambda: evidence(app, "entered", run=run.id), timeout=20)
         cancelled_at = time.time()
@@ -561,10 +561,10 @@ def test_whatever_two_processes_do_to_the_runs_of_a_pool_none_is_lost_or_wedged(
     """Pause, resume, rewind, answers and events from two processes at random, against each other and the workers."""
     chance = random.Random(seed)
     with (
-        outside_app(mongodb_uri, database) as app,
-        outside_pool(tmp_path, mongodb_uri, database),
-        elsewhere(mongodb_uri, database) as left,
-        elsewhere(mongodb_uri, database) as right,
+        waiting_app(mongodb_uri, database) as app,
+        waiting_pool(tmp_path, mongodb_uri, database),
+        other_program(mongodb_uri, database) as left,
+        other_program(mongodb_uri, database) as right,
     ):
         runs = [run for name in ("approval", "listener", "hooked") for run in app.workflows[name].start_many([{}] * 5)]
         said: dict[str, int] = {}

@@ -35,7 +35,7 @@ test-all: test test-slow
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy streamline_pool $(wildcard loadtests examples)
+	$(BIN)/mypy streamline_pool loadtests examples tests
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

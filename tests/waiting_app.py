@@ -13,7 +13,7 @@ from pymongo.read_concern import ReadConcern
 from streamline_pool import Run, Streamline
 from support import eventually
 
-__all__ = ["APP", "evidence", "waiting_app", "waiting_pool", "step_of", "stored", "until_step"]
+__all__ = ["APP", "evidence", "step_of", "stored", "until_step", "waiting_app", "waiting_pool"]
 
 APP = '''
 import os, time

@@ -22,10 +22,10 @@ from streamline_pool.config.settings import DEFAULT_MONGODB_URI, Settings
 from streamline_pool.domain.definition import Definition, check_defaults, check_id, make_steps
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.domain.model import Run
-from streamline_pool.engine.active_run import Observer
-from streamline_pool.engine.engine import Engine
+from streamline_pool.engine.engine import Engine, EngineConfig
+from streamline_pool.engine.ports import Observer
 from streamline_pool.events.bus import Event, EventBus, global_event_bus
-from streamline_pool.events.publisher import ControlEvents, EventPublisher
+from streamline_pool.events.publisher import ControlEvents
 from streamline_pool.events.stream import EventStream, open_stream
 from streamline_pool.protocol import retention, signals
 from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
@@ -391,17 +391,14 @@ class Streamline:
 
     def make_engine(self, store: AsyncStore, observer: Observer) -> Engine:
         """An engine for the running loop, with this app's definitions, buses and settings."""
-        return Engine(
-            store=store,
+        config = EngineConfig(
             blocking_store=self.store,
-            env=self.env,
             definition_of=self.definition_of,
             events=self.events,
-            broadcast=EventPublisher(store, self.env),
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
-            observer=observer,
         )
+        return Engine(config, store, self.env, observer)
 
     def _runner(self) -> InlineRunner:
         loop = asyncio.get_running_loop()

@@ -68,11 +68,11 @@ class InlineRunner:
         self._owner = make_owner(env)
         self._callers: set[asyncio.Task[Any]] = set()
         self._engine.start()
-        self._engine.broadcast.poll_while(lambda: bool(self._engine.active_runs))
+        self._engine.event_publisher.poll_while(lambda: bool(self._engine.active_runs))
 
     async def execute(self, run_id: str) -> bool:
         """Claim a run by name and drive it to its next stop. False if it could not be claimed now."""
-        await self._engine.broadcast.poll()  # nobody tells a program who streams; beside a claim's majority write it costs little
+        await self._engine.event_publisher.poll()  # nobody tells a program who streams; beside a claim's majority write it costs little
         deadline = self._engine.leases.deadline()
         lease_id = self._env.new_id()
         document = await self._store.run(claims.claim_run(run_id, None, lease_id, self._owner, self._lease_s))

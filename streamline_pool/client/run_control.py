@@ -19,7 +19,7 @@ from streamline_pool.domain.errors import (
     WorkflowNotFoundError,
 )
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepStatus
-from streamline_pool.domain.transitions import arrived
+from streamline_pool.domain.waits import arrived
 from streamline_pool.engine.hooks import hash_token, run_id_of
 from streamline_pool.protocol import answers, control, run_lifecycle
 from streamline_pool.protocol.codec import check_text, decode_payload, size_of

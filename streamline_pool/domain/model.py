@@ -1,7 +1,7 @@
 """The nouns: statuses, the transition tables, `Run` and `StepState` as users see them, retry policy.
 
-Owns what a state is and which may follow which, as data: filters (ops.py) and checks are derived from the
-tables here. Does no I/O and knows nothing of MongoDB.
+Owns what a state is and which may follow which, as data: the checks in change.py and the filters in protocol/ are
+derived from the tables here. Does no I/O and knows nothing of MongoDB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from .errors import StepNotFoundError, ValidationError
 
 __all__ = [
-    "NON_TERMINAL", "RUN_MOVES", "STEP_MOVES", "TERMINAL",
+    "ENDED_STEPS", "NON_TERMINAL", "REWINDABLE", "RUN_MOVES", "STEP_MOVES", "TERMINAL",
     "RetryPolicy", "Run", "RunStatus", "StepState", "StepStatus",
     "is_timeout", "seconds", "timeout_output",
 ]  # fmt: skip
@@ -26,7 +26,7 @@ class RunStatus(StrEnum):
     """Where a run stands. One sentence each: who moves it in, who moves it out."""
 
     DRAFT = "draft"  # in: `start(start_at=)`; out: the claim, once its time has come
-    RUNNING = "running"  # in: `start`, a claim, an answer, `rewind_to`; out: the holder's commit, or an outside act
+    RUNNING = "running"  # in: `start`, a claim, an answer, `rewind_to`; out: the holder's commit, or a control operation
     WAITING = "waiting"  # in: a sleep, a wait, a retry's back-off; out: the claim once due, or an answer
     DONE = "done"  # in: the commit of the last step, or of the end of its wait; out: `rewind_to` only
     FAILED = "failed"  # in: a step out of retries, a convicted crash; out: `rewind_to` only
@@ -49,29 +49,37 @@ RUN_MOVES: Mapping[RunStatus, frozenset[RunStatus]] = MappingProxyType(
         RunStatus.DRAFT: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
         RunStatus.RUNNING: frozenset({RunStatus.RUNNING, RunStatus.WAITING, RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED}),
         RunStatus.WAITING: frozenset({RunStatus.WAITING, RunStatus.RUNNING, RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED}),
-        RunStatus.DONE: frozenset({RunStatus.RUNNING}),
-        RunStatus.FAILED: frozenset({RunStatus.RUNNING}),
+        RunStatus.DONE: frozenset(),
+        RunStatus.FAILED: frozenset(),
         RunStatus.CANCELLED: frozenset(),
     }
 )
-"""Which status may follow which; `done` and `failed` are left by rewind only."""
+"""Which status of a run may follow which, rewind apart. `change.make_change` checks every write of a lease holder against
+it; the sets of statuses below, and through them the filters of protocol/, are derived from it."""
 
 STEP_MOVES: Mapping[StepStatus, frozenset[StepStatus]] = MappingProxyType(
     {
         StepStatus.PENDING: frozenset({StepStatus.RUNNING, StepStatus.SKIPPED, StepStatus.FAILED}),
-        StepStatus.RUNNING: frozenset({StepStatus.PENDING, StepStatus.WAITING, StepStatus.DONE, StepStatus.FAILED, StepStatus.SKIPPED}),
+        StepStatus.RUNNING: frozenset(StepStatus),
         StepStatus.WAITING: frozenset({StepStatus.DONE, StepStatus.FAILED, StepStatus.PENDING}),
-        StepStatus.DONE: frozenset({StepStatus.PENDING}),
-        StepStatus.FAILED: frozenset({StepStatus.PENDING}),
-        StepStatus.SKIPPED: frozenset({StepStatus.PENDING}),
+        StepStatus.DONE: frozenset(),
+        StepStatus.FAILED: frozenset(),
+        StepStatus.SKIPPED: frozenset(),
     }
 )
-"""Which status of a step may follow which; the ways back to `pending` from an end are rewind's."""
+"""Which status of a step may follow which, rewind apart. A running step may stay running (its condition was
+evaluated), become pending (a retry, a release), wait, or end. A wait whose answer cannot be stored is a failed attempt."""
 
-TERMINAL: frozenset[RunStatus] = frozenset({RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED})
+TERMINAL: frozenset[RunStatus] = frozenset(status for status, following in RUN_MOVES.items() if not following)
 """Statuses in which no worker touches a run any more; every run in one of them has `endedAt`."""
 
 NON_TERMINAL: frozenset[RunStatus] = frozenset(RunStatus) - TERMINAL
+
+REWINDABLE: frozenset[RunStatus] = frozenset(RunStatus) - {RunStatus.CANCELLED}
+"""Statuses from which `rewind_to` brings a run back to `running`, and its later steps back to `pending`."""
+
+ENDED_STEPS: frozenset[StepStatus] = frozenset(status for status, following in STEP_MOVES.items() if not following)
+"""Statuses that a step leaves by a rewind only."""
 
 
 def seconds(value: float | timedelta, where: str, *, zero_ok: bool = False) -> float:
@@ -91,7 +99,7 @@ _TIMEOUT_KEY = "$timeout"  # no handler returns such a key by accident; MongoDB 
 
 
 def timeout_output(waiting_for: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    """The output of a step whose wait nobody answered in time: what it waited for, and when that was given up."""
+    """The output of a step whose wait was not answered in time: what it waited for, and when the wait ended."""
     return {_TIMEOUT_KEY: {"type": waiting_for["type"], "reason": waiting_for.get("reason"), "at": now}}
 
 

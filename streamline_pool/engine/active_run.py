@@ -1,7 +1,7 @@
-"""A run in flight: the holder's copy of its document, its lease, and what is under way with it.
+"""An active run: the lease holder's copy of its document, its lease, and what is under way with it.
 
-Owns nothing that is stored: engine.py drives flights, leases.py keeps their leases alive. Also what `ctx` asks for
-while a handler is at work (context.Port).
+Owns nothing that is stored: run_driver.py drives active runs, leases.py keeps their leases. Implements `context.Port`,
+which is what `ctx` asks for while a handler runs.
 """
 
 from __future__ import annotations
@@ -9,70 +9,37 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from datetime import datetime, timedelta
-from typing import Any, Protocol
+from datetime import timedelta
+from typing import Any, cast
 
-from streamline_pool.config.env import Env
-from streamline_pool.domain.definition import Definition
+from streamline_pool.domain.definition import Definition, StepDefinition
+from streamline_pool.domain.document import Fields, HookDocument, RunDocument
 from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError
-from streamline_pool.domain.transitions import Document
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.operations import Fence, Statement
 from streamline_pool.storage.procedures import Procedure
-from streamline_pool.storage.store import Store
 
 from .attempt import Attempt
-from .group_commit import WriteOutcome, refusal, resolve_write
+from .group_commit import refusal
 from .hooks import hash_token, make_token
+from .ports import EnginePort
+from .write_outcome import Held, WriteOutcome, resolve_write
 
-__all__ = ["STATEMENT_BYTES", "ActiveRun", "Observer"]
+__all__ = ["STATEMENT_BYTES", "ActiveRun"]
 
 _SAVE_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
 _HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
-STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: some 450
-
-
-class Observer(Protocol):
-    """Who is told what happens to the runs in flight, in the loop's thread."""
-
-    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
-        """A run was given up, to be claimed again from that instant on."""
-
-    def on_finished(self, run_id: str, status: str) -> None:
-        """A run is through with this process; its stored status as far as known here."""
-
-    def store_answered(self, ok: bool) -> None:
-        """A command to the database succeeded or failed."""
-
-    def on_stuck(self, what: str) -> None:
-        """A handler goes on after its attempt is over and cannot be stopped."""
-
-
-class EnginePort(Protocol):
-    """What a flight needs of its engine."""
-
-    env: Env
-    loop: asyncio.AbstractEventLoop
-    loop_thread: int
-
-    def blocking_store(self) -> Store: ...
-
-    async def write(self, statement: Statement) -> WriteOutcome: ...
-
-    def now(self) -> datetime: ...
-
-    def renew_soon(self) -> None: ...
-
-    def publish(self, document: Document, events: tuple[tuple[str, str | None, Any], ...]) -> None: ...
+STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: about 450
 
 
 class ActiveRun:
-    """One claimed run, from the claim's read-back to the write that gives it up."""
+    """One claimed run, from the claim's read-back to the write that releases it."""
 
     __slots__ = (
+        "_blocking_save",
         "_engine",
+        "_saving",
         "attempt",
-        "blocking_save",
         "deadline",
         "definition",
         "document",
@@ -82,38 +49,50 @@ class ActiveRun:
         "place",
         "release_requested",
         "renew_now",
-        "saving",
         "task",
     )
 
-    def __init__(self, engine: EnginePort, definition: Definition, document: Document, lease_id: str, deadline: float) -> None:
+    def __init__(self, engine: EnginePort, definition: Definition, document: RunDocument, lease_id: str, deadline: float) -> None:
         self._engine = engine
         self.definition = definition
         self.document = document
         self.lease_id = lease_id
-        self.deadline = deadline  # monotonic seconds; past it no handler is entered
-        self.lost: str | None = None  # why the run is known to be no longer ours; None while it may be
-        self.attempt: Attempt | None = None  # while a handler is at work
-        self.outputs: dict[str, Any] = {}  # by file id: outputs that the document only refers to, once somebody may want them
-        self.place = 0  # of the step at hand
+        self.deadline = deadline  # monotonic seconds; after it no handler is entered
+        self.lost: str | None = None  # why this worker is known to hold the run no more; None while it may hold it
+        self.attempt: Attempt | None = None  # while a handler runs
+        self.outputs: dict[str, Any] = {}  # by file id: outputs that the document only refers to, once they are loaded
+        self.place = 0  # of the current step
         self.renew_now = False
         self.release_requested = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
-        self.saving: asyncio.Future[None] | None = None  # a checkpoint or hook under way: no other write may be sent
-        self.blocking_save = threading.Lock()  # held while one is under way on a thread
+        self._saving: asyncio.Future[None] | None = None  # a checkpoint or hook under way: no other write may be sent
+        self._blocking_save = threading.Lock()  # held while one is under way on a thread
 
     @property
     def run_id(self) -> str:
         """The run's id."""
         return str(self.document["_id"])
 
+    @property
+    def step(self) -> StepDefinition:
+        """The current step."""
+        return self.definition.steps[self.place]
+
     def fence(self) -> Fence:
         """What the next write must find unchanged."""
         document = self.document
         return Fence(document["_id"], self.lease_id, document["rev"], document["token"])
 
+    def held(self, *, draining: bool) -> Held:
+        """The holder's view of the run, for decisions."""
+        return Held(self.document, self.step, self.place, draining or self.release_requested)
+
+    def mark_lost(self, reason: str = "lease-lost") -> None:
+        """This worker holds the run no more. The first reason counts."""
+        self.lost = self.lost or reason
+
     def abort(self, reason: str) -> None:
-        """Stop the handler, if one is at work."""
+        """Stop the handler, if one runs."""
         if self.attempt is not None:
             self.attempt.abort(reason)
 
@@ -126,67 +105,12 @@ class ActiveRun:
     def save_hook(self, reason: str, expires_s: float | None) -> str:
         """See context.Port."""
         token = make_token(self.run_id, self._engine.env.new_secret())
-        hook: dict[str, Any] = {"hash": hash_token(token), "gen": self.document.get("waitGen", 0) + 1, "reason": reason}
+        hook: HookDocument = {"hash": hash_token(token), "gen": self.document.get("waitGen", 0) + 1, "reason": reason}
         if expires_s is not None:
             hook["expiresAt"] = self._engine.now() + timedelta(milliseconds=round(expires_s * 1000))
-        # Those of earlier attempts stay good: somebody may hold one of them.
+        # The hooks of earlier attempts stay valid: their tokens may be in use.
         self._save("hooks", lambda: [*self.document["steps"][self.place].get("hooks", ()), hook], _HOOK_BYTES)
         return token
-
-    def _save(self, field: str, value: Callable[[], Any], size: int) -> None:
-        """Store one field of the step at hand; durable on return. On the loop's own thread only a blocking write can be that.
-
-        The threads of an `async def` handler take the same way: waiting for a loop that waits for them would be for ever.
-        """
-        if not self.definition.steps[self.place].is_async and threading.get_ident() != self._engine.loop_thread:
-            asyncio.run_coroutine_threadsafe(self._save_in_group(field, value, size), self._engine.loop).result()
-            return
-        with self.blocking_save:
-            self._check_at_work()
-            saved = value()
-            statement = self._statement(field, saved, size)
-            try:
-                outcome = self._engine.blocking_store().drive(_write_alone(statement))
-            except StoreUnavailableError:
-                self.lost = "lease-lost"  # whether it landed is unknown, so nothing more may be sent for this run
-                raise
-            self._save_landed(outcome, field, saved)
-
-    async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
-        while self.saving is not None:
-            await self.saving
-        self._check_at_work()
-        done = self.saving = self._engine.loop.create_future()
-        try:
-            saved = value()
-            self._save_landed(await self._engine.write(self._statement(field, saved, size)), field, saved)
-        finally:
-            self.saving = None
-            done.set_result(None)
-
-    def _statement(self, field: str, value: Any, size: int) -> Statement:
-        return commits.save_in_step(self.fence(), self.place, field, value, self._engine.now(), size + STATEMENT_BYTES)
-
-    def _check_at_work(self) -> None:
-        if self.lost is not None:
-            raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; nothing was stored", run_id=self.run_id)
-        if self.attempt is None:
-            raise InvalidStateError(f"run {self.run_id}: no handler is at work; nothing was stored", run_id=self.run_id)
-
-    async def saves_done(self) -> None:
-        """Return once no such write is under way. None begins any more, since the attempt is over."""
-        while self.saving is not None:
-            await self.saving
-        while self.blocking_save.locked():
-            await asyncio.sleep(_SAVE_POLL_S)
-
-    def _save_landed(self, outcome: WriteOutcome, field: str, value: Any) -> None:
-        if outcome not in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
-            self.lost = self.lost or "lease-lost"
-            self._engine.loop.call_soon_threadsafe(self.abort, "lease-lost")
-            raise LeaseLostError(f"run {self.run_id}: it is no longer this worker's; the step's {field} was not stored", run_id=self.run_id)
-        self.document["rev"] += 1
-        self.document["steps"][self.place][field] = value
 
     def heartbeat(self) -> None:
         """See context.Port."""
@@ -197,9 +121,66 @@ class ActiveRun:
         """See context.Port."""
         self._engine.publish(self.document, ((name, self.document["currentStepId"], data),))
 
+    # --- writes while a handler runs -------------------------------------------------------------------------------
+
+    def _save(self, field: str, value: Callable[[], Any], size: int) -> None:
+        """Store one field of the current step; durable on return. On the loop's own thread only a blocking write can be that.
+
+        The threads of an `async def` handler take the same way: they would wait for a loop that waits for them.
+        """
+        if not self.step.is_async and threading.get_ident() != self._engine.loop_thread:
+            asyncio.run_coroutine_threadsafe(self._save_in_group(field, value, size), self._engine.loop).result()
+            return
+        with self._blocking_save:
+            self._check_running()
+            saved = value()
+            statement = self._statement(field, saved, size)
+            try:
+                outcome = self._engine.blocking_store().drive(_write_alone(statement))
+            except StoreUnavailableError:
+                self.lost = "lease-lost"  # the outcome is unknown, so nothing more may be sent for this run
+                raise
+            self._saved(outcome, field, saved)
+
+    async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
+        while self._saving is not None:
+            await self._saving
+        self._check_running()
+        done = self._saving = self._engine.loop.create_future()
+        try:
+            saved = value()
+            self._saved(await self._engine.write(self._statement(field, saved, size)), field, saved)
+        finally:
+            self._saving = None
+            done.set_result(None)
+
+    def _statement(self, field: str, value: Any, size: int) -> Statement:
+        return commits.save_in_step(self.fence(), self.place, field, value, self._engine.now(), size + STATEMENT_BYTES)
+
+    def _check_running(self) -> None:
+        if self.lost is not None:
+            raise LeaseLostError(f"run {self.run_id}: this worker no longer holds it; nothing was stored", run_id=self.run_id)
+        if self.attempt is None:
+            raise InvalidStateError(f"run {self.run_id}: no handler is running; nothing was stored", run_id=self.run_id)
+
+    def _saved(self, outcome: WriteOutcome, field: str, value: Any) -> None:
+        if outcome not in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
+            self.mark_lost()
+            self._engine.loop.call_soon_threadsafe(self.abort, "lease-lost")
+            raise LeaseLostError(f"run {self.run_id}: this worker no longer holds it; {field} was not stored", run_id=self.run_id)
+        self.document["rev"] += 1
+        cast(Fields, self.document["steps"][self.place])[field] = value
+
+    async def saves_done(self) -> None:
+        """Return once no such write is under way. None begins any more, because the attempt is over."""
+        while self._saving is not None:
+            await self._saving
+        while self._blocking_save.locked():
+            await asyncio.sleep(_SAVE_POLL_S)
+
 
 def _write_alone(statement: Statement) -> Procedure[WriteOutcome]:
-    """One fenced write outside the group, with its verdict; unknown outcomes are read, then repeated."""
+    """One fenced write apart from the group, with its outcome; an unknown outcome is read, then the write is repeated."""
     while True:
         reply = yield commits.write_statements([statement])
         if reply["n"] == 1:

@@ -1,136 +1,41 @@
-"""What a handler sees: `ctx`, its abort signal, and the ways a handler may end other than by returning.
+"""What a handler sees: `ctx`. Owns the checks of what a handler may ask for, and the view of the run that it gets.
 
-Calls on `ctx` record intents and write nothing, except `checkpoint` and `heartbeat`; the engine stores what was
-recorded together with the step's result. Safe to use from the handler's own thread, task, or threads it starts.
+Calls on `ctx` record intents (intents.py) and write nothing, except `checkpoint`, `heartbeat` and hooks; the engine stores
+what was recorded together with the step's result. Safe to use from the handler's own thread, task, or threads it starts.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import contextvars
 import logging
-import threading
 from collections.abc import Generator, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
-from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError
+from streamline_pool.domain.document import RunDocument, WaitDocument
+from streamline_pool.domain.errors import InvalidStateError, ValidationError
 from streamline_pool.domain.model import seconds
 from streamline_pool.events.bus import ENGINE_EVENTS
 from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 
-__all__ = ["WAIT_MAX_S", "AbortSignal", "Context", "SleepSuspension", "Suspension", "WaitSuspension", "check_event_name", "current_signal"]
+from .abort_signal import AbortSignal
+from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
+
+__all__ = ["WAIT_MAX_S", "Context", "Port", "check_event_name", "register_hook"]
 
 log = logging.getLogger("streamline_pool.handler")
 
-WAIT_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime` arithmetic is what ends
-
-
-class Suspension(BaseException):
-    """Raised by `ctx.sleep` and its kin to leave the handler. Not an `Exception`, so `except Exception` lets it pass."""
-
-
-class SleepSuspension(Suspension):
-    """The handler is through; its step is done `seconds` from now."""
-
-    def __init__(self, delay_s: float) -> None:
-        self.delay_s = delay_s
-
-
-class WaitSuspension(Suspension):
-    """The handler is through; its step is done when somebody answers, or when `timeout_s` seconds have passed."""
-
-    def __init__(self, waiting_for: Mapping[str, Any], timeout_s: float | None) -> None:
-        self.waiting_for = waiting_for  # as stored, but for `expiresAt`
-        self.timeout_s = timeout_s  # None: waits for ever
-
-
-class AbortSignal:
-    """Tells a handler that its work is no longer wanted. Fires once, never resets.
-
-    `reason` is one of "cancelled", "timeout", "lease-lost", "shutdown". In `async def` handlers it can be awaited;
-    they are cancelled as well, so most never need to look.
-    """
-
-    __slots__ = ("_event", "_futures", "_reason")
-
-    _lazy_lock = threading.Lock()
-
-    def __init__(self) -> None:
-        self._reason: str | None = None
-        self._event: threading.Event | None = None  # made when somebody waits: most attempts never do
-        self._futures: list[asyncio.Future[str]] = []
-
-    @property
-    def aborted(self) -> bool:
-        """True once the signal has fired."""
-        return self._reason is not None
-
-    @property
-    def reason(self) -> str | None:
-        """Why it fired, or None."""
-        return self._reason
-
-    def wait(self, timeout: float | timedelta | None = None) -> bool:
-        """Block until it fires, at most `timeout` seconds; True if it has fired. For `def` handlers."""
-        with self._lazy_lock:
-            if self._event is None:
-                self._event = threading.Event()
-                if self._reason is not None:
-                    self._event.set()
-        return self._event.wait(None if timeout is None else seconds(timeout, "signal.wait: timeout", zero_ok=True))
-
-    def raise_if_aborted(self) -> None:
-        """Raise WorkflowCancelledError if the run was cancelled, LeaseLostError for any other reason."""
-        if self._reason == "cancelled":
-            raise WorkflowCancelledError("the run was cancelled")
-        if self._reason is not None:
-            raise LeaseLostError(f"this attempt is over: {self._reason}", reason=self._reason)
-
-    def __await__(self) -> Generator[Any, None, str]:
-        """Wait until it fires; the reason. For `async def` handlers."""
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._futures.append(future)
-        if self._reason is not None:  # looked at after listing the future: one of us two sees the other
-            _set_once(future, self._reason)
-        try:
-            return (yield from future)
-        finally:
-            self._futures.remove(future)  # a handler may wait often
-
-    def _fire(self, reason: str) -> None:
-        """Fire, from the loop's thread. Only the first reason counts."""
-        with self._lazy_lock:
-            if self._reason is not None:
-                return
-            self._reason = reason
-            if self._event is not None:
-                self._event.set()
-        for future in list(self._futures):
-            # A `def` handler may have awaited it in a loop of its own, and have left or closed that loop.
-            with contextlib.suppress(RuntimeError):
-                future.get_loop().call_soon_threadsafe(_set_once, future, reason)
-
-
-def _set_once(future: asyncio.Future[str], reason: str) -> None:
-    if not future.done():
-        future.set_result(reason)
-
-
-current_signal: contextvars.ContextVar[AbortSignal | None] = contextvars.ContextVar("current_signal", default=None)
-"""The signal of the `def` handler that this thread is in: what blocks on its behalf must end when it fires."""
+WAIT_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime` arithmetic does not
 
 
 class Port(Protocol):
     """What `ctx` asks of the engine on behalf of one attempt."""
 
     def save_checkpoint(self, value: Any, size: int) -> None:
-        """Store the checkpoint; durable on return. Raises LeaseLostError when the run is no longer ours."""
+        """Store the checkpoint; durable on return. Raises LeaseLostError when this worker no longer holds the run."""
 
     def save_hook(self, reason: str, expires_s: float | None) -> str:
-        """Store a hook of the step at hand; durable on return. The token. Raises as `save_checkpoint` does."""
+        """Store a hook of the current step; durable on return. The token. Raises as `save_checkpoint` does."""
 
     def heartbeat(self) -> None:
         """Renew the lease soon."""
@@ -156,13 +61,13 @@ def _bounded(value: float | timedelta, where: str, *, zero_ok: bool = False) -> 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= 1_000:
-        raise ValidationError(f"{where}: a reason is text of 1 to 1000 characters, for whoever is to answer, not {value!r}")
+        raise ValidationError(f"{where}: a reason is text of 1 to 1000 characters, for the person who is to answer, not {value!r}")
     check_payload(value, where)
     return value
 
 
 class _Stored:
-    """What `checkpoint` returns: nothing to see, but `await` works, for handlers that are `async def`."""
+    """What `checkpoint` returns: it has no value, and `async def` handlers may await it."""
 
     def __await__(self) -> Generator[Any, None, None]:
         return
@@ -173,7 +78,7 @@ _STORED = _Stored()
 
 
 def _copy(value: Any) -> Any:
-    """What a handler may change without changing the run: a retry stores its checkpoint again, a later step its context."""
+    """A copy that a handler may change. Without it a retry would store a changed checkpoint, and a later step a changed context."""
     kind = type(value)
     if kind is dict:
         return {key: _copy(item) for key, item in value.items()}
@@ -185,40 +90,40 @@ class Context:
 
     __slots__ = (
         "__weakref__",
-        "_closed",
         "_context",
         "_document",
-        "_has_hook",
         "_input",
+        "_intents",
         "_outputs",
         "_place",
         "_port",
-        "_sets",
-        "_sets_bytes",
-        "_suspension",
         "attempt",
         "signal",
         "step_id",
     )
 
     def __init__(
-        self, document: Mapping[str, Any], place: int, signal: AbortSignal, port: Port, outputs: Mapping[str, Any] | None = None
+        self,
+        document: RunDocument,
+        place: int,
+        signal: AbortSignal,
+        port: Port,
+        intents: Intents,
+        outputs: Mapping[str, Any] | None = None,
     ) -> None:
         step = document["steps"][place]
         self._document = document
-        self._outputs = {} if outputs is None else outputs  # by file id: what the document only refers to
         self._place = place
         self._port = port
-        self._sets: dict[str, Any] = {}
-        self._sets_bytes = 0  # an upper bound: a key set twice counts twice
-        self._suspension: Suspension | None = None
-        self._has_hook = False  # made by this attempt
-        self._closed = False
+        self._intents = intents
+        self._outputs = {} if outputs is None else outputs  # by file id: what the document only refers to
         self.step_id: str = step["stepId"]
         self.attempt: int = step["attempts"]  # 1-based; counts entries into the handler, those of lost workers too
         self.signal = signal
-        self._context: dict[str, Any] | None = None  # this and the next are made when asked for
+        self._context: dict[str, Any] | None = None  # this and the next are made by the first read
         self._input: Any = None
+
+    # --- the run ---------------------------------------------------------------------------------------------------
 
     @property
     def run_id(self) -> str:
@@ -239,7 +144,7 @@ class Context:
 
     @property
     def input(self) -> Any:
-        """What the run was started with."""
+        """The run's input."""
         if self._input is None:
             self._input = _copy(self._document.get("input"))
         return self._input
@@ -251,16 +156,6 @@ class Context:
         key = f"{self._document['_id']}:{self.step_id}"
         return f"{key}:{rewinds}" if rewinds else key
 
-    def set(self, key: str, value: Any) -> None:
-        """Set a context key: seen in `ctx.context` at once, stored with this step's result, dropped if the attempt fails."""
-        self._check_open()
-        if not isinstance(key, str) or not key or "\0" in key:
-            raise ValidationError(f"ctx.set: a key is non-empty text without NUL, not {key!r}")
-        value, size = as_payload(value, f"context.{key}")
-        self._sets_bytes += size + len(key)
-        self._sets[key] = value
-        self.context[key] = _copy(value)
-
     def get_output(self, step_id: str) -> Any:
         """The output of an earlier step, or None when it has none."""
         for step in self._document["steps"]:
@@ -269,22 +164,38 @@ class Context:
                 return _copy(self._outputs[output[EXTERNAL_KEY]] if is_external(output) else output)
         return None
 
-    def sleep(self, delay: float | timedelta) -> NoReturn:
-        """End this handler; its step is done after that time, and the handler is not called again. Outlives every restart."""
-        self._end(SleepSuspension(_bounded(delay, "ctx.sleep", zero_ok=True)))
+    def set(self, key: str, value: Any) -> None:
+        """Set a context key: visible in `ctx.context` at once, stored with this step's result, dropped if the attempt fails.
 
-    def wait(self, reason: str, data: Any = None, *, timeout: float | timedelta | None = None) -> NoReturn:
-        """End this handler; its step is done when somebody answers, by `Workflow.resume` or by the hook made before.
-
-        The answer's payload is the step's output. `reason` and `data` are for whoever is to answer (`waiting_for` of the
-        step). After `timeout` seconds without an answer the output is one for which `streamline_pool.is_timeout` is true.
+        Raises ValidationError for a key or a value that cannot be stored.
         """
         self._check_open()
-        wanted = {"type": "webhook" if self._hooks() else "human", "reason": _text(reason, "ctx.wait: reason")}
+        if not isinstance(key, str) or not key or "\0" in key:
+            raise ValidationError(f"ctx.set: a key is non-empty text without NUL, not {key!r}")
+        value, size = as_payload(value, f"context.{key}")
+        self._intents.sets_bytes += size + len(key)
+        self._intents.sets[key] = value
+        self.context[key] = _copy(value)
+
+    # --- leaving the handler ---------------------------------------------------------------------------------------
+
+    def sleep(self, delay: float | timedelta) -> NoReturn:
+        """End this handler; its step is done after `delay` seconds, and the handler is not called again. Outlives every restart."""
+        self._suspend(SleepSuspension(_bounded(delay, "ctx.sleep", zero_ok=True)))
+
+    def wait(self, reason: str, data: Any = None, *, timeout: float | timedelta | None = None) -> NoReturn:
+        """End this handler; its step is done when an answer comes, by `Workflow.resume` or by the hook made before.
+
+        The answer's payload is the step's output. `reason` and `data` are for the person who is to answer (`waiting_for` of
+        the step). After `timeout` seconds without an answer the output is one for which `streamline_pool.is_timeout` is true.
+        """
+        self._check_open()
+        has_hooks = bool(self._document["steps"][self._place].get("hooks"))
+        wanted: WaitDocument = {"type": "webhook" if has_hooks else "human", "reason": _text(reason, "ctx.wait: reason")}
         if data is not None:
             wanted["data"], size = as_payload(data, "wait.data")
-            self._sets_bytes += size
-        self._end(WaitSuspension(wanted, None if timeout is None else _bounded(timeout, "ctx.wait: timeout")))
+            self._intents.sets_bytes += size
+        self._suspend(WaitSuspension(wanted, None if timeout is None else _bounded(timeout, "ctx.wait: timeout")))
 
     def wait_for(self, event_name: str, *, timeout: float | timedelta | None = None) -> NoReturn:
         """End this handler; its step is done when an event of that name comes, by `app.send_event`, or has come already.
@@ -293,30 +204,18 @@ class Context:
         """
         self._check_open()
         name = check_event_name(event_name, "ctx.wait_for")
-        wanted = {"type": "event", "reason": f"event {name}", "eventName": name}
-        self._end(WaitSuspension(wanted, None if timeout is None else _bounded(timeout, "ctx.wait_for: timeout")))
+        wanted: WaitDocument = {"type": "event", "reason": f"event {name}", "eventName": name}
+        self._suspend(WaitSuspension(wanted, None if timeout is None else _bounded(timeout, "ctx.wait_for: timeout")))
 
-    def _add_hook(self, reason: str, expires_s: float | None) -> str:
-        """Store a hook; see hooks.create_hook."""
+    def _suspend(self, suspension: Suspension) -> NoReturn:
         self._check_open()
-        _text(reason, "create_hook: reason")
-        if expires_s is not None and expires_s > WAIT_MAX_S:
-            raise ValidationError(f"create_hook: expires_in: {expires_s} seconds is more than a hundred years")
-        if self._has_hook:
-            raise InvalidStateError(f"run {self.run_id}: step {self.step_id} has an open hook already; a step has one at a time")
-        self._has_hook = True
-        return self._port.save_hook(reason, expires_s)
+        self._intents.suspension = self._intents.suspension or suspension
+        raise self._intents.suspension
 
-    def _hooks(self) -> Any:
-        return self._document["steps"][self._place].get("hooks")
-
-    def _end(self, suspension: Suspension) -> NoReturn:
-        self._check_open()
-        self._suspension = self._suspension or suspension
-        raise self._suspension
+    # --- while the handler runs ------------------------------------------------------------------------------------
 
     def heartbeat(self) -> None:
-        """Renew the lease now. Never needed for a step to live long (renewal is automatic); a sign of life for `runs show`."""
+        """Renew the lease now. Never needed for a step to live long (renewal is automatic)."""
         self._check_open()
         self._port.heartbeat()
 
@@ -334,9 +233,10 @@ class Context:
         log.info("%s", message, extra={"data": data, **fields})
 
     def checkpoint(self, value: Any) -> _Stored:
-        """Store how far this step has come; durable on return, kept across attempts, dropped when the step ends.
+        """Store the progress of this step; durable on return, kept across attempts, dropped when the step ends.
 
-        In `async def` handlers it may be awaited or not; the event loop stands still for one majority write.
+        In `async def` handlers it may be awaited or not; the event loop is blocked for one majority write.
+        Raises LeaseLostError when this worker no longer holds the run.
         """
         self._check_open()
         self._port.save_checkpoint(*as_payload(value, "checkpoint"))
@@ -347,12 +247,20 @@ class Context:
         return _copy(self._document["steps"][self._place].get("checkpoint"))
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._intents.closed:
             if self.signal.reason in ("cancelled", "lease-lost"):
-                # As if the call itself had found out: whether it or the signal is first is a matter of milliseconds.
+                # The same error as from the call itself: which of the two comes first is a matter of milliseconds.
                 self.signal.raise_if_aborted()
             raise InvalidStateError(f"run {self.run_id}: this attempt at step {self.step_id} is over; its ctx can do nothing more")
 
-    def _close(self) -> None:
-        """No call has any effect from here on: the attempt's outcome is decided."""
-        self._closed = True
+
+def register_hook(context: Context, reason: str, expires_s: float | None) -> str:
+    """Store a hook of the context's step; its token. For `hooks.create_hook`, which is the public name."""
+    context._check_open()
+    _text(reason, "create_hook: reason")
+    if expires_s is not None and expires_s > WAIT_MAX_S:
+        raise ValidationError(f"create_hook: expires_in: {expires_s} seconds is more than a hundred years")
+    if context._intents.has_hook:
+        raise InvalidStateError(f"run {context.run_id}: step {context.step_id} has an open hook already; a step has one at a time")
+    context._intents.has_hook = True
+    return context._port.save_hook(reason, expires_s)

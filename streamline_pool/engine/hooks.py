@@ -11,13 +11,12 @@ import binascii
 import hashlib
 import re
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from streamline_pool.domain.errors import HookTokenError
 from streamline_pool.domain.model import seconds
 
-if TYPE_CHECKING:
-    from .context import Context
+from .context import Context, register_hook
 
 __all__ = ["Hook", "create_hook", "hash_token", "make_token", "run_id_of"]
 
@@ -40,7 +39,7 @@ def create_hook(ctx: Context, reason: str, *, expires_in: float | timedelta | No
     InvalidStateError for a second hook in the same attempt, LeaseLostError when the run is no longer this worker's.
     """
     expires_s = None if expires_in is None else seconds(expires_in, "create_hook: expires_in")
-    token = ctx._add_hook(reason, expires_s)
+    token = register_hook(ctx, reason, expires_s)
     return Hook(token, f"/hooks/{token}")
 
 

@@ -1,6 +1,6 @@
-"""Keeps the leases of runs in flight alive, and stops their handlers before a lease can run out.
+"""Renews the leases of active runs, and stops their handlers before a lease can expire.
 
-Owns renewal and self-fencing, apart from each other: fencing looks at the clock only, so that a database which does
+Owns renewal and self-fencing, apart from each other: self-fencing reads only the clock, so that a database that does
 not answer cannot delay it.
 """
 
@@ -19,20 +19,21 @@ from streamline_pool.protocol import commits
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
-from .active_run import ActiveRun, Observer
-from .group_commit import lease_id_of
+from .active_run import ActiveRun
+from .ports import Observer
+from .write_outcome import lease_id_of
 
 __all__ = ["LeaseKeeper"]
 
 log = logging.getLogger("streamline_pool")
 
-_SAFETY = 0.9  # a lease counts as over after this part of it, so that no handler outlives it by a slow clock
-_RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before anyone may take the run
+_SAFETY = 0.9  # a lease counts as expired after this part of it, so that no handler outlives it because of a slow clock
+_RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before another worker may claim the run
 _RENEWAL_PATIENCE = 1 / 4  # of the lease; as long as a tick and two such waits fit in before self-fencing
 
 
 class LeaseKeeper:
-    """Watches over the flights of one engine, which adds and removes them."""
+    """Keeps the leases of one engine's active runs; the engine adds and removes them."""
 
     def __init__(self, store: AsyncStore, env: Env, active_runs: Mapping[str, ActiveRun], lease_s: float, observer: Observer) -> None:
         self._store = store
@@ -41,7 +42,7 @@ class LeaseKeeper:
         self._lease_s = lease_s
         self._observer = observer
         self._wanted = asyncio.Event()
-        self._doubted: dict[str, ActiveRun] = {}  # runs in flight of which somebody says that they were taken away
+        self._doubted: dict[str, ActiveRun] = {}  # active runs that a control operation may have taken away
         self._doubt = asyncio.Event()
         self._tick_s = min(1.0, lease_s / 20)
         self._tasks: list[asyncio.Task[None]] = []
@@ -61,14 +62,14 @@ class LeaseKeeper:
         return self._env.clock.monotonic() + self._lease_s * _SAFETY
 
     def renew_soon(self) -> None:
-        """Look at the leases now instead of at the next tick."""
+        """Check the leases now instead of at the next tick."""
         self._wanted.set()
 
     def check(self, active: ActiveRun) -> None:
-        """Somebody says that something was done to this run from outside: find out now.
+        """A control operation may have changed this run: read it now.
 
-        One read, beside the renewals: a renewal would tell as well, but only after the one that is under way, and with
-        a write before the read that shows who has the run.
+        One read, beside the renewals. A renewal would show it as well, but only after the one that is under way, and
+        with a write before the read that shows the lease holder.
         """
         self._doubted[active.run_id] = active
         self._doubt.set()
@@ -83,10 +84,10 @@ class LeaseKeeper:
             except (StoreUnavailableError, TimeoutError) as exc:
                 self._observer.store_answered(False)
                 log.warning("check_failed", extra={"runs": len(doubted), "error": str(exc) or "no answer"})
-                self._leave_to_renewal(doubted)
+                self._renew_now(doubted)
             except Exception:
                 log.exception("check_failed", extra={"runs": len(doubted)})  # a defect of ours; as above
-                self._leave_to_renewal(doubted)
+                self._renew_now(doubted)
 
     async def _check(self, active_runs: list[ActiveRun]) -> None:
         found = await self._store.run(commits.read_fences([active.run_id for active in active_runs]))
@@ -97,13 +98,13 @@ class LeaseKeeper:
             if lease_id_of(document) != active.lease_id:
                 self._lost(active, document)
 
-    def _leave_to_renewal(self, active_runs: list[ActiveRun]) -> None:
+    def _renew_now(self, active_runs: list[ActiveRun]) -> None:
         for active in active_runs:
             active.renew_now = True
         self.renew_soon()
 
     def _lost(self, active: ActiveRun, document: Mapping[str, Any]) -> None:
-        """Somebody else has the run, or nobody. Only while a handler is at work: otherwise it is our own write that gave the lease up."""
+        """This worker holds the run no more. Only while a handler runs: otherwise our own write has released the lease."""
         if active.attempt is not None and self._active_runs.get(active.run_id) is active:
             active.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
             log.info("run_lost", extra={"run_id": active.run_id, "reason": active.lost})
@@ -115,7 +116,7 @@ class LeaseKeeper:
             too_late = self._env.clock.monotonic() + self._tick_s
             for active in list(self._active_runs.values()):
                 if active.deadline <= too_late and active.attempt is not None:
-                    # Nobody else holds the run yet: its handler stops, and it is given back if that can still be written.
+                    # No other worker holds the run yet: its handler stops, and it is released if that can still be written.
                     log.warning("lease_running_out", extra={"run_id": active.run_id})
                     active.abort("lease-lost")
 
@@ -129,16 +130,16 @@ class LeaseKeeper:
             if not due:
                 continue
             try:
-                # A connection that has gone silent must not hold up the renewals after it.
+                # A connection that does not answer must not hold up the renewals after it.
                 await asyncio.wait_for(self._renew(due), self._lease_s * _RENEWAL_PATIENCE)
             except TimeoutError:
                 self._observer.store_answered(False)
                 log.warning("renew_failed", extra={"runs": len(due), "error": "no answer"})
             except Exception:
-                log.exception("renew_failed", extra={"runs": len(due)})  # a defect of ours; the other leases need their keeper
+                log.exception("renew_failed", extra={"runs": len(due)})  # a defect of ours; the other leases must still be renewed
 
     async def _renew(self, active_runs: list[ActiveRun]) -> None:
-        """Extend these leases, each by run and claim; a shortfall says that some are gone, a read says which."""
+        """Extend these leases, each by run and claim. If fewer matched, some are lost, and a read shows which."""
         run_ids = [active.run_id for active in active_runs]
         deadline = self.deadline()
         for active in active_runs:
@@ -156,7 +157,7 @@ class LeaseKeeper:
         for active in active_runs:
             document = documents.get(active.run_id, {})
             if active.run_id in refused:
-                continue  # it is ours for as long as it was; nobody can extend that
+                continue  # this worker holds it until its old deadline; the server cannot extend that
             if renewed == len(active_runs) or lease_id_of(document) == active.lease_id:
                 active.deadline = max(active.deadline, deadline)
             else:

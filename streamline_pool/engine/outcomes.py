@@ -1,7 +1,7 @@
 """What the end of an attempt means for its run: from a handler's outcome to the transition that is to be stored.
 
 Owns the reading of outcomes, conditions and version mismatches. Pure but for the users' own predicates: it writes
-nothing, and clock and chance come as arguments. engine.py performs what is decided here.
+nothing, and clock and chance come as arguments. run_writer.py performs what is decided here.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from streamline_pool.domain import transitions
+from streamline_pool.domain import transitions, waits
+from streamline_pool.domain.change import Change
 from streamline_pool.domain.definition import Definition, StepDefinition
+from streamline_pool.domain.document import RunDocument, WaitDocument
 from streamline_pool.domain.errors import ErrorCode, WorkflowError
-from streamline_pool.domain.transitions import Change, Document, Failure
+from streamline_pool.domain.transitions import Failure
 from streamline_pool.protocol.payloads import split_output, with_outputs
 from streamline_pool.protocol.run_document import parse_run
 
-from .attempt import Kind, Outcome, failure_of, timeout_failure
-from .context import Context, SleepSuspension, Suspension, WaitSuspension
+from .attempt import Attempt, Kind, Outcome
+from .context import Context
+from .failures import failure_of, timeout_failure
+from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
 
-__all__ = ["Decided", "File", "Moment", "allowed", "change_after", "damaged", "failed", "version_mismatch"]
+__all__ = ["Decided", "File", "Moment", "allowed", "attempt_ended", "damaged", "failed", "version_mismatch"]
 
 
 class File(NamedTuple):
@@ -40,70 +44,70 @@ class Decided(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """When, by what chance and under which id something is decided."""
+    """The circumstances of a decision: time, chance, and ids."""
 
     now: datetime  # the server's time
     chance: float  # uniform in [0, 1), for jitter
     new_id: Callable[[], str]  # for a file
 
-    def after(self, seconds: float) -> datetime:
-        """The instant so many seconds from now, in whole milliseconds."""
-        return self.now + timedelta(milliseconds=round(seconds * 1000))
+    def after(self, delay_s: float) -> datetime:
+        """The time so many seconds from now, in whole milliseconds."""
+        return self.now + timedelta(milliseconds=round(delay_s * 1000))
 
 
-def change_after(document: Document, definition: Definition, place: int, context: Context, outcome: Outcome, at: Moment) -> Decided:
+def attempt_ended(document: RunDocument, definition: Definition, place: int, attempt: Attempt, outcome: Outcome, at: Moment) -> Decided:
     """The transition that follows an attempt at the step at `place`."""
-    step = definition.steps[place]
-    reason = context.signal.reason
+    step, intents, reason = definition.steps[place], attempt.intents, attempt.context.signal.reason
     if reason == "timeout":
         return Decided(failed(document, step, place, timeout_failure(step), at))
-    suspension = context._suspension  # also when the handler swallowed it and returned
-    if suspension is None and outcome.kind is Kind.SUSPENDED:
-        suspension = outcome.value
+    suspension = intents.suspension or (outcome.value if outcome.kind is Kind.SUSPENDED else None)
     if suspension is not None:
-        return Decided(_suspended(document, definition, place, suspension, context._sets, at), context._sets_bytes)
+        return Decided(_suspended(document, place, suspension, intents.sets, at), intents.sets_bytes)
     if outcome.kind is Kind.RETURNED:
-        file_id = at.new_id()
-        try:
-            output, content, size = split_output(outcome.value, f"output of step {step.id}", file_id)
-        except WorkflowError as exc:
-            return Decided(failed(document, step, place, failure_of(exc), at))
-        change = transitions.advance(document, definition, place, output, context._sets, at.now)
-        # The last step's output is stored once more, as the run's.
-        return Decided(change, 2 * size + context._sets_bytes, None if content is None else File(file_id, content))
+        return _returned(document, step, place, outcome.value, intents, at)
     if reason in ("shutdown", "lease-lost"):
-        return Decided(transitions.release(document, place, at.now, entered=True))
+        return Decided(transitions.release(document, place, at.now, was_entered=True))
     return Decided(failed(document, step, place, failure_of(outcome.value), at))
 
 
-def _suspended(
-    document: Document, definition: Definition, place: int, suspension: Suspension, sets: Mapping[str, Any], at: Moment
-) -> Change:
-    """The handler left by `ctx.sleep`, `ctx.wait` or `ctx.wait_for`. What has arrived already is not waited for."""
+def _returned(document: RunDocument, step: StepDefinition, place: int, value: Any, intents: Intents, at: Moment) -> Decided:
+    """The handler returned an output, which must be storable."""
+    file_id = at.new_id()
+    try:
+        output, content, size = split_output(value, f"output of step {step.id}", file_id)
+    except WorkflowError as exc:
+        return Decided(failed(document, step, place, failure_of(exc), at))
+    change = transitions.advance(document, place, output, intents.sets, at.now)
+    # The last step's output is stored once more, as the run's.
+    return Decided(change, 2 * size + intents.sets_bytes, None if content is None else File(file_id, content))
+
+
+def _suspended(document: RunDocument, place: int, suspension: Suspension, sets: Mapping[str, Any], at: Moment) -> Change:
+    """The handler left by `ctx.sleep`, `ctx.wait` or `ctx.wait_for`. An answer that has arrived already ends the step at once."""
     if isinstance(suspension, SleepSuspension):
-        return transitions.sleep(document, place, at.after(suspension.delay_s), sets, at.now)
-    assert isinstance(suspension, WaitSuspension), "a handler ends in a sleep or in a wait"
-    waiting_for = dict(suspension.waiting_for)
+        return waits.sleep(document, place, at.after(suspension.delay_s), sets)
+    assert isinstance(suspension, WaitSuspension), "a handler is suspended by a sleep or by a wait"
+    waiting_for = cast(WaitDocument, dict(suspension.waiting_for))
     if suspension.timeout_s is not None:
         waiting_for["expiresAt"] = at.after(suspension.timeout_s)
-    begin = transitions.await_event if waiting_for["type"] == "event" else transitions.wait
-    waiting = begin(document, place, waiting_for, sets, at.now)
-    return transitions.take(document, definition, waiting, at.now) or waiting
+    begin = waits.await_event if waiting_for["type"] == "event" else waits.wait
+    waiting = begin(document, place, waiting_for, sets)
+    return waits.take(document, waiting, at.now) or waiting
 
 
-def failed(document: Document, step: StepDefinition, place: int, failure: Failure, at: Moment) -> Change:
+def failed(document: RunDocument, step: StepDefinition, place: int, failure: Failure, at: Moment) -> Change:
     """The attempt failed: another one after its back-off, or the end of the run."""
     delay_s = step.retry.delay_after(document["failures"] + 1, at.chance)
     return transitions.step_failed(document, step, place, failure, at.now, at.after(delay_s))
 
 
-def damaged(document: Document, place: int, exc: WorkflowError, now: datetime) -> Change:
+def damaged(document: RunDocument, place: int, exc: WorkflowError, now: datetime) -> Change:
     """The run ends because a part of it, such as the file of an output, is missing."""
     failure = Failure(exc.code, exc.message, type(exc).__name__, "", False)
     return transitions.fail_run(document, place, failure, now, failures=document["failures"], code=exc.code)
 
 
-async def allowed(step: StepDefinition, context: Context, document: Mapping[str, Any], outputs: Mapping[str, Any]) -> bool:
+async def allowed(step: StepDefinition, context: Context, document: RunDocument, outputs: Mapping[str, Any]) -> bool:
     """Whether the step is to be entered: `condition`, then `skip_if`, then `run_if`; each may be async."""
     questions: list[tuple[Callable[[], Any], bool]] = []
     if step.condition is not None:
@@ -124,7 +128,7 @@ async def allowed(step: StepDefinition, context: Context, document: Mapping[str,
     return True
 
 
-def version_mismatch(document: Document, definition: Definition, now: datetime) -> Change | None:
+def version_mismatch(document: RunDocument, definition: Definition, now: datetime) -> Change | None:
     """How the run fails when its stored steps are not those of the version it names; None when they are."""
     stored = [step["stepId"] for step in document["steps"]]
     if stored == list(definition.index):

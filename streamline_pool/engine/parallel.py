@@ -23,7 +23,7 @@ from streamline_pool.domain.definition import is_coroutine_function
 from streamline_pool.domain.errors import ValidationError, WorkflowError
 from streamline_pool.domain.model import seconds
 
-from .context import AbortSignal, current_signal
+from .abort_signal import AbortSignal, current_signal
 
 __all__ = ["GRACE_S", "MODES", "THREADS_MAX", "Settled", "execute_parallel", "execute_parallel_sync"]
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from streamline_pool.domain.change import Change
 from streamline_pool.domain.errors import ErrorCode
 from streamline_pool.domain.model import RunStatus
-from streamline_pool.domain.transitions import Change
 
 from .expressions import NOT_PAUSED, server_time_in
 from .operations import Command, Fence, Find, Statement, update_matching

@@ -6,14 +6,14 @@ its asyncio API (the idea is "sans-IO", as in h11 and hyper-h2).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
 from streamline_pool.config.env import Env
-from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol.operations import Op, Signal, Tail
 
-__all__ = ["AwaitSignal", "Effect", "Procedure", "Sleep", "is_hint", "repeating"]
+__all__ = ["AwaitSignal", "Effect", "Procedure", "Sleep", "is_hint", "repeating", "until_answered"]
 
 T = TypeVar("T")
 
@@ -78,3 +78,15 @@ def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
         return result
     finally:
         procedure.close()
+
+
+_READ_AGAIN_S = 0.2  # while the database does not answer; a guess
+
+
+async def until_answered(act: Callable[[], Awaitable[T]], env: Env) -> T:
+    """Repeat `act` until the database answers. Only for what may be repeated: reads, and writes that name their content."""
+    while True:
+        try:
+            return await act()
+        except StoreUnavailableError:
+            await env.async_sleep(_READ_AGAIN_S)

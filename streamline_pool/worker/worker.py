@@ -17,6 +17,7 @@ from typing import Any, Literal
 from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError
 from streamline_pool.engine.engine import Engine
 from streamline_pool.protocol import claims, signals
@@ -116,7 +117,7 @@ class Worker:
         timer_claims.add_done_callback(lambda done: self._wanted.set())
         try:
             await self._connect(store)
-            await engine.broadcast.poll()  # a stream that was opened before this worker is to see its first run, too
+            await engine.event_publisher.poll()  # a stream that was opened before this worker is to see its first run, too
             self._state = "ready"
             self._notify()
             self._wanted.set()
@@ -204,7 +205,7 @@ class Worker:
     def serve_subscribers(self, subscribers: Iterable[tuple[str, float]]) -> None:
         """Publish events for those who stream: their ids, each with the seconds for which it is served unless said again."""
         if self._engine is not None:
-            self._engine.broadcast.serve_subscribers(subscribers)
+            self._engine.event_publisher.serve_subscribers(subscribers)
 
     def reslot(self, index: int, total: int) -> None:
         """This worker's place among the workers of its host has changed."""
@@ -255,7 +256,7 @@ class Worker:
         self.store_answered(False)
         log.warning("claim_failed", extra={"error": str(exc)})
         if not self._claims_fail:  # once for each outage, as far as subscribers are concerned
-            engine.publish_error("scheduler:error", {"error": exc.message})
+            engine.events.publish_error("scheduler:error", {"error": exc.message})
         self._claims_fail = self._backlog = True
         engine.loop.call_later(self._retry_pause_s(), self._wanted.set)
 
@@ -398,11 +399,11 @@ class Worker:
             engine.admit(document, deadline)
         return len(documents)
 
-    async def _read_back(self, store: AsyncStore, run_ids: Sequence[str], lease_id: str, deadline: float) -> list[dict[str, Any]]:
+    async def _read_back(self, store: AsyncStore, run_ids: Sequence[str], lease_id: str, deadline: float) -> list[RunDocument]:
         """What was won. Repeated while the leases last: given up, these runs would wait for their end, as if a worker had died."""
         while True:
             try:
-                documents: list[dict[str, Any]] = await store.run(claims.read_claimed(run_ids, lease_id))
+                documents: list[RunDocument] = await store.run(claims.read_claimed(run_ids, lease_id))
             except StoreUnavailableError:
                 if self._env.clock.monotonic() > deadline:
                     raise

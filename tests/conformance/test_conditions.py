@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting_app import stored
 from pool_process import running
+from waiting_app import stored
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import Streamline, create_hook

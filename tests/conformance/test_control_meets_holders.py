@@ -14,8 +14,9 @@ from workers import check_invariants
 
 from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.config.env import system_env
-from streamline_pool.domain import transitions
-from streamline_pool.engine.group_commit import WriteOutcome, resolve_write
+from streamline_pool.domain import transitions, waits
+from streamline_pool.domain.change import Change
+from streamline_pool.engine.write_outcome import WriteOutcome, resolve_write
 from streamline_pool.protocol import claims, durable_events
 from streamline_pool.protocol.commits import (
     commit,
@@ -53,7 +54,7 @@ class Held:
         check_invariants([document])
         return document
 
-    def write(self, change: transitions.Change, *, paused: bool = False) -> WriteOutcome | None:
+    def write(self, change: Change, *, paused: bool = False) -> WriteOutcome | None:
         """One write by the holder, from what it knew when it claimed."""
         document = self.document
         fence = Fence(self.run_id, "claim", document["rev"], document["token"])
@@ -62,8 +63,8 @@ class Held:
             return WriteOutcome.COMMITTED
         return resolve_write(statement, self.app.store().run(read_fences([self.run_id]))[0])
 
-    def time_out(self) -> transitions.Change:
-        change = transitions.time_out(self.document, self.workflow.definition, 1, self.app.store().now())
+    def time_out(self) -> Change:
+        change = waits.time_out(self.document, 1, self.app.store().now())
         return change._replace(not_before=None)
 
 
@@ -115,8 +116,8 @@ def test_pause_and_resume_leave_a_live_lease_alone(app: Streamline) -> None:
     assert stored["lease"] == held.document["lease"]
     assert "wakeAt" not in stored
     assert stored["token"] == held.document["token"]
-    twin = transitions.under_pause(held.document, held.time_out(), app.store().now())
-    assert held.write(twin, paused=True) is WriteOutcome.RESUMED
+    paused_form = transitions.under_pause(held.document, held.time_out(), app.store().now())
+    assert held.write(paused_form, paused=True) is WriteOutcome.RESUMED
     assert held.write(held.time_out()) is WriteOutcome.COMMITTED
     assert held.stored()["steps"][1]["status"] == "done"
 

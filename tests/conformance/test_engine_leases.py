@@ -15,6 +15,7 @@ from workers import Pool, check_invariants, run_until_idle
 from streamline_pool import Streamline, embedded
 from streamline_pool.config.env import system_env
 from streamline_pool.domain import transitions
+from streamline_pool.domain.change import apply
 from streamline_pool.protocol import claims, commits, recovery
 from streamline_pool.protocol.operations import Fence
 
@@ -338,10 +339,10 @@ def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
     copies = []
     for place in range(2):
         fence = Fence(run.id, "lease", document["rev"], document["token"])
-        change = transitions.advance(document, workflow.definition, place, place, {}, store.now())
+        change = transitions.advance(document, place, place, {}, store.now())
         copies.append(commits.commit(fence, change, store.now(), 0))
         assert store.run(commits.write_statements([copies[-1]]))["n"] == 1
-        transitions.apply(document, change)
+        apply(document, change)
     before = app.runs.find_one({"_id": run.id})
     assert store.run(commits.write_statements(copies))["n"] == 0
     assert app.runs.find_one({"_id": run.id}) == before

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting_app import waiting_app
 from pool_process import running
+from waiting_app import waiting_app
 from workers import run_until_idle
 
 from streamline_pool import (

@@ -13,7 +13,7 @@ from typing import Any
 import bson
 import pytest
 from other_program import other_program
-from waiting_app import evidence, waiting_app, waiting_pool, stored, until_step
+from waiting_app import evidence, stored, until_step, waiting_app, waiting_pool
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import (

@@ -12,7 +12,8 @@ import pytest
 from streamline_pool import Settings, Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
-from streamline_pool.engine.group_commit import GroupCommitter, WriteOutcome
+from streamline_pool.engine.group_commit import GroupCommitter
+from streamline_pool.engine.write_outcome import WriteOutcome
 from streamline_pool.protocol.operations import Fence, Find, Op, Statement
 from streamline_pool.worker.worker import Worker
 

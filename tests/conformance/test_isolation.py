@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import pytest
 from other_program import other_program
-from waiting_app import until_step
 from pool_process import running
+from waiting_app import until_step
 from workers import run_until_idle
 
 from streamline_pool import HookTokenError, Streamline, WorkflowNotFoundError, create_hook, global_event_bus

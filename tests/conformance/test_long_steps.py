@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting_app import stored
 from pool_process import PoolProcess, running
+from waiting_app import stored
 from workers import check_invariants
 
 from streamline_pool import Run, Streamline

@@ -53,7 +53,7 @@ from typing import Any
 import psutil
 import pytest
 from other_program import other_program
-from waiting_app import waiting_app, waiting_pool, stored
+from waiting_app import stored, waiting_app, waiting_pool
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Streamline, create_hook

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_pool import RunStatus, StepNotFoundError, StepStatus, ValidationError
-from streamline_pool.domain.model import NON_TERMINAL, RUN_MOVES, STEP_MOVES, TERMINAL, RetryPolicy, Run, seconds
+from streamline_pool.domain.model import ENDED_STEPS, NON_TERMINAL, REWINDABLE, RUN_MOVES, STEP_MOVES, TERMINAL, RetryPolicy, Run, seconds
 from streamline_pool.protocol.run_document import parse_run
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -27,10 +27,18 @@ def test_every_status_has_a_row_in_its_table() -> None:
 
 def test_cancelled_is_final() -> None:
     assert not RUN_MOVES[RunStatus.CANCELLED]
+    assert RunStatus.CANCELLED not in REWINDABLE
 
 
 def test_done_and_failed_are_left_by_rewind_only() -> None:
-    assert RUN_MOVES[RunStatus.DONE] == RUN_MOVES[RunStatus.FAILED] == {RunStatus.RUNNING}
+    assert RUN_MOVES[RunStatus.DONE] == RUN_MOVES[RunStatus.FAILED] == frozenset()
+    assert {RunStatus.DONE, RunStatus.FAILED} < REWINDABLE
+
+
+def test_the_sets_that_filters_use_are_those_of_the_tables() -> None:
+    """A status that escapes a filter is a run that no worker, no clean-up and no recovery ever finds."""
+    assert {RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED} == TERMINAL
+    assert {StepStatus.DONE, StepStatus.FAILED, StepStatus.SKIPPED} == ENDED_STEPS
 
 
 def test_every_live_status_can_be_cancelled_and_can_fail() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from streamline_pool import is_timeout
-from streamline_pool.domain import transitions
+from streamline_pool.domain import transitions, waits
+from streamline_pool.domain.change import Change, apply
 from streamline_pool.domain.definition import Definition, make_step
 from streamline_pool.domain.errors import ErrorCode
 from streamline_pool.domain.model import RUN_MOVES, STEP_MOVES, RunStatus, StepStatus
-from streamline_pool.domain.transitions import Change, Failure
+from streamline_pool.domain.transitions import Failure
 from streamline_pool.protocol.run_document import validate_run_document
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -68,55 +69,55 @@ ANSWER = {"id": "x1", "stepId": "a", "gen": 1, "data": "yes"}
 
 def taken(document: dict[str, Any], place: int, waiting_for: dict[str, Any]) -> Change:
     """What becomes of a wait whose answer is in the inbox already."""
-    begin = transitions.await_event if waiting_for["type"] == "event" else transitions.wait
-    change = transitions.take(document, DEFINITION, begin(document, place, waiting_for, {"k": 1}, NOW), NOW)
+    begin = waits.await_event if waiting_for["type"] == "event" else waits.wait
+    change = waits.take(document, begin(document, place, waiting_for, {"k": 1}), NOW)
     assert change is not None
     return change
 
 
 CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
-    "advance": (held(), transitions.advance(held(), DEFINITION, 0, "out", {"k": 1}, NOW)),
-    "finish": (held("b"), transitions.advance(held("b"), DEFINITION, 1, "out", {}, NOW)),
-    "skip": (held(), transitions.skip(held(), DEFINITION, 0, {}, NOW)),
-    "skip the last": (held("b"), transitions.skip(held("b"), DEFINITION, 1, {}, NOW)),
+    "advance": (held(), transitions.advance(held(), 0, "out", {"k": 1}, NOW)),
+    "finish": (held("b"), transitions.advance(held("b"), 1, "out", {}, NOW)),
+    "skip": (held(), transitions.skip(held(), 0, {}, NOW)),
+    "skip the last": (held("b"), transitions.skip(held("b"), 1, {}, NOW)),
     "decide": (held(), transitions.decide_entry(held(), 0)),
-    "sleep": (held(), transitions.sleep(held(), 0, LATER, {"k": 1}, NOW)),
-    "wake": (waiting(), transitions.wake(waiting(), DEFINITION, 0, LATER)),
-    "park": (waiting(), transitions.park(waiting(), 0)),
-    "wait": (held(), transitions.wait(held(), 0, HUMAN, {"k": 1}, NOW)),
-    "wait until": (held(), transitions.wait(held(), 0, HUMAN | BY_LATER, {}, NOW)),
-    "wait with a hook": (hooked(), transitions.wait(hooked(), 0, WEBHOOK, {}, NOW)),
-    "wait at the last": (held("b"), transitions.wait(held("b"), 1, HUMAN, {}, NOW)),
-    "await": (held(), transitions.await_event(held(), 0, EVENT, {"k": 1}, NOW)),
-    "await until": (held(), transitions.await_event(held(), 0, EVENT | BY_LATER, {}, NOW)),
+    "sleep": (held(), waits.sleep(held(), 0, LATER, {"k": 1})),
+    "wake": (waiting(), waits.wake(waiting(), 0, LATER)),
+    "park": (waiting(), waits.park(waiting(), 0)),
+    "wait": (held(), waits.wait(held(), 0, HUMAN, {"k": 1})),
+    "wait until": (held(), waits.wait(held(), 0, HUMAN | BY_LATER, {})),
+    "wait with a hook": (hooked(), waits.wait(hooked(), 0, WEBHOOK, {})),
+    "wait at the last": (held("b"), waits.wait(held("b"), 1, HUMAN, {})),
+    "await": (held(), waits.await_event(held(), 0, EVENT, {"k": 1})),
+    "await until": (held(), waits.await_event(held(), 0, EVENT | BY_LATER, {})),
     "take an event": (held(inbox=[PAID]), taken(held(inbox=[PAID]), 0, EVENT)),
     "take an answer": (hooked(inbox=[ANSWER]), taken(hooked(inbox=[ANSWER]), 0, WEBHOOK)),
     "take at the last": (held("b", inbox=[PAID]), taken(held("b", inbox=[PAID]), 1, EVENT)),
     "look, inbox": (
         waiting(EVENT, awaits="paid", inbox=[PAID]),
-        transitions.wait_answered(waiting(EVENT, awaits="paid", inbox=[PAID]), DEFINITION, 0, PAID, NOW),
+        waits.wait_answered(waiting(EVENT, awaits="paid", inbox=[PAID]), 0, PAID, NOW),
     ),
     "look, broadcast": (
         waiting(EVENT, awaits="paid"),
-        transitions.wait_answered(waiting(EVENT, awaits="paid"), DEFINITION, 0, {"_id": "e2", "name": "paid", "data": 8}, NOW),
+        waits.wait_answered(waiting(EVENT, awaits="paid"), 0, {"_id": "e2", "name": "paid", "data": 8}, NOW),
     ),
     "look at the last": (
         waiting(EVENT, "b", awaits="paid", inbox=[PAID]),
-        transitions.wait_answered(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), DEFINITION, 1, PAID, NOW),
+        waits.wait_answered(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), 1, PAID, NOW),
     ),
-    "time out": (waiting(HUMAN | BY_LATER), transitions.time_out(waiting(HUMAN | BY_LATER), DEFINITION, 0, LATER)),
+    "time out": (waiting(HUMAN | BY_LATER), waits.time_out(waiting(HUMAN | BY_LATER), 0, LATER)),
     "time out an event": (
         waiting(EVENT | BY_LATER, awaits="paid"),
-        transitions.time_out(waiting(EVENT | BY_LATER, awaits="paid"), DEFINITION, 0, LATER),
+        waits.time_out(waiting(EVENT | BY_LATER, awaits="paid"), 0, LATER),
     ),
-    "park a wait": (waiting(HUMAN), transitions.park(waiting(HUMAN), 0)),
-    "park a wait until": (waiting(WEBHOOK | BY_LATER), transitions.park(waiting(WEBHOOK | BY_LATER), 0)),
-    "park an event": (waiting(EVENT, awaits="paid"), transitions.park(waiting(EVENT, awaits="paid"), 0)),
+    "park a wait": (waiting(HUMAN), waits.park(waiting(HUMAN), 0)),
+    "park a wait until": (waiting(WEBHOOK | BY_LATER), waits.park(waiting(WEBHOOK | BY_LATER), 0)),
+    "park an event": (waiting(EVENT, awaits="paid"), waits.park(waiting(EVENT, awaits="paid"), 0)),
     "park an event until": (
         waiting(EVENT | BY_LATER, awaits="paid"),
-        transitions.park(waiting(EVENT | BY_LATER, awaits="paid"), 0),
+        waits.park(waiting(EVENT | BY_LATER, awaits="paid"), 0),
     ),
-    "advance with a hook": (hooked(), transitions.advance(hooked(), DEFINITION, 0, "out", {}, NOW)),
+    "advance with a hook": (hooked(), transitions.advance(hooked(), 0, "out", {}, NOW)),
     "retry with a hook": (hooked(), transitions.step_failed(hooked(), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail while awaiting": (
         held(failures=1, awaits="paid"),
@@ -125,8 +126,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "retry": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail": (held(failures=1), transitions.step_failed(held(failures=1), STEP_A, 0, FAILURE, NOW, LATER)),
     "fail at once": (held(), transitions.step_failed(held(), STEP_A, 0, FAILURE._replace(retriable=False), NOW, LATER)),
-    "release entered": (held(), transitions.release(held(), 0, NOW, entered=True)),
-    "release": (held(), transitions.release(held(), 0, NOW, entered=False)),
+    "release entered": (held(), transitions.release(held(), 0, NOW, was_entered=True)),
+    "release": (held(), transitions.release(held(), 0, NOW, was_entered=False)),
 }
 every = pytest.mark.parametrize("name", CHANGES)
 
@@ -134,7 +135,7 @@ every = pytest.mark.parametrize("name", CHANGES)
 def applied(name: str) -> tuple[dict[str, Any], Change, dict[str, Any]]:
     before, change = CHANGES[name]
     after = copy.deepcopy(before)
-    transitions.apply(after, change)
+    apply(after, change)
     return before, change, after
 
 
@@ -204,7 +205,7 @@ def test_under_pause_nothing_is_started_or_ended(name: str) -> None:
     before, change = CHANGES[name]
     paused = transitions.under_pause(before, change, NOW)
     after = copy.deepcopy(before)
-    transitions.apply(after, paused)
+    apply(after, paused)
     assert paused.releases
     assert after["status"] != "done"
     assert after["status"] == "failed" or paused.wake_at is not None or waits_for_an_outside_act(after)
@@ -236,10 +237,10 @@ def test_done_and_advance_are_one_write() -> None:
 def test_context_keys_that_are_no_path_are_stored_with_the_whole_context() -> None:
     """`context.a.b` would be read as a key b within a."""
     for key in ("a.b", "$inc", "x.$y"):
-        change = transitions.advance(held(), DEFINITION, 0, 1, {key: 5}, NOW)
+        change = transitions.advance(held(), 0, 1, {key: 5}, NOW)
         assert change.fields["context"] == {"old": 1, key: 5}
         assert not [name for name in change.fields if name.startswith("context.")]
-    assert transitions.advance(held(), DEFINITION, 0, 1, {"plain": 5}, NOW).fields["context.plain"] == 5
+    assert transitions.advance(held(), 0, 1, {"plain": 5}, NOW).fields["context.plain"] == 5
 
 
 def test_a_retry_keeps_the_checkpoint_and_a_result_drops_it() -> None:
@@ -266,9 +267,9 @@ def test_a_run_given_back_keeps_its_place_in_the_queue() -> None:
 
 def test_without_a_grant_the_next_step_is_left_to_the_next_holder() -> None:
     before, change = CHANGES["advance"]
-    lone = transitions.without_grant(before, change, NOW)
+    lone = transitions.without_next_start(before, change, NOW)
     after = copy.deepcopy(before)
-    transitions.apply(after, lone)
+    apply(after, lone)
     assert (after["steps"][1], after["currentStepId"], lone.releases) == ({"stepId": "b", "status": "pending", "attempts": 0}, "b", True)
     assert validate_run_document(after) is None
 
@@ -304,12 +305,12 @@ def test_what_has_arrived_is_the_output_and_counts_as_a_wait(name: str) -> None:
 
 def test_only_what_is_waited_for_is_taken() -> None:
     others = [{"id": "e0", "name": "other", "data": 1}, {"id": "x0", "stepId": "b", "gen": 1, "data": 2}, "garbage", {}]
-    assert transitions.take(held(inbox=others), DEFINITION, CHANGES["await"][1], NOW) is None
-    assert transitions.take(hooked(inbox=[{**ANSWER, "gen": 2}]), DEFINITION, CHANGES["wait with a hook"][1], NOW) is None
+    assert waits.take(held(inbox=others), CHANGES["await"][1], NOW) is None
+    assert waits.take(hooked(inbox=[{**ANSWER, "gen": 2}]), CHANGES["wait with a hook"][1], NOW) is None
     later = {**PAID, "id": "e9", "data": 99}
     document = held(inbox=[*others, PAID, later])
     change = taken(document, 0, EVENT)
-    transitions.apply(document, change)
+    apply(document, change)
     assert (document["steps"][0]["output"], document["inbox"]) == (7, [*others, later]), "the oldest, and no other"
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError, create_hook
-from streamline_pool.engine.context import AbortSignal, Context, Suspension, WaitSuspension
+from streamline_pool.domain.document import RunDocument
+from streamline_pool.engine.abort_signal import AbortSignal, fire_signal
+from streamline_pool.engine.context import Context
+from streamline_pool.engine.intents import Intents, Suspension, WaitSuspension
 
 
 class Port:
@@ -31,20 +34,21 @@ class Port:
         self.calls.append((name, data))
 
 
-def made(**changes: Any) -> tuple[Context, Port]:
+def made(intents: Intents | None = None, **changes: Any) -> tuple[Context, Port]:
     steps = [
         {"stepId": "a", "status": "done", "attempts": 1, "output": "A"},
         {"stepId": "b", "status": "running", "attempts": 2, "checkpoint": 9},
     ]
     port = Port()
-    return Context(
-        {"_id": "r", "workflowId": "w", "steps": steps, "context": {"k": [1]}, "input": 5, **changes}, 1, AbortSignal(), port
-    ), port
+    document = cast(RunDocument, {"_id": "r", "workflowId": "w", "steps": steps, "context": {"k": [1]}, "input": 5, **changes})
+    return Context(document, 1, AbortSignal(), port, intents or Intents()), port
 
 
 def test_ctx_records_and_writes_nothing() -> None:
-    ctx, port = made()
+    intents = Intents()
+    ctx, port = made(intents)
     ctx.set("k", 2)
+    assert (intents.sets, intents.suspension, intents.closed) == ({"k": 2}, None, False)
     assert (ctx.context["k"], ctx.get_output("a"), ctx.get_output("b"), ctx.get_checkpoint(), ctx.attempt) == (2, "A", None, 9, 2)
     assert port.calls == []
 
@@ -91,15 +95,16 @@ def test_only_names_of_ones_own_can_be_emitted(name: Any) -> None:
 
 
 def test_after_its_end_ctx_does_nothing() -> None:
-    ctx, port = made()
-    ctx._close()
-    acts = (
+    intents = Intents()
+    ctx, port = made(intents)
+    intents.closed = True
+    calls = (
         lambda: ctx.set("k", 1), lambda: ctx.sleep(1), ctx.heartbeat, lambda: ctx.emit("x"), lambda: ctx.checkpoint(1),
         lambda: ctx.wait("why"), lambda: ctx.wait_for("e"), lambda: create_hook(ctx, "why"),
     )  # fmt: skip
-    for act in acts:
+    for call in calls:
         with pytest.raises(InvalidStateError):
-            act()
+            call()
     assert port.calls == []
 
 
@@ -188,15 +193,15 @@ def test_only_the_first_reason_counts() -> None:
     signal = AbortSignal()
     assert (signal.aborted, signal.reason, signal.wait(0)) == (False, None, False)
     signal.raise_if_aborted()
-    signal._fire("timeout")
-    signal._fire("cancelled")
+    fire_signal(signal, "timeout")
+    fire_signal(signal, "cancelled")
     assert (signal.aborted, signal.reason, signal.wait()) == (True, "timeout", True)
 
 
 def test_raise_if_aborted_says_why() -> None:
     for reason, error in (("cancelled", WorkflowCancelledError), ("lease-lost", LeaseLostError), ("shutdown", LeaseLostError)):
         signal = AbortSignal()
-        signal._fire(reason)
+        fire_signal(signal, reason)
         with pytest.raises(error):
             signal.raise_if_aborted()
 
@@ -217,7 +222,7 @@ def test_waiting_threads_and_tasks_are_woken() -> None:
         thread = asyncio.create_task(asyncio.to_thread(wait))
         while not waiting.is_set():
             await asyncio.sleep(0)
-        signal._fire("shutdown")
+        fire_signal(signal, "shutdown")
         return [await thread, *[await task for task in tasks], await signal]
 
     assert asyncio.run(work()) == [True, "shutdown", "shutdown", "shutdown"]
@@ -229,7 +234,7 @@ def test_a_signal_that_fires_while_somebody_begins_to_wait_is_not_missed() -> No
 
     class Firing(list[Any]):
         def append(self, future: Any) -> None:
-            signal._fire("cancelled")
+            fire_signal(signal, "cancelled")
             super().append(future)
 
     signal._futures = Firing()

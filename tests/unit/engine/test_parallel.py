@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from streamline_pool import LeaseLostError, Settled, ValidationError, WorkflowCancelledError, execute_parallel, execute_parallel_sync
-from streamline_pool.engine.context import AbortSignal, SleepSuspension, Suspension, current_signal
+from streamline_pool.engine.abort_signal import AbortSignal, current_signal, fire_signal
+from streamline_pool.engine.intents import SleepSuspension, Suspension
 from streamline_pool.engine.parallel import GRACE_S, MODES, THREADS_MAX
 from support import eventually, shown
 
@@ -728,7 +729,7 @@ def test_the_signal_of_a_def_handler_stops_its_tasks(reason: str, error: type[Ex
 
     def watch() -> None:
         eventually(lambda: sleeper.entered)
-        abort._fire(reason)
+        fire_signal(abort, reason)
 
     watcher = threading.Thread(target=watch)
     token = current_signal.set(abort)

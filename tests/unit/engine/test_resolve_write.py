@@ -1,14 +1,15 @@
-"""What a read shows of a fenced write: every verdict, told from the document alone."""
+"""What a read shows of a fenced write: every outcome, known from the document alone."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from streamline_pool.domain import transitions
-from streamline_pool.engine.group_commit import WriteOutcome, resolve_write
+from streamline_pool.domain import transitions, waits
+from streamline_pool.domain.document import RunDocument
+from streamline_pool.engine.write_outcome import WriteOutcome, resolve_write
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.operations import Fence, Statement
 
@@ -16,17 +17,18 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 FENCE = Fence("r", "mine", 4, 1)
 
 
-def run(**changes: Any) -> dict[str, Any]:
+def run(**changes: Any) -> RunDocument:
     step = {"stepId": "a", "status": "running", "attempts": 1, "startedAt": NOW, "hooks": [{"hash": b"h", "gen": 1}]}
-    return {"_id": "r", "lease": {"id": "mine"}, "rev": 4, "token": 1, "steps": [step], "context": {}, "waitGen": 0, **changes}
+    fields = {"status": "running", "lease": {"id": "mine"}, "rev": 4, "token": 1, "steps": [step], "context": {}, "waitGen": 0}
+    return cast(RunDocument, {"_id": "r", **fields, **changes})
 
 
 def statement(kind: str, *, paused: bool = False) -> Statement:
     change = {
-        "wait": lambda: transitions.wait(run(), 0, {"type": "webhook", "reason": "?"}, {}, NOW),
-        "await": lambda: transitions.await_event(run(), 0, {"type": "event", "eventName": "paid"}, {}, NOW),
+        "wait": lambda: waits.wait(run(), 0, {"type": "webhook", "reason": "?"}, {}),
+        "await": lambda: waits.await_event(run(), 0, {"type": "event", "eventName": "paid"}, {}),
         "decide": lambda: transitions.decide_entry(run(), 0),
-        "release": lambda: transitions.release(run(), 0, NOW, entered=True),
+        "release": lambda: transitions.release(run(), 0, NOW, was_entered=True),
         "wake": lambda: transitions.decide_entry(run(), 0)._replace(not_before=NOW + timedelta(days=1)),
     }[kind]()
     if paused:
@@ -39,7 +41,7 @@ GONE = {"lease": None}
 
 
 @pytest.mark.parametrize(
-    ("kind", "paused", "changes", "verdict"),
+    ("kind", "paused", "changes", "outcome"),
     [
         ("wait", False, {"inbox": [ANSWER]}, WriteOutcome.ARRIVED),
         ("wait", False, {"inbox": [{"name": "paid"}, ANSWER]}, WriteOutcome.ARRIVED),
@@ -50,16 +52,16 @@ GONE = {"lease": None}
         ("await", False, {"inbox": [{"name": "paid"}]}, WriteOutcome.ARRIVED),
         ("await", False, {"inbox": [{"name": "other"}, ANSWER]}, None),
         ("await", False, {"inbox": []}, None),
-        # The pause is told first: what has arrived is found out by the twin.
+        # The pause is seen first: the form for paused runs then shows what has arrived.
         ("wait", False, {"inbox": [ANSWER], "paused": True}, WriteOutcome.PAUSED),
         ("wait", True, {"inbox": [ANSWER], "paused": True}, WriteOutcome.ARRIVED),
         ("wait", True, {"inbox": [ANSWER]}, WriteOutcome.RESUMED),
         ("await", True, {"inbox": [{"name": "paid"}], "paused": True}, WriteOutcome.ARRIVED),
-        # Whose run it is no longer, what is in its inbox is none of his business.
+        # A worker that no longer holds the run must not act on its inbox.
         ("wait", False, {"inbox": [ANSWER], "lease": {"id": "theirs"}}, WriteOutcome.FENCED),
         ("wait", False, {"inbox": [ANSWER], **GONE}, WriteOutcome.FENCED),
         ("wait", False, {"inbox": [ANSWER], "rev": 6}, WriteOutcome.FENCED),
-        # It had landed, and its answer or event came afterwards.
+        # It was stored, and its answer or event came afterwards.
         ("wait", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED_BY_READ),
         ("wait", False, {"rev": 5, "token": 2, **GONE}, WriteOutcome.FENCED),
         ("await", False, {"rev": 5, "inbox": [{"name": "paid"}]}, WriteOutcome.COMMITTED_BY_READ),
@@ -71,16 +73,16 @@ GONE = {"lease": None}
         ("wake", False, {"rev": 5}, WriteOutcome.COMMITTED_BY_READ),
     ],
 )
-def test_a_document_tells_what_became_of_a_write(kind: str, paused: bool, changes: dict[str, Any], outcome: WriteOutcome | None) -> None:
-    """A wrong verdict repeats a write that has landed, or goes on from one that has not."""
+def test_a_document_shows_the_outcome_of_a_write(kind: str, paused: bool, changes: dict[str, Any], outcome: WriteOutcome | None) -> None:
+    """A wrong outcome repeats a write that was stored, or goes on from one that was not."""
     assert resolve_write(statement(kind, paused=paused), run(**changes)) is outcome
 
 
-def test_a_run_that_is_gone_is_nobodys() -> None:
+def test_a_run_that_is_deleted_is_lost() -> None:
     assert resolve_write(statement("wait"), None) is WriteOutcome.FENCED
 
 
 @pytest.mark.parametrize("inbox", [None, "garbage", 5, [None, 5, "x"], {}])
-def test_garbage_in_an_inbox_stops_nobody(inbox: Any) -> None:
-    """Another program may have changed the field; the committer judges a whole batch and must not fail for one run."""
+def test_garbage_in_an_inbox_stops_no_other_run(inbox: Any) -> None:
+    """Another program may have changed the field; the committer resolves a whole batch and must not fail for one run."""
     assert resolve_write(statement("wait"), run(inbox=inbox)) is None

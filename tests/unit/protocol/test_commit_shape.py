@@ -28,7 +28,7 @@ def held(place: int) -> dict[str, Any]:
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_step_without_waits_pays_nothing_for_waits(place: int) -> None:
     """Every step of every run sends this: a field more costs all of them, an indexed one costs an index entry each."""
-    change = transitions.advance(held(place), DEFINITION, place, "output", {"key": 1}, NOW)
+    change = transitions.advance(held(place), place, "output", {"key": 1}, NOW)
     update = commits.commit(Fence("r", "claim", 4, 1), change, NOW, 0).update
     assert set(update["q"]) == {"_id", "lease.id", "rev", "paused"}
     assert set(update["u"]) == ({"$set"} if place == 0 else {"$set", "$unset"})

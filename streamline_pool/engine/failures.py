@@ -1,0 +1,71 @@
+"""A failed attempt in words that can be stored: from whatever a handler raised to a `Failure`.
+
+Owns what is done about exceptions whose own code fails. What the failure means for the run is in domain/transitions.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+
+from streamline_pool.domain.definition import StepDefinition
+from streamline_pool.domain.errors import ErrorCode, NonRetriableError, ValidationError
+from streamline_pool.domain.transitions import Failure
+
+from . import attempt
+from .intents import Suspension
+
+__all__ = ["failure_of", "timeout_failure"]
+
+_TRACEBACK_CHARS_MAX = 8_000
+_MESSAGE_CHARS_MAX = 2_000
+
+
+def failure_of(exc: BaseException) -> Failure:
+    """A raised exception in words that can be stored."""
+    code, retriable = ErrorCode.STEP_FAILED, True
+    if isinstance(exc, Suspension):
+        return Failure(ErrorCode.VALIDATION_ERROR, "a condition cannot sleep or wait, only its step's handler can", "Suspension", "", False)
+    if isinstance(exc, ValidationError):
+        code, retriable = exc.code, False
+    elif isinstance(exc, NonRetriableError):
+        retriable = False
+    message = _text_of(exc)
+    if isinstance(exc, SystemExit):
+        message = f"the handler called {message}; raise an exception or return instead"
+    elif isinstance(exc, asyncio.CancelledError):
+        message = message or "the handler was cancelled by its own code"
+    name = _storable(type(exc).__name__)
+    message = message or f"{name} without a message"
+    return Failure(code, message[:_MESSAGE_CHARS_MAX], name, _traceback_of(exc), retriable)
+
+
+def timeout_failure(step: StepDefinition) -> Failure:
+    """The attempt ran longer than it may."""
+    return Failure(
+        ErrorCode.STEP_TIMEOUT, f"step {step.id} ran longer than its timeout of {step.timeout_s} s", "StepTimeoutError", "", True
+    )
+
+
+def _text_of(exc: BaseException) -> str:
+    try:
+        if isinstance(exc, SystemExit):
+            return _storable(f"sys.exit({exc.code!r})")
+        return _storable(exc.message if isinstance(exc, ValidationError) else str(exc))
+    except BaseException:  # noqa: BLE001 -- user code: it may raise anything, and a SystemExit would end the worker
+        return "(the exception's own __str__ failed)"
+
+
+def _traceback_of(exc: BaseException) -> str:
+    try:
+        frames = exc.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename == attempt.__file__:
+            frames = frames.tb_next  # our own frames do not help the handler's author
+        return _storable("".join(traceback.format_exception(type(exc), exc, frames)))[-_TRACEBACK_CHARS_MAX:]
+    except BaseException:  # noqa: BLE001 -- formatting calls user code, too
+        return "(the traceback could not be formatted)"
+
+
+def _storable(text: str) -> str:
+    # Lone surrogates come from undecodable bytes; BSON strings are UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,44 @@
+"""What a handler asked for during one attempt, and how it left: recorded by `ctx`, read by the engine when the attempt ends.
+
+Owns the seam between the two: the engine makes the record, hands it to the `Context`, and never reads the context itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streamline_pool.domain.document import WaitDocument
+
+__all__ = ["Intents", "SleepSuspension", "Suspension", "WaitSuspension"]
+
+
+class Suspension(BaseException):
+    """Raised by `ctx.sleep`, `ctx.wait` and `ctx.wait_for` to leave the handler. Not an `Exception`, so `except Exception` lets it pass."""
+
+
+class SleepSuspension(Suspension):
+    """The handler has ended; its step is done `delay_s` seconds from now."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+
+
+class WaitSuspension(Suspension):
+    """The handler has ended; its step is done when an answer comes, or when `timeout_s` seconds have passed."""
+
+    def __init__(self, waiting_for: WaitDocument, timeout_s: float | None) -> None:
+        self.waiting_for = waiting_for  # as stored, without `expiresAt`
+        self.timeout_s = timeout_s  # None: waits without a limit
+
+
+class Intents:
+    """The record of one attempt. Written from the handler's thread or task; read once the attempt is over."""
+
+    __slots__ = ("closed", "has_hook", "sets", "sets_bytes", "suspension")
+
+    def __init__(self) -> None:
+        self.sets: dict[str, Any] = {}  # context keys to store with the step's result
+        self.sets_bytes = 0  # an upper bound of what they and the wait's data take: a key set twice counts twice
+        self.suspension: Suspension | None = None  # how the handler left; kept also when the handler swallowed it and returned
+        self.has_hook = False  # this attempt has made one
+        self.closed = False  # the attempt's outcome is decided: no call on `ctx` has any effect from here on

@@ -1,0 +1,56 @@
+"""The interfaces between the engine and its neighbours. Owns what each side may ask of the other; implements nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from typing import Protocol
+
+from streamline_pool.config.env import Env
+from streamline_pool.domain.change import ChangeEvent
+from streamline_pool.domain.document import RunDocument
+from streamline_pool.protocol.operations import Statement
+from streamline_pool.storage.store import Store
+
+from .write_outcome import WriteOutcome
+
+__all__ = ["EnginePort", "Observer"]
+
+
+class Observer(Protocol):
+    """What the engine reports to its owner, in the loop's thread: worker.py, or inline_runner.py for `execute`."""
+
+    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
+        """A run was released, to be claimed again from that time on."""
+
+    def on_finished(self, run_id: str, status: str) -> None:
+        """This process holds the run no more. Its stored status as far as known here; "lost" if another process took it."""
+
+    def store_answered(self, ok: bool) -> None:
+        """A command to the database succeeded or failed."""
+
+    def on_stuck(self, what: str) -> None:
+        """A handler goes on after its attempt is over and cannot be stopped."""
+
+
+class EnginePort(Protocol):
+    """What an active run needs of its engine."""
+
+    env: Env
+    loop: asyncio.AbstractEventLoop
+    loop_thread: int
+
+    def blocking_store(self) -> Store:
+        """The synchronous store of this process, for writes on a handler's thread."""
+
+    async def write(self, statement: Statement) -> WriteOutcome:
+        """Send a fenced write with the group; its outcome."""
+
+    def now(self) -> datetime:
+        """The server's time, as known here."""
+
+    def renew_soon(self) -> None:
+        """Check the leases now instead of at the next tick."""
+
+    def publish(self, document: RunDocument, events: tuple[ChangeEvent, ...]) -> None:
+        """Publish events of a run."""

@@ -1,0 +1,187 @@
+"""Drives one active run: its next step, its handler, its commit, until the run must stop or this worker holds it no more.
+
+Owns the order of these. What follows a result is decided in domain/ and outcomes.py; run_writer.py stores it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from typing import Any
+
+from streamline_pool.config.env import Env
+from streamline_pool.domain import transitions, waits
+from streamline_pool.domain.change import Change, ChangeKind
+from streamline_pool.domain.document import WaitDocument
+from streamline_pool.domain.errors import DataCorruptionError
+from streamline_pool.domain.model import StepStatus
+from streamline_pool.protocol import durable_events
+from streamline_pool.protocol.codec import check_payload
+from streamline_pool.protocol.payloads import external_ids
+from streamline_pool.storage.files import reading_outputs
+from streamline_pool.storage.procedures import until_answered
+from streamline_pool.storage.store import AsyncStore
+
+from .abort_signal import AbortSignal
+from .active_run import ActiveRun
+from .attempt import Attempt, Outcome
+from .context import Context
+from .failures import failure_of
+from .intents import Intents
+from .outcomes import Decided, allowed, attempt_ended, damaged, failed, version_mismatch
+from .run_events import RunEvents
+from .run_writer import EngineState, RunWriter
+
+__all__ = ["RunDriver", "SupersededError"]
+
+log = logging.getLogger("streamline_pool")
+
+
+class SupersededError(Exception):
+    """Ends a driver whose handler was abandoned and has ended after all: another driver goes on with the run."""
+
+
+class RunDriver:
+    """The loop that every active run goes through. One for all runs of an engine; it keeps no state of a run."""
+
+    def __init__(
+        self,
+        store: AsyncStore,
+        env: Env,
+        writer: RunWriter,
+        events: RunEvents,
+        state: EngineState,
+        threads: Executor,
+        on_stuck: Callable[[ActiveRun, Attempt, str], None],
+    ) -> None:
+        self._store = store
+        self._env = env
+        self._writer = writer
+        self._events = events
+        self._state = state
+        self._threads = threads
+        self._on_stuck = on_stuck  # called for a handler that does not end
+
+    async def drive(self, active: ActiveRun) -> None:
+        """Go on with a run until it is released, ended or lost."""
+        mismatch = version_mismatch(active.document, active.definition, self._store.now())
+        if mismatch is not None:
+            await self._writer.store(active, mismatch)
+            return
+        if active.document.get("paused") is True:
+            # Paused between the claim's update and its read-back: released at once.
+            place = transitions.current_place(active.document) or 0
+            await self._writer.store(active, transitions.release(active.document, place, self._store.now(), was_entered=False))
+            return
+        while True:
+            decided = await self._next_change(active)
+            if decided is None or not await self._writer.store_decided(active, decided):
+                return
+
+    async def _next_change(self, active: ActiveRun) -> Decided | None:
+        """The next transition of a run; None when this worker holds the run no more."""
+        document = active.document
+        place = transitions.current_place(document)
+        if place is None:
+            return Decided(transitions.finish(document, self._store.now()))
+        active.place = place
+        if document["steps"][place]["status"] == StepStatus.WAITING.value:
+            return await self._waiting(active, place)
+        if self._state.draining or active.release_requested:
+            return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
+        if active.lost is not None:
+            return None
+        try:
+            await self._load_outputs(active)
+        except DataCorruptionError as exc:
+            return Decided(damaged(document, place, exc, self._store.now()))
+        if self._env.clock.monotonic() >= active.deadline:
+            # Checked immediately before a handler may be entered: after the deadline another worker may hold the run.
+            # If none does, it is released; the write's fence decides.
+            log.warning("lease_ran_out", extra={"run_id": active.run_id})
+            return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
+        if active.step.is_conditional and not document["steps"][place].get("decided"):
+            return Decided(await self._decide_entry(active, place))
+        return await self._attempt(active, place)
+
+    async def _load_outputs(self, active: ActiveRun) -> None:
+        """Load what the run's document only refers to: handlers and conditions may ask for any earlier output."""
+        missing = [file_id for file_id in external_ids(active.document) if file_id not in active.outputs]
+        if missing:
+            active.outputs |= await until_answered(lambda: self._store.drive(reading_outputs(active.document, missing)), self._env)
+
+    # --- a step that waits -----------------------------------------------------------------------------------------
+
+    async def _waiting(self, active: ActiveRun, place: int) -> Decided:
+        """A waiting run was claimed, or the run has just begun to wait for an event: has its wait ended?"""
+        change = await self._end_wait(active, place, active.document["steps"][place]["waitingFor"])
+        if change.kind is not ChangeKind.WAIT_ANSWERED:
+            return Decided(change)
+        # The answer is stored as the step's output, and once more as the run's if this is the last step.
+        return Decided(change, 2 * check_payload(change.steps[place]["output"], "output"))
+
+    async def _end_wait(self, active: ActiveRun, place: int, waiting_for: WaitDocument) -> Change:
+        document = active.document
+        if waiting_for["type"] == "timer":
+            return waits.wake(document, place, self._store.now())
+        if waiting_for["type"] == "event":
+            # Searched first, whatever the claim was for: the run must not miss a broadcast because of a deadline or a crash.
+            name = waiting_for["eventName"]
+            found = waits.arrived(document, {"name": name}) or await self._find_event(active, name)
+            if found is not None:
+                return waits.wait_answered(document, place, found, self._store.now())
+        now, expires_at = self._store.now(), waiting_for.get("expiresAt")
+        if expires_at is not None and expires_at <= now:
+            return waits.time_out(document, place, now)
+        return waits.park(document, place)
+
+    async def _find_event(self, active: ActiveRun, name: str) -> Mapping[str, Any] | None:
+        """A broadcast event that was sent after the run was stored, and that the run has not received."""
+        document = active.document
+        search = durable_events.find_event_for(name, document.get("bornAt"), document.get("seen") or ())
+        found = await until_answered(lambda: self._store.run(search), self._env)
+        return dict(found[0]) if found else None
+
+    # --- a step that runs ------------------------------------------------------------------------------------------
+
+    async def _decide_entry(self, active: ActiveRun, place: int) -> Change:
+        intents = Intents()
+        context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
+        try:
+            enter = await allowed(active.step, context, active.document, active.outputs)
+        except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
+            if self._state.closed:
+                raise
+            return failed(active.document, active.step, place, failure_of(exc), self._writer.moment())
+        if enter:
+            return transitions.decide_entry(active.document, place)
+        return transitions.skip(active.document, place, intents.sets, self._store.now())
+
+    async def _attempt(self, active: ActiveRun, place: int) -> Decided | None:
+        intents = Intents()
+        context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
+        attempt = Attempt(asyncio.get_running_loop(), context, intents, functools.partial(self._on_stuck, active))
+        active.attempt = attempt
+        if self._events.wanted:
+            self._events.publish(active.document, (("step:started", active.step.id, {"attempt": context.attempt}),))
+        outcome = await attempt.run(active.step, self._threads)
+        if active.attempt is not attempt:
+            raise SupersededError  # the run went on without this handler, and with another driver
+        self.close_attempt(active, attempt)
+        self._state.steps_total += 1
+        self._env.probe("handler.after")
+        return self.decide(active, attempt, outcome)
+
+    def close_attempt(self, active: ActiveRun, attempt: Attempt) -> None:
+        """From here on nothing that the handler does has any effect."""
+        attempt.intents.closed = True
+        active.attempt = None
+
+    def decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:
+        """What an attempt's outcome means for its run; None if this worker holds the run no more."""
+        if active.lost is not None or self._state.closed:
+            return None
+        return attempt_ended(active.document, active.definition, active.place, attempt, outcome, self._writer.moment())

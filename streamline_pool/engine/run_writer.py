@@ -1,0 +1,161 @@
+"""Makes decisions about an active run durable. Owns the performing of what `write_outcome.after_write` decides.
+
+Files go first, so that no document ever refers to a file that does not exist; events go last, once the write is durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import assert_never
+
+from streamline_pool.config.env import Env
+from streamline_pool.domain.change import Change, ChangeKind, apply
+from streamline_pool.domain.document import RunDocument
+from streamline_pool.domain.errors import ValidationError, WorkflowError
+from streamline_pool.protocol import commits
+from streamline_pool.protocol.codec import decode_payload
+from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
+from streamline_pool.storage.files import putting_file, reading_outputs
+from streamline_pool.storage.procedures import until_answered
+from streamline_pool.storage.store import AsyncStore
+
+from .active_run import STATEMENT_BYTES, ActiveRun
+from .failures import failure_of
+from .group_commit import GroupCommitter
+from .outcomes import Decided, Moment, failed
+from .ports import Observer
+from .run_events import RunEvents
+from .write_outcome import (
+    Committed,
+    FailMinimal,
+    Lost,
+    ReadFirst,
+    Send,
+    Write,
+    WriteOutcome,
+    after_reading,
+    after_write,
+    first_write,
+)
+
+__all__ = ["EngineState", "RunWriter"]
+
+log = logging.getLogger("streamline_pool")
+
+
+@dataclass(slots=True)
+class EngineState:
+    """What the engine has been asked to do, and how much it has done. The engine writes it; its parts read it."""
+
+    draining: bool = False  # no further step is entered
+    closed: bool = False  # nothing more is stored
+    steps_total: int = 0  # handlers that have ended
+
+
+class RunWriter:
+    """Stores changes of active runs, each until its outcome is known."""
+
+    def __init__(
+        self, store: AsyncStore, env: Env, committer: GroupCommitter, events: RunEvents, observer: Observer, state: EngineState
+    ) -> None:
+        self._store = store
+        self._env = env
+        self._committer = committer
+        self._events = events
+        self._observer = observer
+        self._state = state
+
+    def moment(self) -> Moment:
+        """The circumstances of a decision that is made now."""
+        return Moment(self._store.now(), self._env.random(), self._env.new_id)
+
+    async def store_decided(self, active: ActiveRun, decided: Decided) -> bool:
+        """As `store`. A large output goes into its file first."""
+        file = decided.file
+        if file is None:
+            return await self.store(active, decided.change, decided.size)
+        try:
+            await until_answered(lambda: self._store.drive(putting_file(file.id, file.content, active.run_id)), self._env)
+        except ValidationError as exc:
+            return await self.store(active, failed(active.document, active.step, active.place, failure_of(exc), self.moment()))
+        active.outputs[file.id] = decode_payload(file.content)
+        # If the commit finds the run lost, the file stays until the run is deleted: an earlier copy of the write may be stored.
+        return await self.store(active, decided.change, decided.size)
+
+    async def store(self, active: ActiveRun, change: Change, size: int = 0) -> bool:
+        """Make a change durable. True if this worker still holds the run and goes on with it."""
+        await active.saves_done()
+        write = first_write(change, active.held(draining=self._state.draining), self._store.now())
+        while True:
+            if self._events.wanted:
+                await self._load_event_data(active, write.change)
+            result = await self._send(active, write, size)
+            if result is WriteOutcome.COMMITTED:  # by far the most frequent: nothing to decide
+                return await self._committed(active, write.change, reread=False)
+            match after_write(result, write, active.held(draining=self._state.draining), self.moment()):
+                case Send(write=write):
+                    continue
+                case Committed(reread=reread):
+                    return await self._committed(active, write.change, reread=reread)
+                case ReadFirst():
+                    if not await self._reread(active):
+                        return False
+                    write = after_reading(write, active.held(draining=self._state.draining), self._store.now())
+                case Lost():
+                    active.mark_lost()
+                    log.info("run_fenced", extra={"run_id": active.run_id, "change": write.change.kind.value})
+                    return False
+                case FailMinimal(cause=cause):
+                    await self._fail_minimal(active, cause)
+                    return False
+                case _ as never:
+                    assert_never(never)
+
+    async def _send(self, active: ActiveRun, write: Write, size: int) -> WriteOutcome | ValidationError:
+        make = commits.commit_under_pause if write.under_pause else commits.commit
+        self._env.probe("commit.before")
+        try:
+            statement = make(active.fence(), write.change, self._store.now(), size + STATEMENT_BYTES)
+            outcome = await self._committer.write(statement, express=write.change.kind is ChangeKind.WAKE)
+        except ValidationError as exc:
+            return exc
+        self._env.probe("commit.after")
+        return outcome
+
+    async def _load_event_data(self, active: ActiveRun, change: Change) -> None:
+        """Load what subscribers will get and the document only refers to: an answer that is in a file."""
+        missing = [data[EXTERNAL_KEY] for _, _, data in change.events if is_external(data) and data[EXTERNAL_KEY] not in active.outputs]
+        if missing:
+            with contextlib.suppress(WorkflowError):  # then subscribers get the reference, and the run goes on
+                active.outputs |= await self._store.drive(reading_outputs(active.document, missing))
+
+    async def _committed(self, active: ActiveRun, change: Change, *, reread: bool) -> bool:
+        if not reread:
+            apply(active.document, change)
+        elif not await self._reread(active):
+            return False
+        self._events.publish_committed(active, change)
+        if change.releases and change.wake_at is not None:
+            self._observer.on_parked(active.document["lane"], change.wake_at, active.run_id)
+        return not change.releases
+
+    async def _reread(self, active: ActiveRun) -> bool:
+        """Replace the holder's copy by what is stored. False: this worker holds the run no more."""
+        found: list[RunDocument] = await until_answered(
+            lambda: self._store.run(commits.read_held(active.run_id, active.lease_id)), self._env
+        )
+        if not found:
+            active.mark_lost()
+            return False
+        active.document = found[0]
+        return True
+
+    async def _fail_minimal(self, active: ActiveRun, cause: ValidationError) -> None:
+        try:
+            await self._committer.write(commits.fail_minimal(active.fence(), active.place, cause.code, cause.message, self._store.now()))
+            active.document["status"] = "failed"
+        except ValidationError:
+            log.exception("run_unstorable", extra={"run_id": active.run_id})
+            active.lost = "lease-lost"

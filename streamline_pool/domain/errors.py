@@ -1,18 +1,18 @@
 """Every error this package raises. Owns codes and HTTP statuses; knows nothing else.
 
 WorkflowError                     whose fault             try again?   what to do
-├─ ValidationError                the caller              no           mend the argument the message names
+├─ ValidationError                the caller              no           correct the argument that the message names
 │  └─ PayloadTooLargeError        the caller              no           store the bulk elsewhere, pass a reference
 ├─ WorkflowNotFoundError          the caller              no           look the run id up; it may have been cleaned up
 ├─ StepNotFoundError              the caller              no           use one of the step ids the message lists
-├─ InvalidStateError              the caller, or a race   after a look read the run, decide again
-├─ WorkflowCancelledError         an outside act          no           stop; the run is final
+├─ InvalidStateError              the caller, or a race   after a read read the run, decide again
+├─ WorkflowCancelledError         a cancel                no           stop; the run is final
 ├─ HookTokenError                 the token's bearer      no           ask for a new token
 ├─ StepTimeoutError               the handler             by policy    raise the timeout or split the step
-├─ MaxRetriesExceededError        the handler             by rewind    mend the cause, `rewind_to` the step
-├─ LeaseLostError                 nobody                  no           stop the step, write nothing
+├─ MaxRetriesExceededError        the handler             by rewind    correct the cause, `rewind_to` the step
+├─ LeaseLostError                 no fault; a takeover    no           stop the step, write nothing
 ├─ VersionMismatchError           a deployment            no           deploy the version the run was started with
-├─ DataCorruptionError            another program         no           mend the document by hand, `rewind_to`
+├─ DataCorruptionError            another program         no           correct the document by hand, `rewind_to`
 └─ StoreUnavailableError          the database, network   yes          wait; the message says what was tried
 NonRetriableError                 raised by handlers      no           fails the step at once, whatever `retries` says
 """
@@ -169,7 +169,7 @@ class MaxRetriesExceededError(_CodedError):
 
 
 class LeaseLostError(_CodedError):
-    """Another worker owns this run, or nobody does. Stop the step and write nothing; retrying cannot help."""
+    """This worker no longer holds the run. Stop the step and write nothing; a retry cannot help."""
 
     fixed_code = ErrorCode.LEASE_LOST
 

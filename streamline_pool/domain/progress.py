@@ -1,8 +1,8 @@
-"""How far a run has come, for those who show it to people: pure functions of a `Run`, which do no I/O and read no clock.
+"""The progress of a run, for user interfaces: pure functions of a `Run`, which do no I/O and read no clock.
 
-Owns what a user interface may say of a run: percentages, time lines, what it waits for, where it can be rewound to.
-What may really be done is decided when it is done (outside.py); `can_rewind_to` says what that decision would be on this run.
-Every record here becomes JSON by `dataclasses.asdict`, if the run's own values do.
+Owns what a user interface may show of a run: percentages, time lines, what it waits for, where it can be rewound to.
+Whether a rewind is allowed is decided by client/run_control.py when it is asked for; `can_rewind_to` gives the same
+answer for the run as it was read. Every record here becomes JSON by `dataclasses.asdict`, if the run's own values do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from .model import TERMINAL, Run, RunStatus, StepState, StepStatus
+from .model import ENDED_STEPS, REWINDABLE, TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
     "StepTimeline",
@@ -28,14 +28,13 @@ __all__ = [
 ]
 
 _COMPLETED = frozenset({StepStatus.DONE, StepStatus.SKIPPED})
-_ENDED = _COMPLETED | {StepStatus.FAILED}
 
 Shown = Literal["pending", "running", "waiting", "retrying", "paused", "done", "failed", "skipped", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkflowProgress:
-    """How many of a run's steps lie behind it."""
+    """How many of a run's steps have ended well."""
 
     completed: int  # steps that are done or skipped
     total: int  # all steps of the run
@@ -44,19 +43,19 @@ class WorkflowProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimeline:
-    """When a step ran, as far as that is known."""
+    """When a step ran, as far as it is known."""
 
     step_id: str
     status: StepStatus
     attempts: int  # entries into the handler; 0 for a step that was skipped or not reached
     started_at: datetime | None  # aware UTC, entry of the latest attempt; None if never entered, as for a skipped step
     ended_at: datetime | None  # aware UTC; None until done, failed or skipped
-    duration: float | None  # seconds from `started_at` on, waits included; None where it cannot be told
+    duration: float | None  # seconds from `started_at` on, waits included; None where it is unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepUIState:
-    """A step as one would draw it. Exactly one of `is_past`, `is_current`, `is_future` holds."""
+    """A step as a user interface draws it. Exactly one of `is_past`, `is_current`, `is_future` holds."""
 
     step: StepState
     shown: Shown  # `step.status`, unless the run makes it mean something else; see `get_step_ui_states`
@@ -76,14 +75,14 @@ class WaitingInfo:
     event_name: str | None  # of an event wait
     data: Any  # what the handler attached to the wait; None if nothing
     resume_at: datetime | None  # aware UTC, when it goes on by itself; None if only an answer or event ends it. Past: it is due
-    expires_at: datetime | None  # aware UTC, when an unanswered wait is given up and the run goes on; None for never
-    paused: bool  # it will not go on before somebody resumes the run, whatever the instants say
+    expires_at: datetime | None  # aware UTC, when a wait without an answer ends and the run goes on; None for never
+    paused: bool  # it does not go on before a `resume`, also when the times above have passed
 
 
 def get_workflow_progress(run: Run) -> WorkflowProgress:
-    """How far the run has come. A skipped step is progress; a failed one is not, so a failed run stays below 100 %.
+    """How many steps have ended well. A skipped step counts; a failed one does not, so a failed run stays below 100 %.
 
-    A paused run can be at 100 % without being done: its last result is stored, and its end awaits the resume.
+    A paused run can be at 100 % without being done: its last result is stored, and the run ends after the resume.
     """
     completed = sum(step.status in _COMPLETED for step in run.steps)
     total = len(run.steps)
@@ -94,7 +93,7 @@ def get_step_timeline(run: Run, *, now: datetime | None = None) -> tuple[StepTim
     """When each step ran, in the order of the steps.
 
     With `now` (aware), a step that is running or waiting in a run that has not ended has a duration up to then (never
-    below 0); without, it has none. A step between two attempts has none either: `started_at` is its last attempt's.
+    below 0); without `now` it has none. A step between two attempts has none either: `started_at` is its last attempt's.
     """
     return tuple(
         StepTimeline(
@@ -110,10 +109,10 @@ def get_step_timeline(run: Run, *, now: datetime | None = None) -> tuple[StepTim
 
 
 def get_step_ui_states(run: Run) -> tuple[StepUIState, ...]:
-    """Every step with its place relative to where the run is. When all have ended, all are past.
+    """Every step, with its place relative to the current step. When all steps have ended, all are past.
 
-    `shown` differs from the stored status where that alone would mislead: "cancelled" for what a cancelled run had not
-    ended; for the current step "retrying" between two attempts, and "paused" in a paused run whose worker is no longer at it.
+    `shown` differs from the stored status where that alone would mislead: "cancelled" for steps that a cancelled run had not
+    ended; for the current step "retrying" between two attempts, and "paused" in a paused run that no worker holds.
     """
     here, reach = _place(run), _reach(run)
     return tuple(
@@ -132,8 +131,8 @@ def get_step_ui_states(run: Run) -> tuple[StepUIState, ...]:
 def get_waiting_info(run: Run) -> WaitingInfo | None:
     """What the run waits for, or None: it runs, is ready to, or has ended.
 
-    Beside what is stored as a wait (a person, a hook, an event, a sleep) this tells of back-offs and of scheduled starts.
-    That a run is paused is no wait of its own: `run.paused` tells.
+    Includes what is stored as a wait (a person, a hook, an event, a sleep), back-offs and scheduled starts.
+    A pause is not a wait: see `run.paused`.
     """
     place = _place(run)
     if run.status in TERMINAL or place == len(run.steps):
@@ -145,7 +144,7 @@ def get_waiting_info(run: Run) -> WaitingInfo | None:
         reason = (step.error or {}).get("message")
         return _info(run, step, {"type": "retry", "reason": reason, "resumeAt": step.retry_after})
     if run.status is RunStatus.DRAFT:
-        # A scheduled start is nothing but a `wakeAt` (`pausedWakeAt` under pause): there is no other field to read.
+        # A scheduled start is stored as a `wakeAt` only (`pausedWakeAt` under a pause).
         return _info(run, step, {"type": "start", "resumeAt": run.document.get("pausedWakeAt" if run.paused else "wakeAt")})
     return None
 
@@ -160,7 +159,7 @@ def can_rewind_to(run: Run, step_id: str) -> bool:
 
 
 def get_execution_path(run: Run) -> tuple[str, ...]:
-    """The ids of the steps whose results the run rests on: those that are done, in order. Skipped ones are not among them."""
+    """The ids of the steps that are done, in order. Skipped steps are not among them."""
     return tuple(step.step_id for step in run.steps if step.status is StepStatus.DONE)
 
 
@@ -171,7 +170,7 @@ def _place(run: Run) -> int:
 
 def _reach(run: Run) -> int:
     """The last place that the run can be rewound to; -1 if it cannot be."""
-    if run.status is RunStatus.CANCELLED:
+    if run.status not in REWINDABLE:
         return -1
     return next((place for place, step in enumerate(run.steps) if step.status not in _COMPLETED), len(run.steps))
 
@@ -192,12 +191,12 @@ def _seconds_between(start: datetime, end: datetime) -> float:
 
 
 def _is_backing_off(run: Run, step: StepState) -> bool:
-    # The status tells a back-off from an attempt given back in a drain, which may carry an old `retryAfter` along.
+    # The run's status distinguishes a back-off from an attempt released in a drain, which may keep an old `retryAfter`.
     return run.status is RunStatus.WAITING and step.status is StepStatus.PENDING and step.retry_after is not None
 
 
 def _shown(run: Run, step: StepState, *, is_current: bool) -> Shown:
-    if step.status in _ENDED:
+    if step.status in ENDED_STEPS:
         return step.status.value
     if run.status is RunStatus.CANCELLED:
         return "cancelled"

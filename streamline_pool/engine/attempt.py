@@ -25,7 +25,7 @@ __all__ = ["Attempt", "Kind", "Outcome"]
 ABORT_GRACE_S = 2.0
 """Seconds that an `async def` handler may clean up after its cancellation, before it counts as stuck. A guess."""
 
-_forks = 0  # of this process and its ancestors; tells a handler's own child process from this one, without a system call per step
+_forks = 0  # of this process and its ancestors; shows a handler's own child process, without a system call per step
 
 
 def _count_fork() -> None:

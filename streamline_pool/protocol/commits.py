@@ -1,6 +1,7 @@
 """The writes of a lease holder, as data: transitions, checkpoints, renewals, and the reads that resolve an unknown outcome.
 
-Owns the fence: every filter here names the claim (`lease.id`), and every write except the renewal also names `rev`."""
+Owns the fence: every filter here names the claim (`lease.id`), and every write except the renewal also names `rev`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def commit(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
 
 
 def commit_under_pause(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
-    """Store what `transitions.under_pause` left of a transition, on a run that is paused."""
+    """Store the form that `transitions.under_pause` gave a transition, on a run that is paused."""
     return Statement(fence, {"q": _fenced(fence, change, paused=True), "u": _commit_update(fence, change, now, "pausedWakeAt")}, size)
 
 
@@ -68,14 +69,14 @@ def _commit_update(fence: Fence, change: Change, now: datetime, wake_field: str)
 
 
 def save_in_step(fence: Fence, place: int, field: str, value: Any, now: datetime, size: int) -> Statement:
-    """Store one field of the step at hand, its checkpoint or its hooks; the lease stays, also under pause."""
+    """Store one field of the current step, its checkpoint or its hooks; the lease stays, also under a pause."""
     query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
     sets = {"rev": fence.rev + 1, "updatedAt": now, f"steps.{place}.{field}": value}
     return Statement(fence, {"q": query, "u": {"$set": sets}}, size)
 
 
 def fail_minimal(fence: Fence, place: int, code: ErrorCode, message: str, now: datetime) -> Statement:
-    """End a run that has no room left even for its own failure: the reason in few bytes, the checkpoint dropped."""
+    """End a run whose document has no room even for its own failure: the reason in few bytes, the checkpoint dropped."""
     error = {"code": code.value, "message": message[:100], "type": "", "stepId": None, "traceback": ""}
     sets = {"rev": fence.rev + 1, "status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
     unset = {"lease": "", "wakeAt": "", "pausedWakeAt": "", "awaits": "", "lastAct": "", "actIds": "", f"steps.{place}.checkpoint": ""}
@@ -95,7 +96,7 @@ def write_statements(statements: Sequence[Statement]) -> Command:
 
 
 def read_fences(run_ids: Sequence[str]) -> Find:
-    """What decides the fate of fenced writes that did not all match: lease, rev, pause and inbox of each run."""
+    """What shows the outcome of fenced writes that did not all match: lease, rev, pause and inbox of each run."""
     projection = {"lease.id": 1, "rev": 1, "token": 1, "paused": 1, "status": 1, "inbox.name": 1, "inbox.stepId": 1, "inbox.gen": 1}
     return Find(name="read_fences", collection="runs", filter={"_id": {"$in": list(run_ids)}}, projection=projection)
 
@@ -106,7 +107,7 @@ def read_held(run_id: str, lease_id: str) -> Find:
 
 
 def renew(run_ids: Sequence[str], lease_ids: Sequence[str], lease_s: float) -> Command:
-    """Extend the leases of runs that have a live task, never "all of this worker". Yields how many matched."""
+    """Extend the leases of these runs, each named, never "all of this worker". Yields how many matched."""
     query = {"_id": {"$in": list(run_ids)}, "lease.id": {"$in": list(lease_ids)}}
     update = [{"$set": {"lease.expiresAt": server_time_in(lease_s)}}]
     return update_matching("renew", query, update)

@@ -38,6 +38,10 @@ ALLOWED_DRIVER = {
     "streamline_pool.protocol.codec": {"bson"},
     "streamline_pool.embedded.server": {"bson"},
 }
+# Public in spite of the underscore: the standard library's names, which would otherwise collide with users' fields.
+PUBLIC_UNDERSCORES = {"_exit", "_replace", "_asdict", "_fields"}
+# The driver offers no public way to ask which clients are open; forking with one is unsafe.
+ALLOWED_PRIVATE = {"streamline_pool.storage.store": {"_clients", "_opened", "_closed"}}
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,33 @@ def test_pymongo_is_touched_by_storage_alone(module: Module) -> None:
     """A module that calls the driver has to know the driver's errors, too."""
     found = {name.split(".")[0] for name in imported(module)} & {"pymongo", "bson", "gridfs"}
     assert found <= ALLOWED_DRIVER.get(module.name, set()), f"{module.name} imports {found}"
+
+
+@modules
+def test_no_module_reaches_into_the_private_parts_of_another(module: Module) -> None:
+    """A private name that other modules use cannot be changed by the one who owns it."""
+    own = {name for node in ast.walk(module.tree) for name in _private_names(node)}
+    used = {node.attr for node in ast.walk(module.tree) if isinstance(node, ast.Attribute) and _is_private(node.attr)}
+    foreign = used - own - PUBLIC_UNDERSCORES - ALLOWED_PRIVATE.get(module.name, set())
+    assert not foreign, f"{module.name} uses {foreign} of other modules"
+
+
+def _private_names(node: ast.AST) -> list[str]:
+    """Private names that this node defines: functions, classes, fields, `self._x = …`, and `__slots__`."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+            return [name]
+        case ast.AnnAssign(target=ast.Name(id=name)) | ast.Name(id=name, ctx=ast.Store()):
+            return [name]
+        case ast.Constant(value=str(name)):
+            return [name]
+    return []
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
 
 
 @modules

@@ -50,17 +50,17 @@ def find_pools(seen_within_s: float) -> Find:
 
 def listen(subscriber: str, at: datetime) -> Signal:
     """Ask every pool to publish for this listener, for LISTENER_TTL_S from now on."""
-    return signals.send_signal("listen", at, subscriber=subscriber)
+    return signals.send_signal("listen", at, listener=subscriber)
 
 
 def unlisten(subscriber: str, at: datetime) -> Signal:
     """This listener has gone."""
-    return signals.send_signal("unlisten", at, subscriber=subscriber)
+    return signals.send_signal("unlisten", at, listener=subscriber)
 
 
 def heard(pool: str, subscribers: Sequence[str], at: datetime) -> Signal:
     """All workers of this pool publish for these listeners."""
-    return signals.send_signal("heard", at, pool=pool, subscribers=list(subscribers))
+    return signals.send_signal("heard", at, pool=pool, listeners=list(subscribers))
 
 
 def _batch(publisher: str, first: int, events: Sequence[Any], greets: Mapping[str, int], at: datetime) -> dict[str, Any]:

@@ -47,7 +47,8 @@ from streamline_pool.domain.progress import (
 from streamline_pool.engine.context import Context
 from streamline_pool.engine.hooks import Hook, create_hook
 from streamline_pool.engine.parallel import Settled, execute_parallel, execute_parallel_sync
-from streamline_pool.events.bus import Event, EventBus, global_event_bus
+from streamline_pool.events.bus import EventBus, global_event_bus
+from streamline_pool.events.event import Event
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,8 @@ from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.domain.model import Run
 from streamline_pool.engine.engine import Engine, EngineConfig
 from streamline_pool.engine.ports import Observer
-from streamline_pool.events.bus import Event, EventBus, global_event_bus
+from streamline_pool.events.bus import EventBus, global_event_bus
+from streamline_pool.events.event import Event
 from streamline_pool.events.publisher import ControlEvents
 from streamline_pool.events.stream import EventStream, open_stream
 from streamline_pool.protocol import retention, signals

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 from streamline_pool.domain.document import RunDocument, WaitDocument
 from streamline_pool.domain.errors import InvalidStateError, ValidationError
 from streamline_pool.domain.model import seconds
-from streamline_pool.events.bus import ENGINE_EVENTS
+from streamline_pool.events.event import ENGINE_EVENTS
 from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from streamline_pool.domain.change import Change, ChangeEvent, ChangeKind
 from streamline_pool.domain.document import RunDocument
-from streamline_pool.events.bus import Event, EventBus, global_event_bus
+from streamline_pool.events.bus import EventBus, global_event_bus
+from streamline_pool.events.event import Event
 from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 

@@ -18,7 +18,7 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.client.inline_runner import make_owner
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.events.bus import Event
+from streamline_pool.events.event import Event
 from streamline_pool.protocol import claims, recovery, run_lifecycle
 from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.bulk_update import update_many

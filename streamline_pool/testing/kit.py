@@ -22,7 +22,7 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import Run, seconds
-from streamline_pool.events.bus import Event
+from streamline_pool.events.event import Event
 from streamline_pool.storage.store import Store
 
 from .app_harness import AppHarness

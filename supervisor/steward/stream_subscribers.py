@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
-from streamline_pool.events.bus import Event, global_event_bus
+from streamline_pool.events.bus import global_event_bus
+from streamline_pool.events.event import Event
 from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol import event_stream
 from streamline_pool.protocol.event_stream import LISTENER_TTL_S

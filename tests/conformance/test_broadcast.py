@@ -196,11 +196,11 @@ def test_a_batch_of_unknown_outcome_is_sent_again_and_read_once(app: Streamline,
         await store.close()
 
     with make_app().events.stream() as stream:
-        asyncio.run(scenario(stream._reader.id))
+        asyncio.run(scenario(stream._subscription.id))
         assert [next(stream).data for _ in range(3)] == [0, 1, 2]
         assert numbers(app)[:6] == [0, 1, 2, 0, 1, 2]
         assert stream.missed == 0
-        assert not stream._reader.mailbox._events
+        assert not stream._subscription.mailbox._events
 
 
 # --- which events there are -----------------------------------------------------------------------------------------

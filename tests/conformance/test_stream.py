@@ -250,7 +250,7 @@ def test_records_that_another_program_has_put_there_harm_nobody(app: Streamline,
     with app.events.stream("workflow:completed") as stream:
         now = app.store().now()
         signals.insert_many([{"kind": kind, "at": now, "listener": 7} for kind in ("listen", "unlisten", "heard", "events")])
-        signals.insert_one({"kind": "heard", "at": now, "listeners": [stream._reader.id]})
+        signals.insert_one({"kind": "heard", "at": now, "listeners": [stream._subscription.id]})
         run_two(app, 1)
         read_until(stream, "workflow:completed")
     assert not pool.logged("child_died")
@@ -285,7 +285,7 @@ def test_overload_is_counted_to_the_event(app: Streamline, start: Callable[..., 
     with app.events.stream() as stream:
         run = app.workflows["loud"].start(emitted)
         assert app.workflows["loud"].wait_for(run.id, timeout=40).status == "done"
-        eventually(lambda: stream._reader.mailbox._events[-1].name == "workflow:completed")
+        eventually(lambda: stream._subscription.mailbox._events[-1].name == "workflow:completed")
         read = read_until(stream, "workflow:completed")
         assert stream.missed > 0
         assert len(read) + stream.missed == emitted + 4, "started, step started, step completed, completed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamline_pool.events.stream import Ledger
+from streamline_pool.events.ledger import Ledger
 
 batches_of_one = st.lists(st.integers(1, 5), min_size=1, max_size=12)
 

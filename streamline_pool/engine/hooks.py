@@ -1,7 +1,7 @@
-"""Hook tokens: making one within a handler, and reading one that somebody brings back.
+"""Hook tokens: created in a handler, and parsed when a caller answers with one.
 
-Owns the token's form and its hash. A token names its run, so that it is found without an index, and carries a secret
-of 192 random bits, of which only the hash is stored; whether it is good is decided by the database's filter (acts.py).
+Owns the form of a token and its hash. A token names its run, so the run is found without an index. It carries a secret of
+192 random bits; only the hash of the token is stored. Whether a token is valid is decided by the filter in protocol/answers.py.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ _TOKEN = re.compile(r"(?P<kind>~)?(?P<run>[A-Za-z0-9_-]{1,600})\.(?P<secret>[A-Z
 
 
 class Hook(NamedTuple):
-    """A way to answer the next `ctx.wait` of a step from outside, once. Give the token to nobody else."""
+    """A way for another program to answer the next `ctx.wait` of a step, once. Every holder of the token can answer, so keep it secret."""
 
-    token: str  # what `app.resume_hook` takes; of `A-Z a-z 0-9 _ - . ~`, so it can stand in an address as it is
+    token: str  # the argument of `app.resume_hook`; of `A-Z a-z 0-9 _ - . ~`, so it needs no quoting in a URL
     path: str  # "/hooks/" and the token, for web applications
 
 
 def create_hook(ctx: Context, reason: str, *, expires_in: float | timedelta | None = None) -> Hook:
-    """Make a token by which this step's next `ctx.wait` can be answered, once, from any process.
+    """Create a token by which this step's next `ctx.wait` can be answered, once, from any process. Needs no `await`.
 
-    It is registered before this returns, so an answer that comes before the wait is kept for it. `expires_in` seconds
-    later (None: never) it is refused; the wait itself goes on. It dies with its wait. Needs no `await`. Raises
-    InvalidStateError for a second hook in the same attempt, LeaseLostError when the run is no longer this worker's.
+    reason: what the answer is about; stored with the wait.
+    expires_in: seconds or a timedelta, after which the token is refused; None: never. The wait itself goes on.
+
+    The token is registered before this returns, so an answer that comes before the wait is kept for it. The token ends
+    with its wait. Raises InvalidStateError for a second hook in the same attempt, and LeaseLostError when this worker no
+    longer holds the run.
     """
     expires_s = None if expires_in is None else seconds(expires_in, "create_hook: expires_in")
     token = register_hook(ctx, reason, expires_s)
@@ -44,14 +47,14 @@ def create_hook(ctx: Context, reason: str, *, expires_in: float | timedelta | No
 
 
 def make_token(run_id: str, secret: str) -> str:
-    """The token of a run: its id (encoded, if it holds characters that an address cannot) and the secret."""
+    """The token of a run: the run id and the secret. The id is encoded if it has characters that a URL cannot contain."""
     if _PLAIN.fullmatch(run_id):
         return f"{run_id}.{secret}"
     return f"~{base64.urlsafe_b64encode(run_id.encode()).decode().rstrip('=')}.{secret}"
 
 
 def run_id_of(token: Any) -> str:
-    """The run that a token names. HookTokenError for what is no token at all."""
+    """The id of the run that a token names. HookTokenError for text that has not the form of a token."""
     match = _TOKEN.fullmatch(token) if isinstance(token, str) and len(token) <= 800 else None
     if match is None:
         raise HookTokenError("this is no hook token; pass it exactly as create_hook gave it")
@@ -64,5 +67,5 @@ def run_id_of(token: Any) -> str:
 
 
 def hash_token(token: str) -> bytes:
-    """What is stored of a token. Its secret is random and long, so a plain hash cannot be guessed back."""
+    """The stored form of a token. The secret is long and random, so a plain hash cannot be reversed by guessing."""
     return hashlib.sha256(token.encode()).digest()

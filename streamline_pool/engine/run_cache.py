@@ -1,7 +1,7 @@
-"""A worker's bounded memory of runs: what it knows of each run it has lately held.
+"""A worker's bounded cache of the runs that it has held recently.
 
-Owns the bound and the counters. Shared by a worker's tasks and threads. A hint only: correctness never depends on
-it (invariant 7); it saves look-ups in the database when signals name runs this worker has just had.
+Owns the bound and the counters. Shared by the tasks and threads of a worker. Correctness never depends on the cache. It
+saves reads of the database when a signal names a run that this worker has just held.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ __all__ = ["RunCache", "RunNote"]
 
 
 class RunNote(NamedTuple):
-    """What a worker knows of a run."""
+    """What a worker knows about one run."""
 
     version: str  # of its workflow
-    token: int  # the fencing token this worker held
-    deadline: float  # monotonic seconds; when the lease ends unless renewed
-    in_flight: bool  # False once this worker is through with it
+    token: int  # the fencing token that this worker held
+    deadline: float  # monotonic seconds: when the lease expires unless renewed
+    in_flight: bool  # False once this worker has finished with the run
 
 
 class RunCache:
-    """The `capacity` runs used last, O(1) each. Counts hits, misses and evictions."""
+    """The `capacity` most recently used runs; every operation is O(1). Counts hits, misses and evictions."""
 
     def __init__(self, capacity: int = 10_000) -> None:
         self._capacity = capacity
@@ -34,7 +34,7 @@ class RunCache:
         self.evictions = 0
 
     def get(self, run_id: str) -> RunNote | None:
-        """The note on a run, which thereby becomes the one used last; None when there is none."""
+        """The note on a run, or None. The run becomes the most recently used."""
         with self._lock:
             note = self._notes.get(run_id)
             if note is None:
@@ -45,7 +45,7 @@ class RunCache:
             return note
 
     def put(self, run_id: str, note: RunNote) -> None:
-        """Store the note on a run; the run used longest ago is forgotten when there are too many."""
+        """Store the note on a run. Above the capacity, the least recently used run is evicted."""
         with self._lock:
             self._notes[run_id] = note
             self._notes.move_to_end(run_id)
@@ -59,7 +59,7 @@ class RunCache:
             self._notes.pop(run_id, None)
 
     def counters(self) -> dict[str, int]:
-        """Size, bound, hits, misses and evictions so far."""
+        """`size`, `capacity`, `hits`, `misses` and `evictions` so far."""
         with self._lock:
             size = len(self._notes)
         return {"size": size, "capacity": self._capacity, "hits": self.hits, "misses": self.misses, "evictions": self.evictions}

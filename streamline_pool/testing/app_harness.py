@@ -1,7 +1,7 @@
-"""An application that a test kit has borrowed: pointed at the test's database, with a worker while one is wanted.
+"""One application under test: connected to the test's database, with a worker while the kit wants one.
 
-Owns the worker's life within a test: when it starts, when it is at rest, how it dies. What time it is and who may work
-when is decided in testing.py.
+Owns the worker of a test: its start, the check that it is idle, and its death. What time it is, and which application
+works when, is decided by kit.py.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from streamline_pool.worker.worker import Worker
 
 from .time_travel import JumpableAsyncStore, JumpableStore, Timeline
 
-__all__ = ["AppHarness", "Lender"]
+__all__ = ["AppHarness", "KitPort"]
 
 log = logging.getLogger("streamline_pool")
 
-_LOOK_S = 0.02  # how soon a change that nobody told of is seen; the worker tells of nearly all
-_ABRUPT_GRACE_S = 0.1  # for handlers that are still at work when a test gives up
+_POLL_S = 0.02  # between checks for a change of which the worker sends no notice; it sends notice of nearly all
+_ABRUPT_GRACE_S = 0.1  # for handlers that still run when a call of the kit has failed
 
 
-class Lender(Protocol):
-    """What a borrowed application is told by its kit."""
+class KitPort(Protocol):
+    """What a harness needs of its kit."""
 
     mongodb_uri: str
     timeline: Timeline
 
     def record(self, event: Event) -> None:
-        """Subscribed to the application's bus."""
+        """Take one event of the application's bus."""
 
 
 class AppHarness:
-    """An application that a kit has taken over: where it was, and its worker while there is one."""
+    """An application that a kit uses: its former address, and its worker while there is one."""
 
-    def __init__(self, app: Streamline, kit: Lender, database: str, queues: Sequence[str]) -> None:
+    def __init__(self, app: Streamline, kit: KitPort, database: str, queues: Sequence[str]) -> None:
         self.app = app
         self.database = database
-        self.crashes: list[str] = []  # steps after whose handlers the worker dies, each once
-        self.store: AsyncStore | None = None  # that of the kit's loop, once it is open
+        self.crashes: list[str] = []  # steps after whose handlers the worker dies, once per entry
+        self.store: AsyncStore | None = None  # the store of the kit's event loop, once it is open
         self._kit = kit
         self._queues = tuple(queues)
         self._before = (app.settings, app.mongodb_uri, app.database)
@@ -63,27 +63,27 @@ class AppHarness:
         self._changed = asyncio.Event()
         self._died = False
 
-    # --- taking over and giving back ---------------------------------------------------------------------------------
+    # --- taking over and releasing -----------------------------------------------------------------------------------
 
-    def take(self) -> None:
-        """Point the application, which has nothing open, at the kit's server. StoreUnavailableError if that is away."""
+    def take_over(self) -> None:
+        """Connect the application, which has nothing open, to the kit's server. StoreUnavailableError if it cannot be reached."""
         app, kit = self.app, self._kit
         app._open_store = partial(JumpableStore, timeline=kit.timeline)
-        app._open_async_store = partial(JumpableAsyncStore, timeline=kit.timeline, before=self._before_sending)
+        app._open_async_store = partial(JumpableAsyncStore, timeline=kit.timeline, before=self._die_before_commit)
         app.configure(
             replace(app.settings, mongodb_uri=kit.mongodb_uri, database=self.database, queues=self._queues or app.settings.queues)
         )
         app.events.on("*", kit.record)
-        app.store().run(run_lifecycle.server_info())  # asked once: a server that is away is not waited for
+        app.store().run(run_lifecycle.server_info())  # one attempt: the kit does not wait for a server
 
     async def open(self) -> None:
-        """Reach the server, read its clock, make what the engine needs there. In the kit's loop."""
+        """Connect, read the server's clock, create the engine's collections and indexes. In the kit's loop."""
         self._loop = asyncio.get_running_loop()
         self.store = self.app.store_async()
         await self.store.ensure()
 
     async def drop_database(self) -> None:
-        """In the kit's loop, when nobody uses it any more; what is open there is closed, too."""
+        """Drop the test's database and close the connection of the kit's loop. When no application uses the database any more."""
         if self.store is not None:
             try:
                 await self.store.run(Command(name="drop_database", collection="", verb="dropDatabase", body={}))
@@ -92,7 +92,7 @@ class AppHarness:
         await self.app.close_async()
 
     def release(self) -> None:
-        """The application is as it was before `take`, and closed."""
+        """Restore the application's own address and stores, as before `take_over`."""
         app = self.app
         app.events.off("*", self._kit.record)
         app._open_store, app._open_async_store = Store, AsyncStore
@@ -106,7 +106,7 @@ class AppHarness:
         return self._worker is not None
 
     async def start(self) -> None:
-        """Have a worker, from now on."""
+        """Start a worker."""
         app = self.app
         self._died = False
         self._owner = make_owner(app.env)
@@ -115,7 +115,7 @@ class AppHarness:
         self._work = asyncio.create_task(self._worker.run())
 
     async def stop(self, *, abruptly: bool) -> None:
-        """Have none. Handlers that are still at work end first, unless `abruptly`; then their runs are given back."""
+        """Stop the worker. It first waits for handlers that still run. With `abruptly` it aborts them and releases their runs."""
         worker, work = self._worker, self._work
         self._worker = self._work = None
         if worker is None or work is None:
@@ -129,11 +129,11 @@ class AppHarness:
         if not self._died:
             await work
 
-    async def rest(self, deadline: float) -> None:
-        """Return once the worker has nothing in flight and has found nothing more to do. TimeoutError at the deadline."""
+    async def wait_until_idle(self, deadline: float) -> None:
+        """Return once the worker has no active run and has found no due run. TimeoutError at the deadline (monotonic seconds)."""
         clock = self.app.env.clock
-        while not self.is_at_rest():
-            worker = await self.alive()
+        while not self.is_idle():
+            worker = await self.live_worker()
             if clock.monotonic() > deadline:
                 running = ", ".join(f"run {run_id} at step {step_id}" for run_id, step_id in worker.status().running)
                 raise TimeoutError(
@@ -141,67 +141,67 @@ class AppHarness:
                 )
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+                await asyncio.wait_for(self._changed.wait(), _POLL_S)
             except TimeoutError:
-                await self.find_work()  # a handler may be waiting for a run that it has started
+                await self.wake_up_if_due()  # a handler may wait for a run that it has started
 
-    def is_at_rest(self) -> bool:
-        """True while the worker neither works nor looks for work."""
+    def is_idle(self) -> bool:
+        """True while the worker has no active run and polls for none."""
         status = self._worker.status() if self._worker is not None else None
         return status is not None and not self._died and status.state == "ready" and status.idle and not status.in_flight
 
-    async def alive(self) -> Worker:
-        """The worker; a new one if it has died as it was told to. What else ended it is raised."""
+    async def live_worker(self) -> Worker:
+        """The worker; a new one if it died by `crashes`. An error that ended it is raised."""
         if self._died:
-            await self._replace_the_dead()
-        assert self._worker is not None and self._work is not None, "nobody asks for a worker that was not started"
+            await self._replace_worker()
+        assert self._worker is not None and self._work is not None, "the kit starts it first"
         if self._work.done():
             self._work.result()
         return self._worker
 
-    async def find_work(self) -> str | None:
-        """Have the worker look if there is something due. Yields the id of one such run."""
-        assert self._worker is not None and self.store is not None, "see `alive`"
+    async def wake_up_if_due(self) -> str | None:
+        """Wake the worker up if a run is due. Returns the id of one such run, or None."""
+        assert self._worker is not None and self.store is not None, "see `live_worker`"
         due = await self.store.run(claims.find_due_before(self._lanes, self.store.now(), 1))
         if not due:
             return None
         self._worker.wake_up()
         return str(due[0]["_id"])
 
-    async def recover(self) -> None:
-        """Take back leases that have run out, as the stewards of other hosts would."""
+    async def recover_expired(self) -> None:
+        """Recover the runs whose leases have expired, as the steward of a pool does."""
         assert self.store is not None, "see `open`"
         await update_many(self.store.run, recovery.recover_expired(self.app.settings.max_crashes), self.store.now)
 
-    async def next_due(self, until: datetime) -> datetime | None:
-        """The first instant up to `until` at which a run becomes due."""
+    async def next_due_at(self, until: datetime) -> datetime | None:
+        """The first instant up to `until` at which a run becomes due; None if there is none."""
         assert self.store is not None, "see `open`"
-        planned = await self.store.run(claims.find_due_before(self._lanes, until, 0))  # all of them: a test has few
+        planned = await self.store.run(claims.find_due_before(self._lanes, until, 0))  # 0: no limit, because a test has few
         return min((run["wakeAt"] for run in planned), default=None)
 
-    def works_on(self, lane: object) -> bool:
+    def claims_from(self, lane: object) -> bool:
         """True if the worker claims runs of that lane."""
         return lane in self._lanes
 
     # --- dying -------------------------------------------------------------------------------------------------------
 
-    async def _before_sending(self, op: Op) -> None:
-        """The worker dies here, and its write is never sent, if that would store the end of a step it is to die after."""
+    async def _die_before_commit(self, op: Op) -> None:
+        """Before each operation: if it would store the end of a step in `crashes`, the worker dies and the write is not sent."""
         if not (self.crashes or self._died) or op.name != "commit_runs" or not isinstance(op, Command):
             return
         if asyncio.get_running_loop() is not self._loop:
-            return  # a program's own `execute`
+            return  # `execute` of the test itself, which has no worker
         due = [step_id for step_id in _ended_steps(op) if step_id in self.crashes]
         if due and not self._died:
             self.crashes.remove(due[0])
             self._died = True
             self._changed.set()
         if self._died:
-            await asyncio.Event().wait()  # until the committer is cancelled, with all else that the worker was
+            await asyncio.Event().wait()  # until this task is cancelled, with the others of the worker
 
-    async def _replace_the_dead(self) -> None:
-        """As a pool does it: the dead worker's leases are taken back at once, then there is another."""
-        assert self._work is not None and self.store is not None, "who has died was alive"
+    async def _replace_worker(self) -> None:
+        """As a pool does: release the leases of the dead worker at once, then start another."""
+        assert self._work is not None and self.store is not None, "it died, so it was started"
         await end_tasks([self._work])
         release = recovery.release_owner(self._owner, self.app.settings.max_crashes, {"signal": "SIGKILL"})
         await update_many(self.store.run, release, self.store.now)
@@ -209,7 +209,7 @@ class AppHarness:
 
 
 def _ended_steps(op: Command) -> Iterator[str]:
-    """Steps whose handlers have ended, as told by a group of holders' writes."""
+    """The steps whose handlers have ended, read from a group of commits."""
     for statement in op.body["updates"]:
         update = statement["u"]
         for stage in [update] if isinstance(update, Mapping) else update:

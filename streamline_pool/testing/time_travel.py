@@ -1,8 +1,8 @@
-"""Time that a test can jump: stores which tell the server, and are told by it, that it is later than it is.
+"""Time that a test can set forward: stores that add an offset to the server's time, in both directions.
 
-Owns the offset and the places where it is put in: the server's clock as this process knows it, and `$$NOW` wherever an
-operation asks the server for it. Whatever is judged by either then agrees: sleeps, back-off, start times, deadlines,
-leases, ages. Nothing that is data is touched. For testing.py only; a program in earnest has no such store.
+Owns the offset and the places where it is added: the server's clock as this process knows it, and `$$NOW` in operations.
+Everything that depends on either agrees: sleeps, back-off, start times, deadlines, leases, ages. Data is not changed.
+Used by kit.py only; a program in production has no such store.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Document = dict[str, Any]
 
 
 class Timeline:
-    """How much later than the server's clock it is said to be. Only grows, so nothing stored lies in the future."""
+    """The offset to the server's clock. It only grows, so no stored instant is in the future."""
 
     def __init__(self) -> None:
         self._offset_ms = 0
@@ -33,7 +33,7 @@ class Timeline:
         return self._offset_ms
 
     def advance(self, by: timedelta) -> None:
-        """Make it later by so much, at least; nothing happens when `by` is not positive."""
+        """Add `by`, rounded up to milliseconds. Does nothing when `by` is not positive."""
         self._offset_ms += max(0, -(-by // timedelta(milliseconds=1)))
 
 
@@ -60,9 +60,9 @@ class JumpableStore(Store):
 
 
 class JumpableAsyncStore(AsyncStore):
-    """A store on a timeline of its own. `before` is asked ahead of every operation, and may keep it from being sent.
+    """A store on a timeline of its own. `before` is awaited before every operation, and may prevent that it is sent.
 
-    It is closed with its loop: a test that uses an app in a loop of its own need not think of that.
+    The store is closed with its event loop, so a test that uses an app in a loop of its own need not close it.
     """
 
     def __init__(self, where: DatabaseTarget, env: Env, timeline: Timeline, before: Callable[[Op], Awaitable[None]]) -> None:
@@ -81,7 +81,7 @@ class JumpableAsyncStore(AsyncStore):
         return await super().run(shifted(op, self._timeline.offset_ms), session)
 
     async def _close_with_the_loop(self) -> AsyncGenerator[None, None]:
-        # `asyncio.run`, and whatever else ends loops in good order, first closes the generators that are not finished.
+        # `asyncio.run`, like other code that ends loops cleanly, first closes the generators that are not finished.
         try:
             yield
         finally:
@@ -96,7 +96,7 @@ def shifted(op: Op, offset_ms: int) -> Op:
     """The same operation, for a server whose clock is `offset_ms` ahead of the real one's.
 
     `$$NOW` is an expression in pipelines and below `$expr` only. Anywhere else (in a plain update, in an inserted
-    document, below `$literal`) it is somebody's text.
+    document, below `$literal`) it is text of a user.
     """
     if not offset_ms or isinstance(op, Signal):
         return op

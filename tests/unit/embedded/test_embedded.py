@@ -1,4 +1,4 @@
-"""The private mongod: found, ready when it says so, and never left behind. Real servers, real kills."""
+"""The private mongod: how it is found, that it is ready when `start` returns, and that it ends with its owner. Real servers, real kills."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from pymongo import MongoClient
 
 from streamline_pool import embedded
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.embedded import server as embedded_server
+from streamline_pool.embedded import server as server_module
+from streamline_pool.embedded.wire import run_command
 from support import eventually
 
-GONE_S = 5.0  # 1 s measured for a clean end, most of it mongod's own; the rest is for a busy machine
+GONE_S = 5.0  # measured: 1 s for a clean end, most of it in mongod; the rest is for a busy machine
 
 OWNER = """
 import json, os, signal, sys
@@ -52,7 +53,7 @@ class Owner:
     process: subprocess.Popen[str]
     mongod: int  # pid
     watcher: int  # pid
-    child: int  # pid of what it forked afterwards, 0 if nothing
+    child: int  # pid of the child that it forked afterwards, 0 if there is none
     data_dir: Path
 
     def gone(self) -> bool:
@@ -60,7 +61,7 @@ class Owner:
 
 
 def alive(pid: int) -> bool:
-    # A zombie is dead; in a container nobody may ever collect it.
+    # A zombie is dead. In a container it may never be collected.
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -93,7 +94,7 @@ def stored(server: embedded.EmbeddedServer) -> list[int]:
         return sorted(document["_id"] for document in client.kept.values.find())
 
 
-# -- ready when it says so ----------------------------------------------------------------------------------------------
+# -- ready when `start` returns ----------------------------------------------------------------------------------------------
 
 
 def test_a_started_server_takes_majority_writes_at_once() -> None:
@@ -105,7 +106,7 @@ def test_a_started_server_takes_majority_writes_at_once() -> None:
 
 @pytest.mark.slow
 def test_starting_leaves_no_thread_behind() -> None:
-    """The supervisor forks afterwards; a thread that holds a lock at that moment would hang its children."""
+    """The supervisor forks afterwards. A thread that holds a lock at that moment would block its children for ever."""
     before = set(threading.enumerate())
     with embedded.start(None) as server:
         assert set(threading.enumerate()) <= before
@@ -126,12 +127,12 @@ def test_two_servers_run_side_by_side() -> None:
         assert stored(second) == []
 
 
-def test_an_uninitiated_server_answers_and_waits_for_its_set() -> None:
+def test_a_server_that_is_not_initiated_answers_without_a_replica_set() -> None:
     with embedded.start(None, initiate=False) as server, MongoClient("127.0.0.1", server.port, directConnection=True) as client:
         assert client.admin.command("hello").get("setName") is None
 
 
-# -- never left behind --------------------------------------------------------------------------------------------------
+# -- ends with its owner --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -157,12 +158,12 @@ def test_no_mongod_outlives_the_owners_process_group(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_mongod_outlives_the_owner_while_a_forked_child_lives_on(tmp_path: Path) -> None:
-    """Workers are forked after the server has started, and hold every descriptor of the supervisor open."""
+    """Workers are forked after the start of the server, and hold every descriptor of the supervisor open."""
     with an_owner(tmp_path, then="fork") as owner:
         os.kill(owner.process.pid, signal.SIGKILL)
         eventually(owner.gone, timeout=GONE_S)
         assert alive(owner.child)
-        embedded.start(tmp_path).stop()  # nor does the child keep the folder locked
+        embedded.start(tmp_path).stop()  # the child does not keep the folder locked either
 
 
 def test_no_mongod_outlives_the_watcher(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_no_mongod_outlives_the_watcher(tmp_path: Path) -> None:
 
 def test_no_mongod_outlives_owner_and_watcher_killed_together(tmp_path: Path) -> None:
     with an_owner(tmp_path) as owner:
-        os.kill(owner.watcher, signal.SIGSTOP)  # so that it cannot act on what comes next
+        os.kill(owner.watcher, signal.SIGSTOP)  # so that it cannot react to the following kill
         os.kill(owner.process.pid, signal.SIGKILL)
         os.kill(owner.watcher, signal.SIGKILL)
         eventually(owner.gone, timeout=GONE_S)
@@ -195,7 +196,7 @@ def test_the_temporary_folder_of_a_killed_owner_is_removed() -> None:
 
 
 def test_a_forked_child_cannot_stop_its_parents_server() -> None:
-    """A child that unwinds the parent's `with` block would take the database away from everybody."""
+    """A child that leaves the parent's `with` block would end the database of all processes."""
     with embedded.start(None) as server:
         pid = os.fork()
         if pid == 0:
@@ -212,14 +213,14 @@ def test_stopping_after_the_watcher_was_killed_is_no_error(tmp_path: Path) -> No
     server.stop()
 
 
-def test_commanding_a_server_whose_watcher_was_killed_says_so(tmp_path: Path) -> None:
+def test_an_order_to_a_killed_watcher_raises_an_error_that_says_so(tmp_path: Path) -> None:
     with embedded.start(tmp_path) as server:
         os.kill(server.watcher_pid, signal.SIGKILL)
-        with pytest.raises(StoreUnavailableError, match="is gone, and mongod with it"):
+        with pytest.raises(StoreUnavailableError, match="has ended, and mongod with it"):
             server.restart()
 
 
-# -- the data stays -----------------------------------------------------------------------------------------------------
+# -- data is kept -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -236,8 +237,8 @@ def test_data_is_found_again_at_another_port(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_acknowledged_data_survives_the_death_of_everything(tmp_path: Path) -> None:
-    """SIGKILL of owner, watcher and mongod at once leaves a stale mongod.lock and an unfinished journal."""
+def test_acknowledged_data_survives_a_kill_of_watcher_and_mongod(tmp_path: Path) -> None:
+    """SIGKILL of watcher and mongod at once leaves a stale mongod.lock and an unfinished journal."""
     server = embedded.start(tmp_path)
     insert(server, 1)
     for pid in (server.watcher_pid, server.pid):
@@ -260,7 +261,7 @@ def test_restart_keeps_port_and_data(outage: str, tmp_path: Path) -> None:
             socket.create_connection(("127.0.0.1", port), 1)
         server.restart()
         assert server.port == port
-        assert client.kept.values.find_one() == {"_id": 1}  # the client from before finds it again
+        assert client.kept.values.find_one() == {"_id": 1}  # the same client reconnects
 
 
 def test_a_suspended_server_accepts_but_does_not_answer() -> None:
@@ -268,13 +269,13 @@ def test_a_suspended_server_accepts_but_does_not_answer() -> None:
         server.suspend()
         connection.settimeout(0.2)
         with pytest.raises(TimeoutError):
-            embedded_server._command(connection, hello=1)
+            run_command(connection, hello=1)
         server.resume()
         connection.settimeout(5)
         assert connection.recv(16)  # the late answer
 
 
-# -- what is in the way -------------------------------------------------------------------------------------------------
+# -- folders and ports in use -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -285,7 +286,7 @@ def test_a_folder_in_use_is_refused_by_name_and_pid(tmp_path: Path) -> None:
         assert caught.value.context == {"data_dir": str(tmp_path), "pid": server.pid}
         assert str(tmp_path) in caught.value.message
         assert str(server.pid) in caught.value.message
-        insert(server, 1)  # and the one that runs is not disturbed
+        insert(server, 1)  # the running server is not disturbed
 
 
 def test_a_folder_served_by_a_mongod_started_by_hand_is_refused(tmp_path: Path) -> None:
@@ -313,20 +314,20 @@ def test_a_taken_port_is_named() -> None:
             embedded.start(None, port=port)
 
 
-def test_a_port_stolen_between_choice_and_use_is_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_taken_between_choice_and_use_is_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as squatter, socket.socket() as free:
         squatter.bind(("127.0.0.1", 0))
         squatter.listen()
         free.bind(("127.0.0.1", 0))
-        stolen, other = squatter.getsockname()[1], free.getsockname()[1]
+        taken, other = squatter.getsockname()[1], free.getsockname()[1]
         free.close()
-        monkeypatch.setattr(embedded, "_free_ports", lambda: iter((stolen, other)))
+        monkeypatch.setattr(server_module, "_free_ports", lambda: iter((taken, other)))
         with embedded.start(None) as server:
             assert server.port == other
 
 
-def test_a_server_that_cannot_start_shows_what_its_log_said(tmp_path: Path) -> None:
-    (tmp_path / "WiredTiger").mkdir()  # where a file belongs
+def test_the_error_of_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
+    (tmp_path / "WiredTiger").mkdir()  # in place of a file
     with pytest.raises(StoreUnavailableError, match="exited with code") as caught:
         embedded.start(tmp_path)
     assert "WiredTiger" in caught.value.message
@@ -346,12 +347,12 @@ def test_without_any_mongod_the_error_says_how_to_get_one(tmp_path: Path, monkey
     assert "--mongodb-uri" in caught.value.message
 
 
-def test_an_explicit_mongod_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_explicit_mongod_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailableError, match=r"no-such-mongod is not an executable"):
         embedded.find_mongod(tmp_path / "no-such-mongod")
 
 
-def test_the_explicit_mongod_wins_over_path_and_path_over_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_mongod_is_preferred_to_path_and_path_to_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = embedded.find_mongod()
     explicit, on_path = tmp_path / "explicit" / "mongod", tmp_path / "path" / "mongod"
     for program in (explicit, on_path):
@@ -363,7 +364,7 @@ def test_the_explicit_mongod_wins_over_path_and_path_over_the_wheel(tmp_path: Pa
 
 
 def test_the_wheels_mongod_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheel shares its top-level name with a large application, which must not be started to look for a file."""
+    """The wheel shares its top-level name with a large application, which must not be imported only to find a file."""
     package = tmp_path / "site" / "fiftyone"
     (package / "db" / "bin").mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('imported')")

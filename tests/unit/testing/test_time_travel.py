@@ -1,4 +1,4 @@
-"""Where a test's time is put into an operation: wherever the server is asked for the time, and nowhere else."""
+"""Where the offset of a test is put into an operation: wherever it reads the server's time, and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def command(verb: str, **body: object) -> Command:
     return Command(name="any", collection="runs", verb=verb, body=body)
 
 
-def test_a_pipeline_update_asks_for_the_later_time() -> None:
+def test_a_pipeline_update_reads_the_later_time() -> None:
     update = [{"$set": {"at": "$$NOW", "deep": {"$cond": [True, ["$$NOW", "$x"], {"$dateAdd": {"startDate": "$$NOW"}}]}}}]
     wanted = [{"$set": {"at": LATER, "deep": {"$cond": [True, [LATER, "$x"], {"$dateAdd": {"startDate": LATER}}]}}}]
     made = shifted(command("update", updates=[{"q": {"_id": "r"}, "u": update, "multi": True}]), DAY_MS)
     assert made.body == {"updates": [{"q": {"_id": "r"}, "u": wanted, "multi": True}]}
     made = shifted(command("findAndModify", query={"_id": "r"}, update=update, new=True), DAY_MS)
     assert made.body == {"query": {"_id": "r"}, "update": wanted, "new": True}
-    assert update[0]["$set"]["at"] == "$$NOW", "operations are values; the caller's is not changed"
+    assert update[0]["$set"]["at"] == "$$NOW", "an operation is a value; that of the caller is not changed"
 
 
-def test_filters_ask_for_the_later_time_where_they_hold_an_expression() -> None:
+def test_filters_read_the_later_time_in_expressions() -> None:
     query = {"x": "$$NOW", "$expr": {"$lte": ["$a", "$$NOW"]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": ["$$NOW", "$b"]}}]}]}
     wanted = {"x": "$$NOW", "$expr": {"$lte": ["$a", LATER]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": [LATER, "$b"]}}]}]}
     assert shifted(Find(name="any", collection="runs", filter=query), DAY_MS).filter == wanted
@@ -52,7 +52,7 @@ def test_filters_ask_for_the_later_time_where_they_hold_an_expression() -> None:
     ids=["plain update", "literal", "insert", "key", "find", "signal"],
 )
 def test_data_is_never_taken_for_the_time(op: Op) -> None:
-    """A user whose text is "$$NOW" would otherwise find a date in its place, in tests only."""
+    """Otherwise a user's text "$$NOW" would become a date, in tests only."""
     assert shifted(op, DAY_MS) == op
 
 
@@ -62,7 +62,7 @@ def test_without_a_jump_nothing_is_changed() -> None:
 
 
 def test_time_never_goes_back_and_rounds_up() -> None:
-    """A millisecond less, and what was jumped to would not be due yet."""
+    """With a millisecond less, the instant of the jump would not be due yet."""
     timeline = Timeline()
     timeline.advance(timedelta(microseconds=1))
     assert timeline.offset_ms == 1

@@ -1,11 +1,11 @@
-"""A text written by a model, checked, and reviewed by a person if the checks are in doubt.
+"""A model writes a text. Checks score it. A person reviews it if a score is low.
 
-The model is a fake one, `FakeModel`, so that the example runs anywhere; put your provider's client in its place.
+The model is `FakeModel`, so that the example runs anywhere. Replace it by the client of your provider.
 
     python examples/ai_pipeline.py
-    streamline-pool --app examples.ai_pipeline:app --embedded   # a pool that works on such runs
+    streamline-pool --app examples.ai_pipeline:app --embedded   # a pool that executes such runs
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["FakeModel", "app", "article", "main"]
 
 
 class ModelOverloadedError(Exception):
-    """What providers say when they are busy: worth another attempt."""
+    """The provider is busy; another attempt may succeed."""
 
 
 class FakeModel:
-    """Stands for a language model. It is overloaded at every third request, and knows three sentences."""
+    """Stands for a language model. Every third request fails because it is overloaded."""
 
     def __init__(self) -> None:
         self.requests = 0
 
     async def complete(self, prompt: str) -> str:
-        """Some text on the prompt, after a moment."""
+        """A text about the prompt, after a moment."""
         self.requests += 1
         await asyncio.sleep(0.01)
         if self.requests % 3 == 0:
@@ -37,7 +37,7 @@ class FakeModel:
         return f"[{prompt}] Much has been said about it."
 
     async def score(self, aspect: str, text: str) -> float:
-        """How well a text does in one respect, from 0 to 1."""
+        """How good a text is in one aspect, from 0 to 1."""
         await asyncio.sleep(0.01)
         return 0.9 if aspect != "facts" else 0.4
 
@@ -51,7 +51,7 @@ article = app.workflow("article", defaults={"retries": 5, "retry_delay": 0.05, "
 async def outline(ctx: Context) -> list[str]:
     topic = str(ctx.input["topic"]).strip()
     if not topic:
-        raise NonRetriableError("a topic is needed")  # no further attempt can mend that
+        raise NonRetriableError("a topic is needed")  # another attempt would fail, too
     return [f"{topic}: {part}" for part in ("beginnings", "today", "outlook")]
 
 
@@ -60,7 +60,7 @@ async def write(ctx: Context) -> str:
     parts: list[str] = ctx.get_checkpoint() or []
     for heading in ctx.get_output("outline")[len(parts) :]:
         parts.append(await model.complete(heading))
-        ctx.checkpoint(parts)  # paid for: an attempt that fails later does not ask for these again
+        ctx.checkpoint(parts)  # a later attempt does not request (and pay) these parts again
     return "\n".join(parts)
 
 
@@ -89,7 +89,7 @@ async def publish(ctx: Context) -> str:
 def main() -> int:
     with embedded.serving(app):
         run = article.start({"topic": "bridges"})
-        while run.step("review").status != "waiting":  # a pool would make the next attempt by itself
+        while run.step("review").status != "waiting":  # a pool would make the next attempts by itself
             run = article.execute(run.id)
         print(
             f"the run is {run.status} for a review; writing took {run.step('write').attempts} attempts, scores {run.step('check').output}"

@@ -1,10 +1,10 @@
-"""Approval over HTTP: a hook's token becomes a link, and whoever opens it answers the run, once.
+"""Approval over HTTP: the token of a hook becomes a link. The person with the link can answer the run, once.
 
     pip install ".[embedded,examples]"   # in the checkout: a private MongoDB, and Flask for the web part
-    python examples/approval_http.py     # a pool, the web application, and a client that plays the people
+    python examples/approval_http.py     # a pool, the web application, and a client in the role of the people
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program. In production the web
-application and the pool are two services; all they share is the database.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program. In production the web
+application and the pool are two services that share only the database.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def send_mail(to: str, text: str) -> None:
 # --- the web application -----------------------------------------------------------------------------------------------
 
 web = Flask(__name__)
-logging.getLogger("werkzeug").setLevel(logging.ERROR)  # an access log with tokens in it answers for whoever reads it
+logging.getLogger("werkzeug").setLevel(logging.ERROR)  # an access log would contain the tokens, and its readers could answer
 
 
 @web.post("/purchases")
@@ -82,7 +82,7 @@ def explain(error: WorkflowError) -> tuple[dict[str, Any], int]:
     return {"code": error.code, "error": error.message}, error.http_status
 
 
-# --- everything at once, with a client that plays the people ------------------------------------------------------------
+# --- both, with a client in the role of the people ----------------------------------------------------------------------
 
 
 def main() -> int:
@@ -94,7 +94,7 @@ def main() -> int:
         first, _ = call(f"{address}{link}", {"yes": True})
         print(f"the boss answers: {first}")
         second, problem = call(f"{address}{link}", {"yes": False})
-        print(f"somebody uses the same link again: {second} {problem['code']}")
+        print(f"a second answer with the same link: {second} {problem['code']}")
         run = purchase.wait_for(run_id, timeout=30)
         status, shown = call(f"{address}/purchases/{run_id}")
         print(f"the run: {status} {shown}")
@@ -102,11 +102,11 @@ def main() -> int:
 
 
 def call(url: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-    """One request with JSON both ways: status and answer."""
+    """Send one request with JSON. Returns the status and the decoded answer."""
     data = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 -- our own address
+    outgoing = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 -- our own address
     try:
-        with urllib.request.urlopen(asked, timeout=10) as reply:  # noqa: S310 -- as above
+        with urllib.request.urlopen(outgoing, timeout=10) as reply:  # noqa: S310 -- as above
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as exc:
         with exc:
@@ -114,7 +114,7 @@ def call(url: str, body: Any = None) -> tuple[int, dict[str, Any]]:
 
 
 def wait_for_mail() -> str:
-    """The text of the first mail, once a worker has sent it. A pool is quick, so the program just looks again and again."""
+    """The text of the first mail, once a worker has sent it. A pool is quick, so the program simply polls."""
     while True:
         found = app.runs.database["mails"].find_one()
         if found is not None:
@@ -124,7 +124,7 @@ def wait_for_mail() -> str:
 
 @contextlib.contextmanager
 def serving_web() -> Iterator[str]:
-    """The web application on a free port of this machine; yields its address."""
+    """Serves the web application on a free port of this machine. Yields its address."""
     server = make_server("127.0.0.1", 0, web, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,9 +1,9 @@
-"""Steps that are entered only sometimes. The decision is stored with the step, so no crash and no retry decides anew.
+"""Steps that run under a condition. The decision is stored with the step, so a crash or a retry does not change it.
 
     python examples/conditional.py
-    streamline-pool --app examples.conditional:app --embedded   # a pool that works on such runs
+    streamline-pool --app examples.conditional:app --embedded   # a pool that executes such runs
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def discount(ctx: Context) -> None:
 
 
 def was_checked(ctx: Context, run: Run) -> bool:
-    """A condition sees the whole run, other steps' states included."""
+    """A condition gets the whole run, with the states of all steps."""
     return run.step("check_for_fraud").status == "done"
 
 

@@ -1,9 +1,9 @@
-"""The shortest useful workflow: two steps, the second of which uses what the first returned.
+"""The shortest useful workflow: two steps. The second uses the output of the first.
 
-    python examples/hello_world.py                              # one run, driven in this process
-    streamline-pool --app examples.hello_world:app --embedded   # a pool that works on such runs
+    python examples/hello_world.py                              # one run, executed in this process
+    streamline-pool --app examples.hello_world:app --embedded   # a pool that executes such runs
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ async def measure(ctx: Context) -> dict[str, object]:
 
 def main() -> int:
     with embedded.serving(app):
-        run = hello.start({"name": "world"})  # stored: from here on any pool could take it
-        run = hello.execute(run.id)  # or drive it right here
+        run = hello.start({"name": "world"})  # stored: from now on, any pool can claim it
+        run = hello.execute(run.id)  # or this process executes it
         print(f"run {run.id} is {run.status}: {run.output}")
         return 0 if run.status == "done" else 1
 

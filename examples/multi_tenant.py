@@ -1,9 +1,9 @@
-"""Many customers on one database: each run carries its tenant, and questions about one tenant have an index.
+"""Many customers in one database: each run stores its tenant, and queries for one tenant use an index.
 
     python examples/multi_tenant.py
-    streamline-pool --app examples.multi_tenant:app --embedded   # a pool that works on such runs
+    streamline-pool --app examples.multi_tenant:app --embedded   # a pool that executes such runs
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from streamline_pool import Context, Streamline, embedded
 __all__ = ["app", "invoice", "main"]
 
 app = Streamline()
-# Without `context=` a mapping input is the first context; here the tenant alone is.
+# Without `context=` the whole input would be the first context. Here it is the tenant only.
 invoice = app.workflow("invoice", context=lambda input: {"tenantId": input["tenant"]})
 
 
@@ -30,11 +30,11 @@ def file(ctx: Context) -> str:
 def main() -> int:
     with embedded.serving(app):
         names = app.setup_indexes(tenant_field="context.tenantId", user_field="userId", auto_cleanup_days=90)
-        print(f"indexes for questions by tenant and by user: {sum('tenant' in name or 'user' in name for name in names)}")
+        print(f"indexes for queries by tenant and by user: {sum('tenant' in name or 'user' in name for name in names)}")
         for tenant, items in (("acme", [1, 2]), ("acme", [3]), ("zeta", [4, 5])):
             invoice.execute(invoice.start({"tenant": tenant, "items": items}, user_id=f"{tenant}-admin").id)
         for tenant in ("acme", "zeta"):
-            # `app.runs` is a plain PyMongo collection; this question reads that tenant's runs and no others.
+            # `app.runs` is a plain PyMongo collection. The index limits this query to the runs of the tenant.
             found = app.runs.find({"context.tenantId": tenant, "status": "done"}).sort("createdAt")
             print(f"{tenant}: {[run['output'] for run in found]}")
         removed = app.cleanup_old_runs(0, tenant_id="acme")

@@ -1,9 +1,9 @@
 """A newsletter, from collecting to sending: many sources at once, a person's approval, a time to send, each reader once.
 
     python examples/newsletter.py
-    streamline-pool --app examples.newsletter:app --embedded   # a pool that works on such runs
+    streamline-pool --app examples.newsletter:app --embedded   # a pool that executes such runs
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def send(ctx: Context) -> list[str]:
     for reader in ctx.input["readers"][len(sent) :]:
         deliver(reader, ctx.get_output("draft"), key=f"{ctx.idempotency_key}:{reader}")
         sent.append(reader)
-        ctx.checkpoint(sent)  # after a crash the next attempt begins with the next reader
+        ctx.checkpoint(sent)  # after a crash, the next attempt continues with the next reader
     return sent
 
 
@@ -65,7 +65,7 @@ OUTBOX: dict[str, str] = {}
 
 
 def deliver(reader: str, text: str, *, key: str) -> None:
-    """Stands for a mail service that takes an idempotency key: the same key is the same mail."""
+    """Stands for a mail service with idempotency keys: it sends one mail per key."""
     OUTBOX.setdefault(key, f"to {reader}: {text}")
 
 
@@ -74,9 +74,9 @@ def main() -> int:
         readers = [f"reader-{number}@example.org" for number in range(1, 4)]
         run = newsletter.execute(newsletter.start({"readers": readers, "send_in_s": 0.3}, tags=["weekly"]).id)
         asked: dict[str, Any] = dict(run.step("approval").waiting_for or {})
-        print(f"the run is {run.status}; somebody is to {asked['reason']}:\n{asked['data']['text']}")
+        print(f"the run is {run.status}; a person is asked to {asked['reason']}:\n{asked['data']['text']}")
         newsletter.resume(run.id, {"approved": True})
-        while not run.is_terminal:  # a pool would come back to it at its time by itself
+        while not run.is_terminal:  # a pool would continue it by itself when it is due
             run = newsletter.execute(run.id)
         print(f"the run is {run.status}: sent to {', '.join(run.output)}")
         return 0 if run.status == "done" and len(OUTBOX) == len(readers) else 1

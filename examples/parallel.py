@@ -1,10 +1,10 @@
-"""Several things at once within a step: asks six suppliers for a price, three at a time, and lives with two that fail.
+"""Several tasks at once in a step: it asks six suppliers for a price, three at a time. Two of them fail.
 
-    python examples/parallel.py                             # one run, driven in this process
-    streamline-pool --app examples.parallel:app --embedded  # a pool that works on such runs
+    python examples/parallel.py                             # one run, executed in this process
+    streamline-pool --app examples.parallel:app --embedded  # a pool that executes such runs
 
-The suppliers are made up: each takes its time and then answers, fails, or hangs. Uses the server that
-STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+The suppliers are invented: each answers after a while, fails, or hangs. Uses the server in
+STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ purchase = app.workflow("purchase")
 
 @purchase.step
 async def ask(ctx: Context) -> dict[str, Any]:
-    """All suppliers, at most three at once, half a second for each; a supplier that fails costs its offer only."""
+    """Asks all suppliers, at most three at once, with half a second for each. A supplier that fails makes no offer."""
     settled = await execute_parallel([partial(offer_of, name) for name in SUPPLIERS], mode="all_settled", concurrency=3, timeout=0.5)
     offers = {name: one.value for name, one in zip(SUPPLIERS, settled, strict=True) if one.ok}
     return {"offers": offers, "failed": {name: repr(one.error) for name, one in zip(SUPPLIERS, settled, strict=True) if not one.ok}}
@@ -37,7 +37,7 @@ async def ask(ctx: Context) -> dict[str, Any]:
 
 @purchase.step
 def ship(ctx: Context) -> dict[str, Any]:
-    """In a `def` handler. Whichever carrier answers first has the order; blocking calls are fine, they run on threads."""
+    """A `def` handler. The carrier that answers first gets the order. Blocking calls are fine: they run on threads."""
     offers = ctx.get_output("ask")["offers"]
     supplier = min(offers, key=offers.get)
     carrier = execute_parallel_sync([partial(call_carrier, name) for name in CARRIERS], mode="race")

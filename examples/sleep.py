@@ -1,9 +1,9 @@
-"""A reminder after a while: the step sleeps in the database, not in a process, so it outlives every restart.
+"""A reminder after a while. The sleep is stored in the database, not kept in a process, so it survives every restart.
 
     python examples/sleep.py
-    streamline-pool --app examples.sleep:app --embedded   # a pool that works on such runs
+    streamline-pool --app examples.sleep:app --embedded   # a pool that executes such runs
 
-Uses the server that STREAMLINE_MONGODB_URI names, or else a private one that ends with the program.
+Uses the server in STREAMLINE_MONGODB_URI, or else a private one that ends with the program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def welcome(ctx: Context) -> str:
 
 @reminder.step
 def let_time_pass(ctx: Context) -> None:
-    ctx.sleep(ctx.input["seconds"])  # half a second here; 30 * 86400 would be as good, and cost as little
+    ctx.sleep(ctx.input["seconds"])  # half a second here; 30 days cost no more
 
 
 @reminder.step
@@ -37,7 +37,7 @@ def main() -> int:
         waits = run.step("let_time_pass").waiting_for
         assert waits is not None, "it sleeps"
         print(f"{run.step('welcome').output}; the run is {run.status} until {waits['resumeAt']:%H:%M:%S}")
-        while not run.is_terminal:  # a pool would come back to it at its time by itself
+        while not run.is_terminal:  # a pool would continue it by itself when it is due
             run = reminder.execute(run.id)
         print(f"the run is {run.status}: {run.output}")
         return 0 if run.status == "done" else 1

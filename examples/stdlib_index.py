@@ -1,11 +1,12 @@
-"""Indexes every Python file of this machine's standard library, one run per file, while a worker is killed.
+"""Indexes every Python file of the standard library, one run per file, and kills a worker meanwhile.
 
     python examples/stdlib_index.py              # or: make demo, or: streamline-pool demo
     python examples/stdlib_index.py --limit 200  # a sample of the files, evenly spread
 
-Each run is `read` -> `parse` -> `save`. The program starts a private MongoDB and the real pool as a child process,
-kills one worker with SIGKILL half-way, and compares what was stored in the end with its own count of the same files,
-made in one process without the engine. Exit code 0: equal, nothing twice, no process left; 1: not so.
+Each run is `read` -> `parse` -> `save`. The program starts a private MongoDB, and the real pool as a child process. When
+half of the runs have ended, it kills one worker with SIGKILL. At the end it compares the stored counts with its own count
+of the same files, made in one process without the engine. Exit code 0: the counts are equal, no result was accepted
+twice, and no process is left. Exit code 1: otherwise.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from streamline_pool import Context, Settings, Streamline, embedded
 
 __all__ = ["app", "count_source", "index", "main"]
 
-warnings.filterwarnings("ignore", category=SyntaxWarning)  # the library's own tests hold doubtful code on purpose
+warnings.filterwarnings("ignore", category=SyntaxWarning)  # the tests of the library contain doubtful code on purpose
 
 app = Streamline()
-# One attempt: a lost worker uses up none, and nothing else may fail here without being seen.
+# One attempt: a lost worker uses up none, and any other failure must be visible.
 index = app.workflow("stdlib-index", defaults={"retries": 1})
 
-parsing = threading.Lock()  # in CPython 3.11 `ast.parse` fails when several threads are in it; the GIL lets one work anyway
+parsing = threading.Lock()  # in CPython 3.11 `ast.parse` fails when several threads call it at once; the GIL allows only one anyway
 
 COUNTED = ("files", "bytes", "lines", "functions", "classes", "imports", "unparsable")
-"""What is counted per file and compared in total."""
+"""What is counted in each file. The totals are compared."""
 
 DATABASE = "stdlib_index"
 READY_TIMEOUT_S = 30.0  # a guess: half a second is usual
-STEADY_TIMEOUT_S = 120.0  # no run has ended for so long: something is wrong
+STEADY_TIMEOUT_S = 120.0  # if no run has ended for so long, something is wrong
 DRAIN_TIMEOUT_S = 30.0
 POLL_S = 0.1
 RECOVERY_POLL_S = 0.02
@@ -58,31 +59,31 @@ RECOVERY_POLL_S = 0.02
 
 @index.step
 def read(ctx: Context) -> bytes:
-    """The file as it is. The bytes themselves are stored, not just the path: a `parse` that is repeated elsewhere after
-    a crash then works on what was read, whatever has become of the file. They come to some 30 MB in all."""
+    """The bytes of the file. They are stored as the output, some 30 MB in total. So a `parse` that is repeated by another
+    worker after a crash gets the same bytes, even if the file has changed."""
     return Path(ctx.input["path"]).read_bytes()
 
 
 @index.step
 def parse(ctx: Context) -> dict[str, int]:
-    """CPU-bound, hence a `def`: it runs on a thread and does not hold the worker's event loop up."""
+    """CPU-bound, so a `def`: it runs on a thread and does not block the worker's event loop."""
     return count_source(ctx.get_output("read"))
 
 
 @index.step
 def save(ctx: Context) -> None:
-    """One document per run, whoever saves it and how often: a crash between this write and the engine's makes the next
-    worker save again, under the same key."""
+    """One document per run. After a crash between this write and that of the engine, the next worker saves again, under
+    the same key."""
     document = {"path": ctx.input["path"], "run": ctx.run_id, **ctx.get_output("parse")}
     saved().update_one({"_id": ctx.idempotency_key}, {"$setOnInsert": document}, upsert=True)
 
 
 def count_source(source: bytes) -> dict[str, int]:
-    """What one file holds. The library contains files that are no Python 3 on purpose; they count as unparsable."""
+    """The counts of one file. Some files of the library are no Python 3 on purpose; they count as unparsable."""
     counts = dict.fromkeys(COUNTED, 0) | {"files": 1, "bytes": len(source), "lines": len(source.splitlines())}
     try:
         with parsing:
-            tree = ast.parse(source)  # finds the encoding itself
+            tree = ast.parse(source)  # detects the encoding itself
     except (SyntaxError, ValueError):
         return counts | {"unparsable": 1}
     for node in ast.walk(tree):
@@ -97,7 +98,7 @@ def count_source(source: bytes) -> dict[str, int]:
 
 
 def saved() -> Any:
-    """The collection of results, beside the engine's own."""
+    """The collection of results, in the same database as the runs."""
     return app.runs.database["files"]
 
 
@@ -105,20 +106,20 @@ def saved() -> Any:
 
 
 class DemoFailed(Exception):
-    """The demonstration cannot go on; the text says why."""
+    """The demonstration cannot continue; the text says why."""
 
 
 class Kill(NamedTuple):
-    """What became of the runs that the killed worker held."""
+    """The killed worker and the runs that it held."""
 
     pid: int
     runs: int
-    recovery_s: float  # from the kill until the last of them had got a step further, or had ended
+    recovery_s: float  # from the kill until each of them had advanced
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parsed(argv)
-    # The pool is drained and the server stopped on the way out, whatever the way.
+    # SystemExit, so that the pool is drained and the server stopped.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return demonstrate(options)
@@ -149,7 +150,7 @@ def demonstrate(options: argparse.Namespace) -> int:
         kill = None
         for ended in progress(len(files), pool):
             if kill is None and ended >= len(files) // 2:
-                kill = kill_one_worker()  # tried again at the next look if nobody holds a run just now
+                kill = kill_one_worker()  # None if no worker holds a run now; then the next round tries again
         took_s = time.monotonic() - began
 
         left = pool.drain()
@@ -160,11 +161,11 @@ def demonstrate(options: argparse.Namespace) -> int:
         report(len(files), took_s, kill, duplicates, again, stored, direct)
         faults = []
         if kill is None:
-            faults.append("no worker was killed: none held a run when half of them had ended")
+            faults.append("no worker was killed: no worker held a run after half of the runs had ended")
         if failed := app.runs.find_one({"status": "failed"}, {"error": 1, "input": 1}):
             faults.append(f"a run failed: {failed}")
         if pool.returncode != 0 or left:
-            faults.append(f"the pool ended with code {pool.returncode}, processes left: {left}; it said:\n{pool.last_words()}")
+            faults.append(f"the pool ended with code {pool.returncode}, processes left: {left}; its log ends:\n{pool.log_end()}")
         for fault in faults:
             print(fault, file=sys.stderr)
         return int(stored != direct or duplicates > 0 or bool(faults))
@@ -172,15 +173,15 @@ def demonstrate(options: argparse.Namespace) -> int:
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="streamline-pool demo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--limit", type=int, metavar="N", help="index about N of the files only, evenly spread")
+    parser.add_argument("--limit", type=int, metavar="N", help="index only about N of the files, evenly spread")
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="worker processes (default: 4)")
-    # Parsing is pure CPU work: more of it at once per process would only make its threads wait for each other.
+    # Parsing is CPU work: with a higher concurrency the threads of a process would only wait for each other.
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="runs in flight per worker (default: 16)")
     return parser.parse_args(argv)
 
 
 def library_files() -> list[Path]:
-    """Every `.py` file of the standard library, its tests included; what was installed besides it is not."""
+    """Every `.py` file of the standard library with its tests, without installed packages."""
     found = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = sorted(name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__"))
@@ -193,7 +194,7 @@ def _sample(files: list[Path], limit: int | None) -> list[Path]:
 
 
 def progress(runs: int, pool: Pool) -> Iterator[int]:
-    """How many runs have ended, again and again until all have; shown as one line that changes, or as lines in a log."""
+    """Yields the number of ended runs until all have ended. Prints it: on a terminal one line that changes, else single lines."""
     tty = sys.stdout.isatty()
     ended, ended_at, shown = 0, time.monotonic(), -1
     while ended < runs:
@@ -203,21 +204,21 @@ def progress(runs: int, pool: Pool) -> Iterator[int]:
             ended, ended_at = now_ended, time.monotonic()
         elif time.monotonic() - ended_at > STEADY_TIMEOUT_S:
             raise DemoFailed(f"no run has ended for {STEADY_TIMEOUT_S:g} s; {ended} of {runs} had: {counts}")
-        pool.must_live()
+        pool.check_alive()
         tenth = 10 * ended // runs
         if tty:
             print(f"\r{ended:6} of {runs} runs have ended, {_in_flight():4} are in flight ", end="", flush=True)
         elif tenth > shown:
             shown = tenth
-            _say(f"{ended:6} of {runs} runs have ended, {_in_flight():4} are in flight")
+            _print_line(f"{ended:6} of {runs} runs have ended, {_in_flight():4} are in flight")
         yield ended
         time.sleep(POLL_S)
     if tty:
         print()
 
 
-def _say(line: str) -> None:
-    """A line of its own, also where the last one was left open by `progress`."""
+def _print_line(line: str) -> None:
+    """Print a line. On a terminal it replaces the unfinished line of `progress`."""
     print(f"\r{line:60}" if sys.stdout.isatty() else line, flush=True)
 
 
@@ -226,7 +227,7 @@ def _in_flight() -> int:
 
 
 def kill_one_worker() -> Kill | None:
-    """SIGKILL the worker that holds the most runs, and see how long they stand still. None if nobody holds any."""
+    """Kill the worker that holds the most runs, and measure how long they make no progress. None if no worker holds a run."""
     held: dict[str, list[str]] = {}
     for run in app.runs.find({"lease.expiresAt": {"$exists": True}}, {"lease.owner": 1}):
         held.setdefault(run["lease"]["owner"], []).append(run["_id"])
@@ -236,32 +237,32 @@ def kill_one_worker() -> Kill | None:
     pid = int(owner.split(":")[1])  # an owner is host:pid:nonce
     os.kill(pid, signal.SIGKILL)
     killed_at = time.monotonic()
-    # Where they stood when it died, but for writes that were on their way. Those that had ended by then are not its loss.
+    # Their state at the death of the worker, except for writes in progress. Runs that had ended already are not counted.
     query = {"_id": {"$in": run_ids}, "status": {"$nin": ["done", "failed", "cancelled"]}}
-    stood = {run["_id"]: run["rev"] for run in app.runs.find(query, {"rev": 1})}
-    _say(f"killed worker {pid} with SIGKILL; it held {len(stood)} runs")
-    still = dict(stood)
+    before = {run["_id"]: run["rev"] for run in app.runs.find(query, {"rev": 1})}
+    _print_line(f"killed worker {pid} with SIGKILL; it held {len(before)} runs")
+    waiting = dict(before)
     recovered_at = killed_at
-    while still:
+    while waiting:
         time.sleep(RECOVERY_POLL_S)
-        now = {run["_id"]: run["rev"] for run in app.runs.find({"_id": {"$in": list(still)}}, {"rev": 1})}
-        moved = [run_id for run_id, rev in now.items() if rev > still[run_id]]
+        now = {run["_id"]: run["rev"] for run in app.runs.find({"_id": {"$in": list(waiting)}}, {"rev": 1})}
+        moved = [run_id for run_id, rev in now.items() if rev > waiting[run_id]]
         for run_id in moved:
-            del still[run_id]
+            del waiting[run_id]
         if moved:
             recovered_at = time.monotonic()
         elif time.monotonic() - recovered_at > STEADY_TIMEOUT_S:
-            raise DemoFailed(f"{len(still)} runs of the killed worker {pid} do not go on: {sorted(still)[:5]}")
-    _say(f"all {len(stood)} have moved on after {recovered_at - killed_at:.2f} s")
-    return Kill(pid, len(stood), recovered_at - killed_at)
+            raise DemoFailed(f"{len(waiting)} runs of the killed worker {pid} make no progress: {sorted(waiting)[:5]}")
+    _print_line(f"all {len(before)} have advanced after {recovered_at - killed_at:.2f} s")
+    return Kill(pid, len(before), recovered_at - killed_at)
 
 
 def count_duplicates() -> tuple[int, int]:
-    """Results that were accepted more than once, and entries into handlers beyond the first.
+    """The number of results that were accepted more than once, and of repeated entries into handlers.
 
-    Accepted twice would be: a step's result (`rev` grows by one at every accepted write of a run's holder, whoever that
-    is, so a run of three steps and no failures ends at 3), or a save (a second document for one file). Handlers entered
-    again are no duplicates: a step that was under way in the killed worker is entered again, hence the key of the saves.
+    Two results can be accepted twice: that of a step, and a save. `rev` grows by one at every accepted write of a lease
+    holder, so a run of three steps without failures ends at 3. A repeated save would be a second document for one file.
+    A repeated entry is no duplicate: the step that the killed worker executed is entered again, hence the key of the saves.
     """
     runs = list(app.runs.find({}, {"rev": 1, "steps.attempts": 1}))
     results = sum(run["rev"] - 3 for run in runs)
@@ -308,7 +309,7 @@ def report(
 
 
 class Pool:
-    """`streamline-pool --app examples.stdlib_index:app`, as anyone would start it, with its log in a file."""
+    """`streamline-pool --app examples.stdlib_index:app` as a child process, with its log in a file."""
 
     def __init__(self, uri: str, workers: int, concurrency: int, log_path: Path) -> None:
         repository = Path(__file__).resolve().parents[1]
@@ -333,7 +334,7 @@ class Pool:
         while not any(self._is_ready(line) for line in self._log_path.read_text().splitlines()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
-                raise DemoFailed(f"the pool did not get ready; it said:\n{self.last_words()}")
+                raise DemoFailed(f"the pool did not get ready; its log ends:\n{self.log_end()}")
             time.sleep(POLL_S)
         return self
 
@@ -342,15 +343,15 @@ class Pool:
         try:
             return bool(json.loads(line)["event"] == "ready")
         except (ValueError, TypeError, KeyError):
-            return False  # half a line, or something that is no log line
+            return False  # an incomplete line, or no log line
 
-    def must_live(self) -> None:
-        """DemoFailed if it has ended of itself: nobody works on the runs that are left."""
+    def check_alive(self) -> None:
+        """Raise DemoFailed if the pool has ended by itself: the remaining runs would not advance."""
         if self._process.poll() is not None:
-            raise DemoFailed(f"the pool ended by itself with code {self.returncode}; it said:\n{self.last_words()}")
+            raise DemoFailed(f"the pool ended by itself with code {self.returncode}; its log ends:\n{self.log_end()}")
 
     def drain(self) -> list[int]:
-        """End it as a service manager does. The pids that are still there when it has gone; there should be none."""
+        """End the pool as a service manager does. Returns the pids of its processes that still exist; there should be none."""
         family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -362,8 +363,8 @@ class Pool:
     def returncode(self) -> int | None:
         return self._process.returncode
 
-    def last_words(self) -> str:
-        """The end of its log, a line each, and the first traceback in it, which is the one that matters."""
+    def log_end(self) -> str:
+        """The last lines of its log, and the first traceback in it, which is most likely the cause."""
         lines = self._log_path.read_text().splitlines()
         traces = [json.loads(line)["traceback"] for line in lines if '"traceback":' in line and line.endswith("}")]
         return "\n".join([*(line[:300] for line in lines[-12:]), *traces[:1]])
@@ -374,7 +375,7 @@ class Pool:
             try:
                 self._process.wait(DRAIN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()  # its children notice, and go too
+                self._process.kill()  # its children notice that, and end, too
                 self._process.wait()
 
 

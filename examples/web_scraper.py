@@ -1,9 +1,9 @@
-"""Fetches, parses and saves every page of a small web site, one run per page, by a pool that ends when all is done.
+"""Fetches, parses and saves every page of a small web site, one run per page. The pool ends when all runs have ended.
 
     python examples/web_scraper.py
 
-The site is real HTML over real HTTP: pydoc's pages on modules of the standard library, served on 127.0.0.1 by this
-program. The pool is the command with `--burst`; what it saved is printed in the end.
+The site is real: pydoc's HTML pages about modules of the standard library, which this program serves over HTTP on
+127.0.0.1. The pool is the command with `--burst`. At the end the program prints what the pool has saved.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DATABASE = "web_scraper"
 
 
 def fetch(ctx: Context) -> str:
-    """Asks again when the server is busy or away, but not for a page that does not exist."""
+    """A busy or unreachable server is retried; a page that does not exist is not."""
     try:
         with urllib.request.urlopen(ctx.context["url"], timeout=10) as reply:  # noqa: S310 -- the site is our own
             ctx.set("bytes", int(reply.headers["Content-Length"]))
@@ -59,7 +59,7 @@ def parse(ctx: Context) -> dict[str, Any]:
 
 
 def save(ctx: Context) -> str:
-    """Replaces what an earlier attempt may have saved already, so saving twice is as good as once."""
+    """Replaces the document of an earlier attempt, so a repeated save changes nothing."""
     page = {"url": ctx.context["url"], "bytes": ctx.context["bytes"], **ctx.get_output("parse")}
     pages().replace_one({"_id": ctx.idempotency_key}, page, upsert=True)
     return str(page["title"])
@@ -96,7 +96,7 @@ class Page(HTMLParser):
 
 
 def pages() -> Any:
-    """The collection of results, beside the engine's own."""
+    """The collection of results, in the same database as the runs."""
     return app.runs.database["pages"]
 
 
@@ -111,7 +111,7 @@ def main() -> int:
         app.configure(Settings(mongodb_uri=server.uri, database=DATABASE))
         stack.enter_context(app)
         runs = scraper.start_many([{"url": f"{address}/{page.name}"} for page in sorted(folder.glob("*.html"))])
-        print(f"started {len(runs)} runs; the pool works until none is left", flush=True)
+        print(f"started {len(runs)} runs; the pool works until all have ended", flush=True)
         code = pool(server.uri)
         for page in pages().find().sort("title"):
             print(f"{page['bytes']:8} bytes  {len(page['links']):3} links  {page['title']}")
@@ -122,7 +122,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def site(folder: Path) -> Iterator[str]:
-    """Write the pages into `folder` and serve them; yields the address."""
+    """Writes the pages into `folder` and serves them. Yields the address."""
     for name in MODULES:
         html = pydoc.HTMLDoc()
         page = html.page(pydoc.describe(importlib.import_module(name)), html.document(importlib.import_module(name), name))
@@ -141,7 +141,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 def pool(uri: str) -> int:
-    """`streamline-pool --app examples.web_scraper:app --burst`, until it ends by itself; its exit code."""
+    """Runs `streamline-pool --app examples.web_scraper:app --burst` until it ends by itself. Returns its exit code."""
     repository = Path(__file__).resolve().parents[1]
     places = [str(Path(streamline_pool.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}

@@ -10,7 +10,7 @@ import sys
 from types import FrameType, ModuleType
 
 from . import cancel, idle, latency, memory, scale, throughput, timers
-from .common import NotLoopbackError, Report, say, serving
+from .common import NotLoopbackError, Report, report_progress, serving
 
 QUESTIONS: dict[str, ModuleType] = {
     "throughput": throughput,
@@ -24,11 +24,11 @@ QUESTIONS: dict[str, ModuleType] = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. `all` takes the common options only, and the questions' own defaults."""
+    """Parse the command line. `all` takes the common options only, and uses the defaults of each question."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print one JSON document on standard output and nothing else")
     shared.add_argument("--check", action="store_true", help="exit with 1 when a budget is missed")
-    shared.add_argument("--mongodb-uri", metavar="URI", help="a server of this machine to use, instead of starting a private one")
+    shared.add_argument("--mongodb-uri", metavar="URI", help="use this server, which must be on this machine, instead of a private one")
     parser = argparse.ArgumentParser(prog="python -m loadtests", description=__doc__)
     commands = parser.add_subparsers(dest="question", metavar="question", required=True)
     for name, module in QUESTIONS.items():
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def ask(question: str, options: argparse.Namespace) -> Report:
     """Answer one question on a server of its own."""
-    say(f"--- {question}")
+    report_progress(f"--- {question}")
     load = os.getloadavg()[0]
     with serving(options.mongodb_uri) as server:
         report: Report = QUESTIONS[question].measure(server, options)
@@ -60,7 +60,7 @@ def _all_options(options: argparse.Namespace, question: str) -> argparse.Namespa
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and return the exit code."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a TERM, too, ends everything that was started
+    signal.signal(signal.SIGTERM, _interrupt)  # so that SIGTERM, too, ends every process that was started
     reports = []
     try:
         for question in QUESTIONS if options.question == "all" else [options.question]:
@@ -69,10 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.json:
                 print(report.text(), flush=True)
     except NotLoopbackError as exc:
-        say(str(exc))
+        report_progress(str(exc))
         return 2
     except KeyboardInterrupt:
-        say("interrupted")
+        report_progress("interrupted")
         return 130
     if options.json:
         single = options.question != "all"

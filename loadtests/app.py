@@ -1,7 +1,7 @@
-"""The application that the load tests' pools run. Its handlers do nothing, so that what is measured is the engine.
+"""The application of the load tests' pools. Most handlers do nothing, so that the engine is what is measured.
 
-`marked` is an exception: its first step notes when it was entered, in the file that MARKS_VARIABLE names. So are `busy`,
-which takes its time, `nap`, which sleeps and says when it went on, and `held`, which notes when it was told to stop.
+The exceptions: the first step of `marked` writes when it was entered, into the file of MARKS_VARIABLE. `busy` takes a fixed
+time. `nap` sleeps, and returns when it went on. `held` writes when its signal fired.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MARKS_VARIABLE = "LOADTEST_MARKS"
 CLAIMS_VARIABLE = "LOADTEST_CLAIMS"  # see counted.py
 
 BUSY_S = 0.5
-"""How long a run of `busy` takes, on no processor."""
+"""How long a run of `busy` waits, without using a processor."""
 
 HOLD_S = 60.0
-"""How long the handlers of `held` and `held_def` wait to be stopped."""
+"""How long the handlers of `held` and `held_def` wait for their cancellation."""
 
 app = Streamline()
 
@@ -40,8 +40,8 @@ def _noop_def(ctx: Any) -> None:
 
 
 async def _mark(ctx: Any) -> None:
-    """One `write` to a file opened for appending is one whole line, whichever process writes it."""
-    entered_at = time.monotonic()  # system-wide on Linux and macOS: the starter's clock reads the same
+    """Each `write` to a file opened for appending adds one whole line, even with several processes."""
+    entered_at = time.monotonic()  # the same clock in all processes on Linux and macOS
     os.write(_marks(), f"{ctx.run_id} {entered_at!r}\n".encode())
 
 
@@ -93,7 +93,7 @@ held = app.workflow("held", steps={"only": _hold})
 held_def = app.workflow("held-def", steps={"only": _hold_def})
 
 absent = Streamline().workflow("absent", steps={"first": _noop, "second": _noop, "third": _noop})
-"""A workflow that the pools of the load tests do not have."""
+"""A workflow that the pools of the load tests do not serve."""
 
 
 def client_app(uri: str, database: str, *workflows: Workflow) -> Streamline:

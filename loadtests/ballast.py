@@ -1,4 +1,4 @@
-"""Runs that a collection is full of: finished, sleeping, and claimable by others. In the stored shape, but inserted directly."""
+"""Fills a collection with runs that the measured workers cannot claim: finished, sleeping, or of another workflow. Inserted directly."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Document = dict[str, Any]
 
 _BATCH = 2_000
 _PRIORITIES = (0, 0, 0, 0, 0, 0, 0, 0, 1, -1)
-"""One sleeper in five has another priority: each value is one more stretch of the index that a claim must look into."""
+"""One sleeping run in five has another priority. Each value is one more range of the index that a claim must read."""
 
 
 def fill(server: Server, database: str, runs_finished: int, runs_sleeping: int, runs_absent: int) -> None:
-    """Insert the ballast: the first two of the workflow that the pool has, the third of one that it does not have."""
+    """Insert the runs: finished and sleeping ones of the workflow that the pool serves, and absent ones of another workflow."""
     insert(server, database, (finished() for _ in range(runs_finished)))
     insert(server, database, (sleeping() for _ in range(runs_sleeping)))
     insert(server, database, (claimable(absent) for _ in range(runs_absent)))
-    server.client.admin.command("fsync")  # what was inserted is on disk, and not written while we measure
+    server.client.admin.command("fsync")  # the server writes them to disk now, and not during the measurement
 
 
 def insert(server: Server, database: str, documents: Iterator[Document]) -> None:
@@ -44,7 +44,7 @@ def insert(server: Server, database: str, documents: Iterator[Document]) -> None
 
 
 def claimable(workflow: Workflow) -> Document:
-    """A run that nobody has touched, due since a moment."""
+    """A new run, due since a second."""
     now = datetime.now(UTC)
     return new_run(
         workflow.definition,
@@ -65,7 +65,7 @@ def claimable(workflow: Workflow) -> Document:
 
 
 def finished() -> Document:
-    """A run that went through all its steps."""
+    """A run that has completed all its steps."""
     document = claimable(noop)
     del document["wakeAt"]
     for place in range(len(document["steps"])):

@@ -1,7 +1,7 @@
 """How long does it take from `cancel` in one process until the signal fires in a handler of a pool on another host?
 
-Two pools on one database, each with a supervisor of its own, stand for two hosts: nothing tells the one that holds the
-run but the database. A third process, this one, starts a run, waits until its handler is entered, and cancels it.
+Two pools on one database, each with its own supervisor, stand for two hosts: the cancellation reaches the pool that holds
+the run through the database only. This process starts a run, waits until its handler is entered, and cancels it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from streamline_pool import Streamline
 
 from . import app as pool_app
-from .common import Budget, Report, Server, add_pool_options, percentile, pool, say, until
+from .common import Budget, Report, Server, add_pool_options, percentile, pool, report_progress, until
 
 __all__ = ["add_options", "measure"]
 
 _POOLS = 2
-_PAUSE_S = (0.005, 0.045)  # before each cancel, uniformly: no phase of a timer is favoured
-_BACKLOG = 1_000  # due runs in store while the pools are kept busy
+_PAUSE_S = (0.005, 0.045)  # before each cancel, uniformly distributed, so that no phase of a timer is preferred
+_BACKLOG = 1_000  # due runs that are kept stored to keep the pools busy
 _TIMEOUT_S = 60.0
 
 
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
-    """An `async def` and a `def` handler by turns, in idle pools and then in pools that always have due work."""
+    """An `async def` and a `def` handler in turn, in idle pools and then in pools that always have due runs."""
     database = server.database()
     with ExitStack() as stack:
         marks = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamline-loadtest-")), "marks")
@@ -47,7 +47,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         app = stack.enter_context(pool_app.client_app(server.uri, database, *workflows))
         figures = {}
         for situation in ("idle", "busy"):
-            say(f"{options.cancels} cancels of each kind: {situation}")
+            report_progress(f"{options.cancels} cancels of each kind: {situation}")
             taken: dict[str, list[float]] = {pool_app.held.id: [], pool_app.held_def.id: []}
             for _ in range(options.cancels):
                 for workflow_id, times in taken.items():
@@ -61,7 +61,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         "workers_per_pool": options.workers,
         "concurrency": options.concurrency,
         "cancels": options.cancels,
-        "busy": f"at least {_BACKLOG} due runs of {len(pool_app.noop.steps)} steps in store before each cancel",
+        "busy": f"at least {_BACKLOG} stored due runs of {len(pool_app.noop.steps)} steps before each cancel",
     }
     budgets = [Budget(key=f"{situation}.{kind}.p99_ms", limit=100) for situation in figures for kind in figures[situation]]
     notes = [
@@ -82,15 +82,15 @@ def _top_up(app: Streamline) -> None:
 
 
 def _cancel_one(app: Streamline, workflow_id: str, marks: Path) -> float:
-    """Seconds from the call to the firing."""
+    """Seconds from the call of `cancel` until the signal fires."""
     workflow = app.workflows[workflow_id]
-    run = workflow.start(priority=1)  # ahead of what keeps the pools busy
+    run = workflow.start(priority=1)  # before the runs that keep the pools busy
     until(lambda: "entered" in _noted(marks, run.id), "the handler is entered", _TIMEOUT_S, 0.005)
     time.sleep(random.uniform(*_PAUSE_S))
-    begun = time.monotonic()
+    started = time.monotonic()
     workflow.cancel(run.id)
     until(lambda: "cancelled" in _noted(marks, run.id), "the signal fires", _TIMEOUT_S, 0.005)
-    return _noted(marks, run.id)["cancelled"] - begun
+    return _noted(marks, run.id)["cancelled"] - started
 
 
 def _noted(marks: Path, run_id: str) -> dict[str, float]:

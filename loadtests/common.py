@@ -1,6 +1,6 @@
-"""What the load tests share: a server, the pool as the real command, processor time, and one shape of report.
+"""Shared parts of the load tests: a server, the pool as the real command, processor time, and the report.
 
-Whatever is started here is ended here, by process id, also when a measurement fails or is interrupted.
+Every process that is started here is ended here, by its process id, also after a failure or an interrupt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "cpu_seconds",
     "percentile",
     "pool",
-    "say",
+    "report_progress",
     "serving",
     "spread",
     "until",
@@ -52,21 +52,21 @@ END_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a figure is held against; `key` is its path in the report, such as `workers.16.per_minute`."""
+    """The limit of a figure. `key` is the path of the figure in the report, such as `workers.16.per_minute`."""
 
     key: str
     limit: float
     at_least: bool = False  # True: the figure must reach the limit; False: it must not exceed it
 
     def figure(self, figures: Mapping[str, Any]) -> float:
-        """The figure that is meant."""
+        """The figure at `key`."""
         found: Any = figures
         for name in self.key.split("."):
             found = found[name]
         return float(found)
 
     def holds(self, figures: Mapping[str, Any]) -> bool:
-        """Is it met?"""
+        """True if the budget is met."""
         figure = self.figure(figures)
         return figure >= self.limit if self.at_least else figure <= self.limit
 
@@ -76,18 +76,18 @@ class Report:
     """The answer to one question."""
 
     question: str
-    settings: dict[str, Any]  # with what it was measured
+    settings: dict[str, Any]  # how it was measured
     figures: dict[str, Any]  # measured values; nested for detail
     budgets: Sequence[Budget] = ()
     notes: list[str] = field(default_factory=list)  # for readers of the text form
 
     @property
     def met(self) -> bool:
-        """Are all budgets met?"""
+        """True if all budgets are met."""
         return all(budget.holds(self.figures) for budget in self.budgets)
 
     def document(self) -> dict[str, Any]:
-        """The JSON document: the figures, with everything needed to read them."""
+        """The JSON document: the figures, with their settings, budgets and notes."""
         budgets = [
             {
                 "key": b.key,
@@ -108,14 +108,14 @@ class Report:
         }
 
     def text(self) -> str:
-        """The same for people."""
+        """The same as text for people."""
         lines = [f"{self.question}", "  settings"]
         lines += [f"    {name}: {_shown(value)}" for name, value in self.settings.items()]
         lines += ["  figures", *_outline(self.figures, "    ")]
         for budget in self.budgets:
-            verdict = "met" if budget.holds(self.figures) else "MISSED"
+            result = "met" if budget.holds(self.figures) else "MISSED"
             wanted = "at least" if budget.at_least else "at most"
-            lines.append(f"  budget {budget.key}: {budget.figure(self.figures):.4g}, wanted {wanted} {budget.limit:g}: {verdict}")
+            lines.append(f"  budget {budget.key}: {budget.figure(self.figures):.4g}, wanted {wanted} {budget.limit:g}: {result}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -140,8 +140,8 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def say(text: str) -> None:
-    """Progress, on standard error: standard output is the report's."""
+def report_progress(text: str) -> None:
+    """Print progress on standard error. Standard output is for the report."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -151,16 +151,18 @@ def say(text: str) -> None:
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which that share of the values lies (nearest rank)."""
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]  # the margin is for shares such as 0.29, which binary rounds up
+    return ordered[
+        max(0, math.ceil(share * len(ordered) - 1e-9) - 1)
+    ]  # the margin is for shares such as 0.29, which are rounded up in binary
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Least, median and largest of some repetitions."""
+    """Minimum, median and maximum of repeated measurements."""
     return {"min": min(values), "median": median(values), "max": max(values)}
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """Processor time that these processes have used so far; 0 for those that are gone."""
+    """Seconds of processor time that these processes have used so far; 0 for a process that has ended."""
     total = 0.0
     for pid in pids:
         try:
@@ -172,7 +174,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 def until(holds: Callable[[], bool], what: str, timeout_s: float, poll_s: float = 0.1) -> None:
-    """Ask until it holds; TimeoutError naming `what` otherwise."""
+    """Poll until `holds()` is true; TimeoutError that names `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:
@@ -184,38 +186,38 @@ def until(holds: Callable[[], bool], what: str, timeout_s: float, poll_s: float 
 
 
 class NotLoopbackError(Exception):
-    """The URI names a server that is not on this machine: load tests fill databases, and not other people's."""
+    """The URI names a server on another machine. Load tests fill databases, so they use a local server only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """The MongoDB under test. `database` makes names that are dropped at the end."""
+    """The MongoDB under test. The databases that `database` names are dropped at the end."""
 
     uri: str
-    pid: int | None  # of mongod, for its processor time; None: not started by us
+    pid: int | None  # of mongod, to read its processor time; None if it was not started here
     client: MongoClient[dict[str, Any]]
     facts: Mapping[str, Any]
     databases: list[str]
 
     def database(self) -> str:
-        """A new, empty database's name."""
+        """The name of a new database."""
         self.databases.append(f"streamline_loadtest_{uuid4().hex[:12]}")
         return self.databases[-1]
 
     def cpu_seconds(self) -> float:
-        """Processor time of mongod so far; 0 when it is not ours."""
+        """Seconds of processor time of mongod so far; 0 if it was not started here."""
         return cpu_seconds([self.pid]) if self.pid is not None else 0.0
 
 
 @contextmanager
 def serving(uri: str | None) -> Iterator[Server]:
-    """A private mongod in a temporary folder, or that at `uri`, which must be on this machine."""
+    """A private mongod in a temporary folder, or the server at `uri`, which must be on this machine."""
     if uri is not None:
         refuse_unless_loopback(uri)
         with _connected(uri, None) as server:
             yield server
         return
-    say("starting a private mongod")
+    report_progress("starting a private mongod")
     with embedded.start(None) as mongod, _connected(mongod.uri, mongod.pid) as server:
         yield server
 
@@ -237,7 +239,7 @@ def _connected(uri: str, pid: int | None) -> Iterator[Server]:
 
 
 def refuse_unless_loopback(uri: str) -> None:
-    """NotLoopbackError if any host of the URI is not this machine's own."""
+    """NotLoopbackError if any host of the URI is not a loopback address."""
     if uri.startswith("mongodb+srv:"):
         raise NotLoopbackError("a mongodb+srv: address names its hosts in DNS; load tests run on a server of this machine only")
     for host, _port in parse_uri(uri, warn=False)["nodelist"]:
@@ -270,18 +272,18 @@ class Pool:
         self._started_at = started_at
 
     def log_text(self) -> str:
-        """What it has logged so far."""
+        """The log so far."""
         return self._log.read_text(errors="replace")
 
     def wait_ready(self) -> None:
-        """Return when it has said that it is ready. The log is looked at every millisecond, which is the error of `ready_s`."""
+        """Return when the log has its ready line. The log is read every millisecond, which limits the precision of `ready_s`."""
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not (said := re.search(r"\bready workers=\d+ pids=\[([\d, ]*)\]", self.log_text())):
+        while not (ready := re.search(r"\bready workers=\d+ pids=\[([\d, ]*)\]", self.log_text())):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the pool did not become ready:\n{self.log_text()}")
             time.sleep(0.001)
         self.ready_s = time.monotonic() - self._started_at
-        self.worker_pids = [int(pid) for pid in said[1].split(",") if pid.strip()]
+        self.worker_pids = [int(pid) for pid in ready[1].split(",") if pid.strip()]
 
     def pids(self) -> list[int]:
         """Supervisor, steward and workers."""
@@ -291,7 +293,7 @@ class Pool:
             return []
 
     def steward_pid(self) -> int:
-        """The child that is no worker."""
+        """The child process that is no worker."""
         return next(pid for pid in self.pids() if pid != self.pid and pid not in self.worker_pids)
 
     def signal(self, signum: signal.Signals) -> None:
@@ -299,14 +301,14 @@ class Pool:
         self._process.send_signal(signum)
 
     def end(self) -> None:
-        """Drain it; kill what does not go."""
+        """Drain the pool. Kill its processes that do not end."""
         pids = self.pids() if self._process.poll() is None else []
         if self._process.poll() is None:
             self._process.terminate()
             try:
                 self._process.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                say("the pool does not end and is killed")
+                report_progress("the pool does not end and is killed")
         for pid in pids[::-1]:
             if pid == self.pid or _is_alive_in_group(pid, self.pid):
                 _kill(pid)
@@ -314,7 +316,7 @@ class Pool:
 
 
 def _is_alive_in_group(pid: int, group: int) -> bool:
-    """A pid may be anybody's by now; the pool's processes are those of its own session."""
+    """The pid may belong to another program by now. The processes of the pool are those of its own session."""
     try:
         return os.getsid(pid) == group
     except ProcessLookupError:
@@ -332,14 +334,14 @@ def _kill(pid: int) -> None:
 def pool(
     server: Server, database: str, *options: str, app: str = "loadtests.app:app", environment: Mapping[str, str] | None = None
 ) -> Iterator[Pool]:
-    """The real command on that database, ready; ended with the block."""
+    """The real command on that database. Yields when it is ready; ends it with the block."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
     arguments = [*COMMAND, "--app", app, "--mongodb-uri", server.uri, "--database", database, *options]
     with tempfile.TemporaryDirectory(prefix="streamline-loadtest-") as folder:
         log = Path(folder, "pool.log")
         with log.open("wb") as stderr:
             started_at = time.monotonic()
-            # A session of its own, so that ^C reaches us alone and the pool is ended in good order.
+            # A session of its own, so that ^C reaches this process only, which then drains the pool.
             process = subprocess.Popen(
                 arguments, cwd=ROOT, env={**inherited, **(environment or {})}, stdout=stderr, stderr=stderr, start_new_session=True
             )
@@ -352,6 +354,6 @@ def pool(
 
 
 def add_pool_options(parser: argparse.ArgumentParser, *, workers: int, concurrency: int) -> None:
-    """The options of questions that run one pool."""
+    """The options of the questions that run a pool."""
     parser.add_argument("--workers", type=int, default=workers, help="worker processes (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=concurrency, help="runs in flight per worker (default: %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=concurrency, help="active runs per worker (default: %(default)s)")

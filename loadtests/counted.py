@@ -1,7 +1,7 @@
-"""The load tests' application in a pool whose workers note every claim: how many runs it tried, and how many it won.
+"""The load tests' application in a pool whose workers record every claim: how many runs it tried, and how many it won.
 
-One line per claim, in the file that CLAIMS_VARIABLE names. The counting wraps the store of this pool's own processes,
-so that the engine has nothing to ask or to pay for it.
+Writes one line per claim into the file of CLAIMS_VARIABLE. The counting wraps the store in the processes of this pool, so
+that the engine itself has no code for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What does a host that has nothing to do cost the database, with one worker and with many?
+"""How many commands does an idle host send to the database, with one worker and with many?
 
-The server's own counters are read before and after; nothing is asked of it in between, and what asking costs is measured
-and taken off. The profiler, which counts in no counter, names the operations of the pool's database.
+The counters of the server are read before and after. Nothing is sent to it meanwhile, and our own commands are subtracted.
+The profiler, which no counter counts, names the operations of the pool's database.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import time
 from collections import Counter
 from typing import Any
 
-from .common import Budget, Pool, Report, Server, cpu_seconds, pool, say
+from .common import Budget, Pool, Report, Server, cpu_seconds, pool, report_progress
 
 __all__ = ["add_options", "measure"]
 
 MONITORING = frozenset({"hello", "isMaster", "ping", "buildInfo"})
-"""What drivers send by themselves, to follow the server's state."""
+"""Commands that drivers send by themselves, to monitor the server."""
 
 _OURS = "serverStatus"
 _PROFILE_BYTES = 16 * 1024 * 1024
@@ -31,24 +31,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
     """One pool after the other."""
-    time.sleep(options.settle)  # a new server is busy with itself
-    nobody = _commands(server, min(20.0, options.seconds))
-    pools = {str(workers): _idle_pool(server, workers, options, nobody) for workers in options.workers}
-    figures = {"per_minute": {name: row["per_minute"] for name, row in pools.items()}, "workers": pools, "without_a_pool": nobody}
+    time.sleep(options.settle)  # a new server first runs its own start-up work
+    without_pool = _commands(server, min(20.0, options.seconds))
+    pools = {str(workers): _idle_pool(server, workers, options, without_pool) for workers in options.workers}
+    figures = {"per_minute": {name: row["per_minute"] for name, row in pools.items()}, "workers": pools, "without_a_pool": without_pool}
     settings = {**server.facts, "seconds": options.seconds, "settle_s": options.settle, "monitoring": sorted(MONITORING)}
     budgets = [Budget(key=f"per_minute.{workers}", limit=40) for workers in options.workers]
     notes = [
         "per_minute counts every command that the server has carried out except drivers' monitoring and our own serverStatus",
-        "without_a_pool is the same count with no pool running; it is listed, not taken off",
+        "without_a_pool is the same count with no pool running; it is listed, not subtracted",
     ]
     return Report(question="idle", settings=settings, figures=figures, budgets=budgets, notes=notes)
 
 
-def _idle_pool(server: Server, workers: int, options: argparse.Namespace, nobody: dict[str, Any]) -> dict[str, Any]:
+def _idle_pool(server: Server, workers: int, options: argparse.Namespace, without_pool: dict[str, Any]) -> dict[str, Any]:
     database = server.database()
     with pool(server, database, "--workers", str(workers)) as running:
         time.sleep(options.settle)
-        say(f"{workers} idle workers: measuring for {options.seconds:g} s")
+        report_progress(f"{workers} idle workers: measuring for {options.seconds:g} s")
         profile = server.client[database]
         profile.create_collection("system.profile", capped=True, size=_PROFILE_BYTES)
         profile.command("profile", 2)
@@ -65,12 +65,12 @@ def _pool_cpu(running: Pool) -> float:
 
 
 def _commands(server: Server, seconds: float) -> dict[str, Any]:
-    """Commands per minute by the server's counters, monitoring apart."""
+    """Commands per minute by the server's counters, with monitoring counted separately."""
     before = _counters(server)
-    begun = time.monotonic()
+    started = time.monotonic()
     time.sleep(seconds)
     after = _counters(server)
-    minutes = (time.monotonic() - begun) / 60
+    minutes = (time.monotonic() - started) / 60
     counted = {name: after[name] - before[name] for name in after if after[name] != before[name]}
     counted[_OURS] = counted.get(_OURS, 1) - 1  # the second reading counts itself; the first was before
     rates = {name: round(count / minutes, 1) for name, count in sorted(counted.items()) if count}
@@ -91,7 +91,7 @@ def _counters(server: Server) -> dict[str, int]:
 
 
 def _operations(server: Server, database: str, seconds: float) -> dict[str, float]:
-    """What the profiler saw of the pool, by command and collection, per minute."""
+    """The operations of the pool in the profiler, by command and collection, per minute."""
     seen: Counter[str] = Counter()
     for entry in server.client[database]["system.profile"].find({"appName": "streamline-pool"}):
         command = entry.get("command", {})

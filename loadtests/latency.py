@@ -1,7 +1,7 @@
 """How long does an idle pool take from `start` to the first step, and to the end of the run as `wait_for` sees it?
 
-The starter is a process of its own that does what a user's would: `start`, then `wait_for`, then a pause. Between runs
-it times single majority writes, and those are the unit: a durable engine can do nothing in less than one of them.
+The starter is a process of its own that acts like a user's: `start`, then `wait_for`, then a pause. Between runs it times
+single majority writes. These are the unit, because a durable engine needs at least one of them for every change.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pymongo.write_concern import WriteConcern
 from streamline_pool import Streamline
 
 from . import app as pool_app
-from .common import Budget, Report, Server, add_pool_options, percentile, pool, say, until
+from .common import Budget, Report, Server, add_pool_options, percentile, pool, report_progress, until
 
 __all__ = ["add_options", "measure"]
 
 _WRITES_PER_SAMPLE = 3
 _WARM_UP = 20  # runs that are not counted: connections, caches, the first claim
-_PAUSE_S = (0.005, 0.045)  # between the end of a run and the next start, uniformly: no phase of a timer is favoured
+_PAUSE_S = (0.005, 0.045)  # between the end of a run and the next start, uniformly distributed, so that no phase of a timer is preferred
 _TIMEOUT_S = 30.0
 
 Timing = tuple[str, float, float, float]
-"""Of one run: its id, and the monotonic instants at which `start` was called, `start` returned, and `wait_for` returned."""
+"""Of one run: its id, and the monotonic instants of the call of `start`, of its return, and of the return of `wait_for`."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +45,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
-    """A run of three steps and a run of one step, by turns."""
+    """A run of three steps and a run of one step, in turn."""
     database = server.database()
     with ExitStack() as stack:
         marks = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamline-loadtest-")), "marks")
         arguments = ("--workers", str(options.workers), "--concurrency", str(options.concurrency))
         stack.enter_context(pool(server, database, *arguments, environment={pool_app.MARKS_VARIABLE: str(marks)}))
-        say(f"{options.samples} samples of each of two workflows")
+        report_progress(f"{options.samples} samples of each of two workflows")
         timings, writes = _in_a_process(stack, server.uri, database, options.samples)
         until(lambda: len(marks.read_text().splitlines()) >= 2 * (options.samples + _WARM_UP), "every first step is marked", _TIMEOUT_S)
         entered = {run_id: float(at) for run_id, at in (line.split() for line in marks.read_text().splitlines())}
@@ -84,9 +84,9 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
 
 def _figures(timings: list[Timing], entered: dict[str, float], unit_s: float) -> dict[str, Any]:
     spans = {
-        "first_step": [entered[run_id] - begun for run_id, begun, _, _ in timings],
-        "start_call": [returned - begun for _, begun, returned, _ in timings],
-        "done": [done - begun for _, begun, _, done in timings],
+        "first_step": [entered[run_id] - started for run_id, started, _, _ in timings],
+        "start_call": [returned - started for _, started, returned, _ in timings],
+        "done": [done - started for _, started, _, done in timings],
     }
     return {name: _distribution(values, unit_s) for name, values in spans.items()}
 
@@ -98,14 +98,14 @@ def _distribution(values: list[float], unit_s: float) -> dict[str, float]:
 
 
 def _in_a_process(stack: ExitStack, uri: str, database: str, samples: int) -> tuple[dict[str, list[Timing]], list[float]]:
-    """Run the starter; what it timed, by workflow, and the times of the writes."""
+    """Run the starter. Returns its timings by workflow, and the seconds of each write."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_starter, args=(uri, database, samples, theirs), daemon=True)
     process.start()
     theirs.close()
     stack.callback(_end, process, ours)
-    answer = ours.recv()  # EOFError when the starter has failed; it has shown why
+    answer = ours.recv()  # EOFError when the starter has failed; it has printed the reason
     assert isinstance(answer, tuple), "the starter sends one pair"
     return answer
 
@@ -118,7 +118,7 @@ def _end(process: Any, pipe: Connection) -> None:
 
 def _starter(uri: str, database: str, samples: int, pipe: Connection) -> None:
     """The starter process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles ^C, and ends this process
     writes: list[float] = []
     timings: dict[str, list[Timing]] = {pool_app.marked.id: [], pool_app.marked_short.id: []}
     with pool_app.client_app(uri, database, pool_app.marked, pool_app.marked_short) as app, MongoClient[dict[str, Any]](uri) as client:
@@ -136,17 +136,17 @@ def _starter(uri: str, database: str, samples: int, pipe: Connection) -> None:
 
 
 def _write(target: Any) -> float:
-    begun = time.monotonic()
+    started = time.monotonic()
     target.update_one({"_id": os.getpid()}, {"$inc": {"n": 1}})
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
 def _run_once(app: Streamline, workflow_id: str) -> Timing:
     workflow = app.workflows[workflow_id]
-    begun = time.monotonic()
+    started = time.monotonic()
     run = workflow.start()
     returned = time.monotonic()
     ended = workflow.wait_for(run.id, timeout=_TIMEOUT_S)
     done = time.monotonic()
     assert ended.status == "done", ended.error
-    return run.id, begun, returned, done
+    return run.id, started, returned, done

@@ -1,7 +1,7 @@
-"""What does one more idle worker cost in memory, and how soon after the command is a pool ready?
+"""How much memory does one more idle worker need, and how soon after the command is a pool ready?
 
-Memory is PSS, in which a page that several processes share counts for each with its part: the sum over the pool is
-what the machine really has less of. Linux only.
+Memory is PSS: a page that several processes share counts for each with its part. So the sum over the pool is the memory
+that the pool really uses. Linux only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .common import Budget, Pool, Report, Server, percentile, pool, say, spread
+from .common import Budget, Pool, Report, Server, percentile, pool, report_progress, spread
 
 __all__ = ["add_options", "measure"]
 
@@ -30,13 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
-    """A small pool and a large one, by turns; then starts."""
+    """A small pool and a large one, in turn; then the starts."""
     rounds = []
     for number in range(options.repeat):
         few, many = (_pss(server, workers, options.settle) for workers in (options.few, options.many))
         added = (many["pool_mib"] - few["pool_mib"]) / (options.many - options.few)
         rounds.append({"added_mib": added, "few_mib": few["pool_mib"], "many_mib": many["pool_mib"], **many["parts"]})
-        say(f"memory {number + 1}: {added:.2f} MiB per added worker")
+        report_progress(f"memory {number + 1}: {added:.2f} MiB per added worker")
     database = server.database()
     starts = [_start(server, database, options.ready_workers) for _ in range(options.starts)]
     figures = {
@@ -63,7 +63,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
 
 def _start(server: Server, database: str, workers: int) -> float:
     with pool(server, database, "--workers", str(workers)) as running:
-        say(f"ready after {running.ready_s:.2f} s")
+        report_progress(f"ready after {running.ready_s:.2f} s")
         return running.ready_s
 
 
@@ -91,7 +91,7 @@ def _parts(running: Pool) -> dict[str, Any]:
 
 
 def pss_bytes(pid: int) -> int:
-    """Proportional set size of a process."""
+    """Proportional set size of a process, in bytes."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

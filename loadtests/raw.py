@@ -1,7 +1,7 @@
-"""The yardstick of `throughput`: processes that do nothing but send `bulk_write`s of fenced `update_one`s, majority.
+"""The baseline of `throughput`: processes that only send `bulk_write`s of fenced `update_one`s, with majority.
 
-The documents are runs in the middle of their first step, and each update is the one by which a worker stores a step,
-in the shape that ops.py gives it; only its values are filled in here, so the client does as little as it can.
+The documents are runs in the middle of their first step. Each update is the one by which a worker stores a step, as
+protocol/commits.py builds it. Only its values are filled in here, so the client does as little as possible.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ __all__ = ["BATCH", "PROCESSES", "RawWriters", "raw_writers"]
 PROCESSES = 2
 BATCH = 100
 _COLLECTION = "raw_runs"
-_DOCUMENTS = 2_000  # for each process: as many as a fast worker has in flight and in the cache
+_DOCUMENTS = 2_000  # for each process: as many as a fast worker has active or cached
 _WARM_S = 0.3
 _LEASE_ID = "0" * 32
 _PATIENCE_S = 60.0
 
 
 class RawWriters:
-    """The writer processes, warm and waiting; see `raw_writers`."""
+    """The writer processes, warmed up; see `raw_writers`."""
 
     def __init__(self, server: Server, pipes: Sequence[Connection]) -> None:
         self._server = server
         self._pipes = pipes
 
     def rate(self, seconds: float, *, retryable: bool = True) -> dict[str, float]:
-        """Let them write for so long: updates per second of all together, and processor time for each update."""
+        """Let all of them write for so long. Returns their updates per second, and the processor time per update."""
         mongod_s = self._server.cpu_seconds()
         for pipe in self._pipes:
             pipe.send((seconds, retryable))
@@ -61,7 +61,7 @@ class RawWriters:
 
 @contextmanager
 def raw_writers(server: Server, database: str) -> Iterator[RawWriters]:
-    """`PROCESSES` writers on documents of their own in that database; ended with the block."""
+    """`PROCESSES` writers, each on documents of its own in that database. They end with the block."""
     _prepare(server, database)
     spawn = multiprocessing.get_context("spawn")  # a fork would share this process's MongoClient
     pipes: list[Connection] = []
@@ -80,7 +80,7 @@ def raw_writers(server: Server, database: str) -> Iterator[RawWriters]:
         yield writers
     finally:
         for pipe in pipes:
-            pipe.close()  # which ends them
+            pipe.close()  # which ends the writer
         for process in processes:
             process.join(1.0)
             if process.is_alive():
@@ -90,12 +90,12 @@ def raw_writers(server: Server, database: str) -> Iterator[RawWriters]:
 
 def _receive(pipe: Connection) -> Any:
     if not pipe.poll(_PATIENCE_S):
-        raise TimeoutError(f"a raw writer has said nothing for {_PATIENCE_S:g} s")
+        raise TimeoutError(f"a raw writer has sent no answer for {_PATIENCE_S:g} s")
     return pipe.recv()
 
 
 def _prepare(server: Server, database: str) -> None:
-    """Runs as a worker holds them, in a collection with the engine's indexes."""
+    """Insert runs as a worker holds them, into a collection with the engine's indexes."""
     collection = server.client[database][_COLLECTION]
     collection.drop()
     server.client[database].command("createIndexes", _COLLECTION, indexes=[index.spec() for index in RUN_INDEXES])
@@ -129,8 +129,8 @@ def _held_run(run_id: str) -> dict[str, Any]:
 
 
 def _write(uri: str, database: str, number: int, pipe: Connection) -> None:
-    """A writer process: is told how long to write and how, tells how many updates in what time; ends with the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the parent, whose end of the pipe then closes
+    """A writer process. Receives how long and how to write, sends the number of updates and the time. Ends with the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles ^C, and closes its end of the pipe
     revs = {f"{number}-{place}": 0 for place in range(_DOCUMENTS)}
     clients: list[MongoClient[dict[str, Any]]] = [MongoClient(uri), MongoClient(uri, retryWrites=False)]
     with clients[0] as default, clients[1] as plain:
@@ -140,13 +140,13 @@ def _write(uri: str, database: str, number: int, pipe: Connection) -> None:
                 seconds, retryable = pipe.recv()
             except EOFError:
                 return
-            begun, cpu = time.perf_counter(), time.process_time()
-            count = writers[retryable].write_until(begun + seconds)
-            pipe.send((count, time.perf_counter() - begun, time.process_time() - cpu))
+            started, cpu = time.perf_counter(), time.process_time()
+            count = writers[retryable].write_until(started + seconds)
+            pipe.send((count, time.perf_counter() - started, time.process_time() - cpu))
 
 
 class _Writer:
-    """Goes round its documents, one batch after the other."""
+    """Updates its documents in turn, one batch after the other."""
 
     def __init__(self, database: Any, revs: dict[str, int]) -> None:
         self._collection = database.get_collection(_COLLECTION, write_concern=WriteConcern("majority"))
@@ -159,13 +159,13 @@ class _Writer:
         self._filter, self._set = template["q"], template["u"]["$set"]
 
     def write_until(self, deadline: float) -> int:
-        """Updates written by then, every one of them matched."""
+        """Write until the deadline. Returns the number of updates, each of which matched."""
         count = 0
         while time.perf_counter() < deadline:
             ids = self._ids[self._next : self._next + BATCH]
             self._next = (self._next + BATCH) % len(self._ids)
             result = self._collection.bulk_write([self._update(run_id) for run_id in ids])
-            assert result.matched_count == len(ids), "nobody else writes these documents"
+            assert result.matched_count == len(ids), "no other process writes these documents"
             count += len(ids)
         return count
 

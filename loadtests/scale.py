@@ -1,7 +1,7 @@
-"""Does claiming notice what else is in the collection, and do many workers claim without getting in each other's way?
+"""Is claiming slower in a large collection, and do many workers claim without conflicts?
 
-Claims are timed by turns in two databases of one server: one empty, one with hundreds of thousands of runs that no
-worker can claim. Then sixteen workers of one pool work off a queue in the full one, and note what each claim won.
+Claims are timed in turn in two databases of one server: one empty, one with hundreds of thousands of runs that no worker
+can claim. Then sixteen workers of one pool work on a queue in the full one, and record what each claim won.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from streamline_pool.worker.poller import slots_of
 
 from . import ballast
 from .app import CLAIMS_VARIABLE, client_app, noop
-from .common import Budget, Report, Server, pool, say, spread, until
+from .common import Budget, Report, Server, pool, report_progress, spread, until
 
 __all__ = ["add_options", "measure"]
 
 _CLAIM = 100  # runs in one claim, as a worker with the default concurrency asks for
 _OWNER = "host:1:loadtest"
-_LEASE_S = 600.0  # none expires while we measure
+_LEASE_S = 600.0  # none expires during the measurement
 _RUN_TIMEOUT_S = 120.0
 
 
@@ -42,22 +42,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=8, help="turns of the two collections (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3_000, help="runs claimed in a turn (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=16, help="workers that claim at once (default: %(default)s)")
-    parser.add_argument("--queue", type=int, default=20_000, help="runs that they work off (default: %(default)s)")
+    parser.add_argument("--queue", type=int, default=20_000, help="runs in the queue of these workers (default: %(default)s)")
     parser.add_argument("--single-starts", type=int, default=300, help="runs started one by one while they are idle (default: %(default)s)")
 
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
-    """Fill one database, take turns, then let many workers loose in the full one."""
+    """Fill one database, time claims in turn, then let many workers claim in the full one."""
     empty, full = server.database(), server.database()
     with ExitStack() as stack:
         apps = {name: stack.enter_context(client_app(server.uri, name, noop)) for name in (empty, full)}
         for app in apps.values():
             app.init_db()
-        begun = time.monotonic()
+        started = time.monotonic()
         ballast.fill(server, full, options.finished, options.sleeping, options.absent)
-        say(f"filled in {time.monotonic() - begun:.0f} s")
+        report_progress(f"filled in {time.monotonic() - started:.0f} s")
         rounds = _take_turns(server, apps[empty], apps[full], options)
-        looks = {"empty": _look(server, apps[empty], options.runs), "full": _look(server, apps[full], options.runs)}
+        polls = {"empty": _examined(server, apps[empty], options.runs), "full": _examined(server, apps[full], options.runs)}
         efficiency = {"full": _efficiency(server, apps[full], options), "empty": _efficiency(server, apps[empty], options)}
     ratios = [row["ratio"] for row in rounds]
     figures = {
@@ -67,7 +67,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         "claim_mongod_us_per_run": {name: median(row[f"{name}_mongod_us"] for row in rounds) for name in ("empty", "full")},
         "claim_time_ratio_spread": spread(ratios),
         "rounds": rounds,
-        "one_find_due": looks,
+        "one_find_due": polls,
         "efficiency": efficiency,
     }
     settings = {
@@ -82,9 +82,9 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
     }
     budgets = [Budget(key="claim_time_ratio", limit=1.2), Budget(key="claim_efficiency", limit=0.9, at_least=True)]
     notes = [
-        "claim_time_ratio: the median, over the rounds, of the time in the full collection by the mean of the two empty ones beside it",
-        "efficiency: runs won by runs tried, over every claim of every worker of the pool",
-        "finished and sleeping runs are of the workflow that is claimed, so they are in its way if anything is",
+        "claim_time_ratio: over the rounds, the median of the time in the full collection divided by the mean of the empty ones beside it",
+        "efficiency: runs won divided by runs tried, over every claim of every worker of the pool",
+        "finished and sleeping runs are of the workflow that is claimed, so they would slow its claims down most",
     ]
     return Report(question="scale", settings=settings, figures=figures, budgets=budgets, notes=notes)
 
@@ -111,7 +111,7 @@ def _take_turns(server: Server, empty: Streamline, full: Streamline, options: ar
         }
         rows.append(row)
         times = f"{row['full_us']:.0f} us per run in the full one, {row['empty_us']:.0f} in the empty one"
-        say(f"claim {number + 1}: {times}, {row['ratio']:.3f}")
+        report_progress(f"claim {number + 1}: {times}, {row['ratio']:.3f}")
     return rows
 
 
@@ -119,7 +119,7 @@ def _claim_all(server: Server, app: Streamline, runs: int) -> dict[str, float]:
     """Insert runs and claim them as one of two workers does: microseconds per run, and mongod's processor time in that."""
     ballast.insert(server, app.where.database, (ballast.claimable(noop) for _ in range(runs)))
     store, lanes, won = app.store(), app.lanes(), 0
-    begun, cpu = time.perf_counter(), server.cpu_seconds()
+    started, cpu = time.perf_counter(), server.cpu_seconds()
     while won < runs:
         rows = store.run(find_due(lanes, slots_of(0, 2), store.now(), _CLAIM, None))
         if len(rows) < _CLAIM:
@@ -127,23 +127,23 @@ def _claim_all(server: Server, app: Streamline, runs: int) -> dict[str, float]:
         run_ids = [row["_id"] for row in rows]
         lease_id = app.env.new_id()
         won += store.run(claim_runs(run_ids, lanes, lease_id, _OWNER, _LEASE_S))
-        assert len(store.run(read_claimed(run_ids, lease_id))) == len(run_ids), "nobody else claims here"
-    taken_s, cpu_s = time.perf_counter() - begun, server.cpu_seconds() - cpu
+        assert len(store.run(read_claimed(run_ids, lease_id))) == len(run_ids), "no other process claims here"
+    taken_s, cpu_s = time.perf_counter() - started, server.cpu_seconds() - cpu
     app.runs.delete_many({"lease.owner": _OWNER, "lease.expiresAt": {"$exists": True}})
     return {"us": taken_s / runs * 1e6, "mongod_us": cpu_s / runs * 1e6}
 
 
-def _look(server: Server, app: Streamline, runs: int) -> dict[str, Any]:
-    """What the server examines for one look at a queue of so many runs, by its own account."""
+def _examined(server: Server, app: Streamline, runs: int) -> dict[str, Any]:
+    """What the server examines for one poll of a queue of so many runs, by `explain`."""
     ballast.insert(server, app.where.database, (ballast.claimable(noop) for _ in range(runs)))
-    look = find_due(app.lanes(), None, app.store().now(), _CLAIM, None)
+    poll = find_due(app.lanes(), None, app.store().now(), _CLAIM, None)
     command = {
         "find": app.runs.name,
-        "filter": look.filter,
-        "projection": look.projection,
-        "sort": dict(look.sort),
-        "limit": look.limit,
-        "hint": look.hint,
+        "filter": poll.filter,
+        "projection": poll.projection,
+        "sort": dict(poll.sort),
+        "limit": poll.limit,
+        "hint": poll.hint,
     }
     stats = app.runs.database.command("explain", command, verbosity="executionStats")["executionStats"]
     app.runs.delete_many({"lane": {"$in": list(app.lanes())}, "wakeAt": {"$lte": datetime.now(UTC)}})
@@ -154,7 +154,7 @@ def _look(server: Server, app: Streamline, runs: int) -> dict[str, Any]:
 
 
 def _efficiency(server: Server, app: Streamline, options: argparse.Namespace) -> dict[str, Any]:
-    """Two queues: one that is there when the pool starts, and runs that come one by one to idle workers."""
+    """Two queues: one that is full when the pool starts, and one that gets single runs while the workers are idle."""
     workflow = app.workflows[noop.id]
     with tempfile.TemporaryDirectory(prefix="streamline-loadtest-") as folder:
         claims = Path(folder, "claims")
@@ -168,20 +168,20 @@ def _efficiency(server: Server, app: Streamline, options: argparse.Namespace) ->
             for _ in range(options.single_starts):
                 workflow.wait_for(workflow.start().id, timeout=_RUN_TIMEOUT_S)
             one_by_one = _summary(claims.read_text().splitlines()[lines_before:])
-    say(f"efficiency {inserted_before['efficiency']:.3f}, one by one {one_by_one['efficiency']:.3f}")
+    report_progress(f"efficiency {inserted_before['efficiency']:.3f}, one by one {one_by_one['efficiency']:.3f}")
     return {"inserted_before": inserted_before, "started_one_by_one": one_by_one}
 
 
 def _unfinished(app: Streamline) -> bool:
-    """Is any of our runs due or held?"""
+    """True if any run is due or held."""
     due = {"lane": {"$in": list(app.lanes())}, "wakeAt": {"$lte": datetime.now(UTC)}}
     held = {"lease.expiresAt": {"$exists": True}}
-    looks = ((due, "streamline_due"), (held, "streamline_lease"))
-    return any(app.runs.find_one(query, {"_id": 1}, hint=hint) is not None for query, hint in looks)
+    queries = ((due, "streamline_due"), (held, "streamline_lease"))
+    return any(app.runs.find_one(query, {"_id": 1}, hint=hint) is not None for query, hint in queries)
 
 
 def _summary(lines: list[str]) -> Mapping[str, float]:
-    """Of the claims noted: runs won by runs tried."""
+    """Runs won divided by runs tried, over the recorded claims."""
     rows = [(kind, int(tried), int(won)) for kind, tried, won in (line.split() for line in lines)]
     tried, won = sum(row[1] for row in rows), sum(row[2] for row in rows)
     claims = [row for row in rows if row[0] != "empty"]
@@ -191,5 +191,5 @@ def _summary(lines: list[str]) -> Mapping[str, float]:
         "runs_won": won,
         "claims": len(claims),
         "claims_that_won_nothing": sum(1 for row in claims if not row[2]),
-        "looks_that_found_nothing": len(rows) - len(claims),
+        "polls_that_found_nothing": len(rows) - len(claims),
     }

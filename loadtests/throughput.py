@@ -1,8 +1,8 @@
 """How many steps per second does a pool store, and what part of the database's own limit is that?
 
 One pool and the raw writers take turns every second or two, because the speed of a shared machine drifts by more than
-what is to be measured: while the writers write the pool is held (TSTP), and goes on (CONT) while they wait. Each figure
-of the pool is compared with the mean of the raw limits just before and just after it.
+the measured difference. While the writers write, the pool is stopped (TSTP); it continues (CONT) while they wait. Each
+figure of the pool is compared with the mean of the raw limits just before and just after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from streamline_pool import Streamline
 
 from . import app as pool_app
-from .common import Budget, Pool, Report, Server, add_pool_options, cpu_seconds, pool, say, spread, until
+from .common import Budget, Pool, Report, Server, add_pool_options, cpu_seconds, pool, report_progress, spread, until
 from .raw import BATCH, PROCESSES, RawWriters, raw_writers
 
 __all__ = ["add_options", "measure"]
@@ -28,20 +28,20 @@ __all__ = ["add_options", "measure"]
 _STEPS = 3
 _HELD_TIMEOUT_S = 30.0
 _LIVE_BATCH = 500
-_RUNS_PER_S_MAX = 5_000  # runs in store for each second of the pool's turn, so that it cannot run out; a guess at twice the best seen
+_RUNS_PER_S_MAX = 5_000  # stored runs per second of the pool's turn, so that it always has work; a guess: twice the best rate seen
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this question."""
     add_pool_options(parser, workers=2, concurrency=200)
     parser.add_argument("--rounds", type=int, default=12, help="turns of raw limit and pool (default: %(default)s)")
-    parser.add_argument("--side-rounds", type=int, default=4, help="turns for each figure printed beside (default: %(default)s)")
+    parser.add_argument("--side-rounds", type=int, default=4, help="turns for each of the other figures (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one measurement (default: %(default)s)")
     parser.add_argument("--settle", type=float, default=0.4, help="seconds that the pool works before each (default: %(default)s)")
 
 
 def measure(server: Server, options: argparse.Namespace) -> Report:
-    """Take turns: with the runs inserted before; then with `def` handlers; then while another process's work is started."""
+    """Take turns: with runs inserted before; then with `def` handlers; then while this process starts runs."""
     with ExitStack() as stack:
         database = server.database()
         app = stack.enter_context(pool_app.client_app(server.uri, database, pool_app.noop, pool_app.noop_def))
@@ -76,9 +76,9 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         "raw": f"{PROCESSES} processes, bulk_write of {BATCH} fenced update_one each, PyMongo's defaults (retryable writes, ordered)",
     }
     notes = [
-        "cpu_ratio: processor time per raw update divided by that per step, all processes together; what others do disturbs it least",
+        "cpu_ratio: processor time per raw update divided by that per step, all processes together; other programs disturb it least",
         "ratio_to_raw: the median, over the rounds, of steps/s divided by the mean of the raw limits before and after",
-        "ratio_to_raw compares with PyMongo's defaults; raw_without_retryable_writes is printed for what it tells and is not compared with",
+        "ratio_to_raw compares with PyMongo's defaults; raw_without_retryable_writes is for information only",
     ]
     budgets = [Budget(key="ratio_to_raw", limit=0.6, at_least=True)]
     return Report(question="throughput", settings=settings, figures=figures, budgets=budgets, notes=notes)
@@ -86,14 +86,14 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Turns:
-    """One pool, held whenever its figures are not being taken, and the raw writers."""
+    """One pool, which is stopped except while it is measured, and the raw writers."""
 
     server: Server
     app: Streamline
     running: Pool
     writers: RawWriters
     seconds: float
-    settle_s: float  # from CONT to the window that is measured: claims under way, group commits filled
+    settle_s: float  # from CONT to the measured window, so that claims and group commits run steadily
 
     def take(self, rounds: int, work: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
         """Raw, pool, raw, pool, …, raw: each round's figures and their medians."""
@@ -106,7 +106,9 @@ class _Turns:
             rows.append({"ratio": worked["steps_per_second"] / raw_per_second, "raw_per_second": raw_per_second, **worked})
             raw_cpu_us = mean(row["mongod_us"] + row["clients_us"] for row in raw[-2:])
             rows[-1]["cpu_ratio"] = raw_cpu_us / sum(worked["cpu_us_per_step"].values())
-            say(f"{name} {number + 1}: {worked['steps_per_second']:.0f} steps/s, raw {raw_per_second:.0f}/s, ratio {rows[-1]['ratio']:.3f}")
+            report_progress(
+                f"{name} {number + 1}: {worked['steps_per_second']:.0f} steps/s, raw {raw_per_second:.0f}/s, ratio {rows[-1]['ratio']:.3f}"
+            )
         return {
             "ratio": median(row["ratio"] for row in rows),
             "steps_per_second": median(row["steps_per_second"] for row in rows),
@@ -119,7 +121,7 @@ class _Turns:
         }
 
     def inserted_before(self, workflow_id: str) -> dict[str, Any]:
-        """The pool's figures on runs that are there when it goes on."""
+        """The pool's figures with runs that are stored before it continues."""
         self._fill(workflow_id)
         self.running.signal(signal.SIGCONT)
         time.sleep(self.settle_s)
@@ -127,28 +129,28 @@ class _Turns:
 
     def started_live(self) -> dict[str, Any]:
         """The pool's figures while this process starts runs, in batches."""
-        self.app.runs.delete_many({"wakeAt": {"$exists": True}})  # what is left in store from other turns
+        self.app.runs.delete_many({"wakeAt": {"$exists": True}})  # runs that are left from other turns
         self.running.signal(signal.SIGCONT)
         self._start_for(self.settle_s)
         return self._window(lambda: self._start_for(self.seconds))
 
     def hold(self) -> None:
-        """Have the pool stop claiming; return when nothing is in flight."""
+        """Stop the pool from claiming. Return when no run is active."""
         self.running.signal(signal.SIGTSTP)
-        until(self._nothing_held, "runs in flight end", _HELD_TIMEOUT_S, 0.01)
+        until(self._nothing_held, "the active runs end", _HELD_TIMEOUT_S, 0.01)
 
     def _nothing_held(self) -> bool:
         return self.app.runs.find_one({"lease.expiresAt": {"$exists": True}}, {"_id": 1}, hint="streamline_lease") is None
 
     def _fill(self, workflow_id: str) -> None:
-        """Top up the runs in store to what one turn can use."""
+        """Start as many runs as one turn can use."""
         wanted = round(_RUNS_PER_S_MAX * (self.seconds + self.settle_s))
         missing = wanted - self._waiting(workflow_id)
         if missing > 0:
             self.app.workflows[workflow_id].start_many([None] * missing)
 
     def _start_for(self, seconds: float) -> None:
-        """Start batches as fast as the pool works them off: there is always work, and never a growing heap of it."""
+        """Start batches as fast as the pool completes them: there is always work, and the backlog does not grow."""
         until_at = time.monotonic() + seconds
         while time.monotonic() < until_at:
             if self._waiting(pool_app.noop.id) > 2 * _LIVE_BATCH:
@@ -162,7 +164,7 @@ class _Turns:
         return waiting
 
     def _window(self, pass_time: Callable[[], None]) -> dict[str, Any]:
-        """Count the steps that end within a stretch of time, and the processor time it takes."""
+        """Count the steps that end within a period, and the processor time used."""
         since, before = datetime.now(UTC), self._usage()
         pass_time()
         to, after = datetime.now(UTC), self._usage()
@@ -175,7 +177,7 @@ class _Turns:
         }
 
     def _steps_ended(self, since: datetime, to: datetime) -> int:
-        """Read with the pool held; the runs of earlier turns are deleted first, so that this stays cheap."""
+        """Read while the pool is stopped. The runs of earlier turns are deleted first, so that this stays cheap."""
         self.app.runs.delete_many({"endedAt": {"$lt": since}})
         window = {"$gte": since, "$lt": to}
         stages: list[Mapping[str, Any]] = [

@@ -281,7 +281,7 @@ class TestKit:
                 break
             if self._env.clock.monotonic() > deadline:
                 raise TimeoutError(
-                    f"it is {self.now()}, on the way to {target}, and runs keep becoming due; jump less far, or give TestKit a longer timeout="
+                    f"it is {self.now()}, on the way to {target}, and runs keep becoming due; jump less far, or give TestKit more time"
                 )
         await self._settle(deadline)
 

@@ -1,4 +1,4 @@
-"""The examples work as they stand: alone as programs, and as applications of the command."""
+"""The examples work: as programs, and as applications of the command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(*words: str, folder: Path = REPOSITORY) -> str:
-    """What the program prints; it must end with 0 and leave no process behind."""
+    """Run a program, which must end with 0. Returns what it prints."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
     environ["PYTHONPATH"] = str(REPOSITORY)
     done = subprocess.run([sys.executable, *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=55)
@@ -32,32 +32,32 @@ def processes_of(word: str) -> list[int]:
 
 EXAMPLES = sorted(path.stem for path in (REPOSITORY / "examples").glob("*.py") if path.stem != "__init__")
 
-SAYS: dict[str, tuple[str, ...]] = {
+PRINTS: dict[str, tuple[str, ...]] = {
     "hello_world": ("is done: {'greeting': 'Hello, world!', 'characters': 13}",),
     "wait_and_resume": (
-        "run 1 is waiting: it wants somebody to approve the expense, {'amount': 120}",
+        "run 1 is waiting: a person is asked to approve the expense, {'amount': 120}",
         "run 1 is done: booked, approved by Ann",
-        "run 2 is done: nobody answered; the expense is refused",
+        "run 2 is done: no answer came; the expense is refused",
     ),
     "sleep": ("welcome, Ann; the run is waiting until", "the run is done: Ann, are you still there?"),
     "conditional": (
         "run 1 is done, charged 25: price done, check_for_fraud skipped, discount done, thank skipped, charge done",
         "run 2 is done, charged 270: price done, check_for_fraud done, discount skipped, thank done, charge done",
     ),
-    "newsletter": ("the run is waiting; somebody is to read the draft:", "the run is done: sent to reader-1@example.org, reader-2@"),
+    "newsletter": ("the run is waiting; a person is asked to read the draft:", "the run is done: sent to reader-1@example.org, reader-2@"),
     "ai_pipeline": (
         "waiting for a review; writing took 2 attempts, scores {'style': 0.9, 'facts': 0.4, 'tone': 0.9}",
         "published 3 paragraphs, reviewed by Ann",
     ),
     "approval_http": (
         "the boss answers: 200",
-        "somebody uses the same link again: 401 HOOK_TOKEN_INVALID",
+        "a second answer with the same link: 401 HOOK_TOKEN_INVALID",
         "the run: 200 {'output': 'a lamp ordered', 'status': 'done'}",
     ),
     "multi_tenant": ("acme: ['acme: 3', 'acme: 3']", "zeta: ['zeta: 9']", "2 of its runs removed, 1 of other tenants kept"),
     "parallel": ("asked 6 suppliers", "elm: TimeoutError('tasks[4] took longer", "is done: {'supplier': 'birch'"),
 }
-"""What each prints, run by itself. The two that start pools of their own have tests below."""
+"""What each example prints. The two that start pools have tests below."""
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -69,42 +69,42 @@ def test_each_is_an_application(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_example_is_run() -> None:
-    assert {*SAYS, "stdlib_index", "web_scraper"} == set(EXAMPLES)
+    assert {*PRINTS, "stdlib_index", "web_scraper"} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", PRINTS)
 def test_each_runs_by_one_command_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
-    """The first thing a stranger does with an example is to run it, wherever they are."""
-    said = run(str(REPOSITORY / "examples" / f"{name}.py"), folder=tmp_path)
-    for words in SAYS[name]:
-        assert words in said
+    """A new user runs an example first, from any folder."""
+    printed = run(str(REPOSITORY / "examples" / f"{name}.py"), folder=tmp_path)
+    for words in PRINTS[name]:
+        assert words in printed
     assert list(tmp_path.iterdir()) == []
     assert processes_of(f"examples.{name}:app") == []
 
 
 @pytest.mark.slow
 def test_the_web_scraper_saves_every_page_of_a_real_site() -> None:
-    said = run("examples/web_scraper.py")
-    assert "19 of 19 runs are done, 19 pages are saved" in said
-    assert re.search(r"^ +\d{4,} bytes +\d+ links +Python: package json$", said, re.MULTILINE)
+    printed = run("examples/web_scraper.py")
+    assert "19 of 19 runs are done, 19 pages are saved" in printed
+    assert re.search(r"^ +\d{4,} bytes +\d+ links +Python: package json$", printed, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_the_demo_loses_a_worker_and_nothing_else() -> None:
-    """`streamline-pool demo` on a sample of the files: a worker is killed, totals are equal, nothing is accepted twice."""
-    said = run("-m", "streamline_pool.supervisor.cli", "demo", "--limit", "300")
-    table = dict(re.findall(r"^(\S[a-z ]+?)  +(.+)$", said, re.MULTILINE))
-    assert re.search(r"killed worker \d+ with SIGKILL; it held \d+ runs", said)
+def test_the_demo_loses_a_worker_and_no_result() -> None:
+    """`streamline-pool demo` on a sample of the files: a worker is killed, totals are equal, no result is accepted twice."""
+    printed = run("-m", "streamline_pool.supervisor.cli", "demo", "--limit", "300")
+    table = dict(re.findall(r"^(\S[a-z ]+?)  +(.+)$", printed, re.MULTILINE))
+    assert re.search(r"killed worker \d+ with SIGKILL; it held \d+ runs", printed)
     assert re.fullmatch(r"\d+\.\d\d s for the \d+ runs of the killed worker", table["recovery time"])
     assert table["duplicates accepted"] == "0"
     stored, directly = table["functions"].split()
     assert int(stored) == int(directly) > 1000
-    assert said.endswith("\nequal\n")
+    assert printed.endswith("\nequal\n")
     assert processes_of("examples.stdlib_index:app") == []
 
 
 def test_the_demo_notices_at_once_when_its_pool_has_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It once waited two minutes for a pool that had told the reason in a log which was deleted afterwards."""
+    """Once it waited two minutes for a dead pool, and then deleted the log with the reason."""
     from examples import stdlib_index
 
     start_many = stdlib_index.index.start_many
@@ -116,14 +116,14 @@ def test_the_demo_notices_at_once_when_its_pool_has_ended(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(stdlib_index.index, "start_many", start_and_kill)
     assert stdlib_index.main(["--limit", "300"]) == 1
-    said = capsys.readouterr().err
-    assert "the pool ended by itself with code -9; it said:" in said
-    assert '"event":"ready"' in said
+    printed = capsys.readouterr().err
+    assert "the pool ended by itself with code -9; its log ends:" in printed
+    assert '"event":"ready"' in printed
 
 
 @pytest.mark.slow
 def test_the_demo_fails_when_the_totals_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A comparison that cannot fail proves nothing: here the direct count is made wrong."""
+    """A comparison that cannot fail proves nothing. Here the direct count is wrong."""
     from examples import stdlib_index
 
     count = stdlib_index.count_source

@@ -1,4 +1,4 @@
-"""The load tests, at sizes that say nothing about speed: each asks its question of a real pool and answers in its shape."""
+"""The load tests, at sizes that measure no real speed: each measures a real pool and prints its report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("question", [pytest.param(name, marks=[] if name == "throughput" else [pytest.mark.slow]) for name in TINY])
 def test_each_question_is_answered_in_one_json_document(question: str, mongodb_uri: str) -> None:
-    """A figure without its settings, or beside a log line that breaks the JSON, would be of no use to a script."""
+    """A figure without its settings, or with a log line that breaks the JSON, would be useless to a script."""
     answer = ask(question, "--json", "--mongodb-uri", mongodb_uri, *TINY[question].split())
 
     assert answer.returncode == 0, answer.stderr
@@ -68,7 +68,7 @@ def figure(document: dict[str, Any], key: str) -> Any:
 
 @pytest.mark.parametrize("uri", ["mongodb://db.example.org/", "mongodb://127.0.0.1,10.0.0.7/", "mongodb+srv://cluster.example.org/"])
 def test_a_server_of_another_machine_is_refused(uri: str) -> None:
-    """Load tests fill databases and drop them: never on a server that somebody may need."""
+    """Load tests fill databases and drop them. They must never do that on a server that is in use."""
     answer = ask("memory", "--json", "--mongodb-uri", uri)
 
     assert answer.returncode == 2
@@ -77,7 +77,7 @@ def test_a_server_of_another_machine_is_refused(uri: str) -> None:
 
 
 def test_an_interrupted_load_test_leaves_no_process_behind(mongodb_uri: str) -> None:
-    """A pool that goes on by itself would spoil the next measurement, and the machine for everybody else."""
+    """A pool that goes on by itself would distort the next measurement, and load the machine."""
     process = subprocess.Popen([*MODULE, "memory", "--mongodb-uri", mongodb_uri, "--settle", "60"], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         family = eventually(lambda: family_of(process, at_least=3), timeout=30)
@@ -95,7 +95,7 @@ def family_of(process: subprocess.Popen[bytes], *, at_least: int) -> list[psutil
     return children if len(children) >= at_least else []
 
 
-def test_a_budget_is_met_from_the_right_side() -> None:
+def test_a_budget_is_a_minimum_or_a_maximum() -> None:
     figures = {"ratio": 0.6, "parts": {"p50": 3.0}}
     assert Budget(key="ratio", limit=0.6, at_least=True).holds(figures)
     assert Budget(key="parts.p50", limit=3).holds(figures)

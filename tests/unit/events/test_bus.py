@@ -1,4 +1,4 @@
-"""The event bus: who hears what, that a bad subscriber hurts nobody, and that publishers never wait."""
+"""The event bus: which subscriber gets which event, that a failing subscriber affects no other, and that publishers never wait."""
 
 from __future__ import annotations
 
@@ -26,102 +26,102 @@ def bus() -> Iterator[EventBus]:
     made.close()
 
 
-def test_each_subscriber_hears_its_name_and_the_star_hears_all(bus: EventBus) -> None:
-    heard: list[tuple[str, str]] = []
-    bus.on("a", lambda e: heard.append(("a", e.name)))
-    bus.on("*", lambda e: heard.append(("*", e.name)))
+def test_a_subscriber_gets_the_events_of_its_name_and_the_star_gets_all(bus: EventBus) -> None:
+    received: list[tuple[str, str]] = []
+    bus.on("a", lambda e: received.append(("a", e.name)))
+    bus.on("*", lambda e: received.append(("*", e.name)))
     for name in ("a", "b"):
         bus.publish(event(name))
     bus.close()
-    assert heard == [("a", "a"), ("*", "a"), ("*", "b")]
+    assert received == [("a", "a"), ("*", "a"), ("*", "b")]
 
 
 def test_once_means_once_and_off_means_off(bus: EventBus) -> None:
-    heard: list[str] = []
-    bus.once("a", lambda e: heard.append("once"))
-    gone = bus.on("a", lambda e: heard.append("never"))
+    received: list[str] = []
+    bus.once("a", lambda e: received.append("once"))
+    gone = bus.on("a", lambda e: received.append("never"))
     bus.off("a", gone)
     bus.off("a", gone)
     bus.publish(event("a"))
     bus.publish(event("a"))
     bus.close()
-    assert heard == ["once"]
+    assert received == ["once"]
     assert not bus.active
 
 
 def test_flush_returns_when_what_was_published_is_delivered(bus: EventBus) -> None:
-    """Whoever looks at what a subscriber has collected needs to know that it is all."""
-    assert bus.flush(), "nothing was ever published"
-    go_on, heard = threading.Event(), []
+    """A program that reads what a subscriber has collected must know that it is complete."""
+    assert bus.flush(), "no event was published"
+    go_on, received = threading.Event(), []
     bus.on("a", lambda e: go_on.wait(10))
-    bus.on("*", lambda e: heard.append(e.data))
+    bus.on("*", lambda e: received.append(e.data))
     for number in range(3):
         bus.publish(event("a", number))
     assert not bus.flush(timeout_s=0.05)
     go_on.set()
     assert bus.flush()
-    assert heard == [0, 1, 2]
+    assert received == [0, 1, 2]
 
 
 def test_events_arrive_in_the_order_they_were_published(bus: EventBus) -> None:
-    heard: list[int] = []
-    bus.on("a", lambda e: heard.append(e.data))
+    received: list[int] = []
+    bus.on("a", lambda e: received.append(e.data))
     for number in range(100):
         bus.publish(event("a", number))
     bus.close()
-    assert heard == list(range(100))
+    assert received == list(range(100))
 
 
-def test_a_raising_subscriber_is_logged_and_hurts_nobody(bus: EventBus, caplog: pytest.LogCaptureFixture) -> None:
-    heard: list[str] = []
+def test_a_raising_subscriber_is_logged_and_affects_no_other(bus: EventBus, caplog: pytest.LogCaptureFixture) -> None:
+    received: list[str] = []
 
     def bad(e: Event) -> None:
         raise SystemError("mine")
 
     bus.on("a", bad)
-    bus.on("a", lambda e: heard.append("good"))
+    bus.on("a", lambda e: received.append("good"))
     with caplog.at_level(logging.ERROR):
         bus.publish(event("a"))
         bus.publish(event("a"))
         bus.close()
-    assert heard == ["good", "good"]
+    assert received == ["good", "good"]
     assert [record.message for record in caplog.records] == ["subscriber_failed"] * 2
 
 
 def test_a_subscriber_may_unsubscribe_and_publish_from_within(bus: EventBus) -> None:
-    heard: list[str] = []
+    received: list[str] = []
 
     def first(e: Event) -> None:
         bus.off("a", first)
-        heard.append(e.name)
+        received.append(e.name)
         bus.publish(event("b"))
 
     bus.on("a", first)
-    bus.on("b", lambda e: heard.append(e.name))
+    bus.on("b", lambda e: received.append(e.name))
     bus.publish(event("a"))
     bus.publish(event("a"))
-    eventually(lambda: heard == ["a", "b"])
+    eventually(lambda: received == ["a", "b"])
 
 
 def test_a_slow_subscriber_costs_events_and_not_the_publisher(bus: EventBus, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that waited for a subscriber would stop committing."""
     go = threading.Event()
-    heard: list[int] = []
+    received: list[int] = []
 
     def slow(e: Event) -> None:
         go.wait()
-        heard.append(e.data)
+        received.append(e.data)
 
     bus.on("a", slow)
     for number in range(module._BACKLOG_MAX + 100):
         bus.publish(event("a", number))
     go.set()
     bus.close(30)
-    assert bus.dropped in (99, 100)  # one may be with the subscriber
-    assert heard[-1] == module._BACKLOG_MAX + 99, "the newest are kept"
+    assert bus.dropped in (99, 100)  # the subscriber may have taken one
+    assert received[-1] == module._BACKLOG_MAX + 99, "the newest are kept"
 
 
-def test_a_hanging_subscriber_does_not_hold_up_the_end_of_the_program(bus: EventBus) -> None:
+def test_a_hanging_subscriber_does_not_delay_the_end_of_the_program(bus: EventBus) -> None:
     forever = threading.Event()
     bus.on("a", lambda e: forever.wait())
     for _ in range(module._BACKLOG_MAX + 1):
@@ -130,17 +130,17 @@ def test_a_hanging_subscriber_does_not_hold_up_the_end_of_the_program(bus: Event
     forever.set()
 
 
-def test_nothing_runs_while_nobody_listens(bus: EventBus) -> None:
+def test_there_is_no_thread_without_a_subscriber(bus: EventBus) -> None:
     bus.publish(event("a"))
     assert bus._thread is None
 
 
 def test_a_closed_bus_can_be_used_again(bus: EventBus) -> None:
-    heard: list[str] = []
-    bus.on("a", lambda e: heard.append(e.name))
+    received: list[str] = []
+    bus.on("a", lambda e: received.append(e.name))
     bus.close()
     bus.publish(event("a"))
-    eventually(lambda: heard == ["a"])
+    eventually(lambda: received == ["a"])
 
 
 @pytest.mark.parametrize(("name", "subscriber"), [("", print), (None, print), (5, print), ("a", None), ("a", "print")])

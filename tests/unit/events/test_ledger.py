@@ -1,4 +1,4 @@
-"""What a stream knows of the events it has not got: counted exactly, however batches are lost, repeated or overtaken."""
+"""The ledger of a stream counts missing events exactly, even if batches are lost, repeated or out of order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def numbered(sizes: list[int]) -> list[tuple[int, int]]:
 
 @given(batches_of_one, st.data())
 def test_published_is_received_plus_missed(sizes: list[int], data: st.DataObject) -> None:
-    """Signals are lost, come twice when a tail is opened again, and overtake each other when sent without waiting."""
+    """Signals get lost, come twice when a tail is opened again, and come out of order when sent without waiting."""
     batches = numbered(sizes)
     *before, last = batches
     arrivals = data.draw(st.lists(st.sampled_from(before), max_size=20)) if before else []
-    arrivals.insert(data.draw(st.integers(0, len(arrivals))), last)  # the newest is the one that is never dropped
+    arrivals.insert(data.draw(st.integers(0, len(arrivals))), last)  # the newest batch is never dropped
     ledger = Ledger()
     ledger.expect("p", 0)
     received: list[int] = []
@@ -32,23 +32,23 @@ def test_published_is_received_plus_missed(sizes: list[int], data: st.DataObject
     assert len(received) + ledger.missed == sum(sizes)
 
 
-def test_what_was_published_before_the_greeting_is_not_owed() -> None:
-    """A worker may have a backlog for others when it hears of a new stream."""
+def test_events_published_before_the_greeting_are_not_expected() -> None:
+    """A worker may have a backlog for other subscribers when a new one comes."""
     ledger = Ledger()
     ledger.expect("p", 7)
     assert ledger.receive("p", 5, 4) == [2, 3]
     assert ledger.missed == 0
 
 
-def test_a_publisher_that_greets_nobody_owes_what_comes_from_its_first_batch_on() -> None:
+def test_without_a_greeting_events_are_expected_from_the_first_batch_on() -> None:
     ledger = Ledger()
     assert ledger.receive("p", 40, 2) == [0, 1]
-    ledger.expect("p", 0)  # too late: it is known
+    ledger.expect("p", 0)  # no effect: the publisher is known
     assert ledger.receive("p", 45, 1) == [0]
     assert ledger.missed == 3
 
 
-def test_publishers_are_told_apart() -> None:
+def test_publishers_are_counted_separately() -> None:
     ledger = Ledger()
     for publisher in ("p", "q"):
         assert ledger.receive(publisher, 0, 2) == [0, 1]
@@ -57,7 +57,7 @@ def test_publishers_are_told_apart() -> None:
     assert ledger.missed == 1
 
 
-def test_what_was_missed_before_the_beginning_does_not_count() -> None:
+def test_events_missed_before_the_beginning_do_not_count() -> None:
     ledger = Ledger()
     ledger.receive("p", 0, 1)
     ledger.receive("p", 5, 1)
@@ -66,7 +66,7 @@ def test_what_was_missed_before_the_beginning_does_not_count() -> None:
     assert ledger.receive("p", 3, 1) == []
 
 
-def test_a_ledger_does_not_grow_with_every_process_that_ever_was() -> None:
+def test_a_ledger_does_not_grow_with_the_number_of_processes() -> None:
     ledger = Ledger()
     for number in range(10_050):
         ledger.receive(f"p{number}", 0, 1)

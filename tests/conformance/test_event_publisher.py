@@ -1,4 +1,4 @@
-"""The publishing side of `app.events.stream()`: when it sends, what it gives up under overload, and when it stops."""
+"""The event publisher: when it sends, what it drops under overload, when it stops; and which events are published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers import Worker, run_until_idle
 from streamline_pool import Event, Streamline
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.events import publisher as module
+from streamline_pool.events import publisher as publisher_module
 from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import AsyncStore
@@ -33,25 +33,25 @@ def batches(app: Streamline) -> list[dict[str, Any]]:
 
 
 def numbers(app: Streamline) -> list[int]:
-    """Of the events sent, in the order in which they were written."""
+    """The numbers of the sent events, in the order in which they were written."""
     return [batch["first"] + place for batch in batches(app) for place in range(len(batch["events"]))]
 
 
-def publishing(app: Streamline, scenario: Callable[[EventPublisher], Any], settle: Callable[[], bool] = lambda: True) -> None:
-    """Run a scenario with a broadcaster at work in its loop; it is closed once that has settled."""
+def publishing(app: Streamline, scenario: Callable[[EventPublisher], Any], is_sent: Callable[[], bool] = lambda: True) -> None:
+    """Run a scenario with a started publisher in its event loop. Once `is_sent()` is true, close it."""
 
     async def run() -> None:
         store = app.store_async()
         await store.ensure()
-        broadcaster = EventPublisher(store, app.env)
-        broadcaster.start()
-        outcome = scenario(broadcaster)
+        publisher = EventPublisher(store, app.env)
+        publisher.start()
+        outcome = scenario(publisher)
         if asyncio.iscoroutine(outcome):
             await outcome
         async with asyncio.timeout(15):
-            while not await asyncio.to_thread(settle):
+            while not await asyncio.to_thread(is_sent):
                 await asyncio.sleep(0.01)
-        await broadcaster.close()
+        await publisher.close()
         await app.close_async()
 
     asyncio.run(run())
@@ -60,61 +60,61 @@ def publishing(app: Streamline, scenario: Callable[[EventPublisher], Any], settl
 def test_a_busy_publisher_sends_few_batches_in_order(app: Streamline) -> None:
     """One command for each event would cost a busy worker more than its steps do."""
 
-    async def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
+    async def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
         for number in range(500):
-            broadcaster.publish(event(number))
+            publisher.publish(event(number))
             await asyncio.sleep(0)
 
-    publishing(app, scenario, settle=lambda: len(numbers(app)) == 500)
+    publishing(app, scenario, is_sent=lambda: len(numbers(app)) == 500)
     assert numbers(app) == list(range(500))
     assert [each["data"] for batch in batches(app) for each in batch["events"]] == list(range(500))
     assert len(batches(app)) < 50
     assert batches(app)[0]["greets"] == [{"listener": "l", "number": 0}]
 
 
-def test_the_oldest_give_way_and_the_numbers_tell(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BACKLOG_MAX", 10)
+def test_a_full_backlog_drops_the_oldest_events_and_the_numbers_show_it(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher_module, "_BACKLOG_MAX", 10)
 
-    def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
+    def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
         for number in range(25):
-            broadcaster.publish(event(number))
+            publisher.publish(event(number))
 
     publishing(app, scenario)
     assert numbers(app) == list(range(15, 25))
-    assert batches(app)[0]["greets"] == [{"listener": "l", "number": 0}], "so that a reader knows that it has missed 15"
+    assert batches(app)[0]["greets"] == [{"listener": "l", "number": 0}], "so that a subscriber counts 15 missed events"
 
 
 def test_a_backlog_is_bounded_in_bytes_too(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten thousand events of 32 KiB would be 300 MB in a worker."""
-    monkeypatch.setattr(module, "_BACKLOG_BYTES_MAX", 100_000)
+    """Ten thousand events of 32 KiB would need 300 MB in a worker."""
+    monkeypatch.setattr(publisher_module, "_BACKLOG_BYTES_MAX", 100_000)
 
-    def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
+    def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
         for number in range(20):
-            broadcaster.publish(event(number, "x" * 30_000))
+            publisher.publish(event(number, "x" * 30_000))
 
     publishing(app, scenario)
     assert numbers(app) == [17, 18, 19]
 
 
-def test_what_a_handler_emits_is_sent_as_it_was_then(app: Streamline) -> None:
-    def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
+def test_later_changes_of_emitted_data_are_not_sent(app: Streamline) -> None:
+    def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
         data = {"x": 1}
-        broadcaster.publish(event(0, data))
+        publisher.publish(event(0, data))
         data["x"] = 2
 
     publishing(app, scenario)
     assert batches(app)[0]["events"][0]["data"] == {"x": 1}
 
 
-def test_what_cannot_be_stored_is_left_out(app: Streamline) -> None:
-    def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
+def test_data_that_cannot_be_stored_is_left_out(app: Streamline) -> None:
+    def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
         for data in (object(), "x" * 13_000_000):
-            broadcaster.publish(event(0, data))
+            publisher.publish(event(0, data))
 
     publishing(app, scenario)
     odd, large = (each["data"] for batch in batches(app) for each in batch["events"])
@@ -122,44 +122,44 @@ def test_what_cannot_be_stored_is_left_out(app: Streamline) -> None:
     assert large["$omitted"] > 13_000_000
 
 
-def test_what_the_server_refuses_holds_up_nothing_else(app: Streamline) -> None:
-    """A name may be as long as it likes; a batch that is sent again for ever would be the last one of its publisher."""
+def test_a_batch_that_the_server_refuses_does_not_delay_the_next(app: Streamline) -> None:
+    """A name has no length limit. If a refused batch were sent again for ever, its publisher would send no other."""
 
-    def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
-        broadcaster.publish(replace(event(0), name="x" * 17_000_000))
-        broadcaster.publish(event(1))
+    def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
+        publisher.publish(replace(event(0), name="x" * 17_000_000))
+        publisher.publish(event(1))
 
-    publishing(app, scenario, settle=lambda: numbers(app) == [1])
+    publishing(app, scenario, is_sent=lambda: numbers(app) == [1])
 
 
-def test_a_listener_that_is_silent_is_served_no_more(app: Streamline) -> None:
-    """A program that watched events and was killed must not cost the cluster anything for ever."""
+def test_a_subscriber_that_is_not_renewed_expires(app: Streamline) -> None:
+    """A killed program that had subscribed must not cost the cluster anything for long."""
 
-    async def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("short", 0.05), ("over", -1.0)])
-        assert broadcaster.active
+    async def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("short", 0.05), ("over", -1.0)])
+        assert publisher.active
         async with asyncio.timeout(5):
-            while broadcaster.active:
+            while publisher.active:
                 await asyncio.sleep(0.01)
-        broadcaster.publish(event(0))
+        publisher.publish(event(0))
 
     publishing(app, scenario)
     assert numbers(app) == []
     assert [greeting["listener"] for batch in batches(app) for greeting in batch["greets"]] == ["short"]
 
 
-def test_a_listener_heard_of_again_is_not_greeted_again(app: Streamline) -> None:
-    """Its numbers would start anew, and what it had missed would be forgotten."""
+def test_a_renewed_subscriber_is_not_greeted_again(app: Streamline) -> None:
+    """Otherwise its count would start again, and missed events would not be counted."""
 
-    async def scenario(broadcaster: EventPublisher) -> None:
-        broadcaster.serve_subscribers([("l", 60.0)])
-        broadcaster.publish(event(0))
+    async def scenario(publisher: EventPublisher) -> None:
+        publisher.serve_subscribers([("l", 60.0)])
+        publisher.publish(event(0))
         async with asyncio.timeout(5):
             while not await asyncio.to_thread(batches, app):
                 await asyncio.sleep(0.01)
-        broadcaster.serve_subscribers([("l", 60.0), ("m", 60.0)])
-        broadcaster.publish(event(1))
+        publisher.serve_subscribers([("l", 60.0), ("m", 60.0)])
+        publisher.publish(event(1))
 
     publishing(app, scenario)
     greetings = [greeting for batch in batches(app) for greeting in batch["greets"]]
@@ -167,7 +167,7 @@ def test_a_listener_heard_of_again_is_not_greeted_again(app: Streamline) -> None
 
 
 class ForgetfulStore(AsyncStore):
-    """Writes what it is given, and loses the first two replies."""
+    """Performs each operation, and loses the first two replies."""
 
     lost = 0
 
@@ -180,19 +180,19 @@ class ForgetfulStore(AsyncStore):
 
 
 def test_a_batch_of_unknown_outcome_is_sent_again_and_read_once(app: Streamline, make_app: Callable[..., Streamline]) -> None:
-    """Neither loss nor doubling: the numbers make one event of two copies."""
+    """No event is lost or doubled: both copies have the same number."""
 
     async def scenario(subscriber: str) -> None:
         store = ForgetfulStore(app.where, app.env)
-        broadcaster = EventPublisher(store, app.env)
-        broadcaster.start()
-        broadcaster.serve_subscribers([(subscriber, 60.0)])
+        publisher = EventPublisher(store, app.env)
+        publisher.start()
+        publisher.serve_subscribers([(subscriber, 60.0)])
         for number in range(3):
-            broadcaster.publish(event(number))
+            publisher.publish(event(number))
         async with asyncio.timeout(10):
             while len(await asyncio.to_thread(batches, app)) < 3:
                 await asyncio.sleep(0.01)
-        await broadcaster.close()
+        await publisher.close()
         await store.close()
 
     with make_app().events.stream() as stream:
@@ -207,9 +207,9 @@ def test_a_batch_of_unknown_outcome_is_sent_again_and_read_once(app: Streamline,
 
 
 def test_every_event_of_a_run_is_published(app: Streamline) -> None:
-    """A name that is never published is a promise to subscribers that is not kept. `workflow:recovered` is in test_stream.py."""
-    heard: list[str] = []
-    app.events.on("*", lambda each: heard.append(each.name))
+    """Subscribers rely on every documented name. `workflow:recovered` is tested in test_stream_pools.py."""
+    received: list[str] = []
+    app.events.on("*", lambda each: received.append(each.name))
     steps: dict[str, Any] = {
         "sleeps": lambda ctx: ctx.sleep(0.01),
         "skipped": (lambda ctx: 1, {"skip_if": lambda ctx: True}),
@@ -225,11 +225,11 @@ def test_every_event_of_a_run_is_published(app: Streamline) -> None:
         *(f"workflow:{what}" for what in ("started", "completed", "failed", "waiting", "resumed", "cancelled", "retry", "paused")),
         *(f"step:{what}" for what in ("started", "completed", "failed", "waiting", "skipped", "retry-scheduled")),
     }
-    eventually(lambda: wanted <= set(heard))
+    eventually(lambda: wanted <= set(received))
 
 
-def test_a_defect_of_ours_is_an_engine_error(make_app: Callable[..., Streamline]) -> None:
-    """The run is recovered when its lease runs out; who watches learns at once that it will have to."""
+def test_a_defect_of_the_engine_is_an_engine_error(make_app: Callable[..., Streamline]) -> None:
+    """The run is recovered only when its lease expires. Subscribers get the error at once."""
     broken: list[bool] = []
 
     def chance() -> float:
@@ -238,18 +238,18 @@ def test_a_defect_of_ours_is_an_engine_error(make_app: Callable[..., Streamline]
         return 0.5
 
     app = make_app(env=replace(system_env(), random=chance))
-    heard: list[Event] = []
-    app.events.on("engine:error", heard.append)
+    received: list[Event] = []
+    app.events.on("engine:error", received.append)
     run = app.workflow("w", steps={"a": lambda ctx: broken.append(True) or 1 / 0}).start()
     app.workflows["w"].execute(run.id)
-    (event,) = eventually(lambda: heard)
+    (event,) = eventually(lambda: received)
     assert (event.run_id, event.workflow_id, event.data) == (run.id, "w", {"run_id": run.id})
 
 
 def test_a_claim_that_fails_is_a_scheduler_error_once(app: Streamline) -> None:
-    """Once for each outage: a worker tries once a second, and nobody wants to be told as often."""
-    heard: list[Event] = []
-    app.events.on("scheduler:error", heard.append)
+    """Once for each outage: a worker retries every second, and an event per attempt would be too many."""
+    received: list[Event] = []
+    app.events.on("scheduler:error", received.append)
     run = app.workflow("w", steps={"a": lambda ctx: 1}).start()
     runs = app.store().collection("runs")
     runs.database.command("collMod", runs.name, index={"name": "streamline_due", "hidden": True})
@@ -270,6 +270,6 @@ def test_a_claim_that_fails_is_a_scheduler_error_once(app: Streamline) -> None:
 
     asyncio.run(scenario())
     app.events.close()
-    (event,) = heard
+    (event,) = received
     assert "find_due" in event.data["error"]
     assert event.run_id is None

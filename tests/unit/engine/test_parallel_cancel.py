@@ -13,8 +13,8 @@ import pytest
 from parallel_tasks import FOREVER_S, Sleeper, fail, failing, value_of
 
 from streamline_pool import LeaseLostError, WorkflowCancelledError, execute_parallel, execute_parallel_sync
-from streamline_pool.engine.attempt import ABORT_GRACE_S
 from streamline_pool.engine.abort_signal import AbortSignal, current_signal, fire_signal
+from streamline_pool.engine.attempt import ABORT_GRACE_S
 from streamline_pool.engine.intents import SleepSuspension, Suspension
 from streamline_pool.engine.parallel import GRACE_S, MODES
 from support import eventually, shown

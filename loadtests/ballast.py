@@ -6,13 +6,15 @@ import random
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from pymongo.write_concern import WriteConcern
 
 from streamline_pool import Workflow
-from streamline_pool.domain import transitions
+from streamline_pool.domain import transitions, waits
+from streamline_pool.domain.change import apply
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol.codec import CODEC
 from streamline_pool.protocol.run_document import SLOTS, new_run
 
@@ -64,20 +66,27 @@ def claimable(workflow: Workflow) -> Document:
     )
 
 
+def _entered(document: Document) -> RunDocument:
+    """The same document, with its first step entered, as a domain record."""
+    document["steps"][0] |= {"status": "running", "attempts": 1, "startedAt": datetime.now(UTC)}
+    return cast(RunDocument, document)
+
+
 def finished() -> Document:
     """A run that has completed all its steps."""
     document = claimable(noop)
     del document["wakeAt"]
+    run = _entered(document)
     for place in range(len(document["steps"])):
         now = datetime.now(UTC)
-        transitions.apply(document, transitions.advance(document, noop.definition, place, None, {}, now))
+        apply(run, transitions.advance(run, place, None, {}, now))
     return {**document, "token": 1}
 
 
 def sleeping() -> Document:
     """A run that sleeps in its first step for some days, at one of a few priorities."""
     document = claimable(noop)
-    now = datetime.now(UTC)
-    until = now + timedelta(seconds=random.uniform(86_400, 30 * 86_400))
-    transitions.apply(document, transitions.sleep(document, 0, until.replace(microsecond=0), {}, now))
+    until = datetime.now(UTC) + timedelta(seconds=random.uniform(86_400, 30 * 86_400))
+    run = _entered(document)
+    apply(run, waits.sleep(run, 0, until.replace(microsecond=0), {}))
     return {**document, "token": 1, "wakeAt": until, "priority": random.choice(_PRIORITIES)}

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 from pymongo import MongoClient, UpdateOne
 from pymongo.write_concern import WriteConcern
 
 from streamline_pool.domain import transitions
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.engine_indexes import RUN_INDEXES
 from streamline_pool.protocol.operations import Fence
@@ -154,7 +155,7 @@ class _Writer:
         self._ids = list(revs)
         self._next = 0
         now = datetime.now(UTC)
-        change = transitions.advance(_held_run("template"), noop.definition, 0, None, {}, now)
+        change = transitions.advance(cast(RunDocument, _held_run("template")), 0, None, {}, now)
         template = commits.commit(Fence("template", _LEASE_ID, 0, 1), change, now, 0).update
         self._filter, self._set = template["q"], template["u"]["$set"]
 

@@ -48,7 +48,7 @@ def insert(server: Server, database: str, documents: Iterator[Document]) -> None
 def claimable(workflow: Workflow) -> Document:
     """A new run, due since a second."""
     now = datetime.now(UTC)
-    return new_run(
+    document = new_run(
         workflow.definition,
         run_id=uuid4().hex,
         input=None,
@@ -64,6 +64,7 @@ def claimable(workflow: Workflow) -> Document:
         now=now,
         control_id=uuid4().hex,
     )
+    return cast("Document", document)
 
 
 def _entered(document: Document) -> RunDocument:

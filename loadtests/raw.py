@@ -105,21 +105,24 @@ def _prepare(server: Server, database: str) -> None:
 
 def _held_run(run_id: str) -> dict[str, Any]:
     now = datetime.now(UTC)
-    document = new_run(
-        noop.definition,
-        run_id=run_id,
-        input=None,
-        context={},
-        meta=None,
-        idempotency_key=None,
-        priority=0,
-        queue="default",
-        due_at=now,
-        user_id=None,
-        tags=(),
-        slot=0,
-        now=now,
-        control_id=_LEASE_ID,
+    document = cast(
+        "dict[str, Any]",
+        new_run(
+            noop.definition,
+            run_id=run_id,
+            input=None,
+            context={},
+            meta=None,
+            idempotency_key=None,
+            priority=0,
+            queue="default",
+            due_at=now,
+            user_id=None,
+            tags=(),
+            slot=0,
+            now=now,
+            control_id=_LEASE_ID,
+        ),
     )
     del document["wakeAt"]
     document["token"] = 1

@@ -34,7 +34,10 @@ FACADES = {"streamline_pool", "streamline_pool.errors", "streamline_pool.setting
 ALLOWED_ENTROPY = {"streamline_pool.config.env", "streamline_pool.embedded.server", "streamline_pool.embedded.watcher"}
 # `embedded` talks to a server of its own before there is a client: a handful of commands, encoded by hand.
 ALLOWED_DRIVER = {
-    "streamline_pool.storage.store": {"pymongo", "bson"},
+    "streamline_pool.storage.base": {"pymongo", "bson"},
+    "streamline_pool.storage.driver_errors": {"pymongo", "bson"},
+    "streamline_pool.storage.store": {"pymongo"},
+    "streamline_pool.storage.target": {"pymongo"},
     "streamline_pool.protocol.codec": {"bson"},
     "streamline_pool.embedded.wire": {"bson"},
 }

@@ -34,7 +34,8 @@ from streamline_pool.protocol.hosts import list_hosts
 from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
-from streamline_pool.storage.store import AsyncStore, DatabaseTarget, Store
+from streamline_pool.storage.store import AsyncStore, Store
+from streamline_pool.storage.target import DatabaseTarget
 
 from .event_delivery import sending_event
 from .inline_runner import InlineRunner, LoopThread

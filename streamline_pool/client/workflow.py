@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from streamline_pool.domain.definition import Definition, Handler, StepDefinition, check_id, check_queue, check_version, make_step
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, seconds
 from streamline_pool.protocol import run_lifecycle, signals
@@ -200,7 +201,7 @@ class Workflow:
         start_at: datetime | timedelta | float | None,
         user_id: str | None,
         tags: Sequence[str],
-    ) -> Callable[[Any, str | None, str | None], tuple[dict[str, Any], int]]:
+    ) -> Callable[[Any, str | None, str | None], tuple[RunDocument, int]]:
         """Check what all runs of a call share; yields a function that makes one document and tells its size."""
         definition, env = self.definition, self.app.env
         if type(priority) is not int or not -1_000_000 <= priority <= 1_000_000:
@@ -217,7 +218,7 @@ class Workflow:
         now = self.app._server_now()
         due_at = _due_at(start_at, now)
 
-        def make(input: Any, run_id: str | None, key: str | None) -> tuple[dict[str, Any], int]:
+        def make(input: Any, run_id: str | None, key: str | None) -> tuple[RunDocument, int]:
             check_payload(input, "input")
             context = make_context(definition.make_context, input, f"workflow {self.id}")
             check_payload(context, "context")
@@ -241,14 +242,14 @@ class Workflow:
 
         return make
 
-    def _insert(self, made: list[tuple[dict[str, Any], int]], *, looked_up: bool) -> Procedure[list[Run]]:
+    def _insert(self, made: list[tuple[RunDocument, int]], *, looked_up: bool) -> Procedure[list[Run]]:
         """Insert documents, given with their sizes; those whose key or id is taken are replaced by what is stored.
 
         `looked_up`: ask for taken keys first, because a duplicate key would abort the caller's transaction.
         """
         sizes = {id(document): size for document, size in made}
         documents = [document for document, _ in made]
-        stored: dict[int, dict[str, Any]] = {}
+        stored: dict[int, RunDocument] = {}
         if looked_up:
             stored = yield from self._find_by_key(dict(enumerate(documents)))
         missing = [(index, document) for index, document in enumerate(documents) if index not in stored]
@@ -260,7 +261,7 @@ class Workflow:
             stored.update((yield from self._insert_chunk(chunk, in_transaction=looked_up)))
         return [parse_run(stored.get(index, document)) for index, document in enumerate(documents)]
 
-    def _insert_chunk(self, chunk: list[tuple[int, dict[str, Any]]], *, in_transaction: bool) -> Procedure[dict[int, dict[str, Any]]]:
+    def _insert_chunk(self, chunk: list[tuple[int, RunDocument]], *, in_transaction: bool) -> Procedure[dict[int, RunDocument]]:
         """Insert some documents and have a worker rung. Yields what is stored in the place of those that were refused."""
         asked_at = self.app.env.clock.monotonic()
         single = chunk[0][1] if len(chunk) == 1 else None
@@ -271,7 +272,7 @@ class Workflow:
         errors = yield run_lifecycle.insert_runs([document for _, document in chunk])
         if not early or self.app.env.clock.monotonic() - asked_at > _SLOW_INSERT_S:
             yield from self._ring_for(chunk, timedelta(seconds=_COMMIT_GUESS_S if in_transaction else 0))
-        taken: dict[int, dict[str, Any]] = {}
+        taken: dict[int, RunDocument] = {}
         for error in errors:
             if error.get("code") != _DUPLICATE_KEY:
                 raise StoreUnavailableError(f"insert_runs: MongoDB refuses: {error.get('errmsg')}", transient=False)
@@ -279,19 +280,19 @@ class Workflow:
             taken[index] = document
         return (yield from self._resolve_taken(taken))
 
-    def _ring_for(self, chunk: list[tuple[int, dict[str, Any]]], later: timedelta) -> Procedure[None]:
+    def _ring_for(self, chunk: list[tuple[int, RunDocument]], later: timedelta) -> Procedure[None]:
         first = chunk[0][1]
         run_id = first["_id"] if len(chunk) == 1 else None
         yield from self.app._signalling("due", wakeAt=first["wakeAt"] + later, lane=first["lane"], runId=run_id, count=len(chunk))
 
-    def _find_by_key(self, documents: Mapping[int, dict[str, Any]]) -> Procedure[dict[int, dict[str, Any]]]:
+    def _find_by_key(self, documents: Mapping[int, RunDocument]) -> Procedure[dict[int, RunDocument]]:
         keys = [document["idempotencyKey"] for document in documents.values() if "idempotencyKey" in document]
         if not keys:
             return {}
         found = {document["idempotencyKey"]: document for document in (yield run_lifecycle.get_runs_by_key(self.id, keys))}
         return {index: found[doc["idempotencyKey"]] for index, doc in documents.items() if doc.get("idempotencyKey") in found}
 
-    def _resolve_taken(self, taken: Mapping[int, dict[str, Any]]) -> Procedure[dict[int, dict[str, Any]]]:
+    def _resolve_taken(self, taken: Mapping[int, RunDocument]) -> Procedure[dict[int, RunDocument]]:
         """The stored documents behind refused inserts: the key's owner, or our own insert whose reply was lost."""
         if not taken:
             return {}
@@ -427,7 +428,7 @@ def _due_at(start_at: datetime | timedelta | float | None, now: datetime) -> dat
     return now + timedelta(milliseconds=round(delay_s * 1000))
 
 
-def _space_out(documents: list[dict[str, Any]], since: datetime, now: datetime) -> None:
+def _space_out(documents: list[RunDocument], since: datetime, now: datetime) -> None:
     """Spread the `wakeAt` of runs that are due at once over the time it took to make them, in the order of the inputs.
 
     So claims follow that order, and a look can start behind those that are claimed, which it cannot among equals
@@ -440,9 +441,9 @@ def _space_out(documents: list[dict[str, Any]], since: datetime, now: datetime) 
             document["wakeAt"] = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
-def _chunks(items: list[tuple[int, dict[str, Any]]], sizes: Mapping[int, int]) -> list[list[tuple[int, dict[str, Any]]]]:
+def _chunks(items: list[tuple[int, RunDocument]], sizes: Mapping[int, int]) -> list[list[tuple[int, RunDocument]]]:
     """Split for `insert`, by count and by bytes."""
-    chunks: list[list[tuple[int, dict[str, Any]]]] = []
+    chunks: list[list[tuple[int, RunDocument]]] = []
     room = 0
     for item in items:
         size = sizes[id(item[1])]

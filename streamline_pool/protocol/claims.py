@@ -1,4 +1,7 @@
-"""Finding due runs and claiming them, as data. Owns the filter that every claim shares."""
+"""The search for due runs and their claim, as data. Owns the filter that every claim shares.
+
+Owns no decision which runs to claim: worker/ makes it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,18 @@ from typing import Any
 
 from streamline_pool.domain.model import RunStatus, StepStatus
 
-from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, NOT_PAUSED, TERMINAL_TEXTS, map_steps, plus_one, server_time_in, some_step
-from .operations import Command, Find, update_matching
+from .expressions import (
+    ENTERABLE_STEP_TEXTS,
+    IS_CURRENT,
+    NON_TERMINAL_TEXTS,
+    NOT_PAUSED,
+    TERMINAL_TEXTS,
+    map_steps,
+    plus_one,
+    server_time_in,
+    some_step,
+)
+from .operations import Command, Expression, Find, Query, changed_document, update_matching
 from .run_document import SLOTS
 
 __all__ = [
@@ -21,15 +34,13 @@ __all__ = [
     "taken_runs",
 ]
 
-Document = dict[str, Any]
-
-_NOT_ENDED = {"$nin": TERMINAL_TEXTS}  # so that a `wakeAt` which another program wrote revives nothing
-# In an expression a missing field is less than any date, so the first half is what keeps leased and ended runs out.
-_DUE = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
+_NOT_ENDED: Query = {"$nin": TERMINAL_TEXTS}  # a `wakeAt` that another program wrote must not revive an ended run
+# In an expression a missing field is less than any date, so the first half keeps leased and ended runs out.
+_DUE: Query = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
 
 
 def taken_runs(run_ids: Sequence[str]) -> Find:
-    """Which of these runs exist and cannot be claimed: somebody holds them, or they have ended."""
+    """Which of these runs exist and cannot be claimed: they are leased, or paused, or wait for an answer, or have ended."""
     query = {"_id": {"$in": list(run_ids)}, "wakeAt": {"$exists": False}}
     return Find(name="taken_runs", collection="runs", filter=query, projection={"_id": 1})
 
@@ -45,14 +56,18 @@ def find_due(
     since: datetime | None = None,
     priorities: Sequence[int] = (),
 ) -> Find:
-    """Ids of runs that look claimable, highest priority first, then longest due.
+    """Runs that seem claimable, highest priority first, then longest due: id, crashes, priority and `wakeAt` of each.
 
-    Index streamline_due: one scan per lane and slot, merged. `slots` None means all of them. `crashes_below` leaves
-    out runs whose next lost worker would convict them, for a worker that has one of those already, `passed_over` those
-    that cannot be claimed. `since`, with the `priorities` it is known for, starts the scans there instead of at the
-    beginning (lookout.py says why); `priorities` alone leaves these out.
+    Index streamline_due: one scan per lane and slot, merged.
+
+    - `slots`: None means all of them.
+    - `due_at`: the latest `wakeAt`.
+    - `crashes_below`: leaves out runs that fail if one more worker is lost, for a worker that already holds such a run.
+    - `skipped`: ids of runs that cannot be claimed.
+    - `since` with `priorities`: for runs of these priorities, the scans start at this `wakeAt` instead of at the beginning
+      (worker/poller.py says why). `priorities` without `since`: leaves these priorities out.
     """
-    query: Document = {
+    query: Query = {
         "lane": {"$in": list(lanes)},
         "slot": {"$in": list(range(SLOTS)) if slots is None else list(slots)},
         "wakeAt": {"$lte": due_at},
@@ -82,8 +97,8 @@ def claim_runs(
 ) -> Command:
     """Take the lease of those runs that are still due and not paused. Yields how many.
 
-    The attempt is counted here, so that a crash before the first write still costs one (River counts it in the
-    same place). Times are the server's.
+    The claim counts the attempt, so that a crash before the first write still costs one (River counts it in the
+    same place). Times are the server's. `lanes` None: any. `crashes_below`: as in `find_due`.
     """
     query = _claimable({"$in": list(run_ids)}, lanes, crashes_below)
     return update_matching("claim_runs", query, _claim_update(lease_id, owner, lease_s))
@@ -94,14 +109,14 @@ def claim_run(
 ) -> Command:
     """Claim one named run in one round trip. Yields the claimed document or None.
 
-    The document is the one that the majority-acknowledged write has made, hence as good as a majority read.
+    The document is the one that the majority-acknowledged write made, so it is as good as a majority read.
     """
     body = {"query": _claimable(run_id, lanes, crashes_below), "update": _claim_update(lease_id, owner, lease_s), "new": True}
-    return Command(name="claim_run", collection="runs", verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))
+    return Command(name="claim_run", collection="runs", verb="findAndModify", body=body, parse=changed_document)
 
 
-def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | None) -> Document:
-    query: Document = {"_id": run_id, "status": _NOT_ENDED, "paused": NOT_PAUSED, **_DUE}
+def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | None) -> Query:
+    query: Query = {"_id": run_id, "status": _NOT_ENDED, "paused": NOT_PAUSED, **_DUE}
     if lanes is not None:
         query["lane"] = {"$in": list(lanes)}
     if crashes_below is not None:
@@ -109,21 +124,21 @@ def _claimable(run_id: Any, lanes: Sequence[str] | None, crashes_below: int | No
     return query
 
 
-def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
-    enterable = {"$in": ["$$step.status", [StepStatus.PENDING.value, StepStatus.RUNNING.value]]}
+def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Expression]:
+    enterable = {"$in": ["$$step.status", ENTERABLE_STEP_TEXTS]}
     entry = {"status": StepStatus.RUNNING.value, "attempts": plus_one("$$step.attempts"), "startedAt": "$$NOW"}
     step = {"$cond": [{"$and": [IS_CURRENT, enterable]}, {"$mergeObjects": ["$$step", entry]}, "$$step"]}
-    # A run whose current step waits stays `waiting` until its holder has ended that wait.
+    # A run whose current step waits stays `waiting` until the lease holder has ended that wait.
     waits = {"$and": [IS_CURRENT, {"$eq": ["$$step.status", StepStatus.WAITING.value]}]}
     some_wait = some_step(waits)
-    unknown = {"$not": [{"$in": ["$status", NON_TERMINAL_TEXTS]}]}  # left for documents.misfit to report
+    unknown = {"$not": [{"$in": ["$status", NON_TERMINAL_TEXTS]}]}  # `validate_run_document` reports it after the claim
     lease = {"id": lease_id, "owner": owner, "token": plus_one("$token"), "expiresAt": server_time_in(lease_s)}
     return [
         {
             "$set": {
                 "wakeAt": "$$REMOVE",
                 "token": plus_one("$token"),
-                "lease": {"$mergeObjects": [lease]},  # replaces whatever is there; a plain document would be merged into it
+                "lease": {"$mergeObjects": [lease]},  # replaces the stored value; a plain document would be merged into it
                 "startedAt": {"$ifNull": ["$startedAt", "$$NOW"]},
                 "status": {"$cond": [{"$or": [some_wait, unknown]}, "$status", RunStatus.RUNNING.value]},
                 "steps": map_steps(step),
@@ -133,14 +148,14 @@ def _claim_update(lease_id: str, owner: str, lease_s: float) -> list[Document]:
 
 
 def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
-    """Those of the runs that carry this claim's id: what was really won."""
+    """The documents of those runs that this claim has won: they carry its id."""
     return Find(name="read_claimed", collection="runs", filter={"_id": {"$in": list(run_ids)}, "lease.id": lease_id})
 
 
 def find_due_before(lanes: Sequence[str], until: datetime, limit: int, since: datetime | None = None) -> Find:
-    """Runs due by `until` (and not before `since`), in no particular order: for the steward's timers and for the fallback sweep."""
-    instants = {"$lte": until} if since is None else {"$lte": until, "$gt": since}
-    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": instants}
+    """Runs due after `since` and until `until`, in no particular order: lane and `wakeAt` of each. For the steward."""
+    due = {"$lte": until} if since is None else {"$lte": until, "$gt": since}
+    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": due}
     return Find(
         name="find_due_before",
         collection="runs",

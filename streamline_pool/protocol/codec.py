@@ -1,6 +1,7 @@
 """What a payload may be, and how it becomes BSON and back.
 
-Owns the limits on stored values and the codec options. Does no I/O; `bson` is used as a codec only."""
+Owns the limits on stored values and the codec options. Does no I/O. The only module of this package that imports `bson`.
+"""
 
 from __future__ import annotations
 
@@ -12,50 +13,51 @@ from typing import Any
 import bson
 from bson.raw_bson import RawBSONDocument
 
-from streamline_pool.domain.errors import PayloadTooLargeError, ValidationError
+from streamline_pool.domain.errors import ValidationError
+
+from .too_large import above_limit
 
 __all__ = [
     "CODEC",
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
     "SERVER_TICK",
-    "Document",
     "as_payload",
     "check_payload",
     "check_text",
+    "decode_document",
     "decode_payload",
+    "encode_document",
     "encode_payload",
     "packed",
     "size_of",
 ]
 
-Document = dict[str, Any]
-
-CODEC: bson.CodecOptions[Document] = bson.CodecOptions(
+CODEC: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
     tz_aware=True,
     tzinfo=UTC,
     uuid_representation=bson.binary.UuidRepresentation.STANDARD,
     datetime_conversion=bson.DatetimeConversion.DATETIME_AUTO,
     unicode_decode_error_handler="replace",
 )
-"""How every document is written and read: instants aware in UTC, UUIDs as BSON subtype 4.
+"""How every document is written and read: times as aware UTC, UUIDs as BSON subtype 4.
 
-What another program has stored and Python has no value for (a date beyond the year 9999, text that is not UTF-8) is
-read as the nearest thing: one such document must not make a whole batch unreadable.
+Another program may have stored what Python has no value for: a date beyond the year 9999, or text that is not UTF-8. It is
+read as the nearest value, because one such document must not make a whole batch unreadable.
 """
 
 _RAW_CODEC: bson.CodecOptions[Any] = CODEC.with_options(document_class=RawBSONDocument)
 
 PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
-"""The largest single payload; a document ends at 16 MiB and holds the other steps' outputs as well."""
+"""The largest single payload. A document ends at 16 MiB and also holds the outputs of the other steps."""
 
 PAYLOAD_DEPTH_MAX = 100
-"""Levels of a payload. MongoDB stores 180 and takes 200 in a command, which wraps a payload in some of its own."""
+"""Levels of a payload. MongoDB stores 180 levels and takes 200 in a command, which adds some around the payload."""
 
 SERVER_TICK = bson.Timestamp(0, 0)
-"""As a field of an inserted document: the server stores its logical time instead, higher than all it has given before.
+"""As a field of an inserted document: the server stores its logical time instead, which is higher than all earlier ones.
 
-Which of two inserts came first is thereby told without anybody's clock: instants are estimates on whichever host made them.
+It shows which of two inserts came first. No clock could: the clocks of two hosts differ.
 """
 
 _SCALARS = (type(None), bool, float)
@@ -64,9 +66,9 @@ _INT64 = 2**63
 
 
 def check_payload(value: Any, where: str) -> int:
-    """The encoded size of `value` in bytes; a ValidationError with the path of the first value BSON cannot hold.
+    """The encoded size of `value` in bytes. `where` names the value in errors, such as "output of step a".
 
-    Raises PayloadTooLargeError above PAYLOAD_BYTES_MAX.
+    Raises ValidationError with the path of the first value that BSON cannot hold, PayloadTooLargeError above PAYLOAD_BYTES_MAX.
     """
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
@@ -75,12 +77,22 @@ def check_payload(value: Any, where: str) -> int:
 
 
 def size_of(document: Mapping[str, Any]) -> int:
-    """The encoded size in bytes of what has been read from the database."""
-    return len(bson.encode(document, codec_options=CODEC))
+    """The encoded size in bytes of a document that was read from the database."""
+    return len(encode_document(document))
+
+
+def encode_document(document: Mapping[str, Any]) -> bytes:
+    """A document as BSON. Its values must have been checked before."""
+    return bson.encode(document, codec_options=CODEC)
+
+
+def decode_document(encoded: bytes) -> dict[str, Any]:
+    """The document that a reader finds after these bytes were stored."""
+    return bson.decode(encoded, codec_options=CODEC)
 
 
 def check_text(value: object, where: str) -> str:
-    """`value` if it is text that can be stored; a ValidationError otherwise."""
+    """`value` if it is text that can be stored. Raises ValidationError otherwise."""
     if not isinstance(value, str):
         raise ValidationError(f"{where}: must be text, not {type(value)}")
     check_payload(value, where)
@@ -88,10 +100,10 @@ def check_text(value: object, where: str) -> str:
 
 
 def as_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> tuple[Any, int]:
-    """`value` as a reader will find it, and its size: a later step sees the same here as it would after a crash.
+    """`value` as a reader will find it, and its size in bytes. So a later step sees the same value as after a crash.
 
-    Tuples are lists, instants are aware and have whole milliseconds, and what a handler does to the original
-    afterwards changes nothing. Raises as `check_payload` does, with `bytes_max` as the limit.
+    Tuples become lists, and times become aware with whole milliseconds. The result is a copy: a handler that changes the
+    original later does not change it. Raises as `check_payload` does, with `bytes_max` as the limit.
     """
     kind = type(value)
     if kind in _SCALARS or (kind is int and -_INT64 <= value < _INT64):
@@ -100,10 +112,10 @@ def as_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> tu
     return (value if kind is str else decode_payload(encoded)), len(encoded)
 
 
-def packed(document: Document) -> tuple[Any, int]:
-    """A document in its stored form, to be sent as it is now without being encoded again, and its size in bytes.
+def packed(document: Mapping[str, Any]) -> tuple[Any, int]:
+    """A document as encoded bytes, which PyMongo sends without encoding it again, and its size in bytes.
 
-    Raises ValidationError for what BSON cannot hold.
+    Raises ValidationError, with the document's `name`, for a value that BSON cannot hold.
     """
     try:
         encoded = bson.encode(document, codec_options=CODEC)
@@ -113,7 +125,7 @@ def packed(document: Document) -> tuple[Any, int]:
 
 
 def decode_payload(encoded: bytes) -> Any:
-    """The value of which `encode_payload` made these bytes; a ValueError for bytes that are damaged."""
+    """The value that `encode_payload` turned into these bytes. Raises ValueError for damaged bytes."""
     try:
         return bson.decode(encoded, codec_options=CODEC)[""]
     except (bson.errors.BSONError, KeyError) as exc:
@@ -121,7 +133,7 @@ def decode_payload(encoded: bytes) -> Any:
 
 
 def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -> bytes:
-    """A payload as bytes: the BSON document `{"": value}`, which begins with its length. Raises as `check_payload` does."""
+    """A payload as bytes: the BSON document `{"": value}`, which begins with its length. Raises as `as_payload` does."""
     try:
         encoded = bson.encode({"": value}, codec_options=CODEC)
     except Exception as exc:  # noqa: BLE001 -- encoding calls user code: a mapping's own methods may raise anything
@@ -129,15 +141,14 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
     size = len(encoded)
     if size > bytes_max:
-        raise PayloadTooLargeError(
-            f"{where}: {size} bytes, and the limit is {bytes_max}; store it elsewhere and pass a reference", path=where, size=size
-        )
+        raise above_limit(f"{where}: {size} bytes", bytes_max, path=where, size=size)
     if size > 7 * PAYLOAD_DEPTH_MAX and _is_too_deep(value):  # the shortest level takes seven bytes
         raise ValidationError(f"{where}: nested more than {PAYLOAD_DEPTH_MAX} levels deep", path=where)
     return encoded
 
 
 def _is_too_deep(value: Any) -> bool:
+    """True if the value has more than PAYLOAD_DEPTH_MAX levels."""
     level = [value] if isinstance(value, (Mapping, list, tuple)) else []
     for _ in range(PAYLOAD_DEPTH_MAX):
         items = (item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer))
@@ -155,36 +166,44 @@ _INSTEAD: Mapping[type, str] = {
     set: "; use a list",
     frozenset: "; use a list",
 }
-"""What to do about the types that people try most."""
+"""What to use instead of the types that users try most."""
 
 
 def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[str, str]:
-    """Path and reason of the first value that cannot be stored; an empty reason when none is found."""
+    """Path and reason of the first value that cannot be stored. The reason is empty when there is no such value.
+
+    `above`: ids of the values that contain this one.
+    """
     if id(value) in above:
         return path, "refers to itself, and a document cannot"
     if len(above) > PAYLOAD_DEPTH_MAX:
         return path, f"nested more than {PAYLOAD_DEPTH_MAX} levels deep"
     try:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                if not isinstance(key, str):
-                    return f"{path}.{key!r}", f"keys must be text, not {type(key)}"
-                if "\0" in key:
-                    return f"{path}.{key!r}", "keys cannot hold a NUL character"
-                found = _first_unstorable(item, f"{path}.{key}", (*above, id(value)))
-                if found[1]:
-                    return found
-        elif isinstance(value, (list, tuple)):
-            for place, item in enumerate(value):
-                found = _first_unstorable(item, f"{path}[{place}]", (*above, id(value)))
-                if found[1]:
-                    return found
-        else:
-            bson.encode({"": value}, codec_options=CODEC)
+        if isinstance(value, (Mapping, list, tuple)):
+            return _first_in_container(value, path, (*above, id(value)))
+        bson.encode({"": value}, codec_options=CODEC)
     except OverflowError:
         return path, f"cannot store {value!r}: whole numbers end at 64 bits, and dates at the year 9999"
     except UnicodeError:
         return path, "cannot store this text: it holds a lone surrogate, which UTF-8 cannot"
-    except Exception:  # noqa: BLE001 -- as above
+    except Exception:  # noqa: BLE001 -- as in `encode_payload`
         return path, f"cannot store {type(value)}{_INSTEAD.get(type(value), '')}"
+    return path, ""
+
+
+def _first_in_container(value: Any, path: str, above: tuple[int, ...]) -> tuple[str, str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{path}.{key!r}", f"keys must be text, not {type(key)}"
+            if "\0" in key:
+                return f"{path}.{key!r}", "keys cannot hold a NUL character"
+            found = _first_unstorable(item, f"{path}.{key}", above)
+            if found[1]:
+                return found
+    else:
+        for place, item in enumerate(value):
+            found = _first_unstorable(item, f"{path}[{place}]", above)
+            if found[1]:
+                return found
     return path, ""

@@ -11,9 +11,9 @@ from typing import Any
 
 from streamline_pool.domain.change import Change
 from streamline_pool.domain.errors import ErrorCode
-from streamline_pool.domain.model import RunStatus
 
 from .expressions import NOT_PAUSED, server_time_in
+from .minimal_failure import minimal_failure
 from .operations import Command, Fence, Find, Statement, update_matching
 
 __all__ = [
@@ -77,11 +77,10 @@ def save_in_step(fence: Fence, place: int, field: str, value: Any, now: datetime
 
 def fail_minimal(fence: Fence, place: int, code: ErrorCode, message: str, now: datetime) -> Statement:
     """End a run whose document has no room even for its own failure: the reason in few bytes, the checkpoint dropped."""
-    error = {"code": code.value, "message": message[:100], "type": "", "stepId": None, "traceback": ""}
-    sets = {"rev": fence.rev + 1, "status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
-    unset = {"lease": "", "wakeAt": "", "pausedWakeAt": "", "awaits": "", "lastAct": "", "actIds": "", f"steps.{place}.checkpoint": ""}
+    update = minimal_failure(code, message, now, also_unset=(f"steps.{place}.checkpoint",), whole_error=True)
+    update["$set"]["rev"] = fence.rev + 1
     query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
-    return Statement(fence, {"q": query, "u": {"$set": sets, "$unset": unset}}, len(message) + 600)
+    return Statement(fence, {"q": query, "u": update}, len(message) + 600)
 
 
 def write_statements(statements: Sequence[Statement]) -> Command:

@@ -1,13 +1,12 @@
-"""What may be done to a run from outside, as data: cancel, pause, resume, rewind, answer, and the delivery of events.
+"""Control operations on a run, as data: cancel, pause, resume, rewind.
 
-Owns the filters and updates of outside acts and of the stored events; ops.py has those of the engine. Each is one
-conditional update whose filter holds every precondition, so that none of them ever needs to read, decide and write back.
+Owns their filters and updates. Each is one conditional update whose filter holds every precondition, so that none of them
+needs to read, decide and write back. Answers are in answers.py, events in durable_events.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from streamline_pool.domain.model import RunStatus, StepStatus
 
@@ -15,24 +14,23 @@ from .expressions import (
     INBOX,
     IS_PAUSED,
     NOT_PAUSED,
+    NOT_REWINDABLE_TEXTS,
     STEPS,
     live_run,
     plus_one,
 )
-from .operations import Command, change_one
+from .operations import Command, Expression, change_one
 
 __all__ = ["CONTROL_IDS_KEPT", "cancel_run", "pause_run", "rewind_run", "unpause_run"]
 
-Document = dict[str, Any]
-
 CONTROL_IDS_KEPT = 8
-"""Ids of the latest acts that a run keeps, so that a caller knows of its own for certain when others have acted after it."""
+"""Ids of the latest control operations that a run keeps. A caller whose reply was lost finds its own id there, also after others."""
 
 
 def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, control_id: str) -> Command:
-    """Cancel a run that has not ended, whoever holds it. Yields the cancelled document or None.
+    """Cancel a run that has not ended, also while it is leased. Yields the cancelled document or None.
 
-    Takes the lease away (token + 1), so the holder's next write misses: a cancel that won has won for good.
+    Removes the lease (token + 1), so the next write of the lease holder misses: a cancel is final.
     """
     sets = {
         "status": RunStatus.CANCELLED.value,
@@ -45,26 +43,33 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, control
         "pausedWakeAt": "$$REMOVE",
         "awaits": "$$REMOVE",
         "token": plus_one("$token"),
-        **_act(control_id),
-        "actIds": "$$REMOVE",  # no act follows
+        **_control_fields(control_id),
+        "actIds": "$$REMOVE",  # no control operation follows
     }
     return change_one("cancel_run", live_run(workflow_id, run_id), [{"$set": sets}])
 
 
 def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:
-    """Keep a run from being claimed, as it was found with `acts`. Yields the paused document or None.
+    """Keep a run from being claimed. Yields the paused document or None.
 
-    A live lease is left alone: its holder finds the pause at its next write, stores its result and gives the run up.
+    `acts` is the number of control operations with which the caller read the run; the update misses after another one.
+    A live lease stays: its holder finds the pause at its next write, stores the result and releases the run.
     """
     query = {**live_run(workflow_id, run_id), "paused": NOT_PAUSED, "acts": {"$eq": acts}}
-    sets = {"paused": True, "pauseReason": {"$literal": reason}, "pausedWakeAt": "$wakeAt", "wakeAt": "$$REMOVE", **_act(control_id)}
+    sets = {
+        "paused": True,
+        "pauseReason": {"$literal": reason},
+        "pausedWakeAt": "$wakeAt",
+        "wakeAt": "$$REMOVE",
+        **_control_fields(control_id),
+    }
     return change_one("pause_run", query, [{"$set": sets}])
 
 
 def unpause_run(workflow_id: str | None, run_id: str, acts: object, control_id: str) -> Command:
-    """Let a paused run go on, as it was found with `acts`. Yields the document or None.
+    """Let a paused run continue. Yields the document or None. `acts`: as in `pause_run`.
 
-    Where a worker holds the run, nothing else changes: its next write simply succeeds.
+    If a worker holds the run, nothing else changes: its next write succeeds.
     """
     query = {**live_run(workflow_id, run_id), "paused": True, "acts": {"$eq": acts}}
     free = {"$ne": [{"$type": "$lease"}, "object"]}
@@ -73,7 +78,7 @@ def unpause_run(workflow_id: str | None, run_id: str, acts: object, control_id: 
         "pauseReason": "$$REMOVE",
         "wakeAt": {"$cond": [free, {"$ifNull": ["$pausedWakeAt", "$$REMOVE"]}, "$$REMOVE"]},
         "pausedWakeAt": "$$REMOVE",
-        **_act(control_id),
+        **_control_fields(control_id),
     }
     return change_one("unpause_run", query, [{"$set": sets}])
 
@@ -81,14 +86,14 @@ def unpause_run(workflow_id: str | None, run_id: str, acts: object, control_id: 
 def rewind_run(
     workflow_id: str | None, run_id: str, acts: object, place: int, step_ids: Sequence[str], lane: str, slot: int, control_id: str
 ) -> Command:
-    """Bring the step at `place` and all later ones, `step_ids`, back to pending, as the run was found with `acts`.
+    """Set the step at `place` and all later ones, `step_ids`, back to pending. Yields the document or None.
 
-    Yields the document or None. Takes the lease away. Hooks go with the steps, and so do answers to them. A paused run
-    stays paused. `lane` and `slot` are given to a run that has none any more, because it had no room for them.
+    `acts`: as in `pause_run`. Removes the lease, the hooks of these steps, and the answers to them. A paused run stays
+    paused. `lane` and `slot` are for a run that has lost its own, because its document had no room for them.
     """
     query = {
         **live_run(workflow_id, run_id),
-        "status": {"$ne": RunStatus.CANCELLED.value},
+        "status": {"$nin": NOT_REWINDABLE_TEXTS},  # a status that another program made up passes: rewind repairs such a run
         "acts": {"$eq": acts},
         f"steps.{place}.stepId": step_ids[0],
     }
@@ -112,12 +117,13 @@ def rewind_run(
         "pausedWakeAt": {"$cond": [IS_PAUSED, "$$NOW", "$$REMOVE"]},
         "lane": {"$ifNull": ["$lane", {"$literal": lane}]},
         "slot": {"$ifNull": ["$slot", slot]},
-        **_act(control_id),
+        **_control_fields(control_id),
     }
     return change_one("rewind_run", query, [{"$set": sets}])
 
 
-def _act(control_id: str) -> Document:
+def _control_fields(control_id: str) -> Expression:
+    """The fields that every control operation changes: its number, its id and the time."""
     earlier = {"$cond": [{"$isArray": ["$actIds"]}, "$actIds", []]}
     return {
         "acts": plus_one("$acts"),

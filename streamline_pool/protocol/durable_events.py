@@ -1,4 +1,7 @@
-"""Durable events, as data: delivery to one run, and the stored events that are for every run."""
+"""Durable events, as data: delivery to one run, and the stored broadcast events, which are for every run.
+
+Owns the filters that decide which runs an event reaches; inbox.py has the update.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from typing import Any
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.domain.model import StepStatus
 
+from . import server_codes
 from .codec import SERVER_TICK
 from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, live_run, server_time_in, some_step
 from .inbox import deliver_item, has_room
-from .operations import Command, Find, Reply, change_one
+from .operations import Command, Find, Query, Reply, change_one, error_text
 
 __all__ = [
     "EVENT_BYTES_MAX",
@@ -29,19 +33,16 @@ __all__ = [
     "record_event",
 ]
 
-Document = dict[str, Any]
-
 _WAITING = StepStatus.WAITING.value
-_DUPLICATE_KEY = 11000
 
 EVENT_BYTES_MAX = 256 * 1024
-"""Data of one event. It is copied into every run that it reaches."""
+"""Bytes of the data of one event. The data is copied into every run that it reaches."""
 
 
 def deliver_event(run_id: str, event_id: str, name: str, data: Any, size: int) -> Command:
-    """Hand an event to one run: it ends the run's wait for it, or goes to the inbox. Yields the document or None.
+    """Deliver an event to one run: it ends the run's wait for it, or goes to the inbox. Yields the document or None.
 
-    An event that the run has seen is not delivered again, so the call may be repeated.
+    `size` is the bytes of `data`. An event that the run has seen is not delivered again, so the call may be repeated.
     """
     waits = {"$and": [{"$eq": ["$$step.status", _WAITING]}, {"$eq": ["$$step.waitingFor.eventName", {"$literal": name}]}]}
     hit = some_step({"$and": [IS_CURRENT, waits]})
@@ -50,20 +51,19 @@ def deliver_event(run_id: str, event_id: str, name: str, data: Any, size: int) -
 
 
 def record_event(event_id: str, name: str, data: Any, at: datetime) -> Command:
-    """Store an event for every run that exists now and waits for it sooner or later. Repeating changes nothing.
+    """Store a broadcast event: for every run that exists now and waits for it, now or later. Repeating changes nothing.
 
-    It is pending until those that wait now have it. Which runs exist is told by `bornAt`, and not by a clock.
+    It is pending until the runs that wait now have received it. `bornAt`, and no clock, decides which runs exist.
     """
     document = {"_id": event_id, "name": name, "data": data, "at": at, "bornAt": SERVER_TICK, "pending": True}
-    return Command(
-        name="record_event", collection="events", verb="insert", body={"documents": [document], "ordered": False}, parse=_there_now
-    )
+    body = {"documents": [document], "ordered": False}
+    return Command(name="record_event", collection="events", verb="insert", body=body, parse=_stored_or_there)
 
 
-def _there_now(reply: Reply) -> None:
+def _stored_or_there(reply: Reply) -> None:
     for error in reply.get("writeErrors", ()):
-        if error.get("code") != _DUPLICATE_KEY:
-            raise ValidationError(f"MongoDB refuses to store the event: {str(error.get('errmsg'))[:500]}")
+        if error.get("code") != server_codes.DUPLICATE_KEY:
+            raise ValidationError(f"MongoDB refuses to store the event: {error_text(error)}")
 
 
 def read_event(event_id: str) -> Find:
@@ -72,7 +72,7 @@ def read_event(event_id: str) -> Find:
 
 
 def find_waiters(event: Mapping[str, Any], after: str | None, limit: int) -> Find:
-    """Runs that wait for this event and have not seen it, with ids above `after`: id and wait number. Index streamline_awaits."""
+    """Runs that wait for this event and have not seen it, with ids above `after`: id and `waitGen` of each. Index streamline_awaits."""
     query = _waits_for(event)
     if after is not None:
         query["_id"] = {"$gt": after}
@@ -88,7 +88,7 @@ def find_waiters(event: Mapping[str, Any], after: str | None, limit: int) -> Fin
 
 
 def deliver_to_waiters(event: Mapping[str, Any], waiters: Sequence[Mapping[str, Any]]) -> Command:
-    """End each of these waits, if it is still the one that was found. Yields the reply, with `writeErrors` by index."""
+    """End each of these waits, if it is still the one that `find_waiters` found. Yields the reply, with `writeErrors` by index."""
     update = deliver_item(True, {"id": event["_id"], "data": event.get("data")}, is_event=True)
     query = _waits_for(event)
     query["steps"] = {"$elemMatch": {"status": _WAITING, "waitingFor.eventName": event["name"]}}
@@ -96,8 +96,8 @@ def deliver_to_waiters(event: Mapping[str, Any], waiters: Sequence[Mapping[str, 
     return Command(name="deliver_to_waiters", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=dict)
 
 
-def _waits_for(event: Mapping[str, Any]) -> Document:
-    # A run that began after the event was sent is none of its business, however late it is delivered.
+def _waits_for(event: Mapping[str, Any]) -> Query:
+    # An event never reaches a run that began after it was sent, however late it is delivered.
     return {
         "awaits": event["name"],
         "seen": {"$ne": event["_id"]},
@@ -107,43 +107,50 @@ def _waits_for(event: Mapping[str, Any]) -> Document:
 
 
 def read_delivered(run_ids: Sequence[str], event_id: str) -> Find:
-    """Those of the runs that an event has woken, with what their subscribers are told."""
+    """Those of the runs whose wait this event has ended, with the fields that are published to subscribers."""
     projection = {"workflowId": 1, "lane": 1, "steps.stepId": 1, "steps.answer": 1, "wakeAt": 1}
     query = {"_id": {"$in": list(run_ids)}, "steps.answer": event_id}
     return Find(name="read_delivered", collection="runs", filter=query, projection=projection)
 
 
 def mark_delivered(event_id: str) -> Command:
-    """Everybody who waited when the event was sent has it; who waits later looks for it."""
+    """Every run that waited when the event was sent has received it. A run that waits later reads the stored event."""
     body = {"updates": [{"q": {"_id": event_id}, "u": {"$set": {"pending": False}}}]}
     return Command(name="settle_event", collection="events", verb="update", body=body)
 
 
 def find_pending_events(before: datetime, limit: int) -> Find:
-    """Events that were sent before that, and whose sender has not finished. Index streamline_pending."""
+    """Events that were sent at `before` or earlier, and whose sender has not finished. Index streamline_pending."""
     query = {"pending": True, "at": {"$lte": before}, "name": {"$type": "string"}}
     return Find(name="find_pending_events", collection="events", filter=query, sort=(("at", 1),), limit=limit)
 
 
 def find_event_for(name: str, born_at: Any, seen: Sequence[str]) -> Find:
-    """The oldest event of that name that was sent to all after a run was born, and is none of those. Index streamline_event."""
-    query: Document = {"name": name, "bornAt": {"$gt": born_at}}
+    """The oldest broadcast event of that name that was sent after `born_at`. Index streamline_event.
+
+    `born_at` is the run's `bornAt`; `seen` are ids of events that the run has had already.
+    """
+    query: Query = {"name": name, "bornAt": {"$gt": born_at}}
     if seen:
         query["_id"] = {"$nin": list(seen)}
     return Find(name="find_event_for", collection="events", filter=query, sort=(("bornAt", 1),), limit=1)
 
 
 def oldest_live_run() -> Find:
-    """When the oldest run that has not ended was born: no event older than that can be wanted any more."""
+    """The `bornAt` of the oldest run that has not ended: no run can receive an older event any more."""
     query = {"status": {"$in": NON_TERMINAL_TEXTS}}
     return Find(name="oldest_live_run", collection="runs", filter=query, projection={"bornAt": 1}, sort=(("bornAt", 1),), limit=1)
 
 
 def forget_events(before: Any) -> Command:
-    """Delete delivered events that are older than what was born then (None: any), and not of just now. Yields how many."""
-    # The hour: a run that is older than the event may just be about to be stored, by a transaction for example.
-    query: Document = {"pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}
+    """Delete delivered events with a `bornAt` less than `before` (None: any) that are at least an hour old. Yields how many."""
+    # The hour: a run that is older than the event may not be stored yet, by a transaction for example.
+    query: Query = {"pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}
     if before is not None:
         query["bornAt"] = {"$lt": before}
     body = {"deletes": [{"q": query, "limit": 0}]}
-    return Command(name="forget_events", collection="events", verb="delete", body=body, parse=lambda reply: int(reply["n"]))
+    return Command(name="forget_events", collection="events", verb="delete", body=body, parse=_count)
+
+
+def _count(reply: Reply) -> int:
+    return int(reply["n"])

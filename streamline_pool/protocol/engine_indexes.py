@@ -1,4 +1,7 @@
-"""The indexes that the engine itself needs, as data. Indexes for the queries of users are in storage/indexes.py."""
+"""The indexes that the engine itself needs, as data. Owns their names, keys and reasons.
+
+Indexes for the queries of users are in storage/indexes.py.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,20 @@ __all__ = [
     "ensure_indexes",
 ]
 
-Document = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexDefinition:
     """One index, as `createIndexes` takes it."""
 
     name: str
-    key: Mapping[str, int]
-    partial: Mapping[str, Any] | None = None
+    key: Mapping[str, int]  # field to 1 or -1
+    partial: Mapping[str, Any] | None = None  # the filter of the documents that it holds; None: all
     unique: bool = False
-    expire_after_s: int | None = None
+    expire_after_s: int | None = None  # of a TTL index
 
-    def spec(self) -> Document:
+    def spec(self) -> dict[str, Any]:
         """The element of `createIndexes.indexes`."""
-        spec: Document = {"name": self.name, "key": dict(self.key)}
+        spec: dict[str, Any] = {"name": self.name, "key": dict(self.key)}
         if self.partial is not None:
             spec["partialFilterExpression"] = dict(self.partial)
         if self.unique:
@@ -42,13 +43,13 @@ class IndexDefinition:
 
 
 RUN_INDEXES: tuple[IndexDefinition, ...] = (
-    # Claimable now or later. A lane is queue, workflow and version: runs that a pool cannot run are never looked at.
+    # Claimable now or later. A lane is queue, workflow and version, so a scan skips the runs that the pool cannot run.
     IndexDefinition(
         name="streamline_due",
         key={"lane": 1, "slot": 1, "priority": -1, "wakeAt": 1},
         partial={"wakeAt": {"$exists": True}},
     ),
-    # Runs in flight, few at any time; the owner is in the key so that releasing one worker's reads no documents.
+    # Leased runs, few at any time. The owner is in the key, so that a release of one worker's leases reads no documents.
     IndexDefinition(
         name="streamline_lease",
         key={"lease.expiresAt": 1, "lease.owner": 1},
@@ -60,14 +61,14 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
         partial={"idempotencyKey": {"$type": "string"}},
         unique=True,
     ),
-    # Runs that wait for an event, so that one sent to all finds them; by id, so that it gets through them in one pass.
+    # Runs that wait for an event, so that a broadcast event finds them. By id, so that it reaches all of them in one pass.
     IndexDefinition(name="streamline_awaits", key={"awaits": 1, "_id": 1}, partial={"awaits": {"$exists": True}}),
 )
-"""The indexes that the engine itself needs. A step's commit touches none of their fields."""
+"""The indexes of the runs. The commit of a step changes none of their fields."""
 
 EVENT_INDEXES: tuple[IndexDefinition, ...] = (
     IndexDefinition(name="streamline_event", key={"name": 1, "bornAt": 1}),
-    # Events whose sender has not finished: a steward does when the sender died.
+    # Events whose sender has not finished. If the sender died, a steward delivers them.
     IndexDefinition(name="streamline_pending", key={"at": 1}, partial={"pending": True}),
 )
 
@@ -75,7 +76,7 @@ HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_ex
 
 
 def ensure_indexes(collection: str = "runs") -> Command:
-    """Create the engine's indexes of a collection; does nothing when they exist."""
+    """Create the engine's indexes of "runs", "hosts" or "events". Does nothing when they exist."""
     made = {"runs": RUN_INDEXES, "hosts": HOST_INDEXES, "events": EVENT_INDEXES}[collection]
     body = {"indexes": [index.spec() for index in made]}
     return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body=body)

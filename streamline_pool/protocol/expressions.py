@@ -1,63 +1,76 @@
-"""Fragments of filters and of update pipelines that several operations share, as data.
+"""Parts of filters and of update pipelines that several operations share, as data. Owns which statuses a filter names.
 
-A pipeline that meets a value of the wrong type fails as a whole, and with it every other run of the batch. These
-expressions hold whatever another program did to a document; documents.misfit then reports it.
+A pipeline that meets a value of the wrong type fails as a whole, and with it the update of every other run of the batch.
+These expressions therefore accept whatever another program did to a document. `validate_run_document` then reports it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from enum import StrEnum
 
-from streamline_pool.domain.model import NON_TERMINAL, TERMINAL
+from streamline_pool.domain.model import ENDED_STEPS, NON_TERMINAL, REWINDABLE, TERMINAL, RunStatus, StepStatus
+
+from .operations import Expression, Query
 
 __all__ = [
-    "INBOX", "IS_CURRENT", "IS_PAUSED", "NON_TERMINAL_TEXTS", "NOT_PAUSED", "STEPS", "TERMINAL_TEXTS",
-    "live_run", "map_steps", "plus_one", "server_time_in", "some_step", "text_of",
+    "ENDED_STEP_TEXTS", "ENTERABLE_STEP_TEXTS", "INBOX", "IS_CURRENT", "IS_PAUSED", "NON_TERMINAL_TEXTS", "NOT_PAUSED",
+    "NOT_REWINDABLE_TEXTS", "STEPS", "TERMINAL_TEXTS", "live_run", "map_steps", "plus_one", "server_time_in", "some_step",
+    "status_texts", "text_of",
 ]  # fmt: skip
 
-Document = dict[str, Any]
 
-TERMINAL_TEXTS = sorted(status.value for status in TERMINAL)
-NON_TERMINAL_TEXTS = sorted(status.value for status in NON_TERMINAL)
-NOT_PAUSED = {"$ne": True}
+def status_texts(statuses: Iterable[StrEnum]) -> list[str]:
+    """Statuses as they are stored, sorted, for `$in` and `$nin`."""
+    return sorted(status.value for status in statuses)
 
-IS_CURRENT: Document = {"$and": [{"$eq": [{"$type": "$$step"}, "object"]}, {"$eq": ["$$step.stepId", "$currentStepId"]}]}
+
+TERMINAL_TEXTS = status_texts(TERMINAL)
+NON_TERMINAL_TEXTS = status_texts(NON_TERMINAL)
+NOT_REWINDABLE_TEXTS = status_texts(set(RunStatus) - REWINDABLE)
+
+ENDED_STEP_TEXTS = status_texts(ENDED_STEPS)
+ENTERABLE_STEP_TEXTS = status_texts(set(StepStatus) - ENDED_STEPS - {StepStatus.WAITING})
+"""Statuses of a step whose handler may be entered: not entered yet, or entered by a worker that was lost."""
+
+NOT_PAUSED: Query = {"$ne": True}
+IS_PAUSED: Expression = {"$eq": ["$paused", True]}
+
+IS_CURRENT: Expression = {"$and": [{"$eq": [{"$type": "$$step"}, "object"]}, {"$eq": ["$$step.stepId", "$currentStepId"]}]}
 """True within `map_steps` and `some_step` for the step that the run is at."""
 
-IS_PAUSED: Document = {"$eq": ["$paused", True]}
-
-STEPS: Document = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
-INBOX: Document = {"$cond": [{"$isArray": ["$inbox"]}, "$inbox", []]}
+STEPS: Expression = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
+INBOX: Expression = {"$cond": [{"$isArray": ["$inbox"]}, "$inbox", []]}
 
 
-def map_steps(expression: Document) -> Document:
+def live_run(workflow_id: str | None, run_id: str) -> Query:
+    """One run that has not ended, of that workflow or (None) of any."""
+    query: Query = {"_id": run_id, "status": {"$in": NON_TERMINAL_TEXTS}}
+    if workflow_id is not None:
+        query["workflowId"] = workflow_id
+    return query
+
+
+def map_steps(expression: Expression) -> Expression:
     """The steps, each replaced by `expression` of `$$step`."""
     return {"$cond": [{"$isArray": ["$steps"]}, {"$map": {"input": STEPS, "as": "step", "in": expression}}, "$steps"]}
 
 
-def some_step(condition: Document) -> Document:
+def some_step(condition: Expression) -> Expression:
     """True if `condition` of `$$step` holds for a step."""
     return {"$anyElementTrue": [{"$map": {"input": STEPS, "as": "step", "in": condition}}]}
 
 
-def plus_one(path: str) -> Document:
-    """The number at `path` (what is no number counts as 0) and one."""
+def plus_one(path: str) -> Expression:
+    """The number at `path`, plus one. A value that is no number counts as 0."""
     return {"$add": [{"$cond": [{"$isNumber": path}, path, 0]}, 1]}
 
 
-def text_of(path: str) -> Document:
-    """The text at `path`."""
+def text_of(path: str) -> Expression:
+    """The text at `path`, or "(unknown)"."""
     return {"$cond": [{"$eq": [{"$type": path}, "string"]}, path, "(unknown)"]}
 
 
-def server_time_in(seconds: float) -> Document:
+def server_time_in(seconds: float) -> Expression:
     """The server's time, so many seconds from now."""
     return {"$dateAdd": {"startDate": "$$NOW", "unit": "millisecond", "amount": round(seconds * 1000)}}
-
-
-def live_run(workflow_id: str | None, run_id: str) -> Document:
-    """One run that has not ended, of that workflow or (None) of any."""
-    query: Document = {"_id": run_id, "status": {"$in": NON_TERMINAL_TEXTS}}
-    if workflow_id is not None:
-        query["workflowId"] = workflow_id
-    return query

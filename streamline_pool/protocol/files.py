@@ -1,9 +1,9 @@
-"""Every query and update of files, named, as data. Does no I/O: store.py runs them, files.py says in which order.
+"""Queries and updates of files, as data. Owns the layout of files; storage/files.py has the order of the operations.
 
-Files have the layout of GridFS in the bucket `<prefix>files`, so every GridFS tool reads them. They are written by
-operations of our own and not by the driver's bucket, because each of these may be repeated: the driver's upload under
-an id that an attempt of unknown outcome has begun fails, and what it has left must be deleted while that attempt may
-still be writing. Here the content of an id never changes, so that two attempts that mix make the same file.
+Files have the layout of GridFS in the bucket `<prefix>files`, so every GridFS tool reads them. This package writes them by
+its own operations and not by the driver's bucket, because each of these may be repeated. The driver's upload fails under
+an id that an attempt of unknown outcome has begun, and the rest of that attempt must be deleted while it may still be
+writing. Here the content of an id never changes, so two attempts at the same time make the same file.
 
 - `<prefix>files.files`: `{_id, filename: run id, length, chunkSize, uploadDate, metadata: {runId, archives?}}`.
   `uploadDate` is the server's. The driver's index on `filename` finds the files of a run.
@@ -17,7 +17,8 @@ from typing import Any
 
 from streamline_pool.domain.errors import StoreUnavailableError
 
-from .operations import Command, Find, Reply
+from . import server_codes
+from .operations import Command, Find, Reply, deleted, error_text
 
 __all__ = [
     "CHUNK_BYTES",
@@ -39,33 +40,31 @@ FILES = "files.files"
 _CHUNKS = "files.chunks"
 
 CHUNK_BYTES = 255 * 1024
-"""The size of a chunk that GridFS drivers choose: it fits with its fields into 256 KiB."""
-
-_DUPLICATE_KEY = 11000
+"""The size of a chunk that GridFS drivers choose: with its fields it fits into 256 KiB."""
 
 
 # --- storing -------------------------------------------------------------------------------------------------------
 
 
 def any_file() -> Find:
-    """One file, if there are any: then the indexes exist as well."""
+    """One file, if there is one. The indexes exist once there is a file."""
     return Find(name="any_file", collection=FILES, filter={}, projection={"_id": 1}, limit=1)
 
 
 def ensure_file_index() -> Command:
-    """GridFS's index of files, with the name and key that drivers give it; does nothing when it exists."""
+    """GridFS's index of files, with the name and key that drivers give it. Does nothing when it exists."""
     spec = {"name": "filename_1_uploadDate_1", "key": {"filename": 1, "uploadDate": 1}}
     return Command(name="ensure_file_index", collection=FILES, verb="createIndexes", body={"indexes": [spec]})
 
 
 def ensure_chunk_index() -> Command:
-    """GridFS's index of chunks, with the name and key that drivers give it; does nothing when it exists."""
+    """GridFS's index of chunks, with the name and key that drivers give it. Does nothing when it exists."""
     spec = {"name": "files_id_1_n_1", "key": {"files_id": 1, "n": 1}, "unique": True}
     return Command(name="ensure_chunk_index", collection=_CHUNKS, verb="createIndexes", body={"indexes": [spec]})
 
 
 def insert_file(file_id: str, run_id: str, length: int) -> Command:
-    """Store a file's record; a record that is there stays as it is. The upload's time is the server's."""
+    """Store a file's record. An existing record stays as it is. The time of the upload is the server's."""
     record = {"filename": {"$literal": run_id}, "length": {"$toLong": length}, "chunkSize": CHUNK_BYTES, "uploadDate": "$$NOW"}
     record["metadata"] = {"runId": {"$literal": run_id}}
     update = [{"$replaceWith": {"$mergeObjects": [record, "$$ROOT"]}}]
@@ -74,7 +73,7 @@ def insert_file(file_id: str, run_id: str, length: int) -> Command:
 
 
 def insert_chunks(file_id: str, first: int, chunks: Sequence[bytes]) -> Command:
-    """Store chunks number `first` and following; those that are there stay as they are, and they are the same."""
+    """Store chunks number `first` and following. Existing chunks stay as they are: they have the same content."""
     documents = [{"_id": f"{file_id}/{n}", "files_id": file_id, "n": n, "data": data} for n, data in enumerate(chunks, first)]
     body = {"documents": documents, "ordered": False}
     return Command(name="insert_chunks", collection=_CHUNKS, verb="insert", body=body, parse=_stored_or_there)
@@ -82,8 +81,8 @@ def insert_chunks(file_id: str, first: int, chunks: Sequence[bytes]) -> Command:
 
 def _stored_or_there(reply: Reply) -> None:
     for error in reply.get("writeErrors", ()):
-        if error.get("code") != _DUPLICATE_KEY:
-            raise StoreUnavailableError(f"a file could not be stored: {str(error.get('errmsg'))[:500]}", transient=True)
+        if error.get("code") != server_codes.DUPLICATE_KEY:
+            raise StoreUnavailableError(f"a file could not be stored: {error_text(error)}", transient=True)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -92,13 +91,13 @@ _RECORD = {"metadata": 1, "length": 1}
 
 
 def files_of(run_id: str, file_ids: Sequence[str]) -> Find:
-    """The records of these files, if they are of that run: a marker that somebody has forged opens no other run's file."""
+    """The records of these files, if they are of that run: a forged marker opens no file of another run."""
     query = {"_id": {"$in": list(file_ids)}, "metadata.runId": run_id}
     return Find(name="files_of", collection=FILES, filter=query, projection=_RECORD)
 
 
 def files_of_runs(run_ids: Sequence[str]) -> Find:
-    """The records of all files of these runs, those that no document refers to (any more) included."""
+    """The records of all files of these runs, also of files to which no document refers."""
     return Find(name="files_of_runs", collection=FILES, filter={"filename": {"$in": list(run_ids)}}, projection=_RECORD)
 
 
@@ -113,23 +112,17 @@ def read_chunks(file_id: str) -> Find:
 def delete_chunks(file_ids: Sequence[str]) -> Command:
     """Delete the content of these files."""
     body = {"deletes": [{"q": {"files_id": {"$in": list(file_ids)}}, "limit": 0}]}
-    return Command(name="delete_chunks", collection=_CHUNKS, verb="delete", body=body, parse=_all_deleted)
+    return Command(name="delete_chunks", collection=_CHUNKS, verb="delete", body=body, parse=deleted("files"))
 
 
 def delete_files(file_ids: Sequence[str]) -> Command:
     """Delete the records of these files. Yields how many there were."""
     body = {"deletes": [{"q": {"_id": {"$in": list(file_ids)}}, "limit": 0}]}
-    return Command(name="delete_files", collection=FILES, verb="delete", body=body, parse=_all_deleted)
-
-
-def _all_deleted(reply: Reply) -> int:
-    if reply.get("writeErrors"):
-        raise StoreUnavailableError(f"files could not be deleted: {str(reply['writeErrors'][0].get('errmsg'))[:500]}", transient=True)
-    return int(reply["n"])
+    return Command(name="delete_files", collection=FILES, verb="delete", body=body, parse=deleted("files"))
 
 
 def mark_archived(file_ids: Sequence[str], collection: str) -> Command:
-    """Note with these files that their runs are kept in `collection` (its stored name), for who looks for orphans."""
+    """Record that the runs of these files are archived in `collection` (its stored name), so that the files are no orphans."""
     update: Mapping[str, Any] = {"$addToSet": {"metadata.archives": collection}}
     body = {"updates": [{"q": {"_id": {"$in": list(file_ids)}}, "u": update, "multi": True}]}
     return Command(name="mark_archived", collection=FILES, verb="update", body=body, parse=_stored_or_there)

@@ -1,4 +1,4 @@
-"""The records by which pools say that they are alive, as data."""
+"""The host records, by which a pool shows that it is alive, as data. Owns when a record expires."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ __all__ = [
     "remove_host",
 ]
 
-Document = dict[str, Any]
-
 
 def put_host(record: Mapping[str, Any], ttl_s: float) -> Command:
-    """Store what a pool on some host says of itself; it vanishes `ttl_s` seconds after its last word."""
+    """Store what a pool reports about itself. The record expires `ttl_s` seconds after the last call."""
     fields = {name: {"$literal": value} for name, value in record.items() if name != "_id"}
     update = [{"$set": {**fields, "seenAt": "$$NOW", "expireAt": server_time_in(ttl_s)}}]
-    return Command(
-        name="put_host", collection="hosts", verb="update", body={"updates": [{"q": {"_id": record["_id"]}, "u": update, "upsert": True}]}
-    )
+    body = {"updates": [{"q": {"_id": record["_id"]}, "u": update, "upsert": True}]}
+    return Command(name="put_host", collection="hosts", verb="update", body=body)
 
 
 def remove_host(host_id: str) -> Command:
-    """The pool is gone in good order."""
+    """Remove the record of a pool that has stopped."""
     return Command(name="remove_host", collection="hosts", verb="delete", body={"deletes": [{"q": {"_id": host_id}, "limit": 1}]})
 
 
 def list_hosts() -> Find:
-    """Every pool that has spoken lately."""
+    """The records of all pools, by id. An expired record may still be among them."""
     return Find(name="list_hosts", collection="hosts", filter={"listener": {"$exists": False}}, sort=(("_id", 1),))

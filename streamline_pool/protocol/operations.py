@@ -1,4 +1,8 @@
-"""The shapes in which operations on the database are handed around. What they say is in ops.py, who runs them in store.py."""
+"""The shapes of operations on the database, as frozen data.
+
+Owns what a command, a query and a signal consist of. The other modules of this package make the operations, one module per
+topic; storage/ performs them.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +10,65 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from streamline_pool.domain.errors import ValidationError
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 
-__all__ = ["Command", "Fence", "Find", "Op", "Reply", "Signal", "Statement", "Tail", "all_or_refused", "change_one", "update_matching"]
+__all__ = [
+    "Command", "Expression", "Fence", "Find", "Op", "Query", "Reply", "Signal", "Statement", "Tail", "Update",
+    "all_or_refused", "change_one", "changed_document", "deleted", "error_text", "update_matching",
+]  # fmt: skip
 
-Document = dict[str, Any]
+Query = dict[str, Any]
+"""A filter."""
+
+Expression = dict[str, Any]
+"""An aggregation expression, or part of one."""
+
+Update = dict[str, Any] | list[dict[str, Any]]
+"""Update operators, or (a list) an update pipeline."""
+
 Reply = Mapping[str, Any]
+"""What the server answers to a command."""
+
+
+def _ignored(_reply: Reply) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One database command. `verb` names the command and takes the collection; `parse` makes the result of the reply."""
+    """One database command. `verb` names the command and takes the collection; `parse` turns the reply into the result."""
 
-    name: str  # how logs, errors and fault injection call it
+    name: str  # for logs, errors and fault injection
     collection: str  # without the prefix; "" for a command of the database itself
     verb: str
     body: Mapping[str, Any]
-    parse: Callable[[Reply], Any] = lambda reply: None
+    parse: Callable[[Reply], Any] = _ignored
     writes: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Find:
-    """One query; yields a list of documents."""
+    """One query. Yields a list of documents."""
 
     name: str
     collection: str
     filter: Mapping[str, Any]
     projection: Mapping[str, Any] | None = None
     sort: Sequence[tuple[str, int]] = field(default_factory=tuple)
-    limit: int = 0
-    hint: str | None = None
+    limit: int = 0  # 0: all
+    hint: str | None = None  # name of the index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tail:
-    """A tailing read of the signals written from `since` on; for store.py's `tail`."""
+    """A tailing read of the signals that match `filter`; for `Store.tail`."""
 
     filter: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signal:
-    """One hint: inserted without waiting for an answer, never repeated, never part of a transaction."""
+    """One hint. It is inserted without waiting for a reply, never repeated, and never part of a transaction."""
 
     name: str
     document: Mapping[str, Any]
@@ -58,35 +78,57 @@ Op = Command | Find | Signal
 
 
 class Fence(NamedTuple):
-    """What a holder's write must find unchanged: the run, its own claim, and the count of its writes."""
+    """What a lease holder's write must find unchanged: the run, the holder's claim, and the number of its writes."""
 
     run_id: str
     lease_id: str  # the claim id; new at every claim attempt, so no other holder ever has it
     rev: int
-    token: int  # unchanged for as long as nobody else has claimed, recovered or acted on the run
+    token: int  # unchanged while no other process claims, recovers or controls the run
 
 
 class Statement(NamedTuple):
-    """One fenced write of a holder, as the group committer sends it together with others."""
+    """One fenced write of a lease holder, as the group committer sends it together with others."""
 
     fence: Fence
     update: dict[str, Any]  # {"q", "u"}: an element of the `update` command
     size: int  # estimated bytes
 
 
-def update_matching(name: str, query: Document, update: list[Document] | Document) -> Command:
-    """Update whatever matches. Yields how many did; to be run by multi_update.py."""
+def update_matching(name: str, query: Query, update: Update) -> Command:
+    """Update every run that matches. Yields how many matched. `update_many` in storage/bulk_update.py performs it."""
     body = {"updates": [{"q": query, "u": update, "multi": True}]}
     return Command(name=name, collection="runs", verb="update", body=body, parse=all_or_refused)
 
 
 def all_or_refused(reply: Reply) -> int:
-    """How many matched; a ValidationError if the server refused one, whatever had been updated by then (`n` is 0)."""
+    """How many runs matched. Raises ValidationError if the server refused one (`n` is then 0, although some may be updated)."""
     if reply.get("writeErrors"):
-        raise ValidationError(f"MongoDB refuses to update one of the runs: {str(reply['writeErrors'][0].get('errmsg'))[:500]}")
+        raise ValidationError(f"MongoDB refuses to update one of the runs: {error_text(reply['writeErrors'][0])}")
     return int(reply["n"])
 
 
-def change_one(name: str, query: Document, update: list[Document]) -> Command:
-    body: Document = {"query": query, "update": update, "new": True}
-    return Command(name=name, collection="runs", verb="findAndModify", body=body, parse=lambda reply: reply.get("value"))
+def change_one(name: str, query: Query, update: Update) -> Command:
+    """Update one run. Yields the document as the update left it, or None when no run matched."""
+    body = {"query": query, "update": update, "new": True}
+    return Command(name=name, collection="runs", verb="findAndModify", body=body, parse=changed_document)
+
+
+def changed_document(reply: Reply) -> Any:
+    """The document in a reply of `findAndModify`, or None."""
+    return reply.get("value")
+
+
+def deleted(what: str) -> Callable[[Reply], int]:
+    """The parser of a `delete` command. It yields how many documents there were. `what` names them in the StoreUnavailableError."""
+
+    def parse(reply: Reply) -> int:
+        if reply.get("writeErrors"):
+            raise StoreUnavailableError(f"{what} could not be deleted: {error_text(reply['writeErrors'][0])}", transient=True)
+        return int(reply["n"])
+
+    return parse
+
+
+def error_text(error: Mapping[str, Any]) -> str:
+    """The server's words in an element of `writeErrors`, shortened."""
+    return str(error.get("errmsg"))[:500]

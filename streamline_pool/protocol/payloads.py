@@ -1,6 +1,6 @@
-"""Outputs that are too large for the run's document: what goes into the document, and what into a file beside it.
+"""Outputs that are too large for the run document: what goes into the document, and what into a file beside it.
 
-Owns the marker that stands for such an output and the limits. Pure: files.py stores and loads, documents.py encodes.
+Owns the marker that replaces such an output, and the limits. Pure: storage/files.py stores and loads, codec.py encodes.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ __all__ = [
 ]
 
 EXTERNAL_BYTES = 256 * 1024
-"""A larger output is kept in a file. The contract's figure: a document is rewritten whole at every step, a file never."""
+"""A larger output is kept in a file. A fixed limit of the public contract. Each step rewrites the whole document, but no file."""
 
 OUTPUT_BYTES_MAX = 64 * 1024 * 1024
-"""The largest output. The contract's figure; it is held in memory twice while it is stored."""
+"""The largest output. A fixed limit of the public contract. It is in memory twice while it is stored."""
 
 EXTERNAL_KEY = "$external"
-"""The one key of the mapping that stands in the document for an output in a file; its value is the file's id."""
+"""The only key of the marker, the mapping that replaces an output in the document. Its value is the id of the file."""
 
-_MARKER_BYTES = 40  # of the marker without the id in it
+_MARKER_BYTES = 40  # of the marker without the id
 
 
 class SplitOutput(NamedTuple):
-    """One output, as it is to be stored."""
+    """One output, ready to be stored. The file is stored before the document."""
 
-    stored: Any  # what goes into the document, as a reader will find it: the value, or the marker
-    content: bytes | None  # what goes into the file, first; None: there is no file
+    stored: Any  # for the document, as a reader will find it: the value, or the marker
+    content: bytes | None  # for the file; None: there is no file
     size: int  # bytes that `stored` takes in the document
 
 
 def split_output(value: Any, where: str, file_id: str) -> SplitOutput:
-    """What to store of an output: itself, or the marker `{"$external": file_id}` and the content of that file.
+    """What to store of an output: the value, or the marker `{"$external": file_id}` and the content of that file.
 
-    A value which is itself such a mapping goes into a file whatever its size, so that a marker is always ours. The value
-    that later steps are to see is `documents.decode_payload(content)`, or `stored` without a file. Raises ValidationError
-    with the path of what BSON cannot hold, PayloadTooLargeError above OUTPUT_BYTES_MAX.
+    A value that has the form of a marker always goes into a file, so that every stored marker is one of ours. Later steps
+    see `codec.decode_payload(content)`, or `stored` when there is no file.
+
+    Raises ValidationError with the path of a value that BSON cannot hold, PayloadTooLargeError above OUTPUT_BYTES_MAX.
     """
     if type(value) in (NoneType, bool, int, float):
         stored, size = as_payload(value, where)
@@ -61,17 +62,17 @@ def split_output(value: Any, where: str, file_id: str) -> SplitOutput:
 
 
 def is_external(stored: Any) -> TypeGuard[Mapping[str, str]]:
-    """True for the marker of an output in a file, and for whatever could be mistaken for one."""
+    """True for the marker of an output in a file, and for every value of the same form."""
     return isinstance(stored, Mapping) and len(stored) == 1 and isinstance(stored.get(EXTERNAL_KEY), str)
 
 
 def external_ids(document: Mapping[str, Any]) -> list[str]:
-    """Ids of the files that a run document refers to: its steps' outputs and its own, each once."""
+    """Ids of the files of a run document: the outputs of its steps and its own output, each id once."""
     return list(dict.fromkeys(output[EXTERNAL_KEY] for output in _outputs(document) if is_external(output)))
 
 
 def with_outputs(document: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a run document with each marker replaced by the value of its file; markers of other files stay."""
+    """A copy of a run document with each marker replaced by the value of its file. `values` is by file id; other markers stay."""
     steps = document.get("steps")
     whole = _with_output(document, values)
     if isinstance(steps, list):

@@ -1,7 +1,7 @@
-"""Every query and update that removes or moves ended runs, named, as data. Does no I/O: housekeeping.py gives the order.
+"""Queries and updates that remove or move ended runs, as data. storage/retention.py has the order of the operations.
 
-Owns what counts as old. Every condition is made once and stands in the search and again in the write that acts on what
-was found, so that a run which has been revived in between is left alone. Ages are judged by the server's `$$NOW`.
+Owns which runs count as old. A condition is in the search and again in the write that follows, so that a run which was
+revived in between stays as it is. The server's `$$NOW` decides about ages.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamline_pool.domain.errors import StoreUnavailableError
-from streamline_pool.domain.model import TERMINAL
-
+from .expressions import TERMINAL_TEXTS
 from .files import FILES
-from .operations import Command, Find, Reply
+from .operations import Command, Expression, Find, Query, Reply, deleted
 
 __all__ = [
     "ARCHIVE",
@@ -31,59 +29,57 @@ __all__ = [
     "uploaded_before",
 ]
 
-Document = dict[str, Any]
-
 ARCHIVE = "runs_archive"
 
 SLICE = 1_000
-"""Documents that one look goes through, and with it the most that one write removes. A guess: some milliseconds of work
-for the server, and ids and times of so many runs are some 100 kB."""
+"""Documents that one search reads, and therefore the most that one write removes. A guess: some milliseconds of work for
+the server, and some 100 kB of ids and times."""
 
 IDENTITY = ("status", "endedAt", "createdAt", "rev", "acts")
-"""What tells one state of an ended run from every other: each write of a holder raises `rev`, every act `acts`."""
+"""The fields that distinguish one state of a run from every other: each write of a lease holder raises `rev`, each control
+operation `acts`."""
 
-_TERMINAL = {"$in": sorted(status.value for status in TERMINAL)}
-_AGE_MS_MAX = 200 * 365 * 86_400_000  # no run is as old; the server refuses what leads before the year 0
+_AGE_MS_MAX = 200 * 365 * 86_400_000  # no run is as old; the server refuses a date before the year 0
 
 
 # --- conditions ----------------------------------------------------------------------------------------------------
 
 
-def ended_before(age_s: float, tenant: tuple[str, Any] | None = None) -> Document:
-    """Runs that ended at least `age_s` seconds ago; of one tenant only, given as (field, value)."""
-    condition: Document = {"status": _TERMINAL, "$expr": _at_least_ago("$endedAt", age_s)}
+def ended_before(age_s: float, tenant: tuple[str, Any] | None = None) -> Query:
+    """Runs that ended at least `age_s` seconds ago. `tenant`, as (field, value), limits them to one tenant."""
+    condition: Query = {"status": {"$in": TERMINAL_TEXTS}, "$expr": _at_least_ago("$endedAt", age_s)}
     if tenant is None:
         return condition
     field, value = tenant
-    return {"$and": [condition, {field: {"$eq": value}}]}  # whatever the field is called, it replaces no part of the condition
+    return {"$and": [condition, {field: {"$eq": value}}]}  # with `$and` the field cannot replace a part of the condition
 
 
-def expired() -> Document:
+def expired() -> Query:
     """Ended runs whose `context.expireAt` is a date that has passed."""
-    return {"status": _TERMINAL, "$expr": _at_least_ago("$context.expireAt", 0.0)}
+    return {"status": {"$in": TERMINAL_TEXTS}, "$expr": _at_least_ago("$context.expireAt", 0.0)}
 
 
-def uploaded_before(age_s: float) -> Document:
+def uploaded_before(age_s: float) -> Query:
     """Files that were stored at least `age_s` seconds ago."""
     return {"metadata.runId": {"$type": "string"}, "$expr": _at_least_ago("$uploadDate", age_s)}
 
 
-def _at_least_ago(path: str, age_s: float) -> Document:
-    # In an expression whatever is missing or of another type is less than any date; only dates have an age.
+def _at_least_ago(path: str, age_s: float) -> Expression:
+    # In an expression a missing value, or one of another type, is less than any date. Only dates have an age.
     instant = {"$subtract": ["$$NOW", min(round(age_s * 1000), _AGE_MS_MAX)]}
     return {"$and": [{"$eq": [{"$type": path}, "date"]}, {"$lte": [path, instant]}]}
 
 
-# --- looking -------------------------------------------------------------------------------------------------------
+# --- searching -----------------------------------------------------------------------------------------------------
 
 
 def scan(collection: str, after: str, condition: Mapping[str, Any], fields: Sequence[str]) -> Command:
-    """The next SLICE documents after the id `after`. Yields `(last id or None, [documents that meet the condition])`.
+    """Read the next SLICE documents after the id `after`. Yields `(last id or None, [documents that meet the condition])`.
 
-    By id, and so many at a time whether they match or not: no index of ages is needed, and a look at a collection of
-    any size in which nothing matches is still a short one. Index: _id_.
+    Each document has `_id` and `fields`. The search is by id and reads SLICE documents whether they match or not. So it
+    needs no index of ages, and each command is short, however large the collection and however few its matches. Index: _id_.
     """
-    pipeline: list[Document] = [
+    pipeline: list[Expression] = [
         {"$match": {"_id": {"$gt": after}}},  # of text only, as all our ids are
         {"$sort": {"_id": 1}},
         {"$limit": SLICE},
@@ -99,7 +95,7 @@ def scan(collection: str, after: str, condition: Mapping[str, Any], fields: Sequ
     return Command(name=name, collection=collection, verb="aggregate", body=body, parse=_scanned, writes=False)
 
 
-def _scanned(reply: Reply) -> tuple[str | None, list[Document]]:
+def _scanned(reply: Reply) -> tuple[str | None, list[Mapping[str, Any]]]:
     batch = reply["cursor"]["firstBatch"]
     if not batch or not batch[0]["last"]:
         return None, []
@@ -112,7 +108,7 @@ def existing_runs(collection: str, run_ids: Sequence[str]) -> Find:
 
 
 def identify_runs(collection: str, run_ids: Sequence[str]) -> Find:
-    """In what state these runs are in that collection: the fields of IDENTITY."""
+    """The state of these runs in that collection: the fields of IDENTITY."""
     projection = dict.fromkeys(IDENTITY, 1)
     return Find(name="identify_runs", collection=collection, filter={"_id": {"$in": list(run_ids)}}, projection=projection)
 
@@ -123,29 +119,23 @@ def identify_runs(collection: str, run_ids: Sequence[str]) -> Find:
 def delete_runs(run_ids: Sequence[str], condition: Mapping[str, Any]) -> Command:
     """Delete those of the runs that still meet the condition. Yields how many."""
     statement = {"q": {"_id": {"$in": list(run_ids)}, **condition}, "limit": 0}
-    return Command(name="delete_runs", collection="runs", verb="delete", body={"deletes": [statement]}, parse=_deleted)
+    return Command(name="delete_runs", collection="runs", verb="delete", body={"deletes": [statement]}, parse=deleted("runs"))
 
 
 def delete_same_runs(identities: Sequence[Mapping[str, Any]]) -> Command:
     """Delete those runs that are still in exactly the state given. Yields how many."""
-    return Command(name="delete_same_runs", collection="runs", verb="delete", body=_each(identities), parse=_deleted)
+    return Command(name="delete_same_runs", collection="runs", verb="delete", body=_each(identities), parse=deleted("runs"))
 
 
 def delete_copies(collection: str, identities: Sequence[Mapping[str, Any]]) -> Command:
     """Delete those copies that are in exactly the state given. Yields how many."""
-    return Command(name="delete_copies", collection=collection, verb="delete", body=_each(identities), parse=_deleted)
+    return Command(name="delete_copies", collection=collection, verb="delete", body=_each(identities), parse=deleted("runs"))
 
 
-def _each(identities: Sequence[Mapping[str, Any]]) -> Document:
-    # A field that is missing is None here, which in a filter means null or missing.
+def _each(identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A missing field is None here. In a filter that means null or missing.
     queries = [{"_id": found["_id"], **{name: {"$eq": found.get(name)} for name in IDENTITY}} for found in identities]
     return {"deletes": [{"q": query, "limit": 1} for query in queries], "ordered": False}
-
-
-def _deleted(reply: Reply) -> int:
-    if reply.get("writeErrors"):
-        raise StoreUnavailableError(f"runs could not be deleted: {str(reply['writeErrors'][0].get('errmsg'))[:500]}", transient=True)
-    return int(reply["n"])
 
 
 # --- archiving -----------------------------------------------------------------------------------------------------
@@ -154,20 +144,20 @@ def _deleted(reply: Reply) -> int:
 def copy_runs(run_ids: Sequence[str], condition: Mapping[str, Any], into: str) -> Command:
     """Copy those of the runs that still meet the condition to the collection with the stored name `into`.
 
-    By the server, so that the copy is the document byte for byte. A copy that is there is replaced by a later state of the
-    same run only: an earlier archiver's that arrives late must not replace it, and another run with this id stays.
+    The server copies, so the copy is the document byte for byte. Only a later state of the same run replaces an existing
+    copy: a late write of an earlier call must not replace it, and another run with this id stays.
     """
-    known = {"$and": [{"$eq": ["$$new.createdAt", "$createdAt"]}, {"$gte": [_changes("$$new."), _changes("$")]}]}
+    is_later_state = {"$and": [{"$eq": ["$$new.createdAt", "$createdAt"]}, {"$gte": [_changes("$$new."), _changes("$")]}]}
     merge = {
         "into": into,
         "on": "_id",
-        "whenMatched": [{"$replaceWith": {"$cond": [known, "$$new", "$$ROOT"]}}],
+        "whenMatched": [{"$replaceWith": {"$cond": [is_later_state, "$$new", "$$ROOT"]}}],
         "whenNotMatched": "insert",
     }
     pipeline = [{"$match": {"_id": {"$in": list(run_ids)}, **condition}}, {"$merge": merge}]
     return Command(name="copy_runs", collection="runs", verb="aggregate", body={"pipeline": pipeline, "cursor": {}})
 
 
-def _changes(prefix: str) -> Document:
-    """How often a run has been written to: `rev` and `acts` only ever grow."""
+def _changes(prefix: str) -> Expression:
+    """How often a run was changed: `rev` and `acts` only grow."""
     return {"$add": [{"$cond": [{"$isNumber": f"{prefix}{name}"}, f"{prefix}{name}", 0]} for name in ("rev", "acts")]}

@@ -1,34 +1,35 @@
-"""The stored shape of a run: making one, reading one, what a payload may be, and the engine's indexes.
+"""The run document: how a new one is made, how a stored one is checked, and how it becomes a `Run`.
 
-Owns every field name and the limits on stored values. Does no I/O; `bson` is used as a codec only.
+Owns the limits of a run and the checks. The field names and types are in domain/document.py, what a payload may be in codec.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
-
-import bson
+from typing import Any, cast
 
 from streamline_pool.domain.definition import Definition
-from streamline_pool.domain.errors import DataCorruptionError, PayloadTooLargeError, ValidationError
+from streamline_pool.domain.document import RunDocument
+from streamline_pool.domain.errors import DataCorruptionError, ValidationError
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
-from .codec import CODEC, Document, check_text
+from .codec import check_text, decode_document, encode_document
+from .expressions import ENDED_STEP_TEXTS
+from .too_large import above_limit
 
 __all__ = ["NEW_RUN_BYTES_MAX", "SLOTS", "as_stored", "check_run_id", "make_context", "new_run", "parse_run", "validate_run_document"]
 
 SLOTS = 16
-"""Runs are spread over this many slots, so that workers claim from different ends of the queue. Derived: a find
-merges one index scan per lane and slot, and MongoDB merges at most 200 of them; see DESIGN, "claim"."""
+"""Runs are spread over this many slots, so that workers claim from different parts of the queue. Derived: a find merges one
+index scan per lane and slot, and MongoDB merges at most 200 of them (docs/architecture.md)."""
 
 NEW_RUN_BYTES_MAX = 15 * 1024 * 1024
-"""The largest run that can be started. A document ends at 16 MiB; one that is full could not even be claimed."""
+"""The largest run that can be started. A document ends at 16 MiB, and a full one could not even be claimed."""
 
 
 def check_run_id(run_id: object) -> str:
-    """`run_id` if it can name a run; a ValidationError otherwise."""
+    """`run_id` if it is text of 1 to 100 characters that can be stored. Raises ValidationError otherwise."""
     if not isinstance(run_id, str) or not 1 <= len(run_id) <= 100:
         raise ValidationError(f"run_id {run_id!r}: a run id is text of 1 to 100 characters")
     return check_text(run_id, "run_id")
@@ -50,9 +51,12 @@ def new_run(
     slot: int,
     now: datetime,
     control_id: str,
-) -> Document:
-    """The document of a run that nobody has touched: claimable from `due_at`, `draft` until then if that is later."""
-    document: Document = {
+) -> RunDocument:
+    """The document of a new run. It can be claimed from `due_at` on, and is a `draft` if that is later than `now`.
+
+    `due_at` and `now` are aware UTC. `control_id` identifies the call, so that a repeated start recognises its own run.
+    """
+    document: RunDocument = {
         "_id": run_id,
         "workflowId": definition.workflow_id,
         "version": definition.version,
@@ -91,9 +95,9 @@ def new_run(
 
 
 def validate_run_document(document: Mapping[str, Any]) -> str | None:
-    """Why the engine cannot work with this document, or None: a field it relies on is missing or of another type.
+    """Why the engine cannot work with this document: a field is missing or of another type. None: it can.
 
-    Looked at once per claim, so that a document which some other program changed fails that run alone.
+    The engine calls it once per claim, so that a document which another program has changed fails that run alone.
     """
     for name, kind in _RELIED_ON:
         if not isinstance(document.get(name), kind):
@@ -110,20 +114,7 @@ def validate_run_document(document: Mapping[str, Any]) -> str | None:
     for name in ("inbox", "seen"):
         if not isinstance(document.get(name, []), list):
             return f"field {name!r} is {document[name]!r}, expected a list"
-    for place, step in enumerate(steps):
-        reason = _step_misfit(step)
-        if reason:
-            return f"steps[{place}]: {reason}"
-    ids = [step["stepId"] for step in steps]
-    if len(set(ids)) != len(ids):
-        return f"two steps have one id: {', '.join(ids)}"
-    current = document.get("currentStepId")
-    if current is not None and current not in ids:
-        return f"field 'currentStepId' is {current!r}, which is none of the steps {', '.join(ids)}"
-    for step in steps:
-        if (step["stepId"] == current) if step["status"] in _ENDED else (current is None):
-            return f"field 'currentStepId' is {current!r}, but step {step['stepId']} is {step['status']}"
-    return None
+    return _validate_steps(steps, document.get("currentStepId"))
 
 
 _RELIED_ON: tuple[tuple[str, type], ...] = (
@@ -140,10 +131,27 @@ _RELIED_ON: tuple[tuple[str, type], ...] = (
 )
 _STEP_STATUSES = frozenset(status.value for status in StepStatus)
 _WAITS = ("human", "webhook", "timer", "event")
-_ENDED = frozenset(status.value for status in (StepStatus.DONE, StepStatus.FAILED, StepStatus.SKIPPED))
 
 
-def _step_misfit(step: Any) -> str | None:
+def _validate_steps(steps: list[Any], current: Any) -> str | None:
+    """Why the engine cannot work with these steps and this `currentStepId`, or None."""
+    for place, step in enumerate(steps):
+        reason = _validate_step(step)
+        if reason:
+            return f"steps[{place}]: {reason}"
+    ids = [step["stepId"] for step in steps]
+    if len(set(ids)) != len(ids):
+        return f"two steps have one id: {', '.join(ids)}"
+    if current is not None and current not in ids:
+        return f"field 'currentStepId' is {current!r}, which is none of the steps {', '.join(ids)}"
+    for step in steps:
+        if (step["stepId"] == current) if step["status"] in ENDED_STEP_TEXTS else (current is None):
+            return f"field 'currentStepId' is {current!r}, but step {step['stepId']} is {step['status']}"
+    return None
+
+
+def _validate_step(step: Any) -> str | None:
+    """Why the engine cannot work with this element of `steps`, or None."""
     if not isinstance(step, dict) or not isinstance(step.get("stepId"), str):
         return f"{step!r} is not a step"
     if not isinstance(step.get("status"), str) or step["status"] not in _STEP_STATUSES:
@@ -155,23 +163,27 @@ def _step_misfit(step: Any) -> str | None:
     for hook in step.get("hooks", []) if isinstance(step.get("hooks", []), list) else [step["hooks"]]:
         if not isinstance(hook, dict) or not isinstance(hook.get("hash"), bytes) or not isinstance(hook.get("gen"), int):
             return f"hooks: {hook!r} is not a hook"
-    if step["status"] == StepStatus.WAITING:
-        waiting_for = step.get("waitingFor")
-        if not isinstance(waiting_for, dict) or waiting_for.get("type") not in _WAITS:
-            return "waiting, but 'waitingFor' does not say for what"
-        if waiting_for["type"] != "timer" and not isinstance(step.get("gen"), int):
-            return f"waiting, and gen is {step.get('gen')!r}, expected a whole number"
-        if waiting_for["type"] == "timer" and not isinstance(waiting_for.get("resumeAt"), datetime):
-            return f"waitingFor.resumeAt is {waiting_for.get('resumeAt')!r}, expected a date"
-        if not isinstance(waiting_for.get("expiresAt"), (datetime, type(None))):
-            return f"waitingFor.expiresAt is {waiting_for['expiresAt']!r}, expected a date"
-        if waiting_for["type"] == "event" and not isinstance(waiting_for.get("eventName"), str):
-            return f"waitingFor.eventName is {waiting_for.get('eventName')!r}, expected text"
+    return _validate_wait(step) if step["status"] == StepStatus.WAITING else None
+
+
+def _validate_wait(step: Mapping[str, Any]) -> str | None:
+    """Why the engine cannot work with this step that waits, or None."""
+    waiting_for = step.get("waitingFor")
+    if not isinstance(waiting_for, dict) or waiting_for.get("type") not in _WAITS:
+        return "waiting, but 'waitingFor' does not say for what"
+    if waiting_for["type"] != "timer" and not isinstance(step.get("gen"), int):
+        return f"waiting, and gen is {step.get('gen')!r}, expected a whole number"
+    if waiting_for["type"] == "timer" and not isinstance(waiting_for.get("resumeAt"), datetime):
+        return f"waitingFor.resumeAt is {waiting_for.get('resumeAt')!r}, expected a date"
+    if not isinstance(waiting_for.get("expiresAt"), (datetime, type(None))):
+        return f"waitingFor.expiresAt is {waiting_for['expiresAt']!r}, expected a date"
+    if waiting_for["type"] == "event" and not isinstance(waiting_for.get("eventName"), str):
+        return f"waitingFor.eventName is {waiting_for.get('eventName')!r}, expected text"
     return None
 
 
 def parse_run(document: Mapping[str, Any]) -> Run:
-    """The `Run` of a stored document. Raises DataCorruptionError naming the first field that does not fit."""
+    """The `Run` of a stored document. Raises DataCorruptionError, which names the first field of the wrong type or value."""
     try:
         _check_reachable(document)
         return Run(
@@ -205,7 +217,7 @@ def parse_run(document: Mapping[str, Any]) -> Run:
 
 
 def _check_reachable(document: Mapping[str, Any]) -> None:
-    """A live run that no claim and no recovery will ever find: its readers are the only ones who can say so."""
+    """Raise ValueError for a live run that no claim and no recovery will ever find: only a reader can notice it."""
     if document["status"] in TERMINAL or document.get("paused") is True:
         return
     lease, slot = document.get("lease"), document.get("slot")
@@ -252,23 +264,23 @@ def _parse_step(step: Any) -> StepState:
     )
 
 
-def as_stored(document: Document) -> tuple[Document, int]:
-    """What a reader will find after this new run has been written, and its size in bytes.
+def as_stored(document: RunDocument) -> tuple[RunDocument, int]:
+    """The document that a reader will find after this new run was stored, and its size in bytes.
 
-    Raises PayloadTooLargeError when it could not grow any more.
+    Raises PayloadTooLargeError above NEW_RUN_BYTES_MAX.
     """
-    encoded = bson.encode(document, codec_options=CODEC)
+    encoded = encode_document(document)
     if len(encoded) > NEW_RUN_BYTES_MAX:
-        raise PayloadTooLargeError(
-            f"start: the run would take {len(encoded)} bytes (a mapping input counts twice: it is the context as well), and the limit is "
-            f"{NEW_RUN_BYTES_MAX}; store the bulk elsewhere and pass a reference",
-            size=len(encoded),
-        )
-    return bson.decode(encoded, codec_options=CODEC), len(encoded)
+        found = f"start: the run would take {len(encoded)} bytes (a mapping input counts twice: it is the context as well)"
+        raise above_limit(found, NEW_RUN_BYTES_MAX, "store the bulk elsewhere and pass a reference", size=len(encoded))
+    return cast("RunDocument", decode_document(encoded)), len(encoded)
 
 
 def make_context(make: Callable[[Any], Any] | None, input: Any, where: str) -> Any:
-    """The first context of a run: what `context=` makes of the input, else a copy of a mapping input, else empty."""
+    """The first context of a run: the result of `context=` for the input, or else a copy of a mapping input, or else empty.
+
+    Raises ValidationError for a context that is no mapping or that BSON would read as a reference; `where` names the workflow.
+    """
     context = make(input) if make is not None else input if isinstance(input, Mapping) else {}
     if not isinstance(context, Mapping):
         raise ValidationError(f"{where}: context= must return a mapping, not {type(context)}")

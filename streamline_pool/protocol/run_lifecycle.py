@@ -1,58 +1,56 @@
-"""Every query and update of the engine, named, as data. Does no I/O: store.py runs them. Outside acts are in acts.py.
+"""How a run begins and is read, as data, and what a client asks the server about itself.
 
-Owns filters and update operators of runs that start, are claimed, held and recovered, of signals and of hosts. All
-writes are `w: majority, j: true`, all reads that decide are majority reads on the primary (store.py sees to both).
-Filters of states are derived from model.py's tables.
+Owns the insert of new runs and the reads by id and by key. Claims, commits, recovery and control operations have modules of
+their own. Every write is `w: majority, j: true`, and every read that decides is a majority read on the primary (storage/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamline_pool.domain.document import RunDocument
+
 from .codec import SERVER_TICK
-from .operations import Command, Fence, Find, Op, Signal, Statement, Tail
+from .operations import Command, Find, Query, Reply
 
-__all__ = ["Command", "Fence", "Find", "Op", "Signal", "Statement", "Tail"]
-
-Document = dict[str, Any]
+__all__ = ["build_info", "get_run", "get_runs_by_key", "insert_runs", "server_info"]
 
 
 def server_info() -> Command:
-    """`hello`: version of the protocol, topology and the server's clock."""
+    """Yields the reply of `hello`: version of the protocol, topology and the server's clock."""
     return Command(name="server_info", collection="", verb="hello", body={}, parse=dict, writes=False)
 
 
 def build_info() -> Command:
-    """`buildInfo`: the server's version."""
+    """Yields the reply of `buildInfo`: the server's version."""
     return Command(name="build_info", collection="", verb="buildInfo", body={}, parse=dict, writes=False)
 
 
-def insert_runs(documents: Sequence[Document]) -> Command:
+def insert_runs(documents: Sequence[RunDocument]) -> Command:
     """Store new runs. Yields the errors `[{index, code, keyPattern, …}]` of those that were refused.
 
-    Each gets `bornAt`, which nobody knows before the server has stored it: which events are younger than the run.
+    Each run gets `bornAt`, which the server sets when it stores the run: it shows which events are younger than the run.
     """
     stored = [{**document, "bornAt": SERVER_TICK} for document in documents]
-    return Command(
-        name="insert_runs",
-        collection="runs",
-        verb="insert",
-        body={"documents": stored, "ordered": False},
-        parse=lambda reply: list(reply.get("writeErrors", ())),
-    )
+    body = {"documents": stored, "ordered": False}
+    return Command(name="insert_runs", collection="runs", verb="insert", body=body, parse=_write_errors)
+
+
+def _write_errors(reply: Reply) -> list[Mapping[str, Any]]:
+    return list(reply.get("writeErrors", ()))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
 def get_run(workflow_id: str | None, run_id: str) -> Find:
-    """The run with that id, if it is of that workflow; None: of any."""
-    query: Document = {"_id": run_id} if workflow_id is None else {"_id": run_id, "workflowId": workflow_id}
+    """The run with that id, if it is of that workflow. None: of any workflow."""
+    query: Query = {"_id": run_id} if workflow_id is None else {"_id": run_id, "workflowId": workflow_id}
     return Find(name="get_run", collection="runs", filter=query, limit=1)
 
 
 def get_runs_by_key(workflow_id: str, keys: Sequence[str]) -> Find:
-    """The runs that own these idempotency keys of that workflow."""
+    """The runs of that workflow that have these idempotency keys. Index streamline_idempotency."""
     query = {"workflowId": workflow_id, "idempotencyKey": {"$in": list(keys)}}
     return Find(name="get_runs_by_key", collection="runs", filter=query)

@@ -1,4 +1,7 @@
-"""Signals between processes, as data: hints in a capped collection. The loss of a signal costs latency, never correctness."""
+"""Signals between processes, as data. A signal is a hint in a capped collection: its loss costs latency, never correctness.
+
+Owns the collection. What the signals of streamed events hold is in event_stream.py.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +18,26 @@ __all__ = [
     "signals_since",
 ]
 
-Document = dict[str, Any]
-
 SIGNALS_BYTES = 16 * 1024 * 1024
-"""Size of the capped collection of signals: about half a minute of them at full load, which a tail must not fall behind."""
+"""Size of the capped collection: about half a minute of signals at full load. A tail must not fall further behind."""
 
 
 def ensure_signals() -> Command:
-    """Create the capped collection of signals; the reply's code 48 (exists) counts as success."""
+    """Create the capped collection. The caller takes the error code NAMESPACE_EXISTS for success."""
     body = {"capped": True, "size": SIGNALS_BYTES}
     return Command(name="ensure_signals", collection="signals", verb="create", body=body)
 
 
 def cap_signals() -> Command:
-    """Make a capped collection of the signals that somebody's insert has made an ordinary one."""
+    """Make the collection capped again, after an insert created it as an ordinary one."""
     return Command(name="cap_signals", collection="signals", verb="convertToCapped", body={"size": SIGNALS_BYTES})
 
 
 def send_signal(kind: str, at: datetime, **fields: Any) -> Signal:
-    """Write one signal: "due" {lane, runId}, "ended" {runs}, "cancel" {runId}. Losing it costs latency, never correctness."""
+    """Write one signal: "due" {lane, runId}, "ended" {runs}, "cancel" {runId}. `at` is the server's time."""
     return Signal(name=f"signal_{kind}", document={"kind": kind, "at": at, **fields})
 
 
 def signals_since(since: datetime, **match: Any) -> Tail:
-    """Signals written from about `since` on that match."""
+    """Signals with these fields that were written from about `since` on."""
     return Tail(filter={"at": {"$gte": since}, **match})

@@ -1,7 +1,7 @@
-"""Updates of many runs at once, which one run that the server refuses to store must not spoil for the others.
+"""Updates of many runs at once, in which one run that the server refuses to store does not stop the others.
 
-Owns what is done about such a run. The server ends a multi-update at the first refusal, and its reply counts nothing:
-a claim or a recovery that stopped there would stop there again and again, and with it every run behind it.
+Owns what is done about such a run. The server ends a multi-update at the first refusal, and its reply counts nothing.
+Without this module a claim or a recovery would stop at the same run every time, and at every run behind it.
 """
 
 from __future__ import annotations
@@ -12,40 +12,43 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from streamline_pool.domain.errors import ErrorCode, ValidationError
-from streamline_pool.domain.model import RunStatus
-from streamline_pool.protocol import operations
+from streamline_pool.protocol import operations, server_codes
+from streamline_pool.protocol.minimal_failure import minimal_failure
 from streamline_pool.protocol.operations import Command, Find, Op
+from streamline_pool.protocol.too_large import no_room
 
 __all__ = ["Updated", "update_many"]
 
 log = logging.getLogger("streamline_pool")
 
-_APART_MAX = 1_000  # runs updated one by one; the next look, sweep or renewal sees to the rest
-_TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
+_APART_MAX = 1_000  # runs updated one by one; the next poll, sweep or renewal does the rest
 
 
 class Updated(NamedTuple):
-    """What came of an update of many runs."""
+    """The result of an update of many runs."""
 
     matched: int  # at least so many
     refused: Mapping[str, Mapping[str, Any]]  # by run id: the server's error
 
 
 async def update_many(run: Callable[[Op], Awaitable[Any]], op: Command, now: Callable[[], datetime]) -> Updated:
-    """Update every run that `op` matches and that can be updated. One that has no room left for it fails."""
+    """Update every run that `op` matches and that the server can store. A run that is full fails with PAYLOAD_TOO_LARGE.
+
+    `run` performs one operation, `now` gives the server's time. Raises StoreUnavailableError.
+    """
     try:
         return Updated(await run(op), {})
     except ValidationError:
         run_ids = [found["_id"] for found in await run(_matching(op))]
     if not run_ids:
-        return Updated(1, {})  # the refused one has changed meanwhile; what had been updated before it counts
+        return Updated(1, {})  # the refused run has changed meanwhile; the runs before it were updated
     reply = await run(_apart(op, run_ids))
     refused = {run_ids[error["index"]]: error for error in reply.get("writeErrors", ())}
     for run_id, error in refused.items():
         log.error("run_refused", extra={"run_id": run_id, "operation": op.name, "error": str(error.get("errmsg"))[:500]})
-        if error.get("code") in _TOO_LARGE_CODES:
+        if error.get("code") in server_codes.TOO_LARGE:
             try:
-                await run(_fail_full(op, run_id, now()))
+                await run(_fail_minimal(op, run_id, now()))
             except ValidationError:
                 log.exception("run_unstorable", extra={"run_id": run_id})
     return Updated(max(1, reply["n"]), refused)
@@ -65,11 +68,9 @@ def _apart(op: Command, run_ids: Sequence[str]) -> Command:
     return Command(name=f"{op.name}_apart", collection="runs", verb="update", body=body, parse=dict)
 
 
-def _fail_full(op: Command, run_id: str, now: datetime) -> Command:
-    """End a run in as few bytes as possible; what only a live run needs makes room for that."""
-    error = {"code": ErrorCode.PAYLOAD_TOO_LARGE.value, "message": f"no room in MongoDB's 16 MiB for {op.name}", "stepId": None}
-    sets = {"status": RunStatus.FAILED.value, "error": error, "endedAt": now, "updatedAt": now}
-    unset = dict.fromkeys(("lease", "wakeAt", "pausedWakeAt", "awaits", "lastAct", "actIds", "lane", "slot"), "")
+def _fail_minimal(op: Command, run_id: str, now: datetime) -> Command:
+    """End a run that is full. It loses its lane and slot, which make room for the error; `rewind_run` sets them again."""
+    update = minimal_failure(ErrorCode.PAYLOAD_TOO_LARGE, no_room(op.name), now, also_unset=("lane", "slot"))
     query = {"$and": [{"_id": run_id}, op.body["updates"][0]["q"]]}
-    body = {"updates": [{"q": query, "u": {"$set": sets, "$unset": unset}}]}
+    body = {"updates": [{"q": query, "u": update}]}
     return Command(name="fail_full", collection="runs", verb="update", body=body, parse=operations.all_or_refused)

@@ -1,8 +1,8 @@
-"""Files beside the runs, as procedures: store one, load the outputs of a run, drop some.
+"""Files beside the runs, as procedures: store a file, load the outputs of a run, delete files.
 
-Owns the order of the operations. A file's record is written before its chunks and deleted after them, so that whatever a
-crash leaves has a record, and whoever looks for orphans finds it (housekeeping.py). A file is complete when its chunks
-make up the length that the record says.
+Owns the order of the operations. A file's record is written before its chunks and deleted after them. Every file that a
+crash leaves therefore has a record, by which `dropping_orphans` (retention.py) finds it. A file is complete when its
+chunks have the length that the record says.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _DROP_MAX = 100  # files whose content one command deletes; at 64 MiB each some 
 
 
 def putting_file(file_id: str, content: bytes, run_id: str) -> Procedure[None]:
-    """Store a file durably, before anything refers to it. May be repeated under the same id, with the same content only.
+    """Store a file durably, before any document refers to it. `content` is that of `split_output`.
 
-    The procedure of `split_output(...).content`. Raises StoreUnavailableError.
+    May be repeated under the same id, with the same content only. Raises StoreUnavailableError.
     """
     if not (yield files.any_file()):
-        # Nobody pays for these indexes before there is a file; a user with readWrite may create them.
+        # A database without files has no need of these indexes. A user with readWrite may create them.
         yield files.ensure_file_index()
         yield files.ensure_chunk_index()
     yield files.insert_file(file_id, run_id, len(content))
@@ -39,7 +39,7 @@ def putting_file(file_id: str, content: bytes, run_id: str) -> Procedure[None]:
 
 
 def _commands(content: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """The chunks by command, each list with the number of its first."""
+    """The chunks of each command, with the number of the first one."""
     size = _COMMAND_CHUNKS * CHUNK_BYTES
     for start in range(0, len(content), size):
         part = content[start : start + size]
@@ -47,15 +47,15 @@ def _commands(content: bytes) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def loading_outputs(document: Mapping[str, Any]) -> Procedure[dict[str, Any]]:
-    """A copy of a run document with every output in it. Costs nothing when all of them are there already.
+    """A copy of a run document with every output in it. Reads nothing when the document holds all of them.
 
-    Raises DataCorruptionError naming run, file and step when a file is missing or damaged.
+    Raises DataCorruptionError, which names run, file and step, when a file is missing or damaged.
     """
     return with_outputs(document, (yield from reading_outputs(document, external_ids(document))))
 
 
 def reading_outputs(document: Mapping[str, Any], file_ids: Sequence[str]) -> Procedure[dict[str, Any]]:
-    """The values in these files of a run, by id. Raises as `loading_outputs` does."""
+    """The values in these files of a run, by file id. Raises as `loading_outputs` does."""
     if not file_ids:
         return {}
     lengths = {record["_id"]: record["length"] for record in (yield files.files_of(document["_id"], file_ids))}
@@ -72,7 +72,7 @@ def reading_outputs(document: Mapping[str, Any], file_ids: Sequence[str]) -> Pro
 
 
 def _joined(chunks: Sequence[Mapping[str, Any]], length: int) -> bytes:
-    """The content of a file; a ValueError when a part of it is missing."""
+    """The content of a file. Raises ValueError when a part of it is missing."""
     content = b"".join(chunk["data"] for chunk in sorted(chunks, key=lambda chunk: chunk["n"]))
     if len(content) != length:
         raise ValueError(f"it has {len(content)} of {length} bytes")
@@ -90,7 +90,7 @@ def _damaged(document: Mapping[str, Any], file_id: str, reason: str) -> DataCorr
 
 
 def dropping_files(file_ids: Sequence[str]) -> Procedure[int]:
-    """Delete files, in batches. Ids of files that do not exist are fine. Returns how many there were."""
+    """Delete files, in batches. Ids of files that do not exist are allowed. Returns how many files there were."""
     dropped = 0
     for start in range(0, len(file_ids), _DROP_MAX):
         batch = file_ids[start : start + _DROP_MAX]

@@ -1,6 +1,6 @@
-"""Indexes for users' own queries, and the TTL: which there are, what already stands in their way, how they come to be.
+"""Indexes for users' own queries, and the TTL: which there are, how they are created, which existing index is in the way.
 
-Owns what `setup_indexes` makes of its arguments. The engine's own indexes are in documents.py.
+Owns what `setup_indexes` makes of its arguments. The engine's own indexes are in protocol/engine_indexes.py.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from datetime import timedelta
 from typing import Any
 
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
-from streamline_pool.domain.model import TERMINAL
+from streamline_pool.protocol import server_codes
 from streamline_pool.protocol.engine_indexes import IndexDefinition
-from streamline_pool.protocol.operations import Command
+from streamline_pool.protocol.expressions import TERMINAL_TEXTS
+from streamline_pool.protocol.operations import Command, Reply
 
+from .driver_errors import has_code
 from .procedures import Procedure, Sleep
 
 __all__ = ["TENANT_FIELD", "check_field", "custom_indexes", "days_in_seconds", "making_indexes", "tenant_fields"]
 
 TENANT_FIELD = "context.tenantId"
-"""Where a run's tenant stands unless `setup_indexes(tenant_field=)` says otherwise."""
+"""The field of a run's tenant, unless `setup_indexes(tenant_field=)` names another one."""
 
 _TENANT_PREFIX = "streamline_tenant_"
 _TTL = "streamline_ttl"
@@ -27,21 +29,18 @@ _DAY_S = 86400.0
 _TTL_S_MAX = 2**31 - 1  # MongoDB's limit, some 68 years
 _FIELD_CHARACTERS_MAX = 200  # a guess
 
-_TRIES = 60  # of a setup that others overtake, or of the build of an index that takes longer than one command may
+_TRIES = 60  # other processes may change the indexes meanwhile, and the build of an index may take longer than one command
 _PAUSE_S = 0.2
-_CONFLICTS = frozenset({85, 86})  # another index has these keys, or this name
-_BUSY = frozenset({12586, 12587})  # an index of this collection is being built
-_UNAUTHORIZED = 13
 
 
 def check_field(field: object, where: str) -> str:
-    """A field's path such as `context.order.id`; a ValidationError for what can be none."""
+    """`field` if it is a path such as `context.order.id`. Raises ValidationError otherwise; `where` names the argument."""
     if not isinstance(field, str):
         raise ValidationError(f"{where}: a field is text such as 'context.tenantId', not {field!r}")
     parts = field.split(".")
     if not all(parts) or any(part.startswith("$") for part in parts) or "\0" in field or len(field) > _FIELD_CHARACTERS_MAX:
         raise ValidationError(
-            f"{where}: {field!r} is no field: parts separated by dots, none of them empty or beginning with $, "
+            f"{where}: {field!r} is not a field: parts separated by dots, none of them empty or beginning with $, "
             f"at most {_FIELD_CHARACTERS_MAX} characters"
         )
     try:
@@ -54,7 +53,7 @@ def check_field(field: object, where: str) -> str:
 def custom_indexes(
     *, tenant_field: str | None, user_field: str | None, auto_cleanup_days: float | timedelta | None, context_fields: Sequence[str]
 ) -> tuple[IndexDefinition, ...]:
-    """The indexes that `setup_indexes` makes besides the engine's. Raises ValidationError."""
+    """The indexes that `setup_indexes` creates besides the engine's. Raises ValidationError for a bad argument."""
     if isinstance(context_fields, str) or not isinstance(context_fields, Iterable):
         raise ValidationError(f"setup_indexes: context_fields is a list of fields, such as ['orderId'], not {context_fields!r}")
     made = [
@@ -82,16 +81,15 @@ def _keys(*fields: str) -> dict[str, int]:
 
 
 def _ttl(days: float | timedelta) -> IndexDefinition:
-    """Removes runs so many days after their end. Only those that have ended: no sleep, however long, is an old run."""
+    """An index that removes runs so many days after their end. A run that sleeps has not ended, however old it is."""
     after_s = round(days_in_seconds(days, "setup_indexes: auto_cleanup_days"))
     if after_s > _TTL_S_MAX:
         raise ValidationError(f"setup_indexes: auto_cleanup_days {days!r}: MongoDB's longest is {_TTL_S_MAX // int(_DAY_S)} days")
-    ended = {"status": {"$in": sorted(status.value for status in TERMINAL)}}
-    return IndexDefinition(name=_TTL, key={"endedAt": 1}, partial=ended, expire_after_s=after_s)
+    return IndexDefinition(name=_TTL, key={"endedAt": 1}, partial={"status": {"$in": TERMINAL_TEXTS}}, expire_after_s=after_s)
 
 
 def days_in_seconds(days: object, where: str) -> float:
-    """A number of days, 0 and fractions included, or a timedelta. Raises ValidationError."""
+    """Seconds of a number of days (0 and fractions are allowed) or of a timedelta. Raises ValidationError."""
     if isinstance(days, timedelta):
         days = days.total_seconds() / _DAY_S
     if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days < float("inf"):
@@ -103,26 +101,23 @@ def days_in_seconds(days: object, where: str) -> float:
 
 
 def _list_indexes() -> Command:
-    """The indexes of the runs, as `listIndexes` describes them."""
-    body = {"cursor": {"batchSize": 1_000}}  # a collection has at most 64
-    return Command(
-        name="list_indexes",
-        collection="runs",
-        verb="listIndexes",
-        body=body,
-        parse=lambda reply: list(reply["cursor"]["firstBatch"]),
-        writes=False,
-    )
+    """Yields the indexes of the runs, as `listIndexes` describes them."""
+    body = {"cursor": {"batchSize": 1_000}}  # a collection has at most 64 indexes
+    return Command(name="list_indexes", collection="runs", verb="listIndexes", body=body, parse=_first_batch, writes=False)
+
+
+def _first_batch(reply: Reply) -> list[Mapping[str, Any]]:
+    return list(reply["cursor"]["firstBatch"])
 
 
 def _create_indexes(indexes: Sequence[IndexDefinition]) -> Command:
-    """Create indexes; does nothing when they exist. Several processes may do so at once: they wait for one build."""
+    """Create indexes. Does nothing when they exist. Several processes may do so at once: they wait for one build."""
     body = {"indexes": [index.spec() for index in indexes]}
     return Command(name="create_custom_indexes", collection="runs", verb="createIndexes", body=body)
 
 
 def _change_ttl(name: str, expire_after_s: int) -> Command:
-    """Give a TTL index another time, in place: nothing is built anew."""
+    """Give a TTL index another time, in place. The index is not built again."""
     body = {"index": {"name": name, "expireAfterSeconds": expire_after_s}}
     return Command(name="change_ttl", collection="runs", verb="collMod", body=body)
 
@@ -131,10 +126,10 @@ def _change_ttl(name: str, expire_after_s: int) -> Command:
 
 
 def making_indexes(indexes: Sequence[IndexDefinition]) -> Procedure[list[str]]:
-    """Create what is missing of `indexes` and change the TTL where it differs. Returns the names under which they exist.
+    """Create the missing ones of `indexes` and change the TTL where it differs. Returns the names under which they exist.
 
     Safe when many processes do it at once, also with different TTLs: the last one counts. Raises ValidationError, and
-    creates nothing, when there is an index with the same keys or name and other options.
+    creates nothing, when an index has the same keys or name but other options.
     """
     for tried in range(1, _TRIES + 1):
         existing = yield _list_indexes()
@@ -149,10 +144,10 @@ def making_indexes(indexes: Sequence[IndexDefinition]) -> Procedure[list[str]]:
                     yield from _changing_ttl(name, index.expire_after_s)
             return [name or index.name for index, name in zip(indexes, names, strict=True)]
         except StoreUnavailableError as exc:
-            # Overtaken by another process, which the next look tells; or a build that takes longer than one command may,
-            # and goes on meanwhile.
-            code = getattr(exc.__cause__, "code", None)
-            if tried == _TRIES or not (code in _CONFLICTS | _BUSY or exc.context.get("transient")):
+            # Another process has changed the indexes, or a build takes longer than one command and goes on meanwhile.
+            # The next try lists the indexes again.
+            may_pass = has_code(exc, *server_codes.INDEX_CONFLICT, *server_codes.INDEX_BUILD_UNDER_WAY) or exc.context.get("transient")
+            if tried == _TRIES or not may_pass:
                 raise
             yield Sleep(_PAUSE_S)
     raise AssertionError("the last try either returns or raises")
@@ -162,7 +157,7 @@ def _changing_ttl(name: str, expire_after_s: int) -> Procedure[None]:
     try:
         yield _change_ttl(name, expire_after_s)
     except StoreUnavailableError as exc:
-        if getattr(exc.__cause__, "code", None) != _UNAUTHORIZED:
+        if not has_code(exc, server_codes.UNAUTHORIZED):
             raise
         raise StoreUnavailableError(
             f"setup_indexes: the user may create an index, but not change the time of the TTL index {name!r} (readWrite does not hold "
@@ -176,7 +171,7 @@ def _named(existing: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any
 
 
 def _name_of(index: IndexDefinition, existing: Sequence[Mapping[str, Any]]) -> str | None:
-    """The name of the existing index that is this one, but perhaps for the time of its TTL; None if it must be created."""
+    """The name of the existing index that equals this one, except perhaps for the time of its TTL. None: it must be created."""
     rivals = [found for found in existing if found["name"] == index.name or _same_key(index, found)]
     differences = {found["name"]: _differences(index, found) for found in rivals}
     for name, found in differences.items():
@@ -197,38 +192,36 @@ def _same_key(index: IndexDefinition, found: Mapping[str, Any]) -> bool:
 
 
 def _differences(index: IndexDefinition, found: Mapping[str, Any]) -> list[str]:
+    """In words, how an existing index differs from the wanted one."""
     wanted = index.spec()
-    told = [] if _same_key(index, found) else [f"its keys are {dict(found['key'])}"]
+    differences = [] if _same_key(index, found) else [f"its keys are {dict(found['key'])}"]
     for option in sorted({*found, *wanted} - _NO_OPTIONS):
         if option not in wanted:
-            told.append(f"it has {option} {found[option]!r}")
+            differences.append(f"it has {option} {found[option]!r}")
         elif option not in found:
-            told.append(f"it lacks {option} {wanted[option]!r}")
+            differences.append(f"it lacks {option} {wanted[option]!r}")
         elif option != "expireAfterSeconds" and _plain(found[option]) != _plain(wanted[option]):
-            told.append(f"its {option} is {found[option]!r}")
-    return told
+            differences.append(f"its {option} is {found[option]!r}")
+    return differences
 
 
 _NO_OPTIONS = frozenset({"v", "key", "name", "ns", "background"})
-"""What `listIndexes` says of an index that makes no difference, or is compared by itself."""
+"""Fields of `listIndexes` that make no difference, or are compared separately."""
 
 
 def _plain(option: Any) -> Any:
-    """An option for comparing: the values of `$in` in any order."""
+    """An option in a form that can be compared: the order of the values of `$in` does not matter."""
     if isinstance(option, Mapping):
         return {key: sorted(map(str, value)) if key == "$in" else _plain(value) for key, value in option.items()}
     return option
 
 
 def tenant_fields() -> Procedure[list[str]]:
-    """The fields by which `setup_indexes` of any process has indexed tenants in this database."""
+    """The tenant fields for which a process has called `setup_indexes` in this database."""
     try:
         existing = yield _list_indexes()
     except StoreUnavailableError as exc:
-        if getattr(exc.__cause__, "code", None) != _NO_COLLECTION:
+        if not has_code(exc, server_codes.NAMESPACE_NOT_FOUND):
             raise
         return []
     return [found["name"].removeprefix(_TENANT_PREFIX) for found in existing if found["name"].startswith(_TENANT_PREFIX)]
-
-
-_NO_COLLECTION = 26

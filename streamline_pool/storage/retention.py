@@ -1,17 +1,17 @@
-"""Removing and archiving ended runs, as procedures: in batches, by any number of processes, stopped and repeated at will.
+"""Removing and archiving ended runs, as procedures. They work in batches. Any number of processes may run them, stop and repeat them.
 
-Owns the order of the writes, which is what makes a crash harmless:
+Owns the order of the writes, which makes a crash harmless:
 
-- delete: first the run, then its files. A crash leaves files without a run, which a later call removes, never a run
-  without its files.
+- delete: first the run, then its files. A crash leaves files without a run, which a later call removes. It never leaves a
+  run without its files.
 - archive: first the copy, durably, then the delete of exactly the state that the archive holds. A run is in one of the two
-  collections, or for an instant in both, never in neither; who finds it in both deletes it from the first.
+  collections, or for a moment in both. The next call that finds it in both deletes it from the first.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
@@ -21,22 +21,20 @@ from streamline_pool.protocol.files import FILES
 from streamline_pool.protocol.retention import ARCHIVE, IDENTITY
 
 from .files import dropping_files
-from .procedures import Effect, Procedure
+from .procedures import Procedure
 
 __all__ = ["archiving", "check_archive", "deleting", "dropping_orphans", "forgetting_events"]
 
 log = logging.getLogger("streamline_pool")
 
-Document = dict[str, Any]
-
 _ORPHAN_AGE_S = 86_400.0
-"""A day, a guess: a file without a run is an orphan at once, but whoever restores a database in parts needs time."""
+"""A day, a guess: a file without a run is an orphan at once, but a restore of a database in parts takes time."""
 
 _COPY_MAX = 200
-"""Runs copied by one command. Measured: some 50 ms for small ones, and more at once are no faster; at a MiB each the command
-must still end within a socket's time."""
+"""Runs copied by one command. Measured: some 50 ms for small runs, and more at once are no faster. With runs of one MiB each
+the command must still end within the socket timeout."""
 
-_ENGINES_OWN = ("runs", "hosts", "signals", "events", "files.files", "files.chunks")
+_ENGINE_COLLECTIONS = ("runs", "hosts", "signals", "events", "files.files", "files.chunks")
 _NAME_BYTES_MAX = 120  # MongoDB allows 255 with the database's name and a dot
 
 
@@ -50,14 +48,19 @@ def deleting(condition: Mapping[str, Any], *, dry_run: bool) -> Procedure[int]:
         if dry_run or not run_ids:
             count += len(run_ids)
             continue
-        owned = yield files.files_of_runs(run_ids)  # known before, so that those of a later run with this id are not among them
+        owned = yield files.files_of_runs(
+            run_ids
+        )  # read before the delete, so that files of a later run with the same id are not among them
         count += yield retention.delete_runs(run_ids, condition)
         yield from _dropping_unowned(owned)
     return count
 
 
 def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *, dry_run: bool) -> Procedure[int]:
-    """Move every run that meets the condition to `collection` (its name for operations, then as stored). Returns how many."""
+    """Move every run that meets the condition to `collection`. Returns how many; `dry_run` only counts.
+
+    The two names are those of `check_archive`.
+    """
     count = 0
     after: str | None = ""
     while after is not None:
@@ -72,9 +75,10 @@ def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *
 
 
 def _moving(run_ids: Sequence[str], condition: Mapping[str, Any], collection: str, stored_name: str) -> Procedure[int]:
+    """Copy these runs to the archive, then delete those that the archive holds. Returns how many were deleted."""
     if collection != ARCHIVE:
         owned = yield files.files_of_runs(run_ids)
-        if owned:  # or they would be orphans, once their runs are where nobody looks
+        if owned:  # otherwise `dropping_orphans` would take them for orphans: it knows no other archive
             yield files.mark_archived([file["_id"] for file in owned], stored_name)
     yield retention.copy_runs(run_ids, condition, stored_name)
     copies = yield retention.identify_runs(collection, run_ids)
@@ -84,8 +88,8 @@ def _moving(run_ids: Sequence[str], condition: Mapping[str, Any], collection: st
     return moved
 
 
-def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection: str, stored_name: str) -> Procedure[None]:
-    """Some runs stayed. Withdraw the copies of those that were revived; say which cannot be archived at all."""
+def _reconciling(run_ids: Sequence[str], copies: Sequence[Mapping[str, Any]], collection: str, stored_name: str) -> Procedure[None]:
+    """Some runs were not moved. Delete the copies of runs that were revived; log the runs that cannot be archived at all."""
     in_archive = {copy["_id"]: copy for copy in copies}
     revived, refused = [], []
     for run in (yield retention.identify_runs("runs", run_ids)):
@@ -95,7 +99,7 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection:
         if copy.get("createdAt") != run.get("createdAt"):
             refused.append(run["_id"])
         elif any(copy.get(name) != run.get(name) for name in IDENTITY):
-            # `rev` and `acts` only grow, so nobody will ever delete the run on the strength of this copy.
+            # `rev` and `acts` only grow, so no call will ever delete the run because of this copy.
             revived.append(copy)
     if revived:
         yield retention.delete_copies(collection, revived)
@@ -104,43 +108,47 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Document], collection:
 
 
 def forgetting_events() -> Procedure[int]:
-    """Delete events sent to all that no run is left to want: those older than every run that has not ended. Returns how many."""
+    """Delete broadcast events that no run can receive any more. Returns how many.
+
+    These are the events that are older than every run that has not ended.
+    """
     live = yield durable_events.oldest_live_run()
     since = live[0].get("bornAt") if live else None
     if live and not isinstance(since, type(SERVER_TICK)):
-        return 0  # another program has changed that run; which events it may want nobody knows
+        return 0  # another program has changed that run, so it is unknown which events it may receive
     forgotten: int = yield durable_events.forget_events(since)
     return forgotten
 
 
 def dropping_orphans() -> Procedure[int]:
-    """Drop files whose run exists nowhere: left by a crash between two writes, or by the TTL. Returns how many."""
+    """Delete files whose run exists nowhere, after a crash between two writes or a removal by the TTL. Returns how many."""
     dropped = 0
     after: str | None = ""
     while after is not None:
         old = retention.uploaded_before(_ORPHAN_AGE_S)
-        after, files = yield retention.scan(FILES, after, old, ("metadata",))
-        dropped += yield from _dropping_unowned(files)
+        after, found = yield retention.scan(FILES, after, old, ("metadata",))
+        dropped += yield from _dropping_unowned(found)
     return dropped
 
 
-def _dropping_unowned(files: Sequence[Document]) -> Procedure[int]:
-    """Drop those of the files whose run is neither stored nor archived."""
+def _dropping_unowned(owned: Sequence[Mapping[str, Any]]) -> Procedure[int]:
+    """Delete those of the files whose run is neither stored nor archived."""
     runs: dict[str, set[str]] = {}
-    for file in files:
+    for file in owned:
         metadata = file["metadata"]
         archives = {f"/{name}" for name in metadata.get("archives") or ()}
         runs.setdefault(metadata["runId"], set()).update(archives)
-    # The runs first: one that is moved between the two looks is then seen in the second.
+    # The runs are read before the archives: a run that is moved between the two reads is then found by the second.
     gone = yield from _gone("runs", list(runs))
     gone = yield from _gone(ARCHIVE, gone)
     for archive in sorted({name for run_id in gone for name in runs[run_id]}):
         gone = yield from _gone(archive, gone)
     lost = set(gone)
-    return (yield from dropping_files([file["_id"] for file in files if file["metadata"]["runId"] in lost]))
+    return (yield from dropping_files([file["_id"] for file in owned if file["metadata"]["runId"] in lost]))
 
 
-def _gone(collection: str, run_ids: list[str]) -> Generator[Effect, Any, list[str]]:
+def _gone(collection: str, run_ids: list[str]) -> Procedure[list[str]]:
+    """Those of the runs that are not in that collection."""
     if not run_ids:
         return []
     existing = {run["_id"] for run in (yield retention.existing_runs(collection, run_ids))}
@@ -148,13 +156,16 @@ def _gone(collection: str, run_ids: list[str]) -> Generator[Effect, Any, list[st
 
 
 def check_archive(to: str | None, prefix: str) -> tuple[str, str]:
-    """Where to archive: the collection's name for operations, and as stored. Raises ValidationError."""
+    """Where to archive: the name of the collection for operations, and its stored name. Raises ValidationError.
+
+    `to` is the argument of `archive_old_runs`: None, or the stored name of a collection.
+    """
     if to is None or to == prefix + ARCHIVE:
         return ARCHIVE, prefix + ARCHIVE
     where = "archive_old_runs: to"
     if not isinstance(to, str) or not to:
         raise ValidationError(f"{where}: the name of a collection, not {to!r}")
-    if to in {prefix + name for name in _ENGINES_OWN}:
+    if to in {prefix + name for name in _ENGINE_COLLECTIONS}:
         raise ValidationError(f"{where}: {to!r} is a collection of the engine itself; give another name")
     if "$" in to or "\0" in to or to.startswith((".", "system.")) or to.endswith(".") or ".." in to:
         raise ValidationError(

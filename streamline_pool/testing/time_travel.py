@@ -14,7 +14,9 @@ from typing import Any
 
 from streamline_pool.config.env import Env
 from streamline_pool.protocol.operations import Find, Op, Signal
-from streamline_pool.storage.store import AsyncStore, DatabaseTarget, ServerClock, Store
+from streamline_pool.storage.server_clock import ServerClock
+from streamline_pool.storage.store import AsyncStore, Store
+from streamline_pool.storage.target import DatabaseTarget
 
 __all__ = ["JumpableAsyncStore", "JumpableStore", "Timeline", "shifted"]
 

@@ -1,4 +1,4 @@
-"""What a process is given from outside: its settings, and its environment (clock, ids, randomness).
+"""What a process receives at its start: its settings, and its environment (clock, ids, randomness).
 
 Owns the settings with their sources, the parsing of their values, and `Env`, through which tests control time.
 It must never know what a run is, and it must never open a connection.

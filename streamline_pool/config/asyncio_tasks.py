@@ -1,7 +1,7 @@
-"""Ending asyncio tasks for certain.
+"""How asyncio tasks are ended with certainty. Owns the repetition of a cancellation that was lost.
 
-One `cancel` is not enough: a cancellation that arrives together with a result is lost in `asyncio.wait_for` (Python
-3.11) and in PyMongo's reads, and the task goes on. Measured: about one in two hundred tasks that end in a database read.
+One `cancel` is not enough. A cancellation that arrives together with a result is lost in `asyncio.wait_for` (Python 3.11)
+and in PyMongo's reads, and the task continues. Measured: about one in two hundred tasks that end in a database read.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 __all__ = ["end_tasks"]
 
-_TRIES = 25  # then they are left alone: a task of somebody else's that refuses must not hold up a close for ever
-_PATIENCE_S = 0.2  # for a task's own clean-up, before it is cancelled once more
+_TRIES = 25  # a task of other code that refuses to end must not delay a close for ever
+_PATIENCE_S = 0.2  # for a task's own clean-up, before it is cancelled again
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks until they have ended, for some seconds at most. What they raise is taken note of, and nobody's business any more."""
+    """Cancel tasks until they have ended, for five seconds at most. Their exceptions are retrieved and dropped."""
     left = set(tasks)
     for _ in range(_TRIES):
         if not left:

@@ -1,7 +1,7 @@
-"""The outside world as arguments: clock, ids, randomness and named crash points.
+"""Clock, ids, randomness and named crash points, as arguments.
 
-Owns every read of a clock or of entropy in this package, so that tests can jump time and repeat chance.
-Made once at an entry point and handed down (River's `baseservice` does the same).
+Owns every read of a clock or of entropy in this package, so that tests can jump in time and repeat random numbers. An entry
+point makes one `Env` and passes it down (River's `baseservice` does the same).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Protocol
 __all__ = ["PROBE_POINTS", "Clock", "Env", "system_env"]
 
 PROBE_POINTS = ("claim.before", "claim.after", "handler.after", "commit.before", "commit.after")
-"""The named points of the commit path at which a test may stop the world (DBOS calls these debug triggers)."""
+"""The named points of the commit path at which a test may stop the process (DBOS calls these debug triggers)."""
 
 
 class Clock(Protocol):
     """Wall and monotonic time of this host."""
 
     def now(self) -> datetime:
-        """Aware UTC, whole milliseconds: what BSON can hold, so that what is written is what is read back."""
+        """Aware UTC, whole milliseconds. BSON holds no more, so a stored time is read back unchanged."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds that never go back; deadlines inside a process are counted in it."""
+        """Seconds that never go back. Deadlines within a process use it."""
         ...
 
 
@@ -46,13 +46,13 @@ class SystemClock:
         return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
     def monotonic(self) -> float:
-        # Goes on while the host is suspended, as leases do; Linux's CLOCK_MONOTONIC stands still.
+        # Continues while the host is suspended, as leases do. Linux's CLOCK_MONOTONIC stops.
         return time.clock_gettime(_CLOCK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Env:
-    """What a program may not make up for itself."""
+    """Everything that is not determined by the program and its input."""
 
     clock: Clock
     new_id: Callable[[], str]  # 32 hex digits: 48 bits of time, 80 random bits
@@ -60,26 +60,26 @@ class Env:
     random: Callable[[], float]  # uniform in [0, 1)
     sleep: Callable[[float], None]  # seconds
     async_sleep: Callable[[float], Awaitable[None]]  # seconds
-    probe: Callable[[str], None]  # called at each of PROBE_POINTS; does nothing unless armed
+    probe: Callable[[str], None]  # called at each of PROBE_POINTS; does nothing unless a test has armed it
 
 
 def _time_ordered_id() -> str:
-    """Ids made later sort later, as in UUID version 7, so that inserts into the `_id` index touch its right edge only."""
+    """Later ids sort later, as in UUID version 7, so that inserts change only the right edge of the `_id` index."""
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
 
-def _no_probe(point: str) -> None:
+def _no_probe(_point: str) -> None:
     return None
 
 
 def _armed_probe(spec: str) -> Callable[[str], None]:
-    """`point=kill` dies by SIGKILL at the point, `point=stop` freezes there (SIGSTOP); once per `once=FILE`.
+    """A probe from text: `point=kill` or `point=stop`, optionally with `@FILE`. It sends SIGKILL or SIGSTOP to the process.
 
-    The file makes the act happen in one process only: whoever creates it acts.
+    With a file, this happens in one process only: the one that creates the file.
     """
     point, _, rest = spec.partition("=")
-    act, _, once_path = rest.partition("@")
-    signum = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[act]
+    action, _, once_path = rest.partition("@")
+    signum = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
 
     def probe(reached: str) -> None:
         if reached != point:
@@ -95,7 +95,7 @@ def _armed_probe(spec: str) -> Callable[[str], None]:
 
 
 def system_env() -> Env:
-    """The real world. `STREAMLINE_PROBE=point=kill@FILE` arms a crash point, for tests of recovery only."""
+    """The environment of a real process. `STREAMLINE_PROBE=point=kill@FILE` arms a crash point, for tests of recovery only."""
     spec = os.environ.get("STREAMLINE_PROBE", "")
     return Env(
         clock=SystemClock(),

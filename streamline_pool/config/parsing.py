@@ -1,7 +1,7 @@
-"""What a setting's value may look like: parsers and checks, and the removal of passwords from text.
+"""Parsers and checks of a setting's value, and the removal of passwords from text.
 
-Each function takes a value and returns it in the form `Settings` holds, or raises ValueError with what was found
-and what was expected. Knows nothing of options, files or precedence (settings.py does).
+Owns the form of each value. A parser or check takes a value and returns it in the form that `Settings` holds, or raises
+ValueError with what was found and what was expected. Options, files and precedence are in settings.py.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = [
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>ms|s|m|h|d)?", re.IGNORECASE)
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?)\s*(?P<unit>[kmgt]i?b?|b)?", re.IGNORECASE)
-_QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")  # as definition.check_queue, which this module may not import
+_QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")  # as `check_queue` in domain/definition.py
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
 
 def integer(raw: Any) -> int:
-    """A whole number, or its text."""
+    """An int from a whole number or its text."""
     if isinstance(raw, int) and not isinstance(raw, bool):
         return raw
     text = raw.strip() if isinstance(raw, str) else ""
@@ -66,7 +66,7 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
 
 
 def duration(raw: Any) -> float:
-    """Seconds of a number, or of text such as `30`, `1.5s`, `500ms`, `5m`, `2h`, `1d`."""
+    """Seconds from a number, or from text such as `30`, `1.5s`, `500ms`, `5m`, `2h`, `1d`."""
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         return float(raw)
     match = _DURATION.fullmatch(raw.strip()) if isinstance(raw, str) else None
@@ -89,7 +89,7 @@ def seconds(low: float) -> Callable[[Any], float]:
 
 
 def size(raw: Any) -> int:
-    """Bytes of a number, or of text: `512MB` (1000s), `512MiB` or `512M` (1024s, as Docker and systemd read it)."""
+    """Bytes from a number, or from text: `512MB` (1000s), `512MiB` or `512M` (1024s, as Docker and systemd read it)."""
     if isinstance(raw, int) and not isinstance(raw, bool):
         found = raw
     else:
@@ -136,7 +136,7 @@ def one_of(*allowed: str) -> Callable[[Any], str]:
 
 
 def names(raw: Any) -> tuple[str, ...]:
-    """Queue names from a list or from comma-separated text; without doubles, in the order given."""
+    """Queue names from a list or from comma-separated text, without duplicates, in the order given."""
     parts = raw if isinstance(raw, list | tuple) else [raw]
     found: dict[str, None] = {}
     for part in parts:
@@ -185,7 +185,7 @@ def collection_prefix(value: Any) -> str:
 
 
 def mongodb_uri(value: Any) -> str:
-    """A check: `mongodb://` or `mongodb+srv://` with a host. What the options mean is the driver's to judge."""
+    """A check: `mongodb://` or `mongodb+srv://` with a host. The driver checks the options."""
     text = value.strip() if isinstance(value, str) else ""
     match = _URI.fullmatch(text)
     if match is None or match["scheme"].lower() not in ("mongodb", "mongodb+srv"):
@@ -210,14 +210,14 @@ def _check_host(host: str, value: Any) -> None:
         raise ValueError(f"expected a port from 1 to 65535, found {port!r} in {_shown(value)}")
 
 
-# The credentials of a well-formed URI end at the first "@"; the hosts after it hold none of these characters.
+# The credentials of a well-formed URI end at the first "@". The hosts after it hold none of these characters.
 _WELL_FORMED = re.compile(r"(?P<user>[^:@/?#]*):(?P<password>[^:@/?#]*)@(?P<after>[^@]*)")
 _SECRET_OPTION = re.compile(r"(?P<key>[A-Za-z]*password|authMechanismProperties)=(?P<value>[^&\s'\"]*)", re.IGNORECASE)
 _URI_IN_TEXT = re.compile(r"mongodb(?:\+srv)?://[^\s'\"<>]+", re.IGNORECASE)
 
 
 def redact_uri(uri: str) -> str:
-    """`uri` with `***` for the password and for secret options. Hides too much of a malformed one, never too little.
+    """`uri` with `***` for the password and for secret options. Of a malformed URI it hides too much rather than too little.
 
     >>> redact_uri("mongodb://ann:s3cret@db1,db2/shop?tls=true")
     'mongodb://ann:***@db1,db2/shop?tls=true'
@@ -229,15 +229,15 @@ def redact_uri(uri: str) -> str:
     if match is not None:
         rest = f"{match['user']}:***@{match['after']}"
     elif "@" in rest and ":" in rest[: rest.rindex("@")]:
-        # Something unescaped: where the password ends is anyone's guess, so take all up to the last "@".
+        # A character is not escaped, so the end of the password is unknown: hide everything up to the last "@".
         rest = "***@" + rest[rest.rindex("@") + 1 :]
     return _SECRET_OPTION.sub(r"\g<key>=***", scheme + separator + rest)
 
 
 def redact_text(text: str, uri: str = "") -> str:
-    """`text` with every MongoDB URI in it redacted, and with what is secret in `uri` removed wherever it stands.
+    """`text` with every MongoDB URI in it redacted, and with the secrets of `uri` removed everywhere.
 
-    The last line of defence of log lines and error messages: drivers quote pieces of what they cannot parse.
+    The last protection of log lines and error messages: drivers quote parts of a URI that they cannot parse.
     """
     for secret in _secrets(uri):
         text = text.replace(secret, "***")
@@ -245,16 +245,16 @@ def redact_text(text: str, uri: str = "") -> str:
 
 
 def _secrets(uri: str) -> list[str]:
-    """The password of `uri`, encoded and decoded, longest first; of a malformed one, all pieces it may consist of."""
+    """The password of `uri`, encoded and decoded, longest first. Of a malformed URI: every piece that the password may consist of."""
     credentials = uri.partition("://")[2].rpartition("@")[0]
     pieces = re.split(r"[:/@?#]", credentials.partition(":")[2])
     known = {*pieces, *map(unquote_plus, pieces), credentials.partition(":")[2]}
-    # Shorter ones would blot out half the message, and are no secret worth the name.
+    # Shorter pieces would remove half of the message, and such a password protects nothing.
     return sorted((piece for piece in known if len(piece) >= 3), key=len, reverse=True)
 
 
 def has_password(uri: str) -> bool:
-    """Whether redaction changes `uri`."""
+    """True if `uri` holds a secret that `redact_uri` hides."""
     return redact_uri(uri) != uri
 
 
@@ -263,6 +263,6 @@ def _unlike(expected: str, value: Any) -> ValueError:
 
 
 def _shown(value: Any) -> str:
-    """`value` for a message: short, and without passwords."""
+    """`value` for a message: short, without passwords."""
     text = repr(redact_uri(value)) if isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else text[:197] + "..."

@@ -1,9 +1,8 @@
-"""Every setting of the pool: what it means, what it may be, and where its value came from.
+"""Every setting of the pool: its meaning, its legal values, and the source of its value.
 
-Owns the names of all options (`--max-rss` is `STREAMLINE_MAX_RSS` is `max-rss` in a file), their parsing and
-their precedence: flag > environment > file > what the application says in code > default. Resolved once, at the
-entry point, into the frozen `Settings` that everything else is handed. Pure, but for `read_files`; it does not
-import the application, print anything or choose an exit code.
+Owns the names of all options (`--max-rss` is `STREAMLINE_MAX_RSS` is `max-rss` in a file) and their precedence:
+flag > environment > file > code of the application > default. The entry point resolves them once into the frozen `Settings`
+and passes that down. Only `read_files` does I/O. This module imports no application, prints nothing and chooses no exit code.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ __all__ = [
 ]
 
 DEFAULT_MONGODB_URI = "mongodb://127.0.0.1:27017/streamline"
-"""Where `mongod` listens when nobody configured it."""
+"""Where `mongod` listens by default."""
 
 
 class SettingError(ValidationError):
-    """A setting has a value it may not have. `origin` says who must mend it: flag, environment, file or code."""
+    """A setting has an illegal value. `origin` says where to correct it: "flag", "environment", "file" or "code"."""
 
     def __init__(self, message: str, *, option: str = "", origin: str = "code", **context: Any) -> None:
         super().__init__(message, option=option, origin=origin, **context)
@@ -50,28 +49,28 @@ class SettingError(ValidationError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How one pool, or one program that uses the engine, behaves. Checked when made; never changed after."""
+    """How one pool, or one program that uses the engine, behaves. Raises SettingError for an illegal value. Never changed."""
 
     mongodb_uri: str = field(default=DEFAULT_MONGODB_URI, repr=False)
-    """Connection string. May hold a password, hence absent from `repr`; show it through `redact_uri` only."""
+    """Connection string. May hold a password, so it is not in `repr`; show it through `redact_uri` only."""
     database: str | None = None
     """Database name; None: the one in the URI, else `streamline`."""
     collection_prefix: str = "workflow_"
-    """Put before `runs`, `hosts`, … to name the collections. The default is the seed's, so its data is found."""
+    """Put before `runs`, `hosts`, … to name the collections. The default is that of streamline, whose data is thereby found."""
     app: str | None = None
     """The application as `module:attribute`; None: not given (only the pool and `check` need it)."""
     workers: int = 1
-    """Worker processes, 1..1024. The command's default is `auto`: one per CPU it may use, as handlers hold the GIL."""
+    """Worker processes, 1..1024. The command's default is `auto`: one per CPU that it may use, because handlers hold the GIL."""
     concurrency: int = 200
-    """Runs in flight per worker, 1..10000. Measured: two full group commits overlap, which with 100 they never do."""
+    """Active runs per worker, 1..10000. Measured: two full group commits overlap with 200, and never with 100."""
     queues: tuple[str, ...] = ()
     """Queues to work on; empty: every queue of the application's workflows."""
     embedded: bool = False
     """Start a private mongod under `.streamline/` and use it instead of `mongodb_uri`."""
     burst: bool = False
-    """Stop when nothing is claimable and nothing is in flight."""
+    """Stop when no run is claimable and no run is active."""
     drain_timeout_s: float = 30.0
-    """Seconds that steps in flight get to finish after TERM. Kubernetes' and systemd's users expect 30 or more."""
+    """Seconds that running steps have to finish after SIGTERM. Users of Kubernetes and systemd expect 30 or more."""
     log_format: Literal["text", "json"] = "text"
     """One line per event for people, or one JSON object per line for machines."""
     log_level: str = "info"
@@ -83,17 +82,17 @@ class Settings:
     max_runs_per_worker: int | None = None
     """Runs after which a worker is drained and replaced; None: no limit."""
     lease_s: float = 30.0
-    """Seconds a dead host's runs wait for another one. A guess: three renewals, each ten seconds, may fail."""
+    """Seconds that the runs of a dead host wait for another host. A guess: three renewals, each ten seconds, may fail."""
     stall_timeout_s: float = 30.0
-    """Seconds without a beat of its loop after which a worker is killed. A guess: as long as the lease."""
+    """Seconds without a heartbeat of its event loop after which a worker is killed. A guess: as long as the lease."""
     max_crashes: int = 3
-    """Workers that a run may kill before it fails with WORKER_CRASHED. One may be bad luck, three are not."""
+    """Workers that are lost at one step of a run before the run fails with WORKER_CRASHED. One may be chance, three are not."""
     restart_budget: int = 10
-    """Crash restarts per minute before the pool gives up (exit 1). A guess: a crash loop exceeds it within seconds."""
+    """Crash restarts per minute; with one more the pool exits with code 1. A guess: a crash loop exceeds it within seconds."""
     sweep_interval_s: float = 6.0
-    """Seconds between looks for due runs that no signal announced. Derived: a fifth of the lease."""
+    """Seconds between polls for due runs that no signal announced. Derived: a fifth of the lease."""
     beat_interval_s: float = 1.0
-    """Seconds between beats of a worker. Derived: at most a fifth of the stall timeout, so that four may be late."""
+    """Seconds between heartbeats of a worker. Derived: at most a fifth of the stall timeout, so that four may be late."""
 
     def __post_init__(self) -> None:
         for option in OPTIONS:
@@ -114,13 +113,13 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One setting as a user gives it; the same name in all places."""
+    """One setting as a user gives it. It has the same name in all places."""
 
     name: str  # "max-rss", so --max-rss, STREAMLINE_MAX_RSS, max-rss (or max_rss) in a file
     field: str  # the field of Settings it fills
     parse: Callable[[Any], Any]  # text or TOML value -> field value; ValueError says what was expected
     check: Callable[[Any], Any]  # field value -> field value; ValueError likewise
-    optional: bool = False  # "none" takes a value from a weaker source away again
+    optional: bool = False  # "none" removes the value of a weaker source
     kind: Literal["value", "flag", "list"] = "value"
 
     @property
@@ -179,7 +178,7 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a value came from."""
+    """The source of a value."""
 
     kind: Literal["flag", "environment", "file", "code", "default"]
     where: str  # "--workers", "STREAMLINE_WORKERS", "pyproject.toml [tool.streamline-pool]", "shop:app", "" for default
@@ -199,12 +198,12 @@ class Resolved:
         """The source of option `name` ("max-rss")."""
         return self.sources.get(name, DEFAULT)
 
-    def with_code(self, said: Mapping[str, Any], where: str) -> Resolved:
-        """The same, with what the application says in code (by option name) in place of mere defaults.
+    def with_code(self, given: Mapping[str, Any], where: str) -> Resolved:
+        """The same, with the values that the application gives in code (by option name) in place of defaults.
 
-        None means that the code does not say. `where` names the application for messages.
+        None: the code gives no value. `where` names the application for messages.
         """
-        news = {name: value for name, value in said.items() if value is not None and self.source(name).kind == "default"}
+        news = {name: value for name, value in given.items() if value is not None and self.source(name).kind == "default"}
         source = Source("code", where)
         return Resolved(
             settings=_made(self.settings, {name: (value, source) for name, value in news.items()}),
@@ -214,14 +213,14 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """The settings of one file, as TOML gave them."""
+    """The settings of one file, as TOML holds them."""
 
     label: str  # for messages: "streamline-pool.toml"
     entries: Mapping[str, Any]
 
 
 def read_files(folder: Path) -> list[ConfigFile]:
-    """The configuration files in `folder`, strongest first. Missing files are skipped; a broken one raises SettingError."""
+    """The configuration files in `folder`, strongest first. Missing files are skipped. Raises SettingError for a broken one."""
     own = _read_toml(folder / "streamline-pool.toml")
     shared = _read_toml(folder / "pyproject.toml")
     found = [] if own is None else [ConfigFile("streamline-pool.toml", own)]
@@ -254,12 +253,12 @@ def resolve(
 ) -> Resolved:
     """Settings from `flags` (option name -> given value, None: not given), then `environ`, then `files` in order.
 
-    `cpus` is what `workers = auto`, the default, stands for. An environment variable that is set but empty counts as
-    not set. Raises SettingError, whose `origin` tells a mistyped flag from a bad file or environment.
+    `cpus` is the value of `workers = auto`, the default. An environment variable that is empty counts as not set. Raises
+    SettingError, whose `origin` distinguishes a mistyped flag from a bad file or environment.
     """
     chosen: dict[str, tuple[Any, Source]] = {}
     layers = [*(_file_layer(file) for file in reversed(files)), _environ_layer(environ), _flag_layer(flags)]
-    for layer in layers:  # weakest first, so that the strongest has the last word
+    for layer in layers:  # weakest first, so that the strongest source decides
         for option, raw, source in layer:
             chosen[option.name] = (_parsed(option, raw, source, cpus), source)
     derived = {"workers": (cpus, DEFAULT)} | _derived_intervals(chosen)
@@ -296,7 +295,7 @@ def _file_layer(file: ConfigFile) -> _Layer:
 
 
 def _parsed(option: Option, raw: Any, source: Source, cpus: int) -> Any:
-    """The field value of `raw`. The message of a failure names the place, the value and what was expected."""
+    """The field value of `raw`. The SettingError names the place, the value and what was expected."""
     word = raw.strip().lower() if isinstance(raw, str) else None
     if option.optional and word == "none":
         return None
@@ -310,7 +309,7 @@ def _parsed(option: Option, raw: Any, source: Source, cpus: int) -> Any:
 
 
 def _derived_intervals(chosen: Mapping[str, tuple[Any, Source]]) -> dict[str, tuple[Any, Source]]:
-    """Sweeps and beats follow a shortened lease or stall timeout, unless they are set themselves."""
+    """The intervals of sweeps and heartbeats become shorter with the lease or the stall timeout, unless they are set themselves."""
     base = Settings()
     lease_s = chosen["lease"][0] if "lease" in chosen else base.lease_s
     stall_s = chosen["stall-timeout"][0] if "stall-timeout" in chosen else base.stall_timeout_s
@@ -321,7 +320,7 @@ def _derived_intervals(chosen: Mapping[str, tuple[Any, Source]]) -> dict[str, tu
 
 
 def _made(base: Settings, chosen: Mapping[str, tuple[Any, Source]]) -> Settings:
-    """`base` with the `chosen` values. Each was checked alone; two that do not go together are blamed on the stronger source."""
+    """`base` with the `chosen` values. Two values that contradict each other count as an error of the stronger source."""
     try:
         return replace(base, **{_BY_NAME[name].field: value for name, (value, _) in chosen.items()})
     except SettingError as exc:

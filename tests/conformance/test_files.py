@@ -143,8 +143,8 @@ def test_two_that_put_the_same_file_at_once_make_one(app: Streamline) -> None:
 def test_processes_that_put_the_first_files_at_once_all_succeed(app: Streamline, mongodb_uri: str, database: str) -> None:
     """Each finds no file yet and creates the indexes."""
     code = (
-        "import sys; from streamline_pool import Streamline; from streamline_pool.files import putting_file;"
-        "from streamline_pool.documents import encode_payload; app = Streamline(sys.argv[1], database=sys.argv[2]);"
+        "import sys; from streamline_pool import Streamline; from streamline_pool.storage.files import putting_file;"
+        "from streamline_pool.protocol.codec import encode_payload; app = Streamline(sys.argv[1], database=sys.argv[2]);"
         "app.store().drive(putting_file(sys.argv[3], encode_payload('x' * 600_000, 'x'), 'r')); app.close()"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, mongodb_uri, database, f"f-{n}"], cwd=REPOSITORY) for n in range(4)]

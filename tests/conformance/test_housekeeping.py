@@ -318,7 +318,7 @@ def killed_at(operation: str, when: str, call: str, uri: str, database: str) -> 
     code = f"""
 import os, signal, sys
 from streamline_pool import Streamline
-from streamline_pool.store import Store
+from streamline_pool.storage.store import Store
 
 class Dying(Store):
     def run(self, op, session=None):

@@ -143,7 +143,7 @@ import os, signal, sys
 from streamline_pool import Streamline, ops
 app = Streamline(sys.argv[1], database=sys.argv[2])
 flow = app.workflow("flow", steps={"make": lambda ctx: b"x" * 300_000})
-from streamline_pool.store import AsyncStore
+from streamline_pool.storage.store import AsyncStore
 run_op = AsyncStore.run
 async def dying(self, op, session=None):
     if op.name == sys.argv[3]:

@@ -1,4 +1,4 @@
-"""Tasks end when they are told to, also those that lose a cancellation on the way."""
+"""Tasks end when they are cancelled, also a task that loses a cancellation on the way."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import asyncio
 from streamline_pool.config.asyncio_tasks import end_tasks
 
 
-def test_a_task_that_loses_its_first_cancellation_is_ended_all_the_same() -> None:
-    """A driver turns the cancellation into an error, the task takes that for an outage and goes on: `close` never returned."""
+def test_a_task_that_loses_its_first_cancellation_is_ended_nevertheless() -> None:
+    """A driver turned the cancellation into an error. The task took that for an outage and continued, so `close` never returned."""
     losses = []
 
     async def stubborn() -> None:

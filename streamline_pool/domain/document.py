@@ -73,6 +73,7 @@ class InboxItem(TypedDict, total=False):
     stepId: str  # of an answer to a hook ...
     gen: int  # ... and the wait it answers
     data: Any
+    at: datetime  # when it arrived, by the server's clock
 
 
 class RunDocument(TypedDict):
@@ -99,8 +100,8 @@ class RunDocument(TypedDict):
     priority: int  # higher is claimed first
     queue: str
     idempotencyKey: NotRequired[str]
-    cancelReason: NotRequired[str]
-    pauseReason: NotRequired[str]
+    cancelReason: NotRequired[str | None]
+    pauseReason: NotRequired[str | None]
     # From here on: fields that the engine schedules by.
     lane: str  # "queue/workflow/version": what a worker claims from
     slot: int  # 0..15: spreads the claims of many workers over the queue

@@ -1,4 +1,4 @@
-"""MongoDB's error codes that this project acts on, once. Owns which codes have one meaning; storage/, engine/ and client/ act on them.
+"""MongoDB's error codes that need an action, listed once. Owns which codes have one meaning; storage/, engine/ and client/ use them.
 
 Source: `src/mongo/base/error_codes.yml` of the server. Only codes that need an action of their own are listed.
 """

@@ -140,7 +140,7 @@ def test_subscribers_are_told_the_value(app: Streamline) -> None:
 
 CRASHING = """
 import os, signal, sys
-from streamline_pool import Streamline, ops
+from streamline_pool import Streamline
 app = Streamline(sys.argv[1], database=sys.argv[2])
 flow = app.workflow("flow", steps={"make": lambda ctx: b"x" * 300_000})
 from streamline_pool.storage.store import AsyncStore

@@ -1,4 +1,4 @@
-"""What a step without waits sends to the database: nothing of waits, events or acts, and no indexed field."""
+"""What a step without waits sends to the database: nothing of waits, events or control operations, and no indexed field."""
 
 from __future__ import annotations
 

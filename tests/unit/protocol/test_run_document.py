@@ -1,4 +1,4 @@
-"""The stored shape: what a payload may be, what a reader finds, and how a changed document is recognised."""
+"""The stored shape: what a payload may be, what a reader finds, and how a document that another program changed is recognised."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_not_a_number_is_a_number() -> None:
 
 @pytest.mark.parametrize(("value", "path", "reason"), UNSTORABLE, ids=shown)
 def test_an_unstorable_payload_is_refused_with_the_path_of_the_culprit(value: Any, path: str, reason: str) -> None:
-    """Found by the database instead, it would be found after the handler has done its work, and by everyone in the same command."""
+    """The database would find it only after the handler has done its work, and refuse the whole command of many runs."""
     with pytest.raises(ValidationError) as caught:
         check_payload(value, "input")
     assert str(caught.value).startswith("VALIDATION_ERROR: input")
@@ -186,7 +186,7 @@ def test_a_run_that_could_not_grow_is_not_started() -> None:
 STEP = {"stepId": "a", "status": "pending", "attempts": 0}
 OTHER = {"stepId": "b", "status": "pending", "attempts": 0}
 
-MISFITS = [
+CHANGED_FIELDS = [
     ("workflowId", 5), ("workflowId", []), ("workflowId", {}), ("version", None), ("status", "weird"), ("status", []), ("status", None),
     ("steps", "x"), ("steps", []), ("steps", {}), ("steps", [5]), ("steps", [None]), ("steps", [{}]),
     ("steps", [{**STEP, "stepId": 5}, OTHER]),
@@ -203,7 +203,7 @@ MISFITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value"), MISFITS, ids=shown)
+@pytest.mark.parametrize(("field", "value"), CHANGED_FIELDS, ids=shown)
 def test_a_field_that_another_program_changed_is_named(field: str, value: Any) -> None:
     """The engine would otherwise raise in the middle of a claim, and take the batch with it."""
     reason = validate_run_document(a_document(**{field: value}))
@@ -238,12 +238,12 @@ def test_no_value_in_any_field_makes_reading_fail_in_another_way(field: str, val
 
 @pytest.mark.parametrize("changes", [{"wakeAt": "soon"}, {"wakeAt": None}, {"lane": 5}, {"slot": 99}, {"slot": None}], ids=shown)
 def test_a_live_run_that_no_worker_can_find_says_so_when_read(changes: dict[str, Any]) -> None:
-    """Nobody else will ever notice; whoever waits for it would wait for ever."""
+    """No other process will ever notice it, and a caller that waits for the run would wait for ever."""
     with pytest.raises(DataCorruptionError, match=r"no worker will find it|expected"):
         parse_run(a_document(**changes))
 
 
-def test_leased_paused_and_ended_runs_need_no_instant() -> None:
+def test_leased_paused_and_ended_runs_need_no_wake_at() -> None:
     document = a_document()
     del document["wakeAt"]
     parse_run({**document, "lease": {"id": "l", "expiresAt": NOW}})

@@ -50,15 +50,18 @@ _ENSURE = (
 
 
 class StoreBase:
-    """State and procedures of a store. `client` is a PyMongo client of either API; a subclass calls it."""
+    """State and procedures of a store. `client` is a PyMongo client of either API; a subclass calls it.
+
+    What stands below "what the two APIs share" is for the two subclasses in store.py only.
+    """
 
     def __init__(self, where: DatabaseTarget, env: Env, client: Any) -> None:
         self.where = where
         self.clock = ServerClock(env)
-        self._env = env
+        self.env = env
         self._ensured = False
         self._tails_open: set[object] = set()
-        self._database = client.get_database(where.database, codec_options=CODEC)
+        self.database = client.get_database(where.database, codec_options=CODEC)
 
     def now(self) -> datetime:
         """The server's time, as this process knows it: aware UTC, whole milliseconds."""
@@ -73,9 +76,9 @@ class StoreBase:
         """
         readings = []
         for _ in range(3):
-            asked_at = self._env.clock.monotonic()
+            asked_at = self.env.clock.monotonic()
             hello = yield run_lifecycle.server_info()
-            answered_at = self._env.clock.monotonic()
+            answered_at = self.env.clock.monotonic()
             readings.append((answered_at - asked_at, asked_at, answered_at, hello["localTime"]))
         _, asked_at, answered_at, server_time = min(readings, key=lambda reading: reading[0])
         self.clock.read(server_time, asked_at, answered_at)
@@ -111,43 +114,43 @@ class StoreBase:
 
     # --- what the two APIs share -----------------------------------------------------------------------------------
 
-    def _begin(self, procedure: Procedure[T], session: Any) -> ProcedureRun[T]:
+    def begin(self, procedure: Procedure[T], session: Any) -> ProcedureRun[T]:
         """A procedure to be driven. Within a transaction no effect is repeated: the owner of the transaction decides that."""
-        return ProcedureRun(procedure if in_transaction(session) else repeating(procedure, self._env))
+        return ProcedureRun(procedure if in_transaction(session) else repeating(procedure, self.env))
 
-    def _admitted(self, effect: Effect, tails: Container[Tail]) -> Effect:
+    def admitted(self, effect: Effect, tails: Container[Tail]) -> Effect:
         """The effect; a Sleep instead of a wait for which no tail may be opened. `tails`: those that this procedure has open."""
         if isinstance(effect, AwaitSignal) and effect.tail not in tails and len(self._tails_open) >= _TAILS_MAX:
             return Sleep(effect.seconds)
         return effect
 
-    def _errors_of(self, name: str, session: Any = None) -> DriverErrors:
+    def errors_of(self, name: str, session: Any = None) -> DriverErrors:
         return DriverErrors(name, self.where, in_transaction=in_transaction(session))
 
-    def _command_arguments(self, op: Command, session: Any) -> dict[str, Any]:
+    def command_arguments(self, op: Command, session: Any) -> dict[str, Any]:
         """Keyword arguments of PyMongo's `command`."""
         document = command_document(op, self.where, in_transaction=in_transaction(session))
         return {"command": document, "codec_options": _COMMAND_CODEC, "session": session}
 
-    def _cursor(self, op: Find, session: Any) -> Any:
+    def cursor(self, op: Find, session: Any) -> Any:
         """A majority read on the primary, not sent yet. Within a transaction the transaction has the read concern."""
         concern = None if in_transaction(session) else ReadConcern("majority")
         name = self.where.collection(op.collection)
-        collection = self._database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
+        collection = self.database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
         return collection.find(**find_arguments(op), session=session)
 
-    def _signals_for_hints(self) -> Any:
+    def signals_for_hints(self) -> Any:
         """The collection of signals, for an insert that waits for no reply."""
-        return self._database.get_collection(self.where.collection("signals"), write_concern=WriteConcern(w=0))
+        return self.database.get_collection(self.where.collection("signals"), write_concern=WriteConcern(w=0))
 
-    def _tail_cursor(self, tail: Tail, wait_s: float) -> Any:
+    def tail_cursor(self, tail: Tail, wait_s: float) -> Any:
         """A tailing read, not sent yet, that waits up to `wait_s` seconds for each signal."""
-        signals = self._database.get_collection(self.where.collection("signals"))
+        signals = self.database.get_collection(self.where.collection("signals"))
         return signals.find(tail.filter, cursor_type=CursorType.TAILABLE_AWAIT).max_await_time_ms(milliseconds(wait_s))
 
     @contextmanager
-    def _counted_tail(self) -> Iterator[None]:
-        """Count a tail as open. `_admitted` limits how many there are."""
+    def counted_tail(self) -> Iterator[None]:
+        """Count a tail as open. `admitted` limits how many there are."""
         mine = object()
         self._tails_open.add(mine)
         try:
@@ -160,7 +163,7 @@ class StoreBase:
 
         Its read and write concerns are those of the API: a state that is read here is durable, so the reader may act on it.
         """
-        return self._database.get_collection(
+        return self.database.get_collection(
             self.where.collection(name), read_concern=ReadConcern("majority"), write_concern=WriteConcern(**WRITE_CONCERN)
         )
 

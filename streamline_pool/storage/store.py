@@ -48,17 +48,17 @@ class Store(StoreBase):
 
         Raises StoreUnavailableError (the outcome of a write is then unknown) or ValidationError for what the server refused.
         """
-        with self._errors_of(op.name, session):
+        with self.errors_of(op.name, session):
             if isinstance(op, Find):
-                return list(self._cursor(op, session))
+                return list(self.cursor(op, session))
             if isinstance(op, Signal):
-                self._signals_for_hints().insert_one(dict(op.document))
+                self.signals_for_hints().insert_one(dict(op.document))
                 return None
-            return command_result(op, self._database.command(**self._command_arguments(op, session)))
+            return command_result(op, self.database.command(**self.command_arguments(op, session)))
 
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
         """Run a procedure to its end. Within a transaction no effect is repeated: the owner of the transaction decides that."""
-        run = self._begin(procedure, session)
+        run = self.begin(procedure, session)
         tails: _Tails = {}
         try:
             while run.effect is not None:
@@ -75,9 +75,9 @@ class Store(StoreBase):
                 tail.close()
 
     def _perform(self, effect: Effect, session: ClientSession | None, tails: _Tails) -> Any:
-        match self._admitted(effect, tails):
+        match self.admitted(effect, tails):
             case Sleep(seconds):
-                return self._env.sleep(seconds)
+                return self.env.sleep(seconds)
             case AwaitSignal(wanted, seconds):
                 tail = tails.pop(wanted, None) or self.tail(wanted, seconds)
                 signal = next(tail)
@@ -88,12 +88,12 @@ class Store(StoreBase):
 
     def tail(self, tail: Tail, wait_s: float) -> Generator[_Stored | None, None, None]:
         """Matching signals as they are written; None after each `wait_s` seconds without one. Ends only by an error."""
-        with self._counted_tail(), self._errors_of("tail_signals"):
+        with self.counted_tail(), self.errors_of("tail_signals"):
             while True:
-                with self._tail_cursor(tail, wait_s) as cursor:
+                with self.tail_cursor(tail, wait_s) as cursor:
                     while cursor.alive:
                         yield next(cursor, None)
-                self._env.sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
+                self.env.sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
                 yield None
 
     def close(self) -> None:
@@ -110,17 +110,17 @@ class AsyncStore(StoreBase):
 
     async def run(self, op: Op, session: AsyncClientSession | None = None) -> Any:
         """Run one operation, once. Returns what the operation yields. Raises as `Store.run` does."""
-        with self._errors_of(op.name, session):
+        with self.errors_of(op.name, session):
             if isinstance(op, Find):
-                return await self._cursor(op, session).to_list()
+                return await self.cursor(op, session).to_list()
             if isinstance(op, Signal):
-                await self._signals_for_hints().insert_one(dict(op.document))
+                await self.signals_for_hints().insert_one(dict(op.document))
                 return None
-            return command_result(op, await self._database.command(**self._command_arguments(op, session)))
+            return command_result(op, await self.database.command(**self.command_arguments(op, session)))
 
     async def drive(self, procedure: Procedure[T], session: AsyncClientSession | None = None) -> T:
         """Run a procedure to its end, as `Store.drive` does."""
-        run = self._begin(procedure, session)
+        run = self.begin(procedure, session)
         tails: _AsyncTails = {}
         try:
             while run.effect is not None:
@@ -137,9 +137,9 @@ class AsyncStore(StoreBase):
                 await tail.aclose()
 
     async def _perform(self, effect: Effect, session: AsyncClientSession | None, tails: _AsyncTails) -> Any:
-        match self._admitted(effect, tails):
+        match self.admitted(effect, tails):
             case Sleep(seconds):
-                return await self._env.async_sleep(seconds)
+                return await self.env.async_sleep(seconds)
             case AwaitSignal(wanted, seconds):
                 tail = tails.pop(wanted, None) or self.tail(wanted, seconds)
                 signal = await anext(tail)
@@ -150,12 +150,12 @@ class AsyncStore(StoreBase):
 
     async def tail(self, tail: Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[_Stored | None, None]:
         """Matching signals, as `Store.tail` yields them."""
-        with self._counted_tail(), self._errors_of("tail_signals"):
+        with self.counted_tail(), self.errors_of("tail_signals"):
             while True:
-                async with self._tail_cursor(tail, wait_s) as cursor:
+                async with self.tail_cursor(tail, wait_s) as cursor:
                     while cursor.alive:
                         yield await anext(cursor, None)
-                await self._env.async_sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
+                await self.env.async_sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
                 yield None
 
     async def ensure(self) -> None:

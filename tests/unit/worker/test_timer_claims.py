@@ -1,4 +1,4 @@
-"""The places of runs whose timers have ended, in a worker that may be full."""
+"""The places of runs whose timers have fired, in a worker that may be full."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_runs_ahead_of_their_turn_take_no_place_from_the_others() -> None:
     timer_claims.add(names(2))
     batch = timer_claims.take(0, ())
     timer_claims.claimed(batch, {"r0", "r1"})
-    assert timer_claims.places_taken(in_flight=18) == 16
+    assert timer_claims.places_taken(active_runs=18) == 16
     timer_claims.finished("r0")
-    assert timer_claims.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(active_runs=17) == 16
 
 
 def test_free_places_are_taken_first_and_are_promised_while_the_claim_is_under_way() -> None:
@@ -39,9 +39,9 @@ def test_free_places_are_taken_first_and_are_promised_while_the_claim_is_under_w
     timer_claims.add(names(4))
     batch = timer_claims.take(3, ())
     assert (len(batch.run_ids), batch.spare) == (4, 3)
-    assert timer_claims.places_taken(in_flight=13) == 16
+    assert timer_claims.places_taken(active_runs=13) == 16
     timer_claims.claimed(batch, {"r0", "r1", "r2", "r3"})
-    assert timer_claims.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(active_runs=17) == 16
 
 
 def test_what_the_claim_did_not_bring_takes_no_place() -> None:
@@ -49,7 +49,7 @@ def test_what_the_claim_did_not_bring_takes_no_place() -> None:
     timer_claims.add(names(2))
     batch = timer_claims.take(0, ())
     timer_claims.claimed(batch, {"r1"})
-    assert timer_claims.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(active_runs=17) == 16
     timer_claims.add(["r2"])
     assert timer_claims.take(0, {"r1"}).run_ids == ["r2"]
 

@@ -153,9 +153,7 @@ class AnyWorker(RuleBasedStateMachine):
             assert claim.batch.run_ids
             self.unclaimed.difference_update(claim.batch.run_ids)
             self.timer_claims.append(claim)
-        elif not self.draining:
-            # Names of runs that are active here are dropped.
-            self.unclaimed.difference_update(self.active)
+        self.unclaimed.difference_update(self.active)  # nothing is to be claimed of a run that is active here already
 
     @precondition(lambda self: self.timer_claims)
     @rule(data=st.data())

@@ -1,7 +1,7 @@
-"""A worker process: carries messages between the pipe and `streamline_pool.worker.Worker`, which knows no pipes.
+"""A worker process. Owns the way of messages between the pipe and `streamline_pool.worker.worker.Worker`, which has no pipes.
 
 Beats come from the event loop that does the work, so a blocked loop is a silent worker. When the supervisor is gone,
-the worker is told to drain, then to stop, and the process ends within `child.ORPHAN_LIFE_S` whatever it is doing.
+the worker drains, then stops, and the process ends within `ORPHAN_EXIT_S` (see `ipc.channel`) whatever it is doing.
 """
 
 from __future__ import annotations
@@ -48,35 +48,37 @@ __all__ = ["WorkerBoot", "run_worker"]
 
 log = logging.getLogger("streamline_pool")
 
-BEAT_PAUSE_S = 0.01  # a guess: a change is told at once, ten changes in a row are told as one
-PARKED_MAX = 500  # runs with their instants told per beat, the nearest ones; the steward's sweep finds the rest
-SUBSCRIBERS_S = 1.0  # a guess: for subscribers to hear the last events
+BEAT_PAUSE_S = 0.01  # a guess: one change is sent at once, ten changes in a row are sent as one
+PARKED_MAX = 500  # parked runs in one beat, those that are due first; the steward's sweep finds the others
+SUBSCRIBERS_S = 1.0  # a guess: the time for subscribers to receive the last events
 GC_THRESHOLDS = (50_000, 20, 100)  # measured: with Python's own, the collector takes a sixth of a short step's time
-ORPHAN_DRAIN_S, ORPHAN_GRACE_S = 0.7, 0.3  # leaves as much again for releasing, see link.ORPHAN_EXIT_S
+ORPHAN_DRAIN_S, ORPHAN_GRACE_S = 0.7, 0.3  # leaves as much again for the release of runs, see ipc/channel.py, ORPHAN_EXIT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerBoot:
-    """What a worker is told at birth."""
+    """What a worker process needs to know at its start."""
 
-    nonce: str  # makes "host:pid:nonce" unique even when pids are used again
+    nonce: str  # random; makes "host:pid:nonce" unique even when pids are used again
     host: str
-    index: int
-    total: int
+    index: int  # of this worker on its host, from 0
+    total: int  # workers on this host
 
 
 def run_worker(app: Streamline, settings: Settings, env: Env, boot: WorkerBoot, sock: socket.socket) -> int:
     """The main function of a worker process; its exit code."""
     gc.set_threshold(*GC_THRESHOLDS)
-    # A handler may fork; its child must not read from our connections, which it would by a selector it shares with us.
+    # A handler may fork. Its child must not read from our connections, and it would if both used the same selector.
     selector = selectors.DefaultSelector()
     os.register_at_fork(after_in_child=selector.close)
-    # Not `asyncio.run`: its clean-up waits for threads, of which a handler may have stuck one.
+    # Not `asyncio.run`: its clean-up waits for threads, and a handler may occupy one for ever.
     runner = asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector))
     return runner.run(_WorkerProcess(app, settings, env, boot).run(sock))
 
 
 class _WorkerProcess:
+    """Connects one worker to one pipe."""
+
     def __init__(self, app: Streamline, settings: Settings, env: Env, boot: WorkerBoot) -> None:
         self._app = app
         self._settings = settings
@@ -101,7 +103,7 @@ class _WorkerProcess:
             return BOOT_FAILED_EXIT
         finally:
             beats.cancel()
-        self._beat()  # the last figures
+        self._beat()  # the final counters
         self._app.events.close(SUBSCRIBERS_S)
         global_event_bus.close(SUBSCRIBERS_S)
         return 0
@@ -113,8 +115,8 @@ class _WorkerProcess:
                 worker.wake_up(lane, run_id)
             case TimersFired(run_ids=run_ids):
                 worker.timers_fired(run_ids)
-            case CheckRun(run_id=run_id, reason=reason):
-                worker.check_run(run_id, reason)
+            case CheckRun(run_id=run_id):
+                worker.check_run(run_id)
             case Gate(state=state):
                 worker.set_gate(state)
             case Hold(held=held):
@@ -147,7 +149,7 @@ class _WorkerProcess:
             await asyncio.sleep(self._settings.beat_interval_s)
 
     def _beat_soon(self) -> None:
-        """The worker's `notify`: news go out at once, a flood of them every few milliseconds."""
+        """The worker's `notify`: one change is sent at once, many changes are sent together after a few milliseconds."""
         if not self._beat_pending:
             self._beat_pending = True
             since = self._env.clock.monotonic() - self._beaten_at
@@ -157,7 +159,7 @@ class _WorkerProcess:
         self._beat_pending = False
         parked = _nearest(self._worker.take_parked())
         if self._channel.unsent_bytes:
-            return  # the supervisor is slow or stopped: the next beat says more than this one
+            return  # the supervisor is slow or stopped; the next beat is newer than this one
         self._beaten_at = self._env.clock.monotonic()
         status = self._worker.status()
         self._booted = self._booted or status.state != "starting"
@@ -182,8 +184,9 @@ class _WorkerProcess:
 
 
 def _nearest(parked: list[tuple[str, datetime, str]]) -> tuple[tuple[str, int, str], ...]:
-    instants = [(lane, round(at.timestamp() * 1000), run_id) for lane, at, run_id in parked]
-    return tuple(sorted(instants, key=lambda instant: instant[1])[:PARKED_MAX])
+    """The parked runs that are due first, as (lane, wakeAt in epoch milliseconds, run id)."""
+    runs = [(lane, round(wake_at.timestamp() * 1000), run_id) for lane, wake_at, run_id in parked]
+    return tuple(sorted(runs, key=lambda run: run[1])[:PARKED_MAX])
 
 
 def _boot_failed(exc: Exception) -> BootFailed:

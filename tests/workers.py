@@ -24,7 +24,7 @@ SOON_S = 3.0  # a run that becomes due later than this does not keep `run_until_
 
 
 class Pool:
-    """Some workers at work in the running loop. Leaving the block drains them."""
+    """Some workers in the running loop. Leaving the block drains them."""
 
     def __init__(self, app: Streamline, *, workers: int = 1, recover_every_s: float | None = None, env: Env | None = None) -> None:
         self.app = app
@@ -39,7 +39,7 @@ class Pool:
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
-        self._steward = asyncio.create_task(self._keep_ringing())
+        self._steward = asyncio.create_task(self._keep_waking_up())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -53,7 +53,7 @@ class Pool:
             if isinstance(failure, BaseException) and kind is None:
                 raise failure
 
-    async def _keep_ringing(self) -> None:
+    async def _keep_waking_up(self) -> None:
         store = self.app.store_async()
         recovered_at = time.monotonic()
         while True:
@@ -79,7 +79,7 @@ class Pool:
             await asyncio.sleep(POLL_S)
 
     async def until_idle(self, *, timeout: float = 15.0) -> None:
-        """Let the workers work until nothing is in flight and nothing becomes due within `SOON_S`."""
+        """Let the workers work until no run is active and none becomes due within `SOON_S`."""
         store = self.app.store_async()
         deadline = time.monotonic() + timeout
         while not await self._is_idle(store):
@@ -101,12 +101,12 @@ class Pool:
         return all(not status.in_flight and status.state != "starting" for status in self.statuses())
 
     def statuses(self) -> list[WorkerStatus]:
-        """How each worker fares."""
+        """The status of each worker."""
         return [worker.status() for worker in self.workers]
 
 
 def run_until_idle(app: Streamline, *, workers: int = 1, timeout: float = 15.0, recover_every_s: float | None = None) -> list[WorkerStatus]:
-    """Work off whatever is due in `app`'s database, in this thread. Yields how each worker fared."""
+    """Work in this thread until no run is due in `app`'s database. Yields the final status of each worker."""
 
     async def work() -> list[WorkerStatus]:
         async with Pool(app, workers=workers, recover_every_s=recover_every_s) as pool:
@@ -117,7 +117,7 @@ def run_until_idle(app: Streamline, *, workers: int = 1, timeout: float = 15.0, 
 
 
 def check_invariants(documents: Sequence[Mapping[str, Any]]) -> None:
-    """DESIGN, section 5, as far as single documents show it."""
+    """The invariants of stored runs, as far as single documents show them."""
     for document in documents:
         run_id, status = document["_id"], document["status"]
         if status in ("done", "failed", "cancelled"):
@@ -125,13 +125,13 @@ def check_invariants(documents: Sequence[Mapping[str, Any]]) -> None:
             assert "lease" not in document, f"{run_id}: {status}, and leased"
             assert not {"wakeAt", "pausedWakeAt", "awaits"} & set(document), f"{run_id}: {status}, and claimable or awaiting: {document}"
             if status == "failed":
-                assert document["error"]["code"], f"{run_id}: failed without saying why"
-                assert document["error"]["message"], f"{run_id}: failed without saying why"
+                assert document["error"]["code"], f"{run_id}: failed without a reason"
+                assert document["error"]["message"], f"{run_id}: failed without a reason"
             continue
         where = f"{run_id}: wedged or doubly scheduled: {document}"
         step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), {"status": "none"})
         waits_for = step["waitingFor"]["type"] if step["status"] == "waiting" else None
-        # Who waits without a deadline is looked after by whoever answers; everybody else by a lease or an instant.
+        # A step that waits without a deadline goes on when it is answered. Every other run has a lease or a `wakeAt`.
         on_its_own = waits_for in ("human", "webhook", "event") and step["waitingFor"].get("expiresAt") is None
         if document.get("paused"):
             assert "wakeAt" not in document, f"{run_id}: paused, and claimable: {document}"

@@ -1,9 +1,9 @@
-"""Where a worker looks for due runs, and from where on: its slots first, then everybody's; the oldest first.
+"""Finds due runs for one worker: in its own slots first, then in all slots; the oldest first.
 
-Owns what is remembered between looks. MongoDB keeps the index entries of claimed runs for as long as a snapshot may
-ask for them (five minutes by default), and a look that starts at the beginning of the queue steps over them all:
-measured, 0.4 µs each, so after a million claims a look takes half a second. So a look normally starts where the last
-one found its first run, and one from the very start is made only as often as its own cost allows.
+Owns what is remembered between polls. MongoDB keeps the index entries of claimed runs for as long as a snapshot may
+ask for them (five minutes by default), and a poll that starts at the beginning of the queue steps over them all:
+measured, 0.4 µs each, so after a million claims such a poll takes half a second. So a poll normally starts where the
+last one found its first run. A full poll, from the beginning of the queue, is made only as often as its own cost allows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from streamline_pool.storage.store import AsyncStore
 __all__ = ["Poller", "slots_of"]
 
 _SCANS_MAX = 190  # lanes times slots times priorities in one find; MongoDB merges at most 200 index scans
-_FULL_SHARE = 1 / 50  # of the time that looks from the start may take; a guess
+_FULL_SHARE = 1 / 50  # of the time that full polls may take; a guess
 _MARGIN = timedelta(seconds=5)  # runs become visible later than their `wakeAt` says, by an insert's duration and clock errors
-_SKIP_S = 30.0  # then it is tried again: somebody may have mended it
+_SKIP_S = 30.0  # then the run is shown again: an operator may have repaired it
 _SKIPPED_MAX = 100
 
 
@@ -37,22 +37,42 @@ def slots_of(index: int, total: int) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Trail:
-    """What the last look from the start has shown of some lanes and slots."""
+    """What the last full poll has shown of some lanes and slots."""
 
     since: datetime  # everything due before that was claimed, or is of a lower priority than what was found
     priorities: frozenset[int]
-    settled: bool  # it saw the end of the queue
-    full_at: float  # monotonic; from then on the next look from the start is affordable
+    settled: bool  # the last poll reached the end of the queue
+    full_at: float  # monotonic; from then on the next full poll is affordable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Query:
+    """One find, as far as it does not depend on a trail."""
+
+    lanes: Sequence[str]
+    slots: Sequence[int] | None  # None: all of them
+    now: datetime
+    limit: int
+    crashes_below: int | None
+    skipped: Sequence[str]
+
+    async def find(
+        self, store: AsyncStore, limit: int, *, since: datetime | None = None, priorities: Sequence[int] = ()
+    ) -> list[Mapping[str, Any]]:
+        """Up to `limit` rows; see `claims.find_due` for `since` and `priorities`."""
+        op = claims.find_due(self.lanes, self.slots, self.now, limit, self.crashes_below, self.skipped, since=since, priorities=priorities)
+        rows: list[Mapping[str, Any]] = await store.run(op)
+        return rows
 
 
 class Poller:
-    """Looks for due runs on behalf of one worker."""
+    """Polls for due runs on behalf of one worker."""
 
     def __init__(self, lanes: Sequence[str], index: int, total: int, env: Env) -> None:
         self._lanes = tuple(lanes)
         self._env = env
         self._turn = 0  # rotates the lanes when there are too many for one find
-        self._trails: dict[tuple[str, bool], _Trail] = {}
+        self._trails: dict[tuple[str, bool], _Trail] = {}  # by (first lane, whether all slots were polled)
         self._skipped: dict[str, float] = {}  # run id -> until when (monotonic)
         self.reslot(index, total)
 
@@ -61,14 +81,14 @@ class Poller:
         slots = slots_of(index, total)
         self._index, self._total = index, total
         self._slots = slots if len(slots) < SLOTS else None
-        self._trails.clear()
+        self.forget()
 
     def forget(self) -> None:
-        """Look from the very start next time: there may be runs that are due since long, and were not a moment ago."""
-        self._trails.clear()
+        """Make the next poll a full one: there may be runs that are due since long, and were not a moment ago."""
+        self._trails = {}  # a new one: a poll that is under way still writes its trail to the old one, where it is lost
 
     def skip_for_now(self, run_ids: Iterable[str]) -> None:
-        """Show these runs no more for a while: they cannot be claimed, and would be found first again and again."""
+        """Do not show these runs for a while: they cannot be claimed, and would be found first again and again."""
         until = self._env.clock.monotonic() + _SKIP_S
         self._skipped.update(dict.fromkeys(run_ids, until))
         while len(self._skipped) > _SKIPPED_MAX:
@@ -96,10 +116,10 @@ class Poller:
         return [], False
 
     def _share_of(self, own: Sequence[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """What to claim of `rows` in anybody's slots: what stands in one's own, and one's share of the rest.
+        """What to claim of `rows`, which are from all slots: the runs in this worker's slots, and its share of the others.
 
-        All workers come here at about the same time, when the queue ends, and all see the same runs: without shares
-        each would try for all of them. When nothing is left but other workers' shares, one of those, by chance.
+        When the queue ends, all workers poll all slots at about the same time, and all see the same runs. Without shares
+        each worker would try to claim them all. When only other workers' shares are left, one of those, by chance.
         """
         mine = {row["_id"] for row in own}
         chosen = [row for row in rows if row["_id"] in mine or crc32(str(row["_id"]).encode()) % self._total == self._index % self._total]
@@ -115,37 +135,45 @@ class Poller:
     async def _find(
         self, store: AsyncStore, lanes: Sequence[str], slots: Sequence[int] | None, limit: int, crashes_below: int | None
     ) -> list[Mapping[str, Any]]:
-        key = (lanes[0], slots is None)
-        trail = self._trails.get(key)
+        trails, key = self._trails, (lanes[0], slots is None)
+        trail = trails.get(key)
         skipped = self._still_skipped()
-        asked_at, now = self._env.clock.monotonic(), store.now()
+        asked_at = self._env.clock.monotonic()
+        query = _Query(lanes=lanes, slots=slots, now=store.now(), limit=limit, crashes_below=crashes_below, skipped=skipped)
         if trail is not None and asked_at < trail.full_at and len(lanes) * SLOTS * len(trail.priorities) <= _SCANS_MAX:
-            priorities = sorted(trail.priorities)
-            rows: list[Mapping[str, Any]] = await store.run(
-                claims.find_due(lanes, slots, now, limit, crashes_below, skipped, since=trail.since, priorities=priorities)
-            )
-            if trail.settled and len(rows) < limit:
-                # No trail shows runs of a priority that was never seen before, and nobody may look again for seconds.
-                others = await store.run(
-                    claims.find_due(lanes, slots, now, limit - len(rows), crashes_below, skipped, priorities=priorities)
-                )
-                trail.priorities |= {row["priority"] for row in others}
-                rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
-            if len(rows) == limit or trail.settled:
-                trail.settled = len(rows) < limit
-                trail.since = now - _MARGIN if trail.settled else min(row["wakeAt"] for row in rows)
-                return rows
-            # The end of what this trail shows, not of the queue: only a look from the start can tell what else there is.
+            found = await self._follow(store, query, trail)
+            if found is not None:
+                return found
             asked_at = self._env.clock.monotonic()
-        rows = await store.run(claims.find_due(lanes, slots, now, limit, crashes_below, skipped))
+        rows = await query.find(store, limit)
         answered_at = self._env.clock.monotonic()
         settled = len(rows) < limit
-        self._trails[key] = _Trail(
-            since=now - _MARGIN if settled else min(row["wakeAt"] for row in rows),
-            # What is no whole number was put there by another program; such runs are found by looks from the start.
+        trails[key] = _Trail(
+            since=_start_of_next(query, rows, settled),
+            # A priority that is not a whole number was written by another program; full polls find such runs.
             priorities=frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
             | (trail.priorities if trail is not None else frozenset({0})),
             settled=settled,
             full_at=answered_at + (answered_at - asked_at) / _FULL_SHARE,
         )
         return rows
+
+    async def _follow(self, store: AsyncStore, query: _Query, trail: _Trail) -> list[Mapping[str, Any]] | None:
+        """Poll from where the last poll began. None: the trail ends before the queue may end, so a full poll is needed."""
+        priorities, limit = sorted(trail.priorities), query.limit
+        rows = await query.find(store, limit, since=trail.since, priorities=priorities)
+        if trail.settled and len(rows) < limit:
+            # A trail does not show runs of a priority that was never seen before, and the next full poll may be seconds away.
+            others = await query.find(store, limit - len(rows), priorities=priorities)
+            trail.priorities |= {row["priority"] for row in others}
+            rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
+        if len(rows) < limit and not trail.settled:
+            return None
+        trail.settled = len(rows) < limit
+        trail.since = _start_of_next(query, rows, trail.settled)
+        return rows
+
+
+def _start_of_next(query: _Query, rows: Sequence[Mapping[str, Any]], settled: bool) -> datetime:
+    """From which `wakeAt` on the next poll is to start."""
+    return query.now - _MARGIN if settled else min(row["wakeAt"] for row in rows)

@@ -57,7 +57,7 @@ def test_the_handler_of_a_cancelled_run_is_told_and_nothing_it_does_counts(app: 
         async with Pool(app) as pool:
             await pool.until(entered.is_set)
             await asyncio.to_thread(workflow.cancel, run.id)
-            pool.workers[0].check_run(run.id, "cancelled")  # what a steward does when it hears of it
+            pool.workers[0].check_run(run.id)  # what a steward does when it hears of it
             await pool.until(lambda: reasons)
 
     asyncio.run(play())

@@ -372,7 +372,7 @@ def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: 
         async with Pool(app, recover_every_s=0.05) as pool:
             await pool.until(entered.is_set)
             await asyncio.to_thread(take_over, app, run.id)
-            pool.workers[0].check_run(run.id, "lease-lost")
+            pool.workers[0].check_run(run.id)
             await pool.until(lambda: workflow.get(run.id).status == "done")
 
     asyncio.run(play())

@@ -157,7 +157,7 @@ def test_a_stubborn_task_does_not_cost_the_worker_of_a_cancelled_run(app: Stream
         async with Pool(app) as pool:
             await pool.until(entered.is_set)
             await asyncio.to_thread(workflow.cancel, started.id)
-            pool.workers[0].check_run(started.id, "cancelled")
+            pool.workers[0].check_run(started.id)
             await pool.until(lambda: not pool.statuses()[0].in_flight)
             assert pool.statuses()[0].recycle is None
             released.set()

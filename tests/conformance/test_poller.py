@@ -1,4 +1,4 @@
-"""A look that does not start at the beginning of the queue must still lead to every run, and in the right order."""
+"""A poll that does not start at the beginning of the queue must still find every run, in the right order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamline_pool.worker.poller import Poller
 
 
 class JumpingClock:
-    """Stands still between jumps, so a look from the start costs nothing and the next is affordable at once, or never."""
+    """Stands still between jumps, so that a full poll costs nothing, unless a test sets `cost_s`."""
 
     def __init__(self, real: Any) -> None:
         self.now = real.now
@@ -25,24 +25,24 @@ class JumpingClock:
         self.cost_s = 0.0
 
     def monotonic(self) -> float:
-        self.at += self.cost_s  # what every question seems to take
+        self.at += self.cost_s  # seconds that each reading adds; then the next full poll is not affordable for a while
         return self.at
 
 
 class Watch:
-    """A lookout on a real store, with what it asked."""
+    """A poller on a real store."""
 
     def __init__(self, app: Streamline, store: AsyncStore, lanes: tuple[str, ...], total: int) -> None:
         self.clock = JumpingClock(app.env.clock)
         self.poller = Poller(lanes, 0, total, dataclasses.replace(app.env, clock=self.clock))
-        self._store = store
+        self.store = store
 
     async def take(self, limit: int) -> list[str]:
-        """Look and claim, as a worker does."""
-        rows, _ = await self.poller.poll(self._store, limit, None)
+        """Poll and claim, as a worker does. Yields the run ids."""
+        rows, _ = await self.poller.poll(self.store, limit, None)
         run_ids = [row["_id"] for row in rows]
         if run_ids:
-            assert await self._store.run(claims.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
+            assert await self.store.run(claims.claim_runs(run_ids, None, "lease", "watch", 30.0)) == len(run_ids)
         return run_ids
 
 
@@ -62,11 +62,11 @@ def watch(app: Streamline, use: Callable[[Watch], Awaitable[None]], workers: int
 
 
 def test_the_runs_longest_due_are_taken_first(app: Streamline, flow: Workflow) -> None:
-    """Sixteen slots are sixteen queues; merged wrongly, a run waits for ever at the end of one of them."""
+    """Sixteen slots are sixteen queues; if they are merged wrongly, a run waits for ever at the end of one of them."""
     due_at = {run.id: run.document["wakeAt"] for n in range(10) for run in flow.start_many([n] * 5)}
 
     async def use(watch: Watch) -> None:
-        watch.clock.cost_s = 1.0  # only the first look is from the start
+        watch.clock.cost_s = 1.0  # only the first poll is a full one
         taken: list[str] = []
         while run_ids := await watch.take(7):
             taken += run_ids
@@ -77,7 +77,7 @@ def test_the_runs_longest_due_are_taken_first(app: Streamline, flow: Workflow) -
 
 
 def test_an_older_run_of_a_lower_priority_is_not_left_behind(app: Streamline, flow: Workflow) -> None:
-    """Looks go on from where the urgent runs began, which is after it."""
+    """The next polls start where the urgent runs began. The old run is before that place."""
     old = flow.start(priority=1)
     urgent = [run.id for run in flow.start_many([None] * 10, priority=5)]
 
@@ -90,23 +90,42 @@ def test_an_older_run_of_a_lower_priority_is_not_left_behind(app: Streamline, fl
     watch(app, use)
 
 
-def test_a_run_that_was_given_back_is_found_after_a_ring_for_anything(app: Streamline, flow: Workflow) -> None:
-    """It keeps its old place in the queue, and nobody looks there without being told."""
-    given_back = flow.start()
+def test_a_run_that_was_released_is_found_after_a_wake_up_for_any_run(app: Streamline, flow: Workflow) -> None:
+    """It keeps its old place in the queue, where only a full poll finds it."""
+    released = flow.start()
     others = {run.id for run in flow.start_many([None] * 6)}
 
     async def use(watch: Watch) -> None:
         watch.clock.cost_s = 1.0
         store = app.store_async()
-        assert await watch.take(1) == [given_back.id]
+        assert await watch.take(1) == [released.id]
         first = await watch.take(3)
         assert set(first) < others
         await asyncio.to_thread(
-            lambda: app.runs.update_one({"_id": given_back.id}, {"$unset": {"lease": ""}, "$set": {"wakeAt": past(store)}})
+            lambda: app.runs.update_one({"_id": released.id}, {"$unset": {"lease": ""}, "$set": {"wakeAt": past(store)}})
         )
-        assert set(await watch.take(1)) < others - set(first), "not found where looks go on"
+        assert set(await watch.take(1)) < others - set(first), "polls start after its place"
         watch.poller.forget()
-        assert await watch.take(1) == [given_back.id]
+        assert await watch.take(1) == [released.id]
+
+    watch(app, use)
+
+
+def test_a_wake_up_for_any_run_during_a_poll_makes_the_next_poll_a_full_one(app: Streamline, flow: Workflow) -> None:
+    """The poll may have passed the place of the released run already; its trail would hide that run from the next polls."""
+    others = {run.id for run in flow.start_many([None] * 6)}
+
+    async def use(watch: Watch) -> None:
+        watch.clock.cost_s = 1.0
+        store = watch.store
+        poll = asyncio.create_task(watch.poller.poll(store, 2, None))
+        await asyncio.sleep(0)  # the poll has begun
+        watch.poller.forget()
+        rows, _ = await poll
+        assert {row["_id"] for row in rows} < others
+        released = await flow.start_async()
+        await asyncio.to_thread(lambda: app.runs.update_one({"_id": released.id}, {"$set": {"wakeAt": past(store)}}))
+        assert await watch.take(1) == [released.id]
 
     watch(app, use)
 
@@ -115,8 +134,8 @@ def past(store: AsyncStore) -> Any:
     return store.now() - timedelta(hours=1)
 
 
-def test_a_priority_that_was_never_seen_is_found_once_a_look_from_the_start_is_affordable(app: Streamline, flow: Workflow) -> None:
-    """A backlog must not hide an urgent run for longer than a look costs."""
+def test_a_priority_that_was_never_seen_is_found_once_a_full_poll_is_affordable(app: Streamline, flow: Workflow) -> None:
+    """A backlog must not hide an urgent run for longer than the cost of a full poll requires."""
     flow.start_many([None] * 30)
 
     async def use(watch: Watch) -> None:
@@ -130,8 +149,8 @@ def test_a_priority_that_was_never_seen_is_found_once_a_look_from_the_start_is_a
     watch(app, use)
 
 
-def test_somebody_elses_slots_are_looked_at_when_ones_own_are_empty(app: Streamline, flow: Workflow) -> None:
-    """A worker that died took its slots with it."""
+def test_all_slots_are_polled_when_the_workers_own_are_empty(app: Streamline, flow: Workflow) -> None:
+    """No other worker polls the slots of a dead worker first."""
     started = {run.id for run in flow.start_many([None] * 40)}
 
     async def use(watch: Watch) -> None:
@@ -145,8 +164,8 @@ def test_somebody_elses_slots_are_looked_at_when_ones_own_are_empty(app: Streaml
     watch(app, use, workers=4)
 
 
-def test_a_run_started_after_an_empty_look_is_found_by_the_next(app: Streamline, flow: Workflow) -> None:
-    """The end of the queue was seen; what comes later stands behind it."""
+def test_a_run_started_after_an_empty_poll_is_found_by_the_next(app: Streamline, flow: Workflow) -> None:
+    """The empty poll has seen the end of the queue. New runs stand behind it."""
 
     async def use(watch: Watch) -> None:
         watch.clock.cost_s = 1.0

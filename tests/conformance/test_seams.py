@@ -1,4 +1,4 @@
-"""Where parts that were made by different hands meet: alarms and suspects, answers in files and subscribers, acts and reads."""
+"""Where two parts of the engine meet: timers and suspects, answers in files and subscribers, control operations and reads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from support import eventually
 LARGE = b"x" * (EXTERNAL_BYTES + 1)
 
 
-def heard(app: Streamline, *names: str) -> list[tuple[str, Any]]:
-    """What subscribers in this process are given, as (name, data)."""
+def received(app: Streamline, *names: str) -> list[tuple[str, Any]]:
+    """The events that subscribers in this process receive, as (name, data)."""
     events: list[tuple[str, Any]] = []
     for name in names:
         app.events.on(name, lambda event: events.append((event.name, event.data)))
@@ -30,27 +30,27 @@ def heard(app: Streamline, *names: str) -> list[tuple[str, Any]]:
 
 
 async def alone(pool: Pool) -> None:
-    """Once the worker is hungry, nobody rings it any more but the test."""
+    """Wait until the worker is idle. From then on only the test sends wake-ups."""
     await pool.until(lambda: pool.statuses()[0].idle)
     assert pool._steward is not None
     await end_tasks([pool._steward])
 
 
 def make_suspects(app: Streamline, run_ids: list[str]) -> None:
-    """Due now, and the next lost worker convicts them."""
+    """Make these runs due now, and such that the next lost worker convicts them."""
     sets = {"crashes": 2, "wakeAt": app.store().now(), "status": "running"}
     app.runs.update_many({"_id": {"$in": run_ids}}, {"$set": sets})
 
 
 def test_subscribers_get_the_value_of_a_large_answer_that_came_before_its_wait(app: Streamline) -> None:
-    """The worker that ends the wait has never had the value: in the run's inbox there is only the name of a file."""
+    """The worker that ends the wait never had the value: the run's inbox holds only the name of a file."""
 
     def ask(ctx: Any) -> None:
         app.resume_hook(create_hook(ctx, "send the file").token, LARGE)
         ctx.wait("send the file")
 
     flow = app.workflow("flow", steps={"ask": ask, "end": lambda ctx: 1})
-    events = heard(app, "step:completed")
+    events = received(app, "step:completed")
     flow.execute(flow.start().id)
     assert eventually(lambda: len(events) == 2 and events) == [("step:completed", LARGE), ("step:completed", 1)]
 
@@ -64,14 +64,14 @@ def test_subscribers_get_the_value_of_a_large_answer_that_is_the_output_of_the_r
     if paused:
         flow.pause(run.id)
         flow.resume(run.id)
-    events = heard(app, "workflow:completed")
+    events = received(app, "workflow:completed")
     run_until_idle(app)
     assert eventually(lambda: events) == [("workflow:completed", LARGE)]
     assert flow.wait_for(run.id, timeout=5).output == LARGE
 
 
-def test_suspects_whose_timers_end_together_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> None:
-    """Claims by timers run beside one another: the one that is under way may bring a suspect, which is in flight nowhere yet."""
+def test_suspects_whose_timers_fire_together_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> None:
+    """Timer claims run beside one another: the one that is under way may bring a suspect that is not active yet."""
     sharing: list[int] = []
     at_once = 0
     second: list[str] = []
@@ -108,8 +108,8 @@ def test_suspects_whose_timers_end_together_do_not_share_a_worker(make_app: Call
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
-def test_a_worker_that_was_named_only_suspects_is_not_deaf_afterwards(make_app: Callable[..., Streamline], concurrency: int) -> None:
-    """It knew of a backlog and slept on it, never hungry again, so that nobody rang it: new runs waited for ever."""
+def test_a_worker_whose_wake_ups_named_only_suspects_becomes_idle_afterwards(make_app: Callable[..., Streamline], concurrency: int) -> None:
+    """It kept a backlog and did not poll, so it was never idle again and got no wake-ups: new runs waited for ever."""
     app = make_app(concurrency=concurrency)
     flow = app.workflow("flow", steps={"work": lambda ctx: 1})
 
@@ -125,13 +125,13 @@ def test_a_worker_that_was_named_only_suspects_is_not_deaf_afterwards(make_app: 
     asyncio.run(work())
 
 
-def test_a_ring_during_a_timers_claim_that_brings_nothing_is_heard(make_app: Callable[..., Streamline]) -> None:
-    """The only place was promised to that claim; when it was free again nobody looked at what had been rung meanwhile."""
-    rung: list[tuple[Any, str, str]] = []
+def test_a_wake_up_during_a_timer_claim_that_brings_nothing_is_not_lost(make_app: Callable[..., Streamline]) -> None:
+    """The only place was promised to that claim. When the place was free again, the announced run was not claimed."""
+    announced: list[tuple[Any, str, str]] = []
 
     def probe(point: str) -> None:
-        if point == "claim.before" and rung:
-            worker, lane, run_id = rung.pop()
+        if point == "claim.before" and announced:
+            worker, lane, run_id = announced.pop()
             asyncio.get_running_loop().call_soon(worker.wake_up, lane, run_id)
 
     app = make_app(env=replace(system_env(), probe=probe), concurrency=1)
@@ -142,15 +142,15 @@ def test_a_ring_during_a_timers_claim_that_brings_nothing_is_heard(make_app: Cal
             await alone(pool)
             gone, run = await flow.start_many_async([1, 2])
             await flow.pause_async(gone.id)
-            rung.append((pool.workers[0], flow.definition.lane, run.id))
+            announced.append((pool.workers[0], flow.definition.lane, run.id))
             pool.workers[0].timers_fired([gone.id])
             await pool.until(lambda: app.runs.find_one({"_id": run.id})["status"] == "done")
 
     asyncio.run(work())
 
 
-def test_who_sees_a_state_through_app_runs_can_act_on_it_at_once(app: Streamline) -> None:
-    """Queries saw what the API did not see yet: an answer right after `waiting` was told that nobody waits."""
+def test_a_client_that_sees_a_state_through_app_runs_can_act_on_it_at_once(app: Streamline) -> None:
+    """Queries saw what the API did not see yet: an answer right after `waiting` failed, because no step seemed to wait."""
     flow = app.workflow("flow", steps={"ask": lambda ctx: ctx.wait("?"), "end": lambda ctx: ctx.get_output("ask")})
 
     def answer_all() -> int:
@@ -172,7 +172,7 @@ def test_who_sees_a_state_through_app_runs_can_act_on_it_at_once(app: Streamline
 
 
 def test_app_runs_is_read_within_transactions_and_snapshots(app: Streamline) -> None:
-    """There the session's own read concern counts, and another one is an error."""
+    """There the session's own read concern applies, and another one is an error."""
     flow = app.workflow("flow", steps={"work": lambda ctx: 1})
     run = flow.execute(flow.start().id)
     with app.client.start_session() as session, session.start_transaction():
@@ -186,7 +186,7 @@ def test_app_runs_is_read_within_transactions_and_snapshots(app: Streamline) -> 
 
 
 def test_a_cancelled_run_is_not_paused_any_more(app: Streamline) -> None:
-    """Nobody can ever resume it; in lists it read `cancelled (paused)`."""
+    """It can never be resumed. Lists showed it as `cancelled (paused)`."""
     flow = app.workflow("flow", steps={"ask": lambda ctx: ctx.wait("?")})
     run = flow.execute(flow.start().id)
     flow.pause(run.id, reason="lunch")
@@ -205,7 +205,7 @@ def test_a_cancelled_run_is_not_paused_any_more(app: Streamline) -> None:
     ],
 )
 def test_the_command_shows_a_run_that_another_program_has_damaged(shell: Shell, app: Streamline, damage: dict[str, Any]) -> None:
-    """One such run took away the whole list."""
+    """One such run made the whole list fail."""
     run = app.workflow("asking", steps={"ask": lambda ctx: ctx.wait("?")}).start()
     app.runs.update_one({"_id": run.id}, {"$set": damage})
     for words in (("list",), ("show", run.id)):

@@ -1,4 +1,4 @@
-"""The places of runs whose timers have ended, in a worker that may be full."""
+"""The places of runs whose timers have fired, in a worker that may be full."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ def test_a_full_worker_has_a_few_places_more() -> None:
     assert (first.run_ids, first.spare) == (["r0", "r1"], 0)
     assert timer_claims.take(0, ()).run_ids == [], "the claim under way may bring them all"
     timer_claims.claimed(first, {"r0", "r1"})
-    assert timer_claims.take(0, {"r0", "r1"}).run_ids == [], "they are in flight"
+    assert timer_claims.take(0, {"r0", "r1"}).run_ids == [], "they are active"
     timer_claims.finished("r0")
     assert timer_claims.take(0, {"r1"}).run_ids == ["r2"]
 
 
 def test_runs_ahead_of_their_turn_take_no_place_from_the_others() -> None:
-    """An endless row of timers must not starve the backlog, however short the sleeps."""
+    """Timers without end must not starve the backlog, however short the sleeps."""
     timer_claims = TimerClaims(concurrency=16)
     timer_claims.add(names(2))
     batch = timer_claims.take(0, ())
     timer_claims.claimed(batch, {"r0", "r1"})
-    assert timer_claims.places_taken(in_flight=18) == 16
+    assert timer_claims.places_taken(active_runs=18) == 16
     timer_claims.finished("r0")
-    assert timer_claims.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(active_runs=17) == 16
 
 
 def test_free_places_are_taken_first_and_are_promised_while_the_claim_is_under_way() -> None:
-    """A look that runs beside the claim must not fill the same places once more."""
+    """A poll that runs beside the claim must not fill the same places once more."""
     timer_claims = TimerClaims(concurrency=16)
     timer_claims.add(names(4))
     batch = timer_claims.take(3, ())
     assert (len(batch.run_ids), batch.spare) == (4, 3)
-    assert timer_claims.places_taken(in_flight=13) == 16
+    assert timer_claims.places_taken(active_runs=13) == 16
     timer_claims.claimed(batch, {"r0", "r1", "r2", "r3"})
-    assert timer_claims.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(active_runs=17) == 16
 
 
 def test_what_the_claim_did_not_bring_takes_no_place() -> None:
@@ -49,26 +49,26 @@ def test_what_the_claim_did_not_bring_takes_no_place() -> None:
     timer_claims.add(names(2))
     batch = timer_claims.take(0, ())
     timer_claims.claimed(batch, {"r1"})
-    assert timer_claims.places_taken(in_flight=17) == 16
+    assert timer_claims.places_taken(active_runs=17) == 16
     timer_claims.add(["r2"])
     assert timer_claims.take(0, {"r1"}).run_ids == ["r2"]
 
 
-def test_a_worker_told_to_do_few_runs_at_a_time_does_no_more() -> None:
-    """One in flight may mean: there is one graphics card."""
+def test_a_worker_with_a_small_concurrency_has_no_additional_places() -> None:
+    """A concurrency of 1 may mean that there is one graphics card."""
     timer_claims = TimerClaims(concurrency=7)
     timer_claims.add(names(3))
     assert timer_claims.take(0, ()).run_ids == []
     assert timer_claims.take(1, ()).run_ids == ["r0"]
 
 
-def test_a_run_that_is_in_flight_already_is_not_claimed() -> None:
+def test_a_run_that_is_active_already_is_not_claimed() -> None:
     timer_claims = TimerClaims(concurrency=16)
     timer_claims.add(["r0", "r1"])
     assert timer_claims.take(0, {"r0"}).run_ids == ["r1"]
 
 
-def test_names_beyond_the_bound_are_left_to_looks() -> None:
+def test_names_beyond_the_bound_are_left_to_polls() -> None:
     """A million runs scheduled for midnight are not a million names in a worker."""
     timer_claims = TimerClaims(concurrency=16)
     assert timer_claims.add(names(999))

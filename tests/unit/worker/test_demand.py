@@ -1,0 +1,471 @@
+"""What a worker wants to claim: each rule by example. test_demand_sequences.py checks any sequence of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+
+from streamline_pool.worker.demand import Claim, ClaimDue, ClaimNamed, Demand, at_most_one_suspect
+
+MAX_CRASHES = 3
+SUSPECT = MAX_CRASHES - 1  # crashes of a run that the next lost worker convicts
+
+
+def new_demand(concurrency: int = 16) -> Demand:
+    return Demand(concurrency=concurrency, max_crashes=MAX_CRASHES)
+
+
+def idle_demand(concurrency: int = 16) -> Demand:
+    """Of a worker without active runs, whose first poll has found nothing."""
+    demand = new_demand(concurrency)
+    demand.start()
+    claim = demand.next_claim(0, False)
+    assert claim == ClaimDue(limit=min(concurrency, 200), crashes_below=None)
+    demand.poll_found(more=False, suspects_skipped=False)
+    demand.claim_ended(claim, ())
+    assert demand.next_claim(0, False) is None
+    demand.claims_succeeded()
+    assert demand.is_idle(0)
+    return demand
+
+
+def perform(demand: Demand, claim: Claim | None, active_runs: Collection[str] = (), *, more: bool = False) -> None:
+    assert claim is not None
+    if isinstance(claim, ClaimDue):
+        demand.poll_found(more=more, suspects_skipped=False)
+    demand.claim_ended(claim, active_runs)
+
+
+def names(count: int) -> list[str]:
+    return [f"r{number}" for number in range(count)]
+
+
+# --- who may claim ------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_claims_nothing_before_it_has_reached_the_database() -> None:
+    demand = new_demand()
+    demand.wake_up("r0")
+    assert demand.next_claim(0, False) is None
+    assert (demand.state, demand.wants_claim(0), demand.is_idle(0)) == ("starting", False, False)
+    demand.start()
+    assert (demand.state, demand.wants_claim(0)) == ("ready", True)
+
+
+def test_a_worker_that_drains_claims_nothing_any_more() -> None:
+    demand = idle_demand()
+    demand.drain()
+    demand.start()
+    demand.wake_up("r0")
+    demand.timers_fired(["r1"])
+    assert (demand.state, demand.wants_claim(0), demand.room(0), demand.is_idle(0)) == ("draining", False, 0, False)
+    assert demand.next_claim(0, False) is None
+    assert demand.next_timer_claim(()) is None
+
+
+def test_a_held_worker_claims_nothing_until_it_is_released() -> None:
+    demand = idle_demand()
+    demand.hold(True)
+    demand.wake_up("r0")
+    assert (demand.state, demand.next_claim(0, False), demand.is_idle(0)) == ("holding", None, False)
+    demand.hold(False)
+    assert demand.state == "ready"
+    perform(demand, demand.next_claim(0, False))
+    assert demand.next_claim(0, False) == ClaimDue(limit=16, crashes_below=None), "the supervisor sent no wake-ups meanwhile"
+
+
+def test_an_operators_hold_before_the_start_counts_after_it() -> None:
+    demand = new_demand()
+    demand.hold(True)
+    assert demand.state == "starting"
+    demand.start()
+    assert (demand.state, demand.next_claim(0, False)) == ("holding", None)
+
+
+def test_a_closed_gate_stops_claims_and_an_open_one_starts_with_a_poll() -> None:
+    demand = idle_demand()
+    demand.set_gate("closed")
+    assert (demand.is_idle(0), demand.wants_claim(0), demand.room(0)) == (False, False, 0)
+    demand.set_gate("open")
+    assert demand.wants_claim(0)
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_gate_one_lets_one_batch_through() -> None:
+    """More than one would load a database that has only just returned."""
+    demand = idle_demand()
+    demand.set_gate("one")
+    perform(demand, demand.next_claim(0, False), more=True)
+    assert demand.next_claim(0, False) is None
+    assert demand.room(0) == 0
+
+
+def test_gate_one_stays_until_a_batch_succeeds() -> None:
+    demand = idle_demand()
+    demand.set_gate("one")
+    claim = demand.next_claim(0, False)
+    assert claim is not None
+    demand.claim_ended(claim, (), failed=True)
+    demand.claims_failed()
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_a_gate_that_opens_during_a_claim_stays_open() -> None:
+    demand = idle_demand()
+    demand.set_gate("one")
+    claim = demand.next_claim(0, False)
+    demand.set_gate("open")
+    perform(demand, claim)
+    assert demand.room(0) == 16
+
+
+# --- announced runs and the backlog -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("announced", "wanted"),
+    [
+        (["r0"], ClaimNamed(run_ids=("r0",), crashes_below=None)),
+        # Suspects are claimed one at a time: among several names the poll must choose them.
+        (["r0", "r1"], ClaimNamed(run_ids=("r0", "r1"), crashes_below=SUSPECT)),
+        ([None], ClaimDue(limit=16, crashes_below=None)),
+        ([None, "r0"], ClaimNamed(run_ids=("r0",), crashes_below=None)),
+    ],
+)
+def test_what_a_wake_up_leads_to(announced: list[str | None], wanted: Claim) -> None:
+    demand = idle_demand()
+    for run_id in announced:
+        demand.wake_up(run_id)
+    assert demand.wants_claim(0)
+    assert not demand.is_idle(0)
+    assert demand.next_claim(0, False) == wanted
+
+
+@pytest.mark.parametrize(("run_id", "kind"), [("r0", ClaimNamed), (None, ClaimDue)])
+def test_beside_an_active_suspect_no_other_suspect_is_claimed(run_id: str | None, kind: type) -> None:
+    demand = idle_demand()
+    demand.wake_up(run_id)
+    claim = demand.next_claim(1, True)
+    assert isinstance(claim, kind)
+    assert isinstance(claim, ClaimNamed | ClaimDue)
+    assert claim.crashes_below == SUSPECT
+
+
+def test_a_claim_brings_no_more_runs_than_there_is_room_for() -> None:
+    demand = idle_demand(concurrency=4)
+    for run_id in names(5):
+        demand.wake_up(run_id)
+    claim = demand.next_claim(1, False)
+    assert claim == ClaimNamed(run_ids=("r0", "r1", "r2"), crashes_below=SUSPECT)
+    demand.wake_up(None)
+    perform(demand, claim)
+    assert demand.next_claim(4, False) is None
+    assert (demand.wants_claim(4), demand.is_idle(4)) == (False, False)
+    perform(demand, demand.next_claim(0, False))
+    assert demand.next_claim(2, False) == ClaimDue(limit=2, crashes_below=None)
+
+
+def test_one_claim_is_of_200_runs_at_most() -> None:
+    """Larger claims only make their first run wait."""
+    demand = idle_demand(concurrency=1_000)
+    for run_id in names(300):
+        demand.wake_up(run_id)
+    claim = demand.next_claim(0, False)
+    assert isinstance(claim, ClaimNamed)
+    assert len(claim.run_ids) == 200
+    perform(demand, claim)
+    demand.wake_up(None)
+    assert demand.next_claim(200, False) == ClaimDue(limit=200, crashes_below=None)
+
+
+def test_announced_runs_and_polls_alternate() -> None:
+    """New runs must not starve the backlog, nor the backlog a new run, as long as there is room."""
+    demand = idle_demand(concurrency=1_000)
+    for run_id in [*names(300), None]:
+        demand.wake_up(run_id)
+    kinds = []
+    for more in (False, True, False, False):
+        claim = demand.next_claim(0, False)
+        kinds.append(type(claim))
+        perform(demand, claim, more=more)
+    assert kinds == [ClaimNamed, ClaimDue, ClaimDue, ClaimNamed]
+    assert demand.next_claim(0, False) is None
+
+
+def test_names_beyond_the_bound_are_left_to_a_poll() -> None:
+    """A wake-up that is dropped is a run that waits for the steward's sweep."""
+    demand = idle_demand(concurrency=2_000)
+    for run_id in names(1_001):
+        demand.wake_up(run_id)
+    named: list[str] = []
+    kinds = []
+    while (claim := demand.next_claim(0, False)) is not None:
+        kinds.append(type(claim))
+        named += claim.run_ids if isinstance(claim, ClaimNamed) else []
+        perform(demand, claim)
+    assert named == names(1_000)
+    assert ClaimDue in kinds
+
+
+def test_a_wake_up_during_a_poll_is_followed_by_another_poll() -> None:
+    """The run may have been inserted just after the poll has passed its place."""
+    demand = idle_demand()
+    demand.wake_up(None)
+    claim = demand.next_claim(0, False)
+    demand.wake_up(None)
+    perform(demand, claim)
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_a_poll_that_may_have_missed_runs_is_followed_by_another() -> None:
+    demand = idle_demand()
+    demand.wake_up(None)
+    perform(demand, demand.next_claim(0, False), more=True)
+    perform(demand, demand.next_claim(0, False), more=False)
+    assert demand.next_claim(0, False) is None
+
+
+def test_a_worker_is_not_idle_while_a_claim_is_under_way() -> None:
+    demand = idle_demand()
+    demand.wake_up("r0")
+    claim = demand.next_claim(0, False)
+    assert not demand.is_idle(0)
+    perform(demand, claim)
+    assert demand.is_idle(0)
+
+
+# --- announced, but not inserted yet ------------------------------------------------------------------------------------
+
+
+def test_an_announced_run_that_is_absent_is_announced_again_after_growing_pauses_then_left_to_a_poll() -> None:
+    """A wake-up may arrive before the insert that it announces."""
+    demand = idle_demand()
+    pauses = [demand.named_tried(["r0"], ["r0"])["r0"] for _ in range(9)]
+    assert pauses == [0.001 * 2**tries for tries in range(9)]
+    assert demand.is_idle(0), "the caller announces it again"
+    assert demand.named_tried(["r0"], ["r0"]) == {}
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_tries_are_counted_anew_once_the_run_was_there() -> None:
+    demand = idle_demand()
+    demand.named_tried(["r0"], ["r0"])
+    assert demand.named_tried(["r0"], []) == {}
+    assert demand.named_tried(["r0"], ["r0"]) == {"r0": 0.001}
+
+
+def test_several_absent_runs_may_be_suspects_so_a_poll_follows() -> None:
+    demand = idle_demand()
+    assert demand.named_tried(["r0", "r1"], ["r1"]) == {"r1": 0.001}
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_several_names_that_were_all_found_need_no_poll() -> None:
+    demand = idle_demand()
+    assert demand.named_tried(["r0", "r1"], []) == {}
+    assert demand.is_idle(0)
+
+
+# --- suspects -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("crashes", "chosen"),
+    [
+        ([0, 1, 0], [0, 1, 2]),
+        ([0, 2, 1, 2, 5, 0], [0, 1, 2, 5]),
+        ([2, 2], [0]),
+        ([2, "many", None, 2], [0, 1, 2]),  # another program has written these
+        ([], []),
+    ],
+)
+def test_a_poll_leads_to_one_suspect_at_most(crashes: list[Any], chosen: list[int]) -> None:
+    rows = [{"_id": f"r{number}", "crashes": count} for number, count in enumerate(crashes)]
+    assert at_most_one_suspect(rows, SUSPECT) == [f"r{number}" for number in chosen]
+
+
+def test_a_run_without_a_count_of_crashes_is_no_suspect() -> None:
+    assert at_most_one_suspect([{"_id": "r0"}, {"_id": "r1", "crashes": 2}], SUSPECT) == ["r0", "r1"]
+
+
+@pytest.mark.parametrize(("max_crashes", "suspect_from"), [(1, 1), (2, 1), (3, 2), (10, 9)])
+def test_which_runs_are_suspects(max_crashes: int, suspect_from: int) -> None:
+    assert Demand(concurrency=1, max_crashes=max_crashes).suspect_from == suspect_from
+
+
+def skip_suspects_in_the_rows(demand: Demand) -> None:
+    demand.wake_up(None)
+    claim = demand.next_claim(0, False)
+    assert claim is not None
+    demand.poll_found(more=False, suspects_skipped=True)
+    demand.claim_ended(claim, ["suspect"])
+
+
+def skip_suspects_in_the_query(demand: Demand) -> None:
+    demand.wake_up(None)
+    perform(demand, demand.next_claim(1, True), ["suspect"])
+
+
+@pytest.mark.parametrize("skip", [skip_suspects_in_the_rows, skip_suspects_in_the_query])
+def test_skipped_suspects_are_polled_for_when_a_run_has_finished(skip: Callable[[Demand], None]) -> None:
+    """The finished run may be the active suspect; no other event would lead to the skipped ones."""
+    demand = idle_demand()
+    skip(demand)
+    assert demand.next_claim(1, True) is None
+    assert demand.run_finished("suspect"), "they are older than where the next poll would start"
+    perform(demand, demand.next_claim(0, False))
+    assert not demand.run_finished("other")
+    assert demand.is_idle(0)
+
+
+def test_a_suspect_that_finishes_during_the_poll_that_skips_others_leads_to_another_poll() -> None:
+    """After the poll no active run is left whose end could lead to the skipped suspects."""
+    demand = idle_demand()
+    demand.wake_up(None)
+    claim = demand.next_claim(1, True)
+    assert demand.run_finished("suspect")
+    perform(demand, claim)
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+# --- failures -----------------------------------------------------------------------------------------------------------
+
+
+def fail(demand: Demand, claim: Claim | None) -> bool:
+    assert claim is not None
+    demand.claim_ended(claim, (), failed=True)
+    return demand.claims_failed()
+
+
+def test_what_could_not_be_claimed_by_name_is_found_by_a_poll_after_the_pause() -> None:
+    demand = idle_demand()
+    demand.wake_up("r0")
+    fail(demand, demand.next_claim(0, False))
+    assert (demand.wants_claim(0), demand.is_idle(0)) == (False, False)
+    demand.pause_over()
+    assert demand.wants_claim(0)
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_only_the_first_failure_of_an_outage_is_news() -> None:
+    """Subscribers get one `scheduler:error` for each outage."""
+    demand = idle_demand()
+    demand.wake_up("r0")
+    news = [fail(demand, demand.next_claim(0, False)) for _ in range(3)]
+    demand.claims_succeeded()
+    assert [*news, demand.claims_failed()] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("happens", "ends"),
+    [
+        (lambda demand: demand.pause_over(), True),
+        (lambda demand: demand.wake_up("r1"), True),
+        (lambda demand: demand.wake_up(None), True),
+        (lambda demand: demand.run_finished("r1"), True),
+        (lambda demand: demand.set_gate("open"), True),
+        (lambda demand: demand.set_gate("one"), True),
+        (lambda demand: demand.hold(False), True),
+        (lambda demand: demand.claims_succeeded(), True),
+        (lambda demand: demand.timers_fired(["r1"]), False),
+        (lambda demand: demand.named_tried(["r1", "r2"], ["r1"]), False),
+        (lambda demand: demand.next_timer_claim(()), False),
+    ],
+)
+def test_what_ends_the_pause_after_a_failure(happens: Callable[[Demand], object], ends: bool) -> None:
+    demand = idle_demand()
+    demand.wake_up("r0")
+    fail(demand, demand.next_claim(0, False))
+    happens(demand)
+    assert demand.wants_claim(0) is ends
+
+
+# --- fired timers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_worker_claims_runs_with_fired_timers_in_additional_places() -> None:
+    demand = idle_demand(concurrency=16)
+    demand.timers_fired(names(3))
+    claim = demand.next_timer_claim([f"a{number}" for number in range(16)])
+    assert claim is not None
+    assert (claim.batch.run_ids, claim.crashes_below) == (["r0", "r1"], SUSPECT)
+    assert demand.wants_timer_claim(), "the third waits for a place"
+    demand.claim_ended(claim, ["r0", "r1", *(f"a{number}" for number in range(16))])
+    assert demand.room(18) == 0
+    assert demand.next_timer_claim(["r0", "r1", *(f"a{number}" for number in range(16))]) is None
+    demand.run_finished("r0")
+    claim = demand.next_timer_claim(["r1", *(f"a{number}" for number in range(16))])
+    assert claim is not None
+    assert claim.batch.run_ids == ["r2"]
+
+
+def test_a_fired_timer_that_finds_no_place_is_also_left_to_a_poll() -> None:
+    demand = idle_demand(concurrency=1)
+    demand.timers_fired(["r0"])
+    assert demand.next_timer_claim(["a"]) is None
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_free_places_belong_to_the_backlog_first() -> None:
+    demand = idle_demand(concurrency=7)
+    demand.wake_up(None)
+    demand.timers_fired(["r0"])
+    assert demand.next_timer_claim(()) is None
+    claim = demand.next_claim(0, False)
+    assert demand.next_timer_claim(()) is None, "the claim under way may fill the room"
+    perform(demand, claim)
+    perform(demand, demand.next_claim(0, False))  # for the run that has found no place
+    assert demand.next_timer_claim(()) is not None
+
+
+def test_places_promised_to_a_timer_claim_are_not_filled_by_others() -> None:
+    demand = idle_demand(concurrency=1)
+    demand.timers_fired(["r0"])
+    claim = demand.next_timer_claim(())
+    assert claim is not None
+    demand.wake_up("r1")
+    assert (demand.next_claim(0, False), demand.wants_claim(0)) == (None, False)
+    demand.claim_ended(claim, ())
+    assert demand.wants_claim(0)
+
+
+@pytest.mark.parametrize(
+    "forbid",
+    [lambda demand: demand.hold(True), lambda demand: demand.set_gate("closed"), lambda demand: demand.set_gate("one")],
+)
+def test_fired_timers_are_left_to_a_poll_while_claiming_is_restricted(forbid: Callable[[Demand], None]) -> None:
+    """Once claiming is allowed again, the poll comes first, so their names are not needed."""
+    demand = idle_demand()
+    forbid(demand)
+    demand.timers_fired(["r0"])
+    assert demand.next_timer_claim(()) is None
+    assert not demand.wants_timer_claim()
+    demand.hold(False)
+    demand.set_gate("open")
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_timers_that_fire_before_the_start_are_left_to_the_first_poll() -> None:
+    demand = new_demand()
+    demand.timers_fired(["r0"])
+    assert demand.next_timer_claim(()) is None
+    assert not demand.wants_timer_claim()
+
+
+def test_fired_timers_beyond_the_bound_are_left_to_a_poll() -> None:
+    demand = idle_demand()
+    demand.timers_fired(names(1_001))
+    assert demand.wants_claim(0)
+
+
+def test_a_worker_with_fired_timers_to_claim_is_not_idle() -> None:
+    demand = idle_demand()
+    demand.timers_fired(["r0"])
+    assert not demand.is_idle(0)
+    claim = demand.next_timer_claim(())
+    assert claim is not None
+    assert not demand.is_idle(0), "a claim is under way"
+    demand.claim_ended(claim, ())
+    assert demand.is_idle(0)

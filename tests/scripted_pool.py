@@ -16,9 +16,8 @@ from typing import Any
 
 from streamline_pool.config.env import system_env
 from streamline_pool.supervisor.ipc.channel import Channel
+from streamline_pool.supervisor.ipc.codec import TO_STEWARD, TO_WORKER
 from streamline_pool.supervisor.ipc.messages import (
-    TO_STEWARD,
-    TO_WORKER,
     Beat,
     BootFailed,
     Close,

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env
@@ -23,15 +23,13 @@ from streamline_pool.protocol import claims, signals
 from streamline_pool.storage.bulk_update import update_many
 from streamline_pool.storage.store import AsyncStore
 
+from .gate import GateState
 from .poller import Poller
 from .timer_claims import TimerClaims
 
-__all__ = ["Gate", "Worker", "WorkerStatus"]
+__all__ = ["Worker", "WorkerStatus"]
 
 log = logging.getLogger("streamline_pool")
-
-Gate = Literal["open", "closed", "one"]
-"""The circuit breaker's word: claim freely, not at all, or one batch to see whether it works."""
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger ones only make the first of them wait
 _TIMER_CLAIMS = 3  # claims of such runs under way at once, so that one does not wait for another to be answered; a guess
@@ -81,7 +79,7 @@ class Worker:
         self._lane_set = frozenset(self._lanes)
         self._suspect_from = max(1, settings.max_crashes - 1)  # crashes after which the next lost worker convicts
         self._state = "starting"
-        self._gate: Gate = "open"
+        self._gate: GateState = "open"
         self._held = False
         self._leaving = False
         self._backlog = True  # there may be due runs that this worker has not seen
@@ -185,7 +183,7 @@ class Worker:
         if self._engine is not None:
             self._engine.check(run_id)
 
-    def set_gate(self, gate: Gate) -> None:
+    def set_gate(self, gate: GateState) -> None:
         """The circuit breaker's word on claiming; runs in flight go on."""
         self._gate = gate
         if gate != "closed":

@@ -22,11 +22,8 @@ from typing import IO, Any, NoReturn
 import multiprocess
 import psutil
 
+from streamline_pool.supervisor.ipc.codec import FROM_STEWARD, FROM_WORKER, Direction, FrameReader, decode, encode
 from streamline_pool.supervisor.ipc.messages import (
-    FROM_STEWARD,
-    FROM_WORKER,
-    Direction,
-    FrameReader,
     FromSteward,
     FromWorker,
     Parked,
@@ -35,8 +32,6 @@ from streamline_pool.supervisor.ipc.messages import (
     ToSteward,
     ToWorker,
     WakeUp,
-    decode,
-    encode,
 )
 from streamline_pool.supervisor.pool.state import Role
 

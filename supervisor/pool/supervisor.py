@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import ValidationError
-from streamline_pool.supervisor.ipc.messages import MessageError
+from streamline_pool.supervisor.ipc.codec import MessageError
 from streamline_pool.supervisor.pool.child import HANDLED_SIGNALS, Child, Main, fork_child
 from streamline_pool.supervisor.pool.decide import decide, initial, pause_s
 from streamline_pool.supervisor.pool.state import (

@@ -176,7 +176,7 @@ class _WorkerProcess:
                 lru=dict(status.lru),
                 parked=parked,
                 idle_check=self._idle_check,
-                publish=self._subscribers_served,
+                subscribers_served=self._subscribers_served,
             )
         )
 

@@ -163,7 +163,7 @@ class Beat:
     lru: dict[str, int]  # counters of the run cache
     parked: tuple[tuple[str, int, str], ...] = ()  # (lane, wakeAt in epoch ms, run id) written since the last heartbeat
     idle_check: int = 0  # the highest `IdleCheck.seq` received
-    publish: int = 0  # the highest `ServeSubscribers.seq` received
+    subscribers_served: int = 0  # the highest `ServeSubscribers.seq` received
 
 
 @message

@@ -35,7 +35,7 @@ def on_trial_lost(state: State, pid: int, now: float) -> Decision:
     """A worker died. If it was on trial, the breaker opens again."""
     if state.trial is None or state.trial.pid != pid:
         return state, []
-    return apply_breaker(state, trial_lost(state.breaker, now), "its trial worker is gone")
+    return apply_breaker(state, trial_lost(state.breaker, now), "its trial worker died")
 
 
 def apply_breaker(state: State, breaker: Breaker, cause: str) -> Decision:

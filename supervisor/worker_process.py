@@ -21,10 +21,10 @@ from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.events.bus import global_event_bus
 from streamline_pool.supervisor.ipc.channel import Channel, arm_orphan_exit
+from streamline_pool.supervisor.ipc.codec import TO_WORKER
 from streamline_pool.supervisor.ipc.messages import (
     BOOT_FAILED_EXIT,
     STORE_UNREACHABLE_EXIT,
-    TO_WORKER,
     Beat,
     BootFailed,
     CheckRun,
@@ -178,7 +178,7 @@ class _WorkerProcess:
                 lru=dict(status.lru),
                 parked=parked,
                 idle_check=self._idle_check,
-                publish=self._subscribers_served,
+                subscribers_served=self._subscribers_served,
             )
         )
 

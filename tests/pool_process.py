@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-c", "from streamline_pool.supervisor.cli.main impor
 
 
 class PoolProcess:
-    """One supervisor and its children, seen from outside: by its log (JSON) and by the process table."""
+    """One supervisor and its children, seen through its log (JSON) and the process table."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.pid = process.pid
@@ -41,7 +41,7 @@ class PoolProcess:
         return self._log.read_text()
 
     def ready(self) -> PoolProcess:
-        """Wait for the line that the contract promises."""
+        """Wait for the line that docs/operations.md promises."""
         eventually(lambda: self.logged("ready") or self._process.poll() is not None, timeout=30)
         assert self.logged("ready"), self.log_text
         self.children()
@@ -57,12 +57,12 @@ class PoolProcess:
         return sorted(found, key=lambda p: (p.create_time(), p.pid))
 
     def workers(self) -> list[int]:
-        """Pids of the workers that the pool was last known to have, as it said when it was ready."""
+        """Pids of the workers that the pool had when it logged that it was ready."""
         pids: list[int] = self.logged("ready")[0]["pids"]
         return pids
 
     def steward(self) -> int:
-        """Pid of the first steward: the child that is no worker."""
+        """Pid of the first steward: the child that is not a worker."""
         return next(p.pid for p in self.children() if p.pid not in self.workers())
 
     def signal(self, signum: signal.Signals) -> None:
@@ -93,7 +93,7 @@ def running(
     command: Sequence[str] = COMMAND,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[PoolProcess]:
-    """A pool of the application `app_text` on that database, with `environ` beside the test's own. Ends with the block."""
+    """A pool of the application `app_text` on that database, with `environ` added to the test's own. It ends with the block."""
     (folder / "pool_app.py").write_text(app_text)
     log = folder / "pool.log"
     target = ["--mongodb-uri", uri, *(["--database", database] if database else [])]

@@ -1,6 +1,6 @@
-"""A pool whose children follow a script: `python scripted_pool.py SCRIPT`. For misbehaviour that real children are free of.
+"""A pool whose children follow a script: `python scripted_pool.py SCRIPT`. For misbehaviour that real children do not show.
 
-The supervisor, the forks, the pipes and the signals are the real ones; only what a child says and does is made up.
+The supervisor, the forks, the pipes and the signals are the real ones; only what a child sends and does is made up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 from streamline_pool.config.env import system_env
 from streamline_pool.supervisor.ipc.channel import Channel
+from streamline_pool.supervisor.ipc.codec import TO_STEWARD, TO_WORKER
 from streamline_pool.supervisor.ipc.messages import (
-    TO_STEWARD,
-    TO_WORKER,
     Beat,
     BootFailed,
     Close,
@@ -32,7 +31,7 @@ from streamline_pool.supervisor.ipc.messages import (
 )
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.pool.state import Limits
-from streamline_pool.supervisor.pool.supervisor import Birth, Pool
+from streamline_pool.supervisor.pool.supervisor import ChildSpec, Pool
 
 LIMITS = Limits(drain_timeout_s=2.0, stall_timeout_s=1.5, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
 FLOOD = 20_000  # messages; their bytes are several times what a socket buffer holds
@@ -42,14 +41,16 @@ log = logging.getLogger("streamline_pool")
 
 
 class Actor:
-    """A child that does what is expected of it: beats, answers, and goes when told."""
+    """A child that does what is expected of it: it sends heartbeats, answers, and exits when ordered."""
 
-    def __init__(self, birth: Birth, sock: socket.socket) -> None:
-        self.birth = birth
+    def __init__(self, spec: ChildSpec, sock: socket.socket) -> None:
+        self.spec = spec
         self.sock = sock
         self.wake_ups = 0
         self.done = asyncio.get_running_loop().create_future()
-        self.link: Channel[Any] = Channel(sock, TO_STEWARD if birth.role == "steward" else TO_WORKER, self.on_message, lambda: self.end(0))
+        self.channel: Channel[Any] = Channel(
+            sock, TO_STEWARD if spec.role == "steward" else TO_WORKER, self.on_message, lambda: self.end(0)
+        )
 
     def end(self, code: int) -> None:
         if not self.done.done():
@@ -60,71 +61,74 @@ class Actor:
             case Drain() | Stop() | Close():
                 self.end(0)
             case Died(owner=owner):
-                self.link.send(Released(owner=owner, runs=0))
+                self.channel.send(Released(owner=owner, runs=0))
             case WakeUp():
                 self.wake_ups += 1
                 if self.wake_ups == FLOOD // 4:
-                    log.info("rung", extra={"rings": self.wake_ups})
+                    log.info("woken_often", extra={"wake_ups": self.wake_ups})
 
-    async def play(self) -> int:
+    async def run(self) -> int:
+        """Send heartbeats until the end; the exit code."""
         while not self.done.done():
-            self.link.send(StewardBeat(ready=True) if self.birth.role == "steward" else IDLE)
+            self.channel.send(StewardBeat(ready=True) if self.spec.role == "steward" else IDLE)
             await asyncio.wait([self.done], timeout=0.1)
         return int(self.done.result())
 
 
-async def obedient(actor: Actor) -> int:
-    return await actor.play()
+async def well_behaved(actor: Actor) -> int:
+    return await actor.run()
 
 
-async def deaf(actor: Actor) -> int:
-    """Worker 0 stops to read after its first beat; the steward rings far more than fits into a pipe."""
-    if actor.birth.role == "steward":
-        asyncio.get_running_loop().call_later(0.3, lambda: [actor.link.send(WorkDue(lane="l", run_id="r", count=1)) for _ in range(FLOOD)])
-    elif actor.birth.index == 0 and actor.birth.first:
-        actor.link.send(IDLE)
+async def does_not_read(actor: Actor) -> int:
+    """Worker 0 stops reading after its first heartbeat; the steward causes more wake-ups than fit into a pipe."""
+    if actor.spec.role == "steward":
+        asyncio.get_running_loop().call_later(
+            0.3, lambda: [actor.channel.send(WorkDue(lane="l", run_id="r", count=1)) for _ in range(FLOOD)]
+        )
+    elif actor.spec.index == 0 and actor.spec.first:
+        actor.channel.send(IDLE)
         os.kill(os.getpid(), signal.SIGSTOP)
-    return await actor.play()
+    return await actor.run()
 
 
-async def garbled(actor: Actor) -> int:
-    if actor.birth.role == "worker" and actor.birth.first:
-        actor.link.send(IDLE)
+async def sends_nonsense(actor: Actor) -> int:
+    if actor.spec.role == "worker" and actor.spec.first:
+        actor.channel.send(IDLE)
         await asyncio.sleep(0.3)
         actor.sock.send(b"\0\0\0\5hello")
-    return await actor.play()
+    return await actor.run()
 
 
 async def cannot_start(actor: Actor) -> int:
-    if actor.birth.role == "worker":
-        actor.link.send(BootFailed(exit_code=78, message="this cannot work"))
+    if actor.spec.role == "worker":
+        actor.channel.send(BootFailed(exit_code=78, message="this cannot work"))
         return 64
-    return await actor.play()
+    return await actor.run()
 
 
 async def crash_loop(actor: Actor) -> int:
-    if actor.birth.role == "worker":
+    if actor.spec.role == "worker":
         return 1
-    return await actor.play()
+    return await actor.run()
 
 
 async def never_ready(actor: Actor) -> int:
-    if actor.birth.role == "worker" and actor.birth.index == 0:
+    if actor.spec.role == "worker" and actor.spec.index == 0:
         await asyncio.Event().wait()
-    return await actor.play()
+    return await actor.run()
 
 
 SCRIPTS: dict[str, Callable[[Actor], Coroutine[Any, Any, int]]] = {
-    script.__name__: script for script in (obedient, deaf, garbled, cannot_start, crash_loop, never_ready)
+    script.__name__: script for script in (well_behaved, does_not_read, sends_nonsense, cannot_start, crash_loop, never_ready)
 }
 
 
 def main(script: str) -> int:
-    def main_of(birth: Birth) -> Callable[[socket.socket], int]:
-        async def play(sock: socket.socket) -> int:
-            return await SCRIPTS[script](Actor(birth, sock))
+    def main_of(spec: ChildSpec) -> Callable[[socket.socket], int]:
+        async def run(sock: socket.socket) -> int:
+            return await SCRIPTS[script](Actor(spec, sock))
 
-        return lambda sock: asyncio.run(play(sock))
+        return lambda sock: asyncio.run(run(sock))
 
     setup_logging("json", "debug")
     return Pool(main_of, LIMITS, 2, system_env(), json_log=True).run()

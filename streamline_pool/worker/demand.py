@@ -16,12 +16,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .gate import GateState
 from .timer_claims import Batch, TimerClaims
 
-__all__ = ["Claim", "ClaimDue", "ClaimFired", "ClaimNamed", "Demand", "Gate", "at_most_one_suspect"]
-
-Gate = Literal["open", "closed", "one"]
-"""What the circuit breaker allows: claim freely, claim nothing, or claim one batch to see whether the database works."""
+__all__ = ["Claim", "ClaimDue", "ClaimFired", "ClaimNamed", "Demand", "at_most_one_suspect"]
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger claims only make their first run wait
 _NAMED_MAX = 1_000  # run ids kept while they cannot be claimed; beyond it a poll finds the others
@@ -64,7 +62,7 @@ class Demand:
         self._concurrency = concurrency
         self._phase: Literal["starting", "ready", "draining"] = "starting"
         self._held = False
-        self._gate: Gate = "open"
+        self._gate: GateState = "open"
         self._backlog = True  # there may be due runs that this worker has not seen
         self._named: deque[str] = deque()  # announced runs
         self._expected: dict[str, int] = {}  # announced runs that were not in the database yet -> tries so far
@@ -232,7 +230,7 @@ class Demand:
         if self._phase == "starting":
             self._phase = "ready"
 
-    def set_gate(self, gate: Gate) -> None:
+    def set_gate(self, gate: GateState) -> None:
         """The circuit breaker allows this from now on."""
         self._gate = gate
         if gate != "closed":

@@ -21,12 +21,13 @@ from streamline_pool.engine.engine import Engine
 from streamline_pool.storage.store import AsyncStore
 
 from .claiming import Claimer, Terms
-from .demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand, Gate, at_most_one_suspect
+from .demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand, at_most_one_suspect
 from .ended_runs import EndedRuns
+from .gate import GateState
 from .poller import Poller
 from .status import WorkerStatus
 
-__all__ = ["Gate", "Worker", "WorkerStatus"]
+__all__ = ["Worker", "WorkerStatus"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -151,7 +152,7 @@ class Worker:
         if self._engine is not None:
             self._engine.check(run_id)
 
-    def set_gate(self, gate: Gate) -> None:
+    def set_gate(self, gate: GateState) -> None:
         """The circuit breaker allows this from now on. Active runs go on."""
         self._demand.set_gate(gate)
         self._claim_soon()

@@ -1,7 +1,7 @@
-"""Finding the user's `Streamline` object from `module:attribute`.
+"""Finds the user's `Streamline` object from `module:attribute`.
 
-Owns every way in which that can fail, each with a message that says what to do next: no traceback of ours, and of
-the user's code only the user's lines. Imports nothing else of the command.
+Owns every way in which that can fail, each with a message that says what to do next. A message shows no traceback of this
+package, and only the user's lines of the user's code. Imports nothing else of the command.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FRAMES_SHOWN = 6
 
 
 class AppImportError(Exception):
-    """The application cannot be loaded; the text is for the user, who can mend it."""
+    """The application cannot be loaded; the text is for the user, who can fix it."""
 
 
 def import_app(path: str) -> tuple[Streamline, list[str]]:
@@ -79,7 +79,7 @@ def _no_such_module(name: str, attribute: str, missing: str, folder: Path) -> st
         | {entry.name for entry in folder.iterdir() if entry.is_dir() and (entry / "__init__.py").exists()}
     )
     top = name.partition(".")[0]
-    lines = [f"there is no module {missing!r} (looked in {folder} first, then where Python looks)."]
+    lines = [f"there is no module {missing!r} (searched {folder} first, then the places that Python searches)."]
     near = difflib.get_close_matches(top, local, n=1)
     if near and near[0] != top:
         lines.append(f"Did you mean {near[0]}{name[len(top) :]}{':' + attribute if attribute else ''}?")
@@ -136,7 +136,7 @@ def _from_factory(found: Any, module: ModuleType, path: str) -> Streamline:
 def _required(function: Callable[..., Any]) -> list[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some C callables have no signature; calling will tell
+    except (TypeError, ValueError):  # some C callables have no signature; the call will show
         return []
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [item.name for item in parameters if item.default is inspect.Parameter.empty and item.kind not in variadic]
@@ -170,19 +170,21 @@ def _syntax_error(name: str, exc: SyntaxError) -> str:
 
 
 def _raised(doing: str, exc: BaseException) -> str:
-    """What the user's code raised. One of our own errors speaks for itself; the frames say where."""
-    said = str(exc) if isinstance(exc, WorkflowError) else f"{type(exc).__name__}: {exc}"
-    return f"{doing} failed: {redact_text(said)}\n{_user_frames(exc)}".rstrip("\n")
+    """What the user's code raised. An error of this package needs no type name; the frames show where."""
+    text = str(exc) if isinstance(exc, WorkflowError) else f"{type(exc).__name__}: {exc}"
+    return f"{doing} failed: {redact_text(text)}\n{_user_frames(exc)}".rstrip("\n")
 
 
 def _user_frames(exc: BaseException) -> str:
-    """The last lines of the traceback that are neither the import machinery's nor this package's."""
-    ours = str(Path(__file__).resolve().parent)
+    """The last lines of the traceback that belong neither to the import machinery nor to this package."""
+    command = str(Path(__file__).resolve().parent)
     package = str(Path(inspect.getfile(Streamline)).resolve().parent)
     frames = [
         entry
         for entry in traceback.extract_tb(exc.__traceback__)
-        if not entry.filename.startswith("<frozen") and entry.filename != importlib.__file__ and not _within(entry.filename, ours, package)
+        if not entry.filename.startswith("<frozen")
+        and entry.filename != importlib.__file__
+        and not _within(entry.filename, command, package)
     ]
     shown = [f"  {_short(entry.filename)}:{entry.lineno} in {entry.name}: {entry.line or ''}" for entry in frames[-_FRAMES_SHOWN:]]
     return redact_text("".join(line.rstrip(": ") + "\n" for line in shown))

@@ -1,6 +1,6 @@
 """From the command line to an application that is ready to use: settings, logging, import, private server.
 
-Owns the order of these steps and what each failure means for the exit code. Every sub-command begins here.
+Owns the order of these steps, and the exit code of each failure. Every sub-command begins here.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.pool.cpu_count import usable_cpus
 
 __all__ = [
-    "adopt",
-    "blamed_on",
+    "apply_settings",
+    "check_connection",
+    "check_rights",
     "load_app",
-    "opened",
+    "load_settings",
+    "open_app",
     "private_server_is_ours",
-    "prove_rights",
-    "reach",
-    "served",
-    "settle",
+    "server_settings",
+    "uri_faults_of",
     "wants_private_server",
 ]
 
 _log = logging.getLogger("streamline_pool.command")
 
 _ADDRESS_FILE = "address.json"
-"""Beside the private server's data: where it listens, so that a second command in this folder finds the first one's."""
+"""Beside the private server's data: its address, so that a second command in this folder finds the server of the first."""
 
-_NEITHER_S = 10.0  # how long a private server may take to start or to stop under another command; a guess: 0.3 to 2 s measured
-_NEITHER_POLL_S = 0.2
+_NO_SERVER_S = 10.0  # how long a private server may take to start or to stop under another command; a guess: 0.3 to 2 s measured
+_NO_SERVER_POLL_S = 0.2
 _CONNECT_S = 2.0
 
 
-def settle(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
+def load_settings(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
     """The settings of this process, from the options of the group and then of the sub-command; logging follows them.
 
     `quiet` keeps the log to warnings unless a level was asked for: right for commands that answer and end.
@@ -64,9 +64,9 @@ def settle(values: Mapping[str, Any], *, quiet: bool = False) -> Resolved:
 
 
 def load_app(resolved: Resolved, *, needed_for: str = "", notify_threads: bool = True) -> tuple[Streamline | None, Resolved]:
-    """The application, if one is named, and the settings with what it says in code. `needed_for`: refuse to go on without.
+    """The application, if one is named, and the settings with those from its code. `needed_for`: CommandError without one.
 
-    A sub-command that only reads runs does without an application.
+    A sub-command that only reads runs needs no application.
     """
     path = resolved.settings.app
     if path is None:
@@ -85,23 +85,23 @@ def load_app(resolved: Resolved, *, needed_for: str = "", notify_threads: bool =
         advice = "worker processes will not have them: start them in a step, or on first use"
         _log.warning("import_started_threads", extra={"threads": threads, "advice": advice})
     try:
-        return app, resolved.with_code(_said_in_code(app), path)
+        return app, resolved.with_code(_settings_in_code(app), path)
     except SettingError as exc:
         raise CommandError(f"{path}: {exc.message}", ExitCode.USAGE) from None
 
 
-def _said_in_code(app: Streamline) -> dict[str, Any]:
-    """What the application's constructor was given, by option name; None for what it was not."""
+def _settings_in_code(app: Streamline) -> dict[str, Any]:
+    """What was passed to the application's constructor, by option name; None for what was not."""
     prefix = app.collection_prefix
-    said = {"mongodb-uri": app.mongodb_uri, "database": app.database}
-    return {**said, "collection-prefix": prefix if prefix != Settings().collection_prefix else None}
+    given = {"mongodb-uri": app.mongodb_uri, "database": app.database}
+    return {**given, "collection-prefix": prefix if prefix != Settings().collection_prefix else None}
 
 
 @contextlib.contextmanager
-def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
-    """The settings with the URI to use: that of a private server, running for as long as the block, if `--embedded`.
+def server_settings(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
+    """The settings with the URI to use: with `--embedded`, that of a private server, which runs as long as the block.
 
-    `lasting`: the block may well outlive the command whose server it finds, so somebody should be told.
+    `lasting`: the block may outlive the command whose server it finds, so a warning is logged.
     """
     settings = resolved.settings
     if not wants_private_server(resolved):
@@ -111,7 +111,7 @@ def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
     if isinstance(server, str):
         advice = {"advice": "it ends with the command that started it; end this one first"} if lasting else {}
         _log.log(logging.WARNING if lasting else logging.INFO, "embedded_server_found", extra={"uri": server, **advice})
-        yield _on(settings, server)
+        yield _with_uri(settings, server)
         return
     with server:
         address = server.data_dir / _ADDRESS_FILE
@@ -122,13 +122,13 @@ def served(resolved: Resolved, *, lasting: bool = False) -> Iterator[Settings]:
         facts = {"data_dir": str(server.data_dir), "version": server.version}
         _log.info("embedded_server_started", extra={**facts, "for_your_programs": f"export STREAMLINE_MONGODB_URI='{server.uri}'"})
         try:
-            yield _on(settings, server.uri)
+            yield _with_uri(settings, server.uri)
         finally:
-            address.unlink(missing_ok=True)  # before the server ends: nobody else shall begin to use it now
+            address.unlink(missing_ok=True)  # before the server ends: no other command shall begin to use it now
 
 
 def private_server_is_ours() -> bool:
-    """Whether this process runs the private server of this folder, hence no pool is on it that would outlive this process."""
+    """Whether this process runs the private server of this folder, so that no pool on it can outlive this process."""
     try:
         address = json.loads((embedded.DEFAULT_DATA_DIR / _ADDRESS_FILE).read_text())
     except (OSError, ValueError):
@@ -139,10 +139,10 @@ def private_server_is_ours() -> bool:
 def _started_or_found(env: Env, lasting: bool) -> embedded.EmbeddedServer | str:
     """A private server of our own, or the URI of the one that another command in this folder runs.
 
-    For a moment there is neither: while that other server starts, and while it stops because its command has ended. Who
-    is to last gives a command that is not some time to end, rather than lose the server to it in the midst of work.
+    For a moment there is neither: while that other server starts, and while it stops because its command has ended. A
+    lasting command waits until a short one has ended, rather than lose the server with it in the middle of work.
     """
-    until = env.clock.monotonic() + _NEITHER_S
+    until = env.clock.monotonic() + _NO_SERVER_S
     while True:
         try:
             return embedded.start()
@@ -150,13 +150,13 @@ def _started_or_found(env: Env, lasting: bool) -> embedded.EmbeddedServer | str:
             found, over = _running_elsewhere(exc), env.clock.monotonic() > until
             if found is not None and (over or not lasting or found["lasting"]):
                 return str(found["uri"])
-            if "pid" not in exc.context or over:  # broken, or in use by something that is no command
+            if "pid" not in exc.context or over:  # broken, or in use by a program that is not this command
                 raise
-        env.sleep(_NEITHER_POLL_S)
+        env.sleep(_NO_SERVER_POLL_S)
 
 
 def wants_private_server(resolved: Resolved) -> bool:
-    """Whether `--embedded` is in force: a URI from a stronger source beats it, one from the same place contradicts it."""
+    """Whether `--embedded` is in force: a URI from a stronger source overrides it, one from the same source contradicts it."""
     if not resolved.settings.embedded:
         return False
     embedded_from, uri_from = resolved.source("embedded"), resolved.source("mongodb-uri")
@@ -168,7 +168,7 @@ def wants_private_server(resolved: Resolved) -> bool:
 
 
 def _running_elsewhere(refusal: StoreUnavailableError) -> dict[str, Any] | None:
-    """The address of the private server that another command in this folder runs, if that is why ours was refused."""
+    """The address of the private server that another command in this folder runs, if that is why the start was refused."""
     holder = refusal.context.get("pid")
     if holder is None:
         return None
@@ -176,55 +176,55 @@ def _running_elsewhere(refusal: StoreUnavailableError) -> dict[str, Any] | None:
         address: dict[str, Any] = json.loads(Path(str(refusal.context["data_dir"]), _ADDRESS_FILE).read_text())
     except (OSError, ValueError, KeyError):
         return None
-    if address.get("pid") != holder:  # it is of an earlier server
+    if address.get("pid") != holder:  # the file is that of an earlier server
         return None
     try:
         os.kill(int(address["owner"]), 0)
         socket.create_connection(("127.0.0.1", int(address["port"])), _CONNECT_S).close()
     except PermissionError:
-        pass  # another user's command, hence a living one
+        pass  # another user's command, so it is alive
     except OSError:
-        return None  # its command is gone, so it is about to end
+        return None  # its command has ended, so the server is about to end
     return address
 
 
-def _on(settings: Settings, uri: str) -> Settings:
+def _with_uri(settings: Settings, uri: str) -> Settings:
     return replace(settings, mongodb_uri=uri)
 
 
 @contextlib.contextmanager
-def opened(values: Mapping[str, Any], *, needed_for: str = "") -> Iterator[Streamline]:
+def open_app(values: Mapping[str, Any], *, needed_for: str = "") -> Iterator[Streamline]:
     """An application for one sub-command, connected at its first use and closed at the end."""
-    app, resolved = load_app(settle(values, quiet=True), needed_for=needed_for)
-    with served(resolved) as settings, blamed_on(resolved):
-        used = adopt(app or Streamline(), settings)
+    app, resolved = load_app(load_settings(values, quiet=True), needed_for=needed_for)
+    with server_settings(resolved) as settings, uri_faults_of(resolved):
+        used = apply_settings(app or Streamline(), settings)
         try:
-            reach(used)
+            check_connection(used)
             yield used
         finally:
             used.close()
 
 
-def reach(app: Streamline) -> None:
-    """A word with the database, and a look at its clock. StoreUnavailableError if there is no answer.
+def check_connection(app: Streamline) -> None:
+    """Reach the database and read its clock. StoreUnavailableError if there is no answer.
 
-    Without the engine's repeats: a person is waiting, and an address that is wrong stays wrong.
+    Without the engine's retries: a person is waiting, and a wrong address stays wrong.
     """
     store = app.store()
     store.run(run_lifecycle.server_info())
     store.drive(store.syncing_clock())
 
 
-def prove_rights(app: Streamline) -> None:
-    """A read and a write that changes nothing. StoreUnavailableError says which right the user of the URI lacks.
+def check_rights(app: Streamline) -> None:
+    """A read, and a write that changes nothing. StoreUnavailableError names the right that the user of the URI lacks.
 
-    Reaching a server proves little: it greets everybody, and tells nobody's rights but by refusing.
+    A connection proves little: a server accepts every client, and shows a missing right only by a refusal.
     """
     app.store().run(hosts.list_hosts())
     app.store().run(hosts.remove_host("(no pool has this id)"))
 
 
-def adopt(app: Streamline, settings: Settings) -> Streamline:
+def apply_settings(app: Streamline, settings: Settings) -> Streamline:
     """The application on the server of `settings`. A URI that the driver cannot read is a ValidationError here, not in a worker."""
     app.configure(settings)
     app.collection_prefix = settings.collection_prefix
@@ -233,8 +233,8 @@ def adopt(app: Streamline, settings: Settings) -> Streamline:
 
 
 @contextlib.contextmanager
-def blamed_on(resolved: Resolved) -> Iterator[None]:
-    """A URI that only the driver can judge is wrong: the exit code follows where the URI came from."""
+def uri_faults_of(resolved: Resolved) -> Iterator[None]:
+    """Translate the driver's refusal of a URI: the exit code depends on the source of the URI."""
     try:
         yield
     except SettingError:

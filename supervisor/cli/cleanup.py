@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from streamline_pool.client.app import Streamline
-from streamline_pool.supervisor.cli.application import opened
+from streamline_pool.supervisor.cli.application import open_app
 from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_json
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 
@@ -25,16 +25,16 @@ __all__ = ["cleanup"]
 def cleanup(days: float | None, tenant: str | None, archive: bool, expired: bool, dry_run: bool, as_json: bool, **values: Any) -> int:
     """Delete runs that have ended: those that are old (--days), those past their own date (--expired), or both.
 
-    A run that is done, failed or cancelled has ended; no other is ever touched, however old. Ages are judged by the
-    database's clock. It may be interrupted and repeated, and run while pools are working; a nightly call is usual.
+    A run that is done, failed or cancelled has ended; no other run is touched, however old. Ages follow the
+    database's clock. The command may be interrupted and repeated, and run while pools work; a nightly call is usual.
     """
     if days is None and (tenant is not None or archive):
-        raise CommandError(f"{'--archive' if archive else '--tenant'} needs --days: which runs are old enough?", ExitCode.USAGE)
+        raise CommandError(f"{'--archive' if archive else '--tenant'} needs --days, which says which runs are old enough.", ExitCode.USAGE)
     if days is None and not expired:
         raise CommandError("say what to clean up: --days N for old runs, --expired for those past their date, or both.", ExitCode.USAGE)
     if archive and tenant is not None:
         raise CommandError("--archive moves the runs of all tenants; leave --tenant out.", ExitCode.USAGE)
-    with opened(values) as app:
+    with open_app(values) as app:
         report = _cleaned(app, days, tenant, archive=archive, expired=expired, dry_run=dry_run)
     if as_json:
         print_json({**report, "dry_run": dry_run})
@@ -48,7 +48,7 @@ _WORDS = {"expired": "deleted because the date in context.expireAt has passed", 
 
 
 def _cleaned(app: Streamline, days: float | None, tenant: str | None, *, archive: bool, expired: bool, dry_run: bool) -> dict[str, int]:
-    """What was done, or would be, and to how many runs. The expired go first: they need not be archived."""
+    """What was done (or would be) to how many runs. Expired runs are deleted first: they need not be archived."""
     report = {}
     if expired:
         report["expired"] = app.cleanup_expired(dry_run=dry_run)

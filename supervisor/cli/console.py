@@ -1,6 +1,6 @@
-"""What the command says and the number it ends with. Owns exit codes, error texts, tables and JSON documents.
+"""What the command prints and its exit code. Owns exit codes, error texts, tables and JSON documents.
 
-Standard output carries answers only (with `--json` exactly one document); everything else goes to standard error.
+Standard output carries answers only (with `--json` exactly one document); all other text goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ __all__ = [
     "CommandError",
     "ExitCode",
     "ago",
+    "error_line",
     "package_version",
     "parsed_json",
+    "print_error",
     "print_json",
     "print_table",
-    "say_error",
     "short",
     "span",
-    "told",
-    "unreachable",
+    "unreachable_text",
 ]
 
 _log = logging.getLogger("streamline_pool.command")
 
 
 class ExitCode(IntEnum):
-    """What a script can tell from `$?`."""
+    """The exit codes of the command."""
 
     OK = 0
-    CRASH = 1  # also: the run watched or waited for did not end well
+    CRASH = 1  # also: the run that was watched or waited for failed or was cancelled
     USAGE = 2  # a flag, an argument or the application
     UNREACHABLE = 3  # the database
     DRAIN_TIMEOUT = 4  # work was released, not lost
@@ -63,7 +63,7 @@ class CommandError(Exception):
 
 
 def package_version() -> str:
-    """Our version; a source tree that was never installed has none."""
+    """The installed version; a source tree that was never installed has none."""
     try:
         return metadata.version("streamline-pool")
     except metadata.PackageNotFoundError:
@@ -79,21 +79,21 @@ _ADVICE = (
 _PRIVATE = "This folder has the data of a private one: was --embedded forgotten?"
 
 
-def unreachable(error: StoreUnavailableError) -> str:
-    """The message of `error`, with advice unless the error itself knows what is wrong."""
+def unreachable_text(error: StoreUnavailableError) -> str:
+    """The message of `error`, with advice unless the error itself says what is wrong."""
     if not error.context.get("transient"):
         return error.message
     private = f"\n{_PRIVATE}" if DEFAULT_MONGODB_URI in error.message and embedded.DEFAULT_DATA_DIR.is_dir() else ""
     return f"{error.message}\n{_ADVICE}{private}"
 
 
-def told(error: Mapping[str, Any]) -> str:
-    """A stored error on one line: `KeyError: 'sku'` with the type where a handler raised it, else the engine's own words."""
+def error_line(error: Mapping[str, Any]) -> str:
+    """A stored error on one line: `KeyError: 'sku'` with the type where a handler raised it, else the engine's own text."""
     code, kind, message = error.get("code"), error.get("type"), error.get("message")
     return f"{code}: {kind}: {message}" if kind and code == "STEP_FAILED" else f"{code}: {message}"
 
 
-def say_error(message: str, log_format: str) -> None:
+def print_error(message: str, log_format: str) -> None:
     """One error on standard error, in the form of the log lines around it."""
     if log_format == "json":
         _log.error("command_failed", extra={"error": redact_text(message)})
@@ -108,7 +108,7 @@ def print_json(value: Any) -> None:
 
 
 def parsed_json(option: str, text: str | None) -> Any:
-    """What an option says in JSON: as typed, of a file (`@FILE`) or of standard input (`-`). None if it was not given."""
+    """The JSON value of an option: as typed, from a file (`@FILE`) or from standard input (`-`). None if it was not given."""
     if text is None:
         return None
     where = option
@@ -145,7 +145,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def span(seconds: float) -> str:
-    """A length of time as people say it: `340 ms`, `12.3 s`, `4 min`, `3 h`, `12 d`."""
+    """A length of time for people: `340 ms`, `12.3 s`, `4 min`, `3 h`, `12 d`."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""`streamline-pool doctor`: looks at everything a pool depends on and says what to mend."""
+"""`streamline-pool doctor`: checks everything that a pool depends on, and says what to fix."""
 
 from __future__ import annotations
 
@@ -15,34 +15,42 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.config.settings import Resolved
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol.engine_indexes import RUN_INDEXES
-from streamline_pool.supervisor.cli.application import adopt, blamed_on, load_app, prove_rights, reach, served, settle
-from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_json, span, unreachable
+from streamline_pool.supervisor.cli.application import (
+    apply_settings,
+    check_connection,
+    check_rights,
+    load_app,
+    load_settings,
+    server_settings,
+    uri_faults_of,
+)
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_json, span, unreachable_text
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 from streamline_pool.supervisor.pool.cpu_count import usable_cpus
 
 __all__ = ["Finding", "doctor"]
 
 _OFFSET_WARN_S = 1.0
-"""The engine judges time by the server's clock, so a wrong clock here only misleads people who read logs."""
+"""The engine uses the server's clock, so a wrong clock on this machine only misleads people who read logs."""
 
 
 class Finding(NamedTuple):
-    """One thing looked at."""
+    """The result of one check."""
 
     state: Literal["ok", "warn", "fail"]
     name: str
     text: str  # what was found, and what to do unless it is ok
 
 
-@click.command(short_help="Examine machine, application and database; say what to mend.")
+@click.command(short_help="Check machine, application and database; say what to fix.")
 @setting_options(*CONNECTION)
 @json_option
 def doctor(as_json: bool, **values: Any) -> int:
-    """Examine this machine, your application and the database, and say what to mend.
+    """Check this machine, your application and the database, and say what to fix.
 
-    Exit code 0: nothing is broken (there may be warnings); 1: something is; 3: the database does not answer.
+    Exit code 0: nothing is broken (there may be warnings); 1: a check failed; 3: the database does not answer.
     """
-    resolved = settle(values, quiet=True)
+    resolved = load_settings(values, quiet=True)
     findings = [*_machine(), *_application_and_database(resolved)]
     if as_json:
         print_json([finding._asdict() for finding in findings])
@@ -74,15 +82,15 @@ def _application_and_database(resolved: Resolved) -> Iterator[Finding]:
         app = None
     else:
         if app is None:
-            yield Finding("warn", "application", "none given; name it with --app MODULE:ATTR to have it examined")
+            yield Finding("warn", "application", "none given; name it with --app MODULE:ATTR to have it checked")
     try:
-        with served(resolved) as settings, blamed_on(resolved):
+        with server_settings(resolved) as settings, uri_faults_of(resolved):
             if app is not None:
                 yield _workflows(app)
-            with adopt(app or Streamline(), settings) as used:
+            with apply_settings(app or Streamline(), settings) as used:
                 yield from _database(used)
     except StoreUnavailableError as exc:
-        yield Finding("fail", "database", unreachable(exc))
+        yield Finding("fail", "database", unreachable_text(exc))
     except CommandError as exc:
         yield Finding("fail", "database", exc.message)
 
@@ -98,12 +106,12 @@ def _workflows(app: Streamline) -> Finding:
 
 
 def _database(app: Streamline) -> Iterator[Finding]:
-    reach(app)
+    check_connection(app)
     facts = app.server_info()
     alone = facts["topology"] == "standalone"
     advice = "; not a replica set: sessions do not work, and one lost machine loses acknowledged work" if alone else ""
     yield Finding("warn" if alone else "ok", "database", f"{facts['database']} on MongoDB {facts['version']}, {facts['topology']}{advice}")
-    prove_rights(app)
+    check_rights(app)
     yield Finding("ok", "rights", "the user may read and write")
     offset_s = app.store().clock.offset_s
     yield Finding("ok" if abs(offset_s) < _OFFSET_WARN_S else "warn", "clock", f"differs from the server's by {span(abs(offset_s))}")

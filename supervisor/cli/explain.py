@@ -1,7 +1,7 @@
-"""Why a run is where it is, in one sentence. Pure: a stored run, the pools seen lately, the time -> text.
+"""Why a run does not go on, or where it is, in one sentence. Pure: a stored run, the pools seen lately, the time -> text.
 
-Every non-terminal run is leased, or has `wakeAt`, or waits on a named outside act; this module says which, and for
-a run that is ready but not taken, what the pools that are alive lack.
+Every run that has not ended is leased, or has `wakeAt`, or waits for a control operation. This module says which; for a
+run that is due and that no worker claims, it says what the live pools lack.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from streamline_pool.supervisor.cli.console import ago, short, span
 
 __all__ = ["explain", "part_of", "seen_lately"]
 
-_LATELY = timedelta(seconds=65)  # pools speak every 30 s; two words may be late before "the last minute" becomes untrue
+_LATELY = timedelta(seconds=65)  # pools write their record every 30 s; two writes may be late before "the last minute" becomes untrue
 
 Document = Mapping[str, Any]
 
 
 def explain(run: Document, hosts: Sequence[Document], now: datetime) -> str:
-    """One sentence on `run` as stored. `hosts` are the records of pools that have spoken lately; `now` is the server's time."""
+    """One sentence on `run` as stored. `hosts` are the records of pools that were written lately; `now` is the server's time."""
     status = run.get("status")
     if status in ("done", "failed", "cancelled"):
         return _ended(run, now)
@@ -35,7 +35,7 @@ def explain(run: Document, hosts: Sequence[Document], now: datetime) -> str:
 
 
 def seen_lately(hosts: Sequence[Document], now: datetime) -> list[Document]:
-    """Those pools that have spoken in the last minute. One that was killed leaves a record, which the server removes later."""
+    """The pools that wrote their record in the last minute. A killed pool leaves a record, which the server removes later."""
     return [host for host in hosts if not isinstance(host.get("seenAt"), datetime) or host["seenAt"] >= now - _LATELY]
 
 
@@ -61,7 +61,7 @@ def _paused(run: Document) -> str:
     reason = f" ({run['pauseReason']})" if run.get("pauseReason") else ""
     if part_of(run, "lease"):
         return f"It is paused{reason}; worker {run['lease'].get('owner')} still finishes step {run.get('currentStepId')}."
-    return f"It is paused{reason} before step {run.get('currentStepId')}, until somebody resumes it."
+    return f"It is paused{reason} before step {run.get('currentStepId')}, until it is resumed."
 
 
 def _held(run: Document, now: datetime) -> str:
@@ -87,7 +87,7 @@ def _waiting(step: Document, run: Document, now: datetime) -> str:
         "webhook": f"a call of its hook{f' ({reason})' if reason else ''}",
         "event": f"the event {waits.get('eventName')!r}",
     }.get(str(kind), f"{kind}")
-    limit = f"; it gives up {ago(waits['expiresAt'], now)}" if waits.get("expiresAt") else ""
+    limit = f"; it times out {ago(waits['expiresAt'], now)}" if waits.get("expiresAt") else ""
     advice = f" Answer it with: streamline-pool runs resume {run.get('_id')} --payload JSON" if kind == "human" else ""
     return f"{at_step.capitalize()} waits for {what}{limit}.{advice}"
 
@@ -106,7 +106,7 @@ def _claimable(run: Document, step: Document, hosts: Sequence[Document], now: da
 
 
 def _ready(run: Document, hosts: Sequence[Document], now: datetime, wake_at: datetime) -> str:
-    """Ready, but nobody has taken it: because of the pools' code, their queues, or their load."""
+    """The run is due, and no worker has claimed it: because of the pools' code, their queues, or their load."""
     since = f"ready for {span(max(0.0, (now - wake_at).total_seconds()))}"
     workflow, version, queue = run.get("workflowId"), run.get("version"), run.get("queue", "default")
     needs = f"a worker that has workflow {workflow} {version} on queue {queue}"
@@ -120,7 +120,7 @@ def _ready(run: Document, hosts: Sequence[Document], now: datetime, wake_at: dat
 
 
 def _nearest(workflow: str, version: str, queue: str, lanes: Sequence[str]) -> str:
-    """What the pools have instead: the same workflow in another version or on other queues, or not at all."""
+    """What the pools have instead: the same workflow in another version or on other queues, or no such workflow."""
     have = [parts for parts in (lane.split("/", 2) for lane in lanes) if len(parts) == 3 and parts[1] == workflow]
     if not have:
         return "The pools that are alive do not have this workflow."

@@ -1,7 +1,7 @@
 """The command `streamline-pool`: its options, its sub-commands, and one exit code for every way to end.
 
-Owns the start of the pool and the translation of errors into words and exit codes. What sub-commands do is in
-commands.py and runs.py, what options mean in settings.py and options.py.
+Owns the start of the pool, and the translation of errors into texts and exit codes. What sub-commands do is in
+pool_commands.py, run_commands.py and their neighbours; what options mean is in options.py and config/settings.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ from streamline_pool.config.env import system_env
 from streamline_pool.config.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.supervisor.cli import pool_commands, run_commands
-from streamline_pool.supervisor.cli.application import adopt, blamed_on, load_app, served, settle, wants_private_server
+from streamline_pool.supervisor.cli.application import (
+    apply_settings,
+    load_app,
+    load_settings,
+    server_settings,
+    uri_faults_of,
+    wants_private_server,
+)
 from streamline_pool.supervisor.cli.cleanup import cleanup
-from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_json, say_error, unreachable
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_error, print_json, unreachable_text
 from streamline_pool.supervisor.cli.doctor import doctor
 from streamline_pool.supervisor.cli.options import Invocation, pick, setting_options
 from streamline_pool.supervisor.cli.systemd import systemd
@@ -51,10 +58,10 @@ _log = logging.getLogger("streamline_pool.command")
 def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: Any) -> int:
     """Run durable workflows from MongoDB with a pool of worker processes.
 
-    Without a COMMAND: start the pool and work until told to stop (Ctrl-C or TERM). With one: look at runs or operate them.
+    Without a COMMAND: start the pool and work until Ctrl-C or TERM. With a COMMAND: inspect runs, or control them.
 
     Options may also be set in the environment (the name is beside each option) or in a file in the current folder:
-    streamline-pool.toml, or [tool.streamline-pool] in pyproject.toml. A flag beats the environment, which beats a file.
+    streamline-pool.toml, or [tool.streamline-pool] in pyproject.toml. A flag overrides the environment, which overrides a file.
 
     Exit codes: 0 done; 1 failure; 2 wrong usage, or your application cannot be imported; 3 database unreachable;
     4 drain timeout passed (work was released, not lost); 5 no such run; 78 wrong value in a file or the environment;
@@ -64,7 +71,7 @@ def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: 
     if context.invoked_subcommand is not None:
         return ExitCode.OK
     if print_config:
-        return _print_config(settle({}, quiet=True), as_json)
+        return _print_config(load_settings({}, quiet=True), as_json)
     return _run_the_pool()
 
 
@@ -73,19 +80,19 @@ for command in (*pool_commands.ALL, cleanup, doctor, run_commands.runs, systemd)
 
 
 def _run_the_pool() -> int:
-    """The pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
+    """Run the pool, in this process and its forks. Nothing here opens a connection or starts a thread."""
     from streamline_pool.supervisor.pool import supervisor
 
     for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU):
-        signal.signal(signum, lambda *_: None)  # orders for the pool: until there is one they must not end this process
-    app, resolved = load_app(settle({}), needed_for="the pool", notify_threads=False)  # run_pool tells of them
-    assert app is not None, "load_app refuses to go on without an application"
-    with served(resolved, lasting=True) as settings, blamed_on(resolved):
-        adopt(app, settings).freeze()
+        signal.signal(signum, lambda *_: None)  # orders for the pool: before the pool exists they must not end this process
+    app, resolved = load_app(load_settings({}), needed_for="the pool", notify_threads=False)  # run_pool logs them
+    assert app is not None, "load_app raises without an application"
+    with server_settings(resolved, lasting=True) as settings, uri_faults_of(resolved):
+        apply_settings(app, settings).freeze()
         code: int = supervisor.run_pool(app, settings, system_env(), banner=_banner(app, settings))
     if code == ExitCode.UNREACHABLE:
-        # The reason stands in the log already; this is the last line, where people look.
-        advice = "mend what boot_failed says; if you have no MongoDB yet, --embedded starts a private one"
+        # The log has the reason already; this is the last line, the one that people read.
+        advice = "fix what boot_failed says; if you have no MongoDB yet, --embedded starts a private one"
         _log.error("database_unusable", extra={"advice": advice})
     return code
 
@@ -106,15 +113,15 @@ def _print_config(resolved: Resolved, as_json: bool) -> int:
     """Every setting in the form of streamline-pool.toml, with its source as a comment."""
     try:
         _, resolved = load_app(resolved)
-    except CommandError as exc:  # what was asked for is the configuration; a broken application must not hide it
-        _log.warning("cannot_load_application", extra={"reason": exc.message, "so": "what it says in code is not shown"})
+    except CommandError as exc:  # the user asked for the configuration; a broken application must not hide it
+        _log.warning("cannot_load_application", extra={"reason": exc.message, "so": "its settings in code are not shown"})
     rows = {option.name: (getattr(resolved.settings, option.field), resolved.source(option.name)) for option in OPTIONS}
     rows["mongodb-uri"] = (redact_uri(resolved.settings.mongodb_uri), resolved.source("mongodb-uri"))
     if as_json:
         print_json({name: {"value": value, "source": source.kind, "where": source.where or None} for name, (value, source) in rows.items()})
         return ExitCode.OK
     unused: set[str] = set()
-    with contextlib.suppress(CommandError):  # two servers named: whoever starts something is told
+    with contextlib.suppress(CommandError):  # two servers are named: a command that starts something reports that
         unused = {"mongodb-uri"} if wants_private_server(resolved) else set()
     for name, (value, source) in rows.items():
         unset = value is None or value == ()
@@ -135,7 +142,7 @@ def _toml(value: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The entry point. Every way to end goes through here, so that none shows a traceback for what a user can mend."""
+    """The entry point. Every way to end goes through here, so that none shows a traceback for what a user can fix."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     log_format = _log_format(typed)
     setup_logging(log_format, "info")
@@ -143,14 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # an arrow that the terminal cannot show is no reason to crash
     try:
         code = cli.main(args=typed, prog_name="streamline-pool", standalone_mode=False)
-    except Exception as exc:  # noqa: BLE001 -- the last frame: what nobody else could mend is told and becomes an exit code
-        code = _say(exc, log_format)
-    _end(int(code or 0))
+    except Exception as exc:  # noqa: BLE001 -- the last frame: every remaining error is reported and becomes an exit code
+        code = _report_error(exc, log_format)
+    _exit_now(int(code or 0))
 
 
-def _end(code: int) -> NoReturn:
-    """Leave at once. Everything of ours is closed by now; a normal exit would wait half a second for PyMongo's threads to
-    notice, and for ever for a thread that the user's module has started and that is no daemon.
+def _exit_now(code: int) -> NoReturn:
+    """Exit at once. Everything of this package is closed by now; a normal exit would wait half a second for PyMongo's threads,
+    and for ever for a non-daemon thread that the user's module started.
     """
     logging.shutdown()
     _flush_output()
@@ -159,13 +166,13 @@ def _end(code: int) -> NoReturn:
 
 def _flush_output() -> None:
     for stream in (sys.stdout, sys.stderr):
-        # Nobody may be reading any more, and a process started without standard output has None for it.
+        # The reader may be gone, and a process started without standard output has None for it.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
 
 
-def _say(exc: Exception, log_format: str) -> ExitCode:
-    """Tell the user what happened; the code to end with."""
+def _report_error(exc: Exception, log_format: str) -> ExitCode:
+    """Print what happened; the exit code."""
     match exc:
         case click.exceptions.Abort():
             return ExitCode.INTERRUPTED
@@ -179,7 +186,7 @@ def _say(exc: Exception, log_format: str) -> ExitCode:
         case SettingError():
             message, code = exc.message, ExitCode.USAGE if exc.origin in ("flag", "code") else ExitCode.CONFIG
         case StoreUnavailableError():
-            message, code = unreachable(exc), ExitCode.UNREACHABLE
+            message, code = unreachable_text(exc), ExitCode.UNREACHABLE
         case WorkflowNotFoundError():
             message, code = exc.message, ExitCode.NOT_FOUND
         case ValidationError():
@@ -189,12 +196,12 @@ def _say(exc: Exception, log_format: str) -> ExitCode:
         case _:
             _log.critical("crash", exc_info=exc)
             return ExitCode.CRASH
-    say_error(message, log_format)
+    print_error(message, log_format)
     return code
 
 
 def _log_format(typed: Sequence[str]) -> str:
-    """The form of error messages before the options are parsed, or if they cannot be; wrong values count as text."""
+    """The form of error messages before the options are parsed, or if parsing fails; wrong values count as text."""
     for place, word in enumerate(typed):
         if word == "--log-format" and place + 1 < len(typed):
             return _known(typed[place + 1])

@@ -1,7 +1,7 @@
 """The command's options: one table of help texts, turned into click options.
 
-Owns what `--help` says and which options each sub-command takes. Values are passed on as typed: parsing, checking
-and precedence are settings.py's, so that a flag, a variable and a file mean the same.
+Owns the texts of `--help`, and which options each sub-command takes. Values are passed on as typed: parsing, checking
+and precedence belong to config/settings.py, so that a flag, a variable and a file mean the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["CONNECTION", "HELP", "POOL_ONLY", "Invocation", "json_option", "pick
 
 @dataclass
 class Invocation:
-    """What was typed before the sub-command; it counts for the sub-command too."""
+    """The options that were typed before the sub-command; they count for the sub-command too."""
 
     flags: dict[str, Any] = field(default_factory=dict)  # by option name, as typed
     as_json: bool = False
@@ -37,10 +37,10 @@ HELP: Mapping[str, tuple[str, str, str]] = {
     "app": ("MODULE:ATTR", "Where your Streamline object is, such as shop.flows:app. The current folder is searched first.", "none"),
     "mongodb-uri": ("URI", "The MongoDB to use.", "the URI in your code, else mongodb://127.0.0.1:27017/streamline"),
     "database": ("NAME", "The database to use.", "the one in the URI, else streamline"),
-    "collection-prefix": ("TEXT", "What the names of our collections begin with.", "the one in your code, else workflow_"),
+    "collection-prefix": ("TEXT", "What the names of the collections begin with.", "the one in your code, else workflow_"),
     "embedded": (
         "",
-        "Use a private MongoDB under .streamline/, started if none runs there. For trying things out, not for production.",
+        "Use a private MongoDB under .streamline/, started if none runs there. For experiments, not for production.",
         "off",
     ),
     "workers": ("N|auto", "Worker processes. auto: one for each CPU this process may use.", "auto"),
@@ -61,12 +61,12 @@ HELP: Mapping[str, tuple[str, str, str]] = {
     "stall-timeout": ("TIME", "Kill and replace a worker whose event loop has not moved for this long.", "30s"),
     "max-crashes": ("N", "Fail a run after it has killed this many workers.", "3"),
     "restart-budget": ("N", "Stop (exit code 1) when workers crash more often than this per minute.", "10"),
-    "sweep-interval": ("TIME", "How often to look for due work that no signal announced.", "a fifth of --lease, at most 6s"),
+    "sweep-interval": ("TIME", "How often to search for due runs that no signal announced.", "a fifth of --lease, at most 6s"),
     "beat-interval": ("TIME", "How often workers report to the supervisor.", "1s"),
 }
 
 CONNECTION = ("app", "mongodb-uri", "database", "collection-prefix", "embedded", "log-format", "log-level")
-"""The options that every sub-command which talks to the database takes."""
+"""The options of every sub-command that uses the database."""
 
 POOL_ONLY = tuple(option.name for option in OPTIONS if option.name not in CONNECTION)
 """The options that matter only to the pool."""

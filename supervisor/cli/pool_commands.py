@@ -1,4 +1,4 @@
-"""The sub-commands but for `runs`: check, demo, doctor, init-db, start, systemd, workers."""
+"""Sub-commands about the application and its pools: check, demo, init-db, start, workers."""
 
 from __future__ import annotations
 
@@ -17,58 +17,58 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.supervisor.cli.application import (
-    adopt,
-    blamed_on,
+    apply_settings,
+    check_connection,
+    check_rights,
     load_app,
-    opened,
+    load_settings,
+    open_app,
     private_server_is_ours,
-    prove_rights,
-    reach,
-    served,
-    settle,
+    server_settings,
+    uri_faults_of,
 )
 from streamline_pool.supervisor.cli.console import (
     CommandError,
     ExitCode,
+    error_line,
     parsed_json,
+    print_error,
     print_json,
     print_table,
-    say_error,
     short,
     span,
-    told,
-    unreachable,
+    unreachable_text,
 )
 from streamline_pool.supervisor.cli.explain import explain, seen_lately
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 
-__all__ = ["ALL", "ended_well", "print_end", "somebody_works_on"]
+__all__ = ["ALL", "check_some_pool_claims", "ended_well", "print_result"]
 
 
-@click.command(short_help="Import your application, validate it, and try the database.")
+@click.command(short_help="Import your application, validate it, and check the database.")
 @setting_options(*CONNECTION)
 @json_option
 def check(as_json: bool, **values: Any) -> int:
-    """Import your application, validate its workflows, and see whether the database answers.
+    """Import your application, validate its workflows, and check that the database answers.
 
-    Exit code 0: all is well; 2: the application has a fault; 3: the database does not answer or refuses.
+    Exit code 0: no fault; 2: the application has a fault; 3: the database does not answer or refuses.
     """
-    resolved = settle(values, quiet=True)
+    resolved = load_settings(values, quiet=True)
     app, resolved = load_app(resolved, needed_for="check")
-    assert app is not None, "load_app refuses to go on without an application"
-    with served(resolved) as settings, blamed_on(resolved):
-        adopt(app, settings).freeze()
+    assert app is not None, "load_app raises without an application"
+    with server_settings(resolved) as settings, uri_faults_of(resolved):
+        apply_settings(app, settings).freeze()
         report: dict[str, Any] = {
             "app": settings.app,
             "workflows": _described(app),
             "queues": sorted({flow.queue for flow in app.workflows.values()}),
         }
         try:
-            reach(app)
-            prove_rights(app)
+            check_connection(app)
+            check_rights(app)
             facts, fault = dict(app.server_info()), None
         except StoreUnavailableError as exc:
-            facts, fault = {}, unreachable(exc)
+            facts, fault = {}, unreachable_text(exc)
         finally:
             app.close()
     report |= {"ok": fault is None, "database": facts | {"ok": fault is None} | ({"error": fault} if fault else {})}
@@ -97,15 +97,15 @@ def _print_check(report: Mapping[str, Any], log_format: str) -> None:
         if facts["topology"] == "standalone":
             click.echo("Warning: this server is not a replica set, so one lost machine loses acknowledged work, and sessions do not work.")
     else:
-        say_error(facts["error"], log_format)
+        print_error(facts["error"], log_format)
 
 
 @click.command("init-db")
 @setting_options(*CONNECTION)
 @json_option
 def init_db(as_json: bool, **values: Any) -> int:
-    """Create the collections and indexes that the engine needs. Doing it again does no harm."""
-    with opened(values) as app:
+    """Create the collections and indexes that the engine needs. It may be repeated."""
+    with open_app(values) as app:
         names = list(app.init_db())
         facts = app.server_info()
     if as_json:
@@ -115,7 +115,7 @@ def init_db(as_json: bool, **values: Any) -> int:
     return ExitCode.OK
 
 
-@click.command(short_help="Store a run of WORKFLOW, to be worked on by any pool.")
+@click.command(short_help="Store a run of WORKFLOW, for any pool to work on.")
 @click.argument("workflow")
 @click.option("--input", "input_text", metavar="JSON", help="The run's input; @FILE reads a file, - reads standard input.")
 @click.option("--id", "run_id", metavar="TEXT", help="Id of the new run. Default: a random one.")
@@ -127,10 +127,10 @@ def init_db(as_json: bool, **values: Any) -> int:
 @setting_options(*CONNECTION)
 @json_option
 def start(workflow: str, input_text: str | None, wait: bool, timeout: float | None, as_json: bool, **values: Any) -> int:
-    """Store a run of WORKFLOW, to be worked on by any pool; prints its id."""
+    """Store a run of WORKFLOW, for any pool to work on, and print its id."""
     given = {name: values.pop(name) for name in ("run_id", "idempotency_key", "priority", "queue")}
     run_input = parsed_json("--input", input_text)
-    with opened(values, needed_for="start") as app:
+    with open_app(values, needed_for="start") as app:
         if workflow not in app.workflows:
             raise CommandError(_no_such_workflow(workflow, list(app.workflows)), ExitCode.USAGE)
         flow = app.workflows[workflow]
@@ -138,26 +138,26 @@ def start(workflow: str, input_text: str | None, wait: bool, timeout: float | No
         if not as_json:
             click.echo(run.id)
         if wait:
-            somebody_works_on(app, run)
+            check_some_pool_claims(app, run)
             try:
                 run = flow.wait_for(run.id, timeout=timeout)
             except TimeoutError:
                 raise CommandError(
-                    f"run {run.id} has not ended within {timeout:g} s; it goes on. Look at it with: streamline-pool runs show {run.id}",
+                    f"run {run.id} has not ended within {timeout:g} s; it goes on. Inspect it with: streamline-pool runs show {run.id}",
                     ExitCode.CRASH,
                 ) from None
     if as_json:
         print_json(run.to_dict())
     elif wait:
-        print_end(run)
+        print_result(run)
     return ExitCode.OK if not wait or ended_well(run) else ExitCode.CRASH
 
 
-def somebody_works_on(app: Streamline, run: Run) -> None:
-    """Before a wait that may be for ever: say so if no pool is alive which could take the run. CommandError if none can be."""
+def check_some_pool_claims(app: Streamline, run: Run) -> None:
+    """Before a wait: warn if no live pool can claim the run, and raise CommandError if no pool can appear while this waits."""
     if private_server_is_ours():
         raise CommandError(
-            f"run {run.id} is stored, but nobody works on it: no pool runs in this folder. Start one (streamline-pool --embedded), "
+            f"run {run.id} is stored, but no pool works on it: no pool runs in this folder. Start one (streamline-pool --embedded), "
             f"then, in another terminal: streamline-pool --embedded runs watch {run.id}",
             ExitCode.CRASH,
         )
@@ -165,7 +165,9 @@ def somebody_works_on(app: Streamline, run: Run) -> None:
     hosts = seen_lately(app.workers(), now)
     lane = f"{run.queue}/{run.workflow_id}/{run.version}"
     if not any(lane in (host.get("lanes") or ()) for host in hosts):
-        click.echo(f"{explain(run.to_dict(), hosts, now)}\nThis command waits for that; Ctrl-C ends the wait, not the run.", err=True)
+        click.echo(
+            f"{explain(run.to_dict(), hosts, now)}\nThis command waits until a pool claims it; Ctrl-C ends the wait, not the run.", err=True
+        )
 
 
 def _no_such_workflow(workflow: str, known: Sequence[str]) -> str:
@@ -175,16 +177,16 @@ def _no_such_workflow(workflow: str, known: Sequence[str]) -> str:
 
 
 def ended_well(run: Run) -> bool:
-    """Whether a script that waited for `run` should go on."""
+    """Whether the run is done, neither failed nor cancelled: a script that waited for it should go on."""
     return run.status is RunStatus.DONE
 
 
-def print_end(run: Run) -> None:
-    """How a run ended, for people."""
+def print_result(run: Run) -> None:
+    """Print how a run ended."""
     took = f" after {span((run.ended_at - run.created_at).total_seconds())}" if run.ended_at else ""
     click.echo(f"{run.status}{took}")
     if run.error:
-        click.echo(f"error: {told(run.error)}")
+        click.echo(f"error: {error_line(run.error)}")
     elif run.output is not None:
         click.echo(f"output: {short(run.output, 2000)}")
 
@@ -193,11 +195,11 @@ def print_end(run: Run) -> None:
 @setting_options(*CONNECTION)
 @json_option
 def workers(as_json: bool, **values: Any) -> int:
-    """List the worker processes of every pool that has been seen in the last minute.
+    """List the worker processes of every pool that was seen in the last minute.
 
-    Figures are those that the pool stored last: at once when workers come and go, otherwise every half minute.
+    A pool stores these figures within seconds of a start or an end of workers, and every half minute otherwise.
     """
-    with opened(values) as app:
+    with open_app(values) as app:
         found = [worker for host in seen_lately(app.workers(), app.store().now()) for worker in _workers_of(host)]
     if as_json:
         print_json(found)
@@ -211,9 +213,9 @@ def workers(as_json: bool, **values: Any) -> int:
 
 
 def _workers_of(host: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A pool's workers, each with its host and the pool it belongs to. A pool that is not ready has no ready workers."""
-    told = {"host": host.get("host"), "pool": host.get("_id"), "pool_pid": host.get("pid"), "pool_state": host.get("state")}
-    return [{**told, **worker} for worker in host.get("workers") or ()]
+    """A pool's workers, each with its host and its pool. A pool that is not ready has no ready workers."""
+    pool = {"host": host.get("host"), "pool": host.get("_id"), "pool_pid": host.get("pid"), "pool_state": host.get("state")}
+    return [{**pool, **worker} for worker in host.get("workers") or ()]
 
 
 @click.command(
@@ -230,7 +232,7 @@ def demo(arguments: tuple[str, ...]) -> NoReturn:
             "Get the repository, change to its folder and call: streamline-pool demo",
             ExitCode.USAGE,
         )
-    sys.exit(_module_at(path).main(list(arguments)))  # a whole program of its own, with its own clean-up at exit
+    sys.exit(_module_at(path).main(list(arguments)))  # a program of its own, with its own clean-up at exit
 
 
 def _example_places() -> list[Path]:
@@ -243,7 +245,7 @@ def _module_at(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, f"{path} is a .py file"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that what it defines can be found again, as after an import
+    sys.modules[path.stem] = module  # as an import would do, so that pickling and forks find what it defines
     spec.loader.exec_module(module)
     return module
 

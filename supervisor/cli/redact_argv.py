@@ -1,6 +1,6 @@
 """Removes a password from what `ps` shows of this process. Linux only; elsewhere it does nothing.
 
-A URI given as a flag stands in the argument list, which every user of the machine can read in /proc/PID/cmdline,
+A URI that is given as a flag is part of the argument list, which every user of the machine can read in /proc/PID/cmdline,
 and which forked children inherit. The kernel reads that text from this process's own memory, so overwriting it there
 is enough (as setproctitle and PostgreSQL do). The environment has no such problem: /proc/PID/environ is private.
 """
@@ -24,12 +24,12 @@ def hide_password(uri: str, proc: Path = Path("/proc/self")) -> None:
         return
     try:
         present = proc.joinpath("cmdline").read_bytes()
-        # The name in parentheses may hold spaces; fields are counted from behind it, where field 3 is the first.
+        # The name in parentheses may hold spaces; the first field after it is field 3.
         fields = proc.joinpath("stat").read_text().rpartition(")")[2].split()
         start, end = int(fields[_ARG_START - 3]), int(fields[_ARG_END - 3])
     except (OSError, ValueError, IndexError):
         return
-    if len(present) != end - start:  # the list was moved or changed already; these addresses would not be ours
+    if len(present) != end - start:  # the list was moved or changed before; these addresses would belong to something else
         return
     at = present.find(secret)
     while at >= 0:

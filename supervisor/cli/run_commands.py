@@ -1,4 +1,4 @@
-"""`streamline-pool runs`: look at stored runs, and act on them from outside, without needing the application."""
+"""`streamline-pool runs`: inspect stored runs and control them, without the application."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.protocol.operations import Find
-from streamline_pool.supervisor.cli.application import opened
-from streamline_pool.supervisor.cli.console import ExitCode, ago, parsed_json, print_json, print_table, short, span, told
+from streamline_pool.supervisor.cli.application import open_app
+from streamline_pool.supervisor.cli.console import ExitCode, ago, error_line, parsed_json, print_json, print_table, short, span
 from streamline_pool.supervisor.cli.explain import explain, part_of, seen_lately
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
-from streamline_pool.supervisor.cli.pool_commands import ended_well, print_end, somebody_works_on
+from streamline_pool.supervisor.cli.pool_commands import check_some_pool_claims, ended_well, print_result
 
 __all__ = ["changes", "runs"]
 
-_WATCH_INTERVAL_S = 0.5  # between looks at a watched run; a guess: people do not notice less, the server neither
+_WATCH_INTERVAL_S = 0.5  # between two reads of a watched run; a guess: people do not notice less, and the server has no load
 
 
 @click.group()
 def runs() -> None:
-    """Look at stored runs, or act on one."""
+    """Inspect stored runs, or control one."""
 
 
 @runs.command("list")
 @click.option("--status", type=click.Choice([status.value for status in RunStatus]), help="Only runs in this state.")
 @click.option("--workflow", metavar="ID", help="Only runs of this workflow.")
 @click.option("--queue", metavar="NAME", help="Only runs on this queue.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, metavar="N", help="At most so many, newest first.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, metavar="N", help="At most N runs, newest first.")
 @setting_options(*CONNECTION)
 @json_option
 def list_runs(status: str | None, workflow: str | None, queue: str | None, limit: int, as_json: bool, **values: Any) -> int:
     """List runs, newest first."""
     query = {"status": status, "workflowId": workflow, "queue": queue}
-    with opened(values) as app:
+    with open_app(values) as app:
         found = _find(app, {key: value for key, value in query.items() if value is not None}, limit)
     if as_json:
         print_json(found)
@@ -80,8 +80,8 @@ def _print_list(found: list[dict[str, Any]], now: datetime) -> None:
 @setting_options(*CONNECTION)
 @json_option
 def show(run_id: str, as_json: bool, **values: Any) -> int:
-    """Show one run: its steps, its data, and why it is where it is."""
-    with opened(values) as app:
+    """Show one run: its steps, its data, and what it waits for."""
+    with open_app(values) as app:
         run = _get(app, run_id)
         now = app.store().now()
         hosts = [] if as_json or run.is_terminal else seen_lately(app.workers(), now)
@@ -109,7 +109,7 @@ def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> N
             step.status.value,
             str(step.attempts),
             "-" if step.duration is None else span(step.duration),
-            short(told(step.error), 100) if isinstance(step.error, Mapping) else "",
+            short(error_line(step.error), 100) if isinstance(step.error, Mapping) else "",
         )
         for step in run.steps
     ]
@@ -127,46 +127,46 @@ def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> N
 
 @runs.command()
 @click.argument("run_id")
-@click.option("--reason", metavar="TEXT", help="Stored with the run, for whoever looks at it later.")
+@click.option("--reason", metavar="TEXT", help="Stored with the run, and shown by `runs show`.")
 @setting_options(*CONNECTION)
 @json_option
 def cancel(run_id: str, reason: str | None, as_json: bool, **values: Any) -> int:
-    """Stop a run for good, wherever it is being worked on. A run that has ended stays as it is."""
-    with opened(values) as app:
+    """End a run for good, whichever worker drives it. A run that has ended stays as it is."""
+    with open_app(values) as app:
         run = app.cancel_run(run_id, reason=reason)
     cancelled = run.status is RunStatus.CANCELLED
-    ended = f"run {run.id} had ended already ({run.status}); nothing was changed"
-    return _told(run, as_json, f"run {run.id} is cancelled" if cancelled else ended)
+    ended = f"run {run.id} had already ended ({run.status}); nothing was changed"
+    return _print_outcome(run, as_json, f"run {run.id} is cancelled" if cancelled else ended)
 
 
 @runs.command()
 @click.argument("run_id")
-@click.option("--reason", metavar="TEXT", help="Stored with the run, for whoever looks at it later.")
+@click.option("--reason", metavar="TEXT", help="Stored with the run, and shown by `runs show`.")
 @setting_options(*CONNECTION)
 @json_option
 def pause(run_id: str, reason: str | None, as_json: bool, **values: Any) -> int:
     """Start no further step of a run until it is resumed. A step in progress is finished and stored."""
-    with opened(values) as app:
+    with open_app(values) as app:
         run = app.pause_run(run_id, reason=reason)
-    ended = f"run {run.id} had ended already ({run.status}); nothing was changed"
-    return _told(run, as_json, f"run {run.id} is paused" if run.paused else ended)
+    ended = f"run {run.id} had already ended ({run.status}); nothing was changed"
+    return _print_outcome(run, as_json, f"run {run.id} is paused" if run.paused else ended)
 
 
-@runs.command(short_help="Resume a paused run, or answer one that waits for somebody.")
+@runs.command(short_help="Resume a paused run, or answer a run that waits.")
 @click.argument("run_id")
 @click.option("--payload", "payload_text", metavar="JSON", help="The answer; @FILE reads a file, - standard input. Default: null.")
 @setting_options(*CONNECTION)
 @json_option
 def resume(run_id: str, payload_text: str | None, as_json: bool, **values: Any) -> int:
-    """Resume a paused run, or answer one that waits for somebody.
+    """Resume a paused run, or answer a run that waits.
 
-    A run that waits (ctx.wait) goes on with the payload as the output of its step. A paused run just goes on where it
-    was, and takes no payload.
+    A run that waits (ctx.wait) goes on with the payload as the output of its step. A paused run goes on where it was,
+    and takes no payload.
     """
     payload = parsed_json("--payload", payload_text)
-    with opened(values) as app:
+    with open_app(values) as app:
         run = app.resume_run(run_id, payload)
-    return _told(run, as_json, f"run {run.id} goes on{f' with step {run.current_step_id}' if run.current_step_id else ''}")
+    return _print_outcome(run, as_json, f"run {run.id} goes on{f' with step {run.current_step_id}' if run.current_step_id else ''}")
 
 
 @runs.command()
@@ -175,13 +175,13 @@ def resume(run_id: str, payload_text: str | None, as_json: bool, **values: Any) 
 @setting_options(*CONNECTION)
 @json_option
 def rewind(run_id: str, step_id: str, as_json: bool, **values: Any) -> int:
-    """Run a step and all later ones of a run again, whether it has ended, failed or is under way. A cancelled run stays so."""
-    with opened(values) as app:
+    """Run a step and all later ones of a run again, whether the run has ended or not. A cancelled run stays cancelled."""
+    with open_app(values) as app:
         run = app.rewind_run(run_id, step_id)
-    return _told(run, as_json, f"run {run.id} is back at step {step_id}{', and paused' if run.paused else ''}")
+    return _print_outcome(run, as_json, f"run {run.id} is back at step {step_id}{', and paused' if run.paused else ''}")
 
 
-def _told(run: Run, as_json: bool, sentence: str) -> int:
+def _print_outcome(run: Run, as_json: bool, sentence: str) -> int:
     if as_json:
         print_json(run.to_dict())
     else:
@@ -199,22 +199,22 @@ def watch(run_id: str, as_json: bool, **values: Any) -> int:
     With --json: the run as it was stored in the end.
     """
     env = system_env()
-    with opened(values) as app:
+    with open_app(values) as app:
         run = _get(app, run_id)
         if not run.is_terminal:
-            somebody_works_on(app, run)
+            check_some_pool_claims(app, run)
         for run, lines in _followed(app, run_id, env):
             for line in [] if as_json else lines:
                 click.echo(f"{run.updated_at.astimezone():%H:%M:%S} {line}")
     if as_json:
         print_json(run.to_dict())
     else:
-        print_end(run)
+        print_result(run)
     return ExitCode.OK if ended_well(run) else ExitCode.CRASH
 
 
 def _followed(app: Streamline, run_id: str, env: Env) -> Iterator[tuple[Run, list[str]]]:
-    """The run as it is now, and again at every change until it has ended, each with what has changed."""
+    """The run as it is now, and again at every change until it has ended, each time with a line for each change."""
     before: Run | None = None
     while True:
         run = _get(app, run_id)
@@ -228,7 +228,7 @@ def _followed(app: Streamline, run_id: str, env: Env) -> Iterator[tuple[Run, lis
 
 
 def changes(before: Run | None, after: Run) -> list[str]:
-    """What happened between two looks at a run, a line each; at the first look, where it stands."""
+    """What happened between two reads of a run, a line each; `before` None: the state of the run."""
     old_steps = {step.step_id: step for step in before.steps} if before else {}
     lines = []
     for step in after.steps:
@@ -236,7 +236,7 @@ def changes(before: Run | None, after: Run) -> list[str]:
         if (old is None and step.attempts == 0) or (old is not None and (old.status, old.attempts) == (step.status, step.attempts)):
             continue
         attempt = f" (attempt {step.attempts})" if step.attempts > 1 else ""
-        error = f": {short(told(step.error), 120)}" if isinstance(step.error, Mapping) else ""
+        error = f": {short(error_line(step.error), 120)}" if isinstance(step.error, Mapping) else ""
         lines.append(f"step {step.step_id} {step.status}{attempt}{error}")
     if before is None or (before.status, before.paused) != (after.status, after.paused):
         lines.append(f"run {after.status}{', paused' if after.paused else ''}")

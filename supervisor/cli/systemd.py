@@ -11,7 +11,7 @@ import click
 
 from streamline_pool.config.parsing import has_password
 from streamline_pool.config.settings import OPTIONS, Resolved
-from streamline_pool.supervisor.cli.application import settle
+from streamline_pool.supervisor.cli.application import load_settings
 from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_json
 from streamline_pool.supervisor.cli.options import json_option, setting_options
 
@@ -32,15 +32,15 @@ Type=exec
 User={user}
 WorkingDirectory={folder}
 {environment}ExecStart={command}
-# TERM goes to the supervisor, which drains its workers; what is left when the time is over is killed.
+# TERM goes to the supervisor, which drains its workers; systemd kills what is left when the time is over.
 KillMode=mixed
 TimeoutStopSec={stop_s}
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 RestartSec=2
-# A restart cannot mend wrong options or an application that cannot be imported.
+# A restart cannot fix wrong options or an application that cannot be imported.
 RestartPreventExitStatus=2 78
-# Work that was released when the drain timed out is picked up elsewhere: not a failure.
+# Another pool claims the runs that were released when the drain timed out: that is not a failure.
 SuccessExitStatus=4
 
 NoNewPrivileges=yes
@@ -78,9 +78,9 @@ def systemd(name: str, user: str | None, as_json: bool, **values: Any) -> int:
 
     Options set in a file are not repeated: the service reads the same file.
     """
-    resolved = settle(values, quiet=True)
+    resolved = load_settings(values, quiet=True)
     if resolved.settings.app is None:
-        raise CommandError("systemd needs to know your application: give --app MODULE:ATTR", ExitCode.USAGE)
+        raise CommandError("systemd needs your application: give --app MODULE:ATTR", ExitCode.USAGE)
     folder = Path.cwd()
     text = unit_file(resolved, name=name, user=user or getpass.getuser(), folder=folder, command=_command())
     if as_json:
@@ -129,7 +129,7 @@ def _plain(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """systemd expands `%` and takes backslash and quotes as its own."""
+    """systemd expands `%` and interprets backslashes and quotes."""
     return text.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
 
 

@@ -1,7 +1,7 @@
 """A child's end of its pipe to the supervisor, inside an asyncio loop. Owns the socket; knows no message by name.
 
-The supervisor's end is in child.py. When the supervisor dies, by whatever signal, the kernel closes its end, and
-`lost` is called: that is how a child learns that it is alone.
+The supervisor's end is in pool/child.py. When the supervisor dies, by whatever signal, the kernel closes that end and the
+channel calls `on_lost`: that is how a child learns that it is an orphan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import socket
 from collections.abc import Callable
 from typing import Generic
 
-from streamline_pool.supervisor.ipc.messages import Direction, FrameReader, FromSteward, FromWorker, M_co, MessageError, decode, encode
+from streamline_pool.supervisor.ipc.codec import Direction, FrameReader, M_co, MessageError, decode, encode
+from streamline_pool.supervisor.ipc.messages import FromSteward, FromWorker
 
 __all__ = ["ORPHAN_EXIT_S", "Channel", "arm_orphan_exit"]
 
@@ -21,14 +22,16 @@ _READ_BYTES = 64 * 1024
 
 
 class Channel(Generic[M_co]):
-    """Calls `heard(message)` for each message and `lost()` once at the end; `send` never blocks."""
+    """Calls `on_message(message)` for each message and `on_lost()` once at the end; `send` never blocks."""
 
-    def __init__(self, sock: socket.socket, direction: Direction[M_co], heard: Callable[[M_co], None], lost: Callable[[], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, direction: Direction[M_co], on_message: Callable[[M_co], None], on_lost: Callable[[], None]
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._direction = direction
-        self._heard = heard
-        self._lost = lost
+        self._on_message = on_message
+        self._on_lost = on_lost
         self._frames = FrameReader()
         self._unsent = bytearray()
         self._loop = asyncio.get_running_loop()
@@ -37,11 +40,11 @@ class Channel(Generic[M_co]):
 
     @property
     def unsent_bytes(self) -> int:
-        """What the supervisor has not taken yet. Senders of news that repeats itself wait until it is 0."""
+        """What the supervisor has not read yet. Senders of repeated messages wait until it is 0."""
         return len(self._unsent)
 
     def send(self, message: FromWorker | FromSteward) -> None:
-        """Queue a message; lost silently if the supervisor is gone, as nobody is left to miss it."""
+        """Queue a message. It is dropped silently if the supervisor is gone, because no process is left to need it."""
         if not self._open:
             return
         waiting = bool(self._unsent)
@@ -61,7 +64,7 @@ class Channel(Generic[M_co]):
             sent = self._sock.send(self._unsent)
         except BlockingIOError:
             return
-        except OSError:  # the other end is closed, in one of the several ways in which a kernel may say so
+        except OSError:  # the other end is closed; kernels report that by several errors
             self._end()
         else:
             del self._unsent[:sent]
@@ -78,9 +81,9 @@ class Channel(Generic[M_co]):
             return
         try:
             for body in self._frames.feed(data):
-                self._heard(decode(body, self._direction))
+                self._on_message(decode(body, self._direction))
         except MessageError:
-            self._end()  # orders that cannot be understood are as good as none: go, as if the supervisor were gone
+            self._end()  # orders that cannot be understood are as good as none: end, as if the supervisor were gone
             raise
 
     def _end(self) -> None:
@@ -89,9 +92,9 @@ class Channel(Generic[M_co]):
             self._unsent.clear()
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
-            self._lost()
+            self._on_lost()
 
 
 def arm_orphan_exit(loop: asyncio.AbstractEventLoop) -> None:
-    """End this process soon, whatever still runs in it. For the time after `lost`."""
+    """End this process after `ORPHAN_EXIT_S`, whatever still runs in it. Called once the supervisor is gone."""
     loop.call_later(ORPHAN_EXIT_S, os._exit, 0)

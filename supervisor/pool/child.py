@@ -1,9 +1,8 @@
-"""One child process as its parent holds it: fork, pipe, resources, last words. Only importer of multiprocess and psutil.
+"""One child process as its parent holds it: fork, pipe, resources, end. The only importer of multiprocess and psutil.
 
-What must hold across a fork is kept here. A pipe tells of a death only if nobody else holds its other end, so every
-child closes what it inherits of its siblings, and a process that a *handler* forks gives its copy up too. Signals
-stay blocked from before the fork until the child has its own handlers: a ^C in between would otherwise be taken
-down in the parent's name, twice.
+Owns what must hold across a fork. A pipe shows a death only if no other process holds its other end, so every child
+closes what it inherits of its siblings, and a process that a *handler* forks closes its copy too. Signals stay blocked
+from before the fork until the child has its own handlers: otherwise the parent would count a Ctrl-C in between twice.
 """
 
 from __future__ import annotations
@@ -22,11 +21,8 @@ from typing import IO, Any, NoReturn
 import multiprocess
 import psutil
 
+from streamline_pool.supervisor.ipc.codec import FROM_STEWARD, FROM_WORKER, Direction, FrameReader, decode, encode
 from streamline_pool.supervisor.ipc.messages import (
-    FROM_STEWARD,
-    FROM_WORKER,
-    Direction,
-    FrameReader,
     FromSteward,
     FromWorker,
     Parked,
@@ -35,8 +31,6 @@ from streamline_pool.supervisor.ipc.messages import (
     ToSteward,
     ToWorker,
     WakeUp,
-    decode,
-    encode,
 )
 from streamline_pool.supervisor.pool.state import Role
 
@@ -52,11 +46,11 @@ HANDLED_SIGNALS = (
     signal.SIGCONT,
     signal.SIGUSR1,
 )
-"""What the supervisor reacts to. A terminal sends ^C and ^Z to the whole group, so children take no notice of them."""
+"""What the supervisor reacts to. A terminal sends Ctrl-C and Ctrl-Z to the whole group, so children ignore them."""
 
 PARENT_DEATH_SIGNAL = signal.SIGUSR2
 ORPHAN_LIFE_S = 1.9  # the promise is "no orphan within 2 s"; the kernel's timer ends what cannot end itself
-UNSENT_BYTES_MAX = 256 * 1024  # a guess: a child that lets so much pile up is not listening
+UNSENT_BYTES_MAX = 256 * 1024  # a guess: a child that leaves so much unread does not read at all
 DUMP_CHARS_MAX = 20_000  # of the last stack dump kept as evidence
 _READ_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
@@ -85,18 +79,19 @@ class Child:
 
     @property
     def inherited_fds(self) -> Sequence[int]:
-        """What a sibling forked from now on must close."""
+        """What a sibling must close that is forked from now on."""
         return [self.sock.fileno(), self.sentinel, self._dump.fileno()]
 
     @property
     def unsent(self) -> bool:
+        """Whether the child has not read all that was sent."""
         return bool(self._unsent)
 
     def send(self, message: ToWorker | ToSteward) -> None:
-        """Send without blocking; what the child does not take now goes with `flush`.
+        """Send without blocking; `flush` sends the rest that the pipe does not take now.
 
-        While a child does not listen, news that will be repeated is dropped. Orders are kept: they are few, and a
-        child that does not listen does not beat either, so it is gone within the stall timeout.
+        While a child does not read, messages that will be repeated are dropped. Orders are kept: they are few, and a
+        child that does not read sends no heartbeat either, so the supervisor ends it within the stall timeout.
         """
         if len(self._unsent) > UNSENT_BYTES_MAX and isinstance(message, WakeUp | TimersFired | Parked | PoolFacts):
             return
@@ -104,17 +99,18 @@ class Child:
         self.flush()
 
     def flush(self) -> None:
+        """Send what was left over, as far as the pipe takes it."""
         try:
             while self._unsent:
                 sent = self.sock.send(self._unsent)
                 del self._unsent[:sent]
         except BlockingIOError:
             pass
-        except OSError:  # it has closed its end: it is dying, and its sentinel will say so
+        except OSError:  # it has closed its end: it is dying, and its sentinel will show that
             self._unsent.clear()
 
     def receive(self) -> list[FromWorker | FromSteward]:
-        """What it has said since; MessageError if that cannot be understood."""
+        """The messages that have arrived since the last call. MessageError: the bytes are no messages."""
         try:
             data = self.sock.recv(_READ_BYTES)
         except BlockingIOError:
@@ -124,31 +120,31 @@ class Child:
         self.receiving = bool(data)
         return [decode(body, self._direction) for body in self._frames.feed(data)]
 
-    def last_words(self) -> list[FromWorker | FromSteward]:
-        """All that is still in the pipe of a child that has ended."""
+    def receive_rest(self) -> list[FromWorker | FromSteward]:
+        """All that is still in the pipe of a child that has ended. MessageError as for `receive`."""
         messages = []
         while self.receiving:
-            messages += (heard := self.receive())
-            if not heard:
+            messages += (received := self.receive())
+            if not received:
                 break
         return messages
 
     def exit_code(self) -> int | None:
-        """As multiprocess gives it: None while it lives (it is reaped by this call), -9 for SIGKILL."""
+        """As multiprocess gives it: None while the child lives, -9 for SIGKILL. This call reaps a child that has ended."""
         code: int | None = self._process.exitcode
         return code
 
     def join(self, timeout_s: float) -> None:
-        """Wait for its end; for the supervisor's own end only."""
+        """Wait for its end. Blocks, so it is for the supervisor's own end only."""
         self._process.join(timeout_s)
 
     def kill(self, signum: signal.Signals) -> None:
-        """Signal it. Not yet reaped, its pid cannot have been taken by another process."""
+        """Send it a signal. It is not reaped yet, so no other process can have its pid."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signum)
 
     def rss_bytes(self) -> int | None:
-        """Resident memory; None: it is ending."""
+        """Resident memory; None: the child is ending."""
         try:
             return int(self._stats.memory_info().rss)
         except psutil.Error:
@@ -164,7 +160,7 @@ class Child:
         return text[-DUMP_CHARS_MAX:]
 
     def close(self) -> None:
-        """Release what belongs to a child that has been reaped (or, in a dying supervisor, is on its own now)."""
+        """Release what belongs to a child that has been reaped, or that a dying supervisor abandons."""
         self.sock.close()
         self._dump.close()
         if self._process.exitcode is not None:
@@ -202,7 +198,7 @@ def fork_child(role: Role, main: Main, inherited_fds: Iterable[int]) -> Child:
 
 def _run_child(main: Main, sock: socket.socket, dump: IO[bytes], parent: int, to_close: Sequence[int]) -> NoReturn:
     """The whole life of a child; ends in `os._exit`, because a stuck handler's thread must not keep it alive."""
-    code = 70  # sysexits' EX_SOFTWARE: our own fault
+    code = 70  # sysexits' EX_SOFTWARE: a fault of this package
     try:
         _take_own_signals(dump)
         for fd in to_close:
@@ -210,10 +206,10 @@ def _run_child(main: Main, sock: socket.socket, dump: IO[bytes], parent: int, to
         os.register_at_fork(after_in_child=lambda: _leave_pool(sock, dump))
         _die_with_parent(parent)
         code = main(sock)
-    except BaseException:  # noqa: BLE001 -- the outermost frame: whatever it was, it is shown and ends here
+    except BaseException:  # noqa: BLE001 -- the outermost frame: every error is shown, and ends here
         sys.excepthook(*sys.exc_info())
     finally:
-        with suppress(OSError, ValueError):  # nobody reads our output any more
+        with suppress(OSError, ValueError):  # no process reads this output any more
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
@@ -222,23 +218,23 @@ def _run_child(main: Main, sock: socket.socket, dump: IO[bytes], parent: int, to
 def _take_own_signals(dump: IO[bytes]) -> None:
     signal.set_wakeup_fd(-1)  # the parent's: a byte written there would count as a signal to the parent
     for signum in HANDLED_SIGNALS:
-        # A handler that does nothing, not SIG_IGN: that would be inherited by the programs that handlers start.
-        signal.signal(signum, _take_no_notice)
+        # A handler that does nothing, not SIG_IGN: programs that handlers start would inherit that.
+        signal.signal(signum, _ignore)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     faulthandler.enable(dump, all_threads=True)
     faulthandler.register(signal.SIGUSR1, dump, all_threads=True, chain=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
 
 
-def _take_no_notice(signum: int, frame: object) -> None:
+def _ignore(_signum: int, _frame: object) -> None:
     return None
 
 
 def _leave_pool(sock: socket.socket, dump: IO[bytes]) -> None:
     """In a process that a handler has forked: it is an ordinary process, not a member of the pool.
 
-    The objects are closed, not their numbers: a process forked by this one comes here again, and the numbers may
-    have been given to something else by then.
+    The objects are closed, not their numbers: a process forked by this one comes here again, and the kernel may have
+    given the numbers to something else by then.
     """
     faulthandler.disable()
     faulthandler.unregister(signal.SIGUSR1)
@@ -249,16 +245,16 @@ def _leave_pool(sock: socket.socket, dump: IO[bytes]) -> None:
 
 
 def _die_with_parent(parent: int) -> None:
-    """A second way, besides the pipe, to learn of the parent's death, and an end that no blocked loop can delay."""
+    """Have the kernel signal the parent's death: a second way besides the pipe, and one that no blocked loop can delay."""
     if _libc is None:
         return
     signal.signal(PARENT_DEATH_SIGNAL, _on_parent_death)
     _libc.prctl(_PR_SET_PDEATHSIG, int(PARENT_DEATH_SIGNAL), 0, 0, 0)
-    if os.getppid() != parent:  # it died before we asked to be told
+    if os.getppid() != parent:  # the parent died before the request to the kernel
         _on_parent_death(PARENT_DEATH_SIGNAL, None)
 
 
-def _on_parent_death(signum: int, frame: object) -> None:
-    # The pipe's end starts the orderly release; this only makes sure that it, too, has an end.
+def _on_parent_death(_signum: int, _frame: object) -> None:
+    # The closed pipe starts the orderly release; this only limits how long that may take.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, ORPHAN_LIFE_S)

@@ -1,4 +1,4 @@
-"""What this machine grants the pool: the number of CPUs that `--workers auto` means."""
+"""How many CPUs this process may use: the number of workers that `--workers auto` means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cpus(limit_file: Path = _CGROUP_LIMIT) -> int:
-    """CPUs that this process may use, at least 1: its affinity mask, and a container's quota (cgroup v2) rounded up.
+    """CPUs that this process may use, at least 1: the smaller of its affinity mask and a container's quota (cgroup v2), rounded up.
 
     A container limited to 2 CPUs on a 64-CPU host would otherwise get 64 workers.
     """

@@ -1,6 +1,6 @@
 """What the supervisor knows (State), what can happen to it (Event) and what it can do about it (Action): records only.
 
-decide.py maps (State, Event, now) to (State, actions); pool.py finds out events and performs actions.
+decide.py maps (State, Event, now) to (State, actions); supervisor.py collects events and performs actions.
 Instants are monotonic seconds.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from streamline_pool.supervisor.ipc.messages import Beat, Died, FromSteward, FromWorker, ToSteward, ToWorker
@@ -16,22 +16,23 @@ from streamline_pool.supervisor.pool.circuit_breaker import Breaker
 
 __all__ = [
     "Action",
-    "Attended",
     "Burst",
+    "Decision",
     "Dump",
     "Event",
     "Exit",
     "Exited",
     "ForkFailed",
     "Forked",
-    "Garbled",
-    "Heard",
+    "InvalidMessage",
     "Kill",
+    "KnownSubscribers",
     "Limits",
     "Log",
     "Measured",
     "Member",
     "Phase",
+    "Received",
     "Role",
     "Send",
     "Shutdown",
@@ -45,8 +46,8 @@ __all__ = [
 
 Role = Literal["steward", "worker"]
 Phase = Literal["starting", "ready", "draining", "stopping", "dying"]
-"""starting: forked, not yet heard to be ready | ready | draining: told to finish its steps | stopping: told to give up
-its steps | dying: sent SIGABRT or SIGKILL. A child only ever moves to the right."""
+"""starting: forked, and not ready yet | ready | draining: it was ordered to finish its steps | stopping: it was ordered to
+abort its steps | dying: the supervisor sent SIGABRT or SIGKILL. A child only ever moves to the right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +72,12 @@ class Member:
     index: int  # a worker's place in the pool; -1 for the steward
     phase: Phase = "starting"
     started_at: float
-    heard_at: float  # of its last message; of its start before the first
+    last_message_at: float  # of its last message; of its start before the first
     beat: Beat | None = None  # a worker's last; None before the first
-    rung_at: float = 0.0  # when it was last rung
-    leaving: str | None = None  # why it was told to go; its death is then no crash and its place is already refilled
-    deadline: float | None = None  # when the next harder measure is due; None: never in this phase
-    excused: bool = False  # it has said why it cannot start: its exit is no crash either
+    woken_at: float = 0.0  # when it last got a wake-up
+    exit_reason: str | None = None  # why it was ordered to end; its death is then no crash and its place is already refilled
+    deadline: float | None = None  # when the supervisor takes the next harder measure; None: never in this phase
+    cannot_start: bool = False  # it reported why it cannot start: its exit is no crash either
     stalled: bool = False
     rss_bytes: int | None = None
 
@@ -92,7 +93,7 @@ class Vacancy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """The half-open breaker's one worker. Its tallies count from the beat that answers `poke`."""
+    """The one worker that may claim while the breaker is half-open. Its results count from the heartbeat that answers `idle_check`."""
 
     pid: int
     idle_check: int
@@ -103,9 +104,9 @@ class Trial:
 class Burst:
     """How far `--burst` is in proving that nothing is left to do.
 
-    asking: every worker is to say, after being asked, that it is idle. checking: then the steward is to find nothing due.
-    confirming: then every worker is to say again that it is idle and has touched no run since. All three together
-    mean that at the moment of the check nothing was due and nothing in flight.
+    asking: every worker must answer that it is idle. checking: then the steward must find nothing due. confirming: then
+    every worker must answer again that it is idle, and that it has touched no run since. All three together mean that at
+    the moment of the check no run was due and no run was in flight.
     """
 
     stage: Literal["asking", "checking", "confirming"]
@@ -114,15 +115,15 @@ class Burst:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attended:
-    """Those who stream events, and whether every worker is known to publish for them."""
+class KnownSubscribers:
+    """The subscribers to events, and whether every worker is known to publish for them."""
 
-    seq: int  # of the `Publish` that told them
-    until: Mapping[str, float]  # id of each -> when it ceases to be served, unless the steward says otherwise
-    confirmed: bool = False  # the steward has been told so
+    seq: int  # of the `ServeSubscribers` that the workers got
+    until: Mapping[str, float]  # id of each -> when it ceases to be served, unless the steward extends it
+    confirmed: bool = False  # the steward got `SubscribersServed`
 
-    def left(self, now: float) -> tuple[tuple[str, float], ...]:
-        """Each with the seconds that it has left."""
+    def remaining(self, now: float) -> tuple[tuple[str, float], ...]:
+        """Each subscriber that is still served, with its remaining seconds."""
         return tuple((subscriber, until - now) for subscriber, until in self.until.items() if until > now)
 
 
@@ -130,41 +131,43 @@ class Attended:
 class Shutdown:
     """The pool is going to exit with `code`.
 
-    workers: told to go, each with deadlines of its own. settle: none is left; the steward releases what the dead ones
-    held. close: the steward was told to go too; once nothing is left, exit.
+    workers: they were ordered to end, each with deadlines of its own. release: no worker is left; the steward releases what
+    dead workers held. close: the steward was ordered to end too; once no child is left, the supervisor exits.
     """
 
-    stage: Literal["workers", "settle", "close"]
+    stage: Literal["workers", "release", "close"]
     code: int
     reason: str
-    deadline: float | None = None  # of `settle`: the leases that are not released by then are left to expire
+    deadline: float | None = None  # of stage `release`: leases that are not released by then are left to expire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
+    """All that the supervisor knows of its pool."""
+
     limits: Limits
     target: int  # wanted number of workers
     members: Mapping[int, Member] = field(default_factory=dict)  # by pid; never changed in place
     vacancies: tuple[Vacancy, ...] = ()
-    unacknowledged: Mapping[str, Died] = field(default_factory=dict)  # by owner: leases that may still be held by the dead
+    unacknowledged: Mapping[str, Died] = field(default_factory=dict)  # by owner: dead workers whose leases are not released yet
     breaker: Breaker = field(default_factory=Breaker)
     trial: Trial | None = None
     held: bool = False
-    ready: bool = False  # every child has been ready at one time
-    unserved: int = 0  # rings that found no hungry worker, at most one for each worker; whoever gets hungry next gets one
-    unserved_lane: str | None = None  # of these rings; None: some were for any lane, from the start of the queue
+    ready: bool = False  # every child was ready at one time
+    owed_wake_ups: int = 0  # wake-ups that found no idle worker, at most one for each worker; the next idle worker gets one
+    owed_lane: str | None = None  # of these wake-ups; None: some were for any lane, from the start of the queue
     rolling: frozenset[int] = frozenset()  # pids that a HUP still has to recycle
     burst: Burst | None = None
     burst_again_at: float = 0.0
-    pokes: int = 0  # the last poke, check or publish number used
-    attended: Attended | None = None  # None: nobody streams
-    ints: int = 0  # SIGINTs so far
+    last_seq: int = 0  # the last number used in an `IdleCheck`, `CheckDue` or `ServeSubscribers`
+    subscribers: KnownSubscribers | None = None  # None: no client has subscribed
+    interrupts: int = 0  # SIGINTs so far
     shutdown: Shutdown | None = None
     crashes: tuple[float, ...] = ()  # instants of the crashes of the last minute
     restarts: int = 0
     recycled: int = 0
-    gone_runs: int = 0  # runs_total and steps_total of workers that are no more
-    gone_steps: int = 0
+    past_runs: int = 0  # runs_total and steps_total of workers that have ended
+    past_steps: int = 0
     ticked_at: float = 0.0
     facts_at: float = 0.0  # when the steward was last sent facts
 
@@ -174,13 +177,21 @@ class State:
 
     @property
     def workers(self) -> list[Member]:
-        """All worker processes, those on their way out too, by place."""
+        """All worker processes, those that are ending included, by place."""
         return sorted((m for m in self.members.values() if m.role == "worker"), key=lambda m: (m.index, m.started_at))
 
     @property
-    def staying(self) -> list[Member]:
+    def active_workers(self) -> list[Member]:
         """The workers that hold a place in the pool."""
-        return [m for m in self.workers if m.leaving is None]
+        return [m for m in self.workers if m.exit_reason is None]
+
+    def with_members(self, *members: Member) -> State:
+        """The state in which these children are as given."""
+        return replace(self, members={**self.members, **{m.pid: m for m in members}})
+
+    def with_vacancy(self, role: Role, index: int, due_at: float) -> State:
+        """The state in which one more child is to be forked."""
+        return replace(self, vacancies=(*self.vacancies, Vacancy(role=role, index=index, due_at=due_at)))
 
 
 # ---- events --------------------------------------------------------------------------------------------------------
@@ -197,14 +208,16 @@ class Forked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
+class Received:
+    """A child sent a message."""
+
     pid: int
     message: FromWorker | FromSteward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Garbled:
-    """A child's bytes were not messages."""
+class InvalidMessage:
+    """A child sent bytes that are no message."""
 
     pid: int
     error: str
@@ -212,7 +225,7 @@ class Garbled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exited:
-    """A child has been reaped; all it had sent has been heard before."""
+    """A child has ended. What it had sent was received before."""
 
     pid: int
     exit_code: int | None  # None: ended by `signal`
@@ -240,6 +253,8 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signalled:
+    """This process got a signal."""
+
     signum: signal.Signals
 
 
@@ -248,7 +263,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = Forked | ForkFailed | Heard | Garbled | Exited | Measured | Signalled | Tick
+Event = Forked | ForkFailed | Received | InvalidMessage | Exited | Measured | Signalled | Tick
 
 
 # ---- actions -------------------------------------------------------------------------------------------------------
@@ -261,17 +276,21 @@ class Spawn:
     role: Role
     index: int
     total: int
-    first: bool  # the pool has not been ready yet: a database that is not there is an error, not an outage
+    first: bool  # the pool has not been ready yet: a missing database is then an error, not an outage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Send:
+    """Send a message to a child."""
+
     pid: int
     message: ToWorker | ToSteward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
+    """Send a signal to a child."""
+
     pid: int
     signum: signal.Signals
 
@@ -283,6 +302,8 @@ class Dump:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
+    """Write a log line."""
+
     level: int  # of the logging module
     event: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -290,9 +311,12 @@ class Log:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit:
-    """Every child is gone: the supervisor's exit code."""
+    """No child is left: the supervisor exits with this code."""
 
     code: int
 
 
 Action = Spawn | Send | Kill | Dump | Log | Exit
+
+Decision = tuple[State, list[Action]]
+"""The next state, and what the supervisor does now."""

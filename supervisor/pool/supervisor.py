@@ -1,7 +1,7 @@
-"""The supervisor: one thread that holds the children, hears of everything through one loop, and acts on what decide.py says.
+"""The supervisor: one thread and one loop, which turns what happens into events and performs what decide.py returns.
 
-Owns the pipes' ends, the signals of this process and the order of things at the start and at the end. It never opens
-MongoDB and never blocks: not on a child, which may be stopped, and not in a signal handler, which only enqueues.
+Owns the supervisor's ends of the pipes, the signals of this process, and the order of its start and its end. It never
+opens MongoDB and never blocks: not on a child, which may be stopped, and not in a signal handler, which only enqueues.
 Forking is safe at any time because no other thread can hold a lock here.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import ValidationError
-from streamline_pool.supervisor.ipc.messages import MessageError
+from streamline_pool.supervisor.ipc.codec import MessageError
 from streamline_pool.supervisor.pool.child import HANDLED_SIGNALS, Child, Main, fork_child
 from streamline_pool.supervisor.pool.decide import decide, initial, pause_s
 from streamline_pool.supervisor.pool.state import (
@@ -37,12 +37,12 @@ from streamline_pool.supervisor.pool.state import (
     Exited,
     Forked,
     ForkFailed,
-    Garbled,
-    Heard,
+    InvalidMessage,
     Kill,
     Limits,
     Log,
     Measured,
+    Received,
     Role,
     Send,
     Signalled,
@@ -54,18 +54,18 @@ from streamline_pool.supervisor.pool.state import (
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline
 
-__all__ = ["Birth", "Pool", "limits_of", "run_pool"]
+__all__ = ["ChildSpec", "Pool", "limits_of", "run_pool"]
 
 log = logging.getLogger("streamline_pool")
 
 MEASURE_INTERVAL_S = 3.0  # between readings of the children's memory; one costs some 50 µs per child
-DUMP_WAIT_S = 0.3  # a guess: until every child has written the stacks it was asked for
-LAST_RESORT_S = 2.5  # after a bug of ours: how long children get to notice that their pipe is closed
+DUMP_WAIT_S = 0.3  # a guess: until every child has written its stacks
+LAST_RESORT_S = 2.5  # after a bug of the supervisor: how long children get to notice that their pipe is closed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Birth:
-    """What distinguishes one child from another; `mains` turn it into the function that the child runs."""
+class ChildSpec:
+    """What distinguishes one child from another; `mains_of` turns it into the function that the child runs."""
 
     role: Role
     nonce: str
@@ -77,10 +77,10 @@ class Birth:
 
 
 def run_pool(app: Streamline, settings: Settings, env: Env, *, banner: Sequence[str] = ()) -> int:
-    """Run the pool of `app` until it is told to stop; the command's exit code.
+    """Run the pool of `app` until a signal ends it; the command's exit code.
 
-    The application has been imported and its settings applied, and nothing may have been opened: ValidationError (the
-    command's code 2) if this process has a MongoDB client, as PyMongo's clients and threads do not survive a fork.
+    The application must be imported, its settings applied, and no connection open: ValidationError (the command's code 2)
+    if this process has a MongoDB client, because PyMongo's clients and threads do not survive a fork.
     """
     from streamline_pool.storage import store
 
@@ -91,11 +91,12 @@ def run_pool(app: Streamline, settings: Settings, env: Env, *, banner: Sequence[
     app.freeze()
     pool = Pool(mains_of(app, settings, env), limits_of(settings), settings.workers, env, json_log=settings.log_format == "json")
     gc.collect()
-    gc.freeze()  # the collector then writes to none of the pages that the children share with us
+    gc.freeze()  # the collector then writes to no page that the children share with this process
     return pool.run()
 
 
 def limits_of(settings: Settings) -> Limits:
+    """The part of the settings that decisions depend on."""
     return Limits(
         drain_timeout_s=settings.drain_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,
@@ -106,17 +107,17 @@ def limits_of(settings: Settings) -> Limits:
     )
 
 
-def mains_of(app: Streamline, settings: Settings, env: Env) -> Callable[[Birth], Main]:
+def mains_of(app: Streamline, settings: Settings, env: Env) -> Callable[[ChildSpec], Main]:
     """What real children run. Imported before the first fork, so that all share one copy of the code."""
     from streamline_pool.supervisor.steward.steward import StewardBoot, run_steward
     from streamline_pool.supervisor.worker_process import WorkerBoot, run_worker
 
-    def main_of(birth: Birth) -> Main:
-        if birth.role == "worker":
-            worker = WorkerBoot(nonce=birth.nonce, host=birth.host, index=birth.index, total=birth.total)
+    def main_of(spec: ChildSpec) -> Main:
+        if spec.role == "worker":
+            worker = WorkerBoot(nonce=spec.nonce, host=spec.host, index=spec.index, total=spec.total)
             return lambda sock: run_worker(app, settings, env, worker, sock)
-        host_id = f"{birth.host}:{birth.supervisor_pid}:{birth.nonce}"
-        steward = StewardBoot(host_id=host_id, host=birth.host, pid=birth.supervisor_pid, first=birth.first)
+        host_id = f"{spec.host}:{spec.supervisor_pid}:{spec.nonce}"
+        steward = StewardBoot(host_id=host_id, host=spec.host, pid=spec.supervisor_pid, first=spec.first)
         return lambda sock: run_steward(app, settings, env, steward, sock)
 
     return main_of
@@ -139,9 +140,9 @@ def _warn_of_threads() -> None:
 
 
 class Pool:
-    """The loop and its hands. All that it knows is in `state`; all that it decides comes from `decide`."""
+    """The loop, and the children that it holds. All that it knows is in `state`; all that it decides comes from `decide`."""
 
-    def __init__(self, main_of: Callable[[Birth], Main], limits: Limits, workers: int, env: Env, *, json_log: bool = False) -> None:
+    def __init__(self, main_of: Callable[[ChildSpec], Main], limits: Limits, workers: int, env: Env, *, json_log: bool = False) -> None:
         self._main_of = main_of
         self._env = env
         self._json_log = json_log
@@ -158,7 +159,7 @@ class Pool:
         self.state: State = initial(workers, limits, self._now())
 
     def run(self) -> int:
-        """Until every child is gone; the exit code."""
+        """Run until every child has ended; the exit code."""
         before = self._take_signals()
         try:
             self._handle(Tick())
@@ -166,7 +167,7 @@ class Pool:
                 self._turn()
             return self._exit_code
         finally:
-            self._give_back_signals(before)
+            self._restore_signals(before)
             self._abandon_children()
             self._selector.close()
 
@@ -201,7 +202,7 @@ class Pool:
                     child.send(message)
                     self._watch(child)
             case Log(level=level, event=event, fields=fields):
-                # The ready line is a promise to whoever started us, so the log level does not silence it.
+                # The ready line is a promise to the program that started the pool, so the log level does not silence it.
                 log.log(max(level, log.getEffectiveLevel()) if event == "ready" else level, event, extra=dict(fields))
             case Spawn():
                 self._spawn(action)
@@ -219,7 +220,7 @@ class Pool:
 
     def _spawn(self, order: Spawn) -> None:
         nonce = self._nonce if order.role == "steward" else self._env.new_id()[-12:]
-        birth = Birth(
+        spec = ChildSpec(
             role=order.role,
             nonce=nonce,
             host=self._host,
@@ -228,15 +229,15 @@ class Pool:
             total=order.total,
             first=order.first,
         )
-        ours = [self._wake_read.fileno(), self._wake_write.fileno(), *self._selector_fds()]
+        own = [self._wake_read.fileno(), self._wake_write.fileno(), *self._selector_fds()]
         inherited = [fd for child in self._children.values() for fd in child.inherited_fds]
         try:
-            child = fork_child(order.role, self._main_of(birth), [*ours, *inherited])
+            child = fork_child(order.role, self._main_of(spec), [*own, *inherited])
         except OSError as exc:
             self._events.append(ForkFailed(role=order.role, index=order.index, error=str(exc), jitter=self._env.random()))
             return
         self._children[child.pid] = child
-        self._selector.register(child.sentinel, selectors.EVENT_READ, lambda mask: self._want_reaping())
+        self._selector.register(child.sentinel, selectors.EVENT_READ, lambda _mask: self._want_reaping())
         self._selector.register(child.sock, selectors.EVENT_READ, lambda mask: self._ready_io(child, mask))
         self._events.append(Forked(pid=child.pid, owner=f"{self._host}:{child.pid}:{nonce}", role=order.role, index=order.index))
 
@@ -248,15 +249,15 @@ class Pool:
         if mask & selectors.EVENT_WRITE:
             child.flush()
         if mask & selectors.EVENT_READ:
-            self._on_message(child, child.receive)
+            self._receive(child, child.receive)
         self._watch(child)
 
-    def _on_message(self, child: Child, receive: Callable[[], Sequence[Any]]) -> None:
+    def _receive(self, child: Child, receive: Callable[[], Sequence[Any]]) -> None:
         try:
-            self._events.extend(Heard(pid=child.pid, message=message) for message in receive())
+            self._events.extend(Received(pid=child.pid, message=message) for message in receive())
         except MessageError as exc:
             child.receiving = False
-            self._events.append(Garbled(pid=child.pid, error=str(exc)))
+            self._events.append(InvalidMessage(pid=child.pid, error=str(exc)))
 
     def _watch(self, child: Child) -> None:
         """Wait for what can happen on the child's pipe, and for nothing else: a closed pipe is readable for ever."""
@@ -273,13 +274,13 @@ class Pool:
         self._reap_wanted = True
 
     def _reap(self) -> None:
-        """Every child that has ended: hear its last words, then tell of its end."""
+        """Every child that has ended: read what it had still sent, then report its end to `decide`."""
         self._reap_wanted = False
         for child in list(self._children.values()):
             code = child.exit_code()
             if code is None:
                 continue
-            self._on_message(child, child.last_words)
+            self._receive(child, child.receive_rest)
             dump = child.take_dump()
             self._show_dump(child.pid, dump)
             by_signal = signal.Signals(-code).name if code < 0 else None
@@ -303,7 +304,7 @@ class Pool:
             self._events.append(Measured(rss_bytes=sizes))
 
     def _abandon_children(self) -> None:
-        """Normally none is left. After a bug of ours: close the pipes, which makes children release and go, then kill."""
+        """Normally none is left. After a bug of the supervisor: close the pipes, so that children release and exit; then kill."""
         for child in self._children.values():
             child.sock.close()
         deadline = self._now() + LAST_RESORT_S
@@ -320,18 +321,18 @@ class Pool:
         """From now on a signal is a byte in a pipe. SIGCHLD too: a sentinel stays silent while a grandchild holds it."""
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, lambda mask: self._on_wake())
+        self._selector.register(self._wake_read, selectors.EVENT_READ, lambda _mask: self._on_wake_byte())
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         return {signum: signal.signal(signum, _enqueue_only) for signum in (*HANDLED_SIGNALS, signal.SIGCHLD)}
 
-    def _give_back_signals(self, before: Mapping[int, Any]) -> None:
+    def _restore_signals(self, before: Mapping[int, Any]) -> None:
         signal.set_wakeup_fd(-1)
         for signum, handler in before.items():
             signal.signal(signum, handler)
         self._wake_read.close()
         self._wake_write.close()
 
-    def _on_wake(self) -> None:
+    def _on_wake_byte(self) -> None:
         with suppress(BlockingIOError):
             for signum in self._wake_read.recv(4096):
                 if signum == signal.SIGCHLD:
@@ -355,7 +356,7 @@ class Pool:
         self._show_dump(os.getpid(), "".join(traceback.format_stack()))
 
     def _show_dump(self, pid: int, dump: str) -> None:
-        """Stacks are for reading: as they are in a text log, in one object in a JSON log."""
+        """Stacks are for people: a text log shows them as they are, a JSON log as one object."""
         if dump and self._json_log:
             log.warning("stack_dump", extra={"of_pid": pid, "dump": dump})
         elif dump:
@@ -363,5 +364,5 @@ class Pool:
             print(dump.rstrip(), file=sys.stderr, flush=True)
 
 
-def _enqueue_only(signum: int, frame: FrameType | None) -> None:
-    """Python writes the signal's number to the wake-up pipe if there is any handler; this is that handler."""
+def _enqueue_only(_signum: int, _frame: FrameType | None) -> None:
+    """Do nothing. Python writes a signal's number to the wake-up pipe only if the signal has a handler."""

@@ -1,6 +1,6 @@
-"""The health port: `/healthz`, `/readyz` and `/metrics` over plain HTTP. Served by the steward from the pool's facts.
+"""The health port: `/healthz`, `/readyz` and `/metrics` over plain HTTP. The steward serves it from the pool's facts.
 
-Bound to 127.0.0.1: the answers need no password, so they are for this machine (or this pod's) only.
+It is bound to 127.0.0.1: the answers need no password, so they are for this machine (or this pod) only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HEADER_BYTES_MAX = 8192
 
 
 async def start_health_server(port: int, facts: Callable[[], PoolFacts | None]) -> asyncio.Server:
-    """Serve until closed. `facts` gives the last word of the supervisor; None: nothing recent. OSError: port in use."""
+    """Serve until closed. `facts` gives what the supervisor last reported; None: nothing recent. OSError: port in use."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -41,7 +41,7 @@ def respond(head: bytes, facts: PoolFacts | None) -> bytes:
     if method not in ("GET", "HEAD"):
         status, body = "405 Method Not Allowed", "only GET\n"
     elif path == "/healthz":
-        status, body = ("200 OK", "ok\n") if facts is not None else ("503 Service Unavailable", "no word from the supervisor\n")
+        status, body = ("200 OK", "ok\n") if facts is not None else ("503 Service Unavailable", "no recent report from the supervisor\n")
     elif path == "/readyz":
         why_not = _not_ready(facts)
         status, body = ("200 OK", "ready\n") if why_not is None else ("503 Service Unavailable", f"{why_not}\n")
@@ -61,7 +61,7 @@ def respond(head: bytes, facts: PoolFacts | None) -> bytes:
 
 def _not_ready(facts: PoolFacts | None) -> str | None:
     if facts is None:
-        return "no word from the supervisor"
+        return "no recent report from the supervisor"
     if facts.draining:
         return "draining"
     if not facts.ready:

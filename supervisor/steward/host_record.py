@@ -1,22 +1,73 @@
-"""What a pool says of itself in the database, and when that is news. Pure; steward.py writes it."""
+"""Duty: keep the record of this pool in the database, for `streamline-pool workers` and `runs show`.
+
+Owns what the record says, when a change is worth a write, and the newest facts of the supervisor.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from streamline_pool.protocol import hosts
 from streamline_pool.supervisor.ipc.messages import PoolFacts
+from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, DutyTools, StewardBoot
 
-__all__ = ["host_record", "shape"]
+__all__ = ["HostRecord", "host_record", "visible_state"]
+
+HOST_INTERVAL_S = 30.0
+HOST_TTL_S = 90.0  # three intervals: two writes may fail before a live host's record expires
+HOST_CHANGE_PAUSE_S = 5.0  # a changed pool is stored at most this often
+FACTS_FRESH_S = 5.0  # the supervisor sends facts each second; older ones mean that it is stopped or gone
 
 
-def host_record(host_id: str, host: str, pid: int, lanes: Sequence[str], facts: PoolFacts) -> dict[str, Any]:
-    """What `streamline-pool workers` and `runs show` know of this pool."""
+class HostRecord:
+    """The supervisor's newest facts, stored on a change and every half minute."""
+
+    def __init__(self, tools: DutyTools) -> None:
+        self._tools = tools
+        self._facts: PoolFacts | None = None
+        self._facts_at = 0.0
+        self._changed = asyncio.Event()
+
+    def on_facts(self, facts: PoolFacts) -> None:
+        """The supervisor reports."""
+        if self._facts is None or visible_state(facts) != visible_state(self._facts):
+            self._changed.set()
+        self._facts, self._facts_at = facts, self._tools.env.clock.monotonic()
+
+    def fresh_facts(self) -> PoolFacts | None:
+        """The newest facts; None: the supervisor has sent none for `FACTS_FRESH_S`."""
+        return self._facts if self._tools.env.clock.monotonic() - self._facts_at < FACTS_FRESH_S else None
+
+    async def run(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(HOST_INTERVAL_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            await self._tools.attempt(self._store)
+            await asyncio.sleep(HOST_CHANGE_PAUSE_S)
+
+    async def _store(self) -> None:
+        if self._facts is not None:
+            record = host_record(self._tools.boot, self._tools.lanes, self._facts)
+            await self._tools.run(hosts.put_host(record, HOST_TTL_S), READ_TIMEOUT_S)
+
+    async def remove(self) -> None:
+        """At the end of the pool. A record that cannot be removed expires after `HOST_TTL_S`."""
+        await self._tools.store.run(hosts.remove_host(self._tools.boot.host_id))
+
+
+def host_record(boot: StewardBoot, lanes: Sequence[str], facts: PoolFacts) -> dict[str, Any]:
+    """The document that describes this pool."""
     return {
-        "_id": host_id,
-        "host": host,
-        "pid": pid,
+        "_id": boot.host_id,
+        "host": boot.host,
+        "pid": boot.pid,
         "state": _pool_state(facts),
         "lanes": list(lanes),
         "circuit": facts.circuit,
@@ -29,14 +80,14 @@ def host_record(host_id: str, host: str, pid: int, lanes: Sequence[str], facts: 
     }
 
 
+def visible_state(facts: PoolFacts) -> object:
+    """The part of the facts whose change is stored soon; changed figures wait for the next regular write."""
+    return _pool_state(facts), facts.target, facts.circuit, [(worker.pid, worker.state) for worker in facts.workers]
+
+
 def _pool_state(facts: PoolFacts) -> str:
     if facts.draining:
         return "draining"
     if facts.held:
         return "holding"
     return "ready" if facts.ready else "starting"
-
-
-def shape(facts: PoolFacts) -> object:
-    """What of the pool's facts is worth a write when it changes; figures can wait for the next regular one."""
-    return _pool_state(facts), facts.target, facts.circuit, [(worker.pid, worker.state) for worker in facts.workers]

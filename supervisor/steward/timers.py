@@ -9,14 +9,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Timers"]
+__all__ = ["Due", "Timers"]
 
 
 class Due(NamedTuple):
-    """What is due: one run by name, or something in a lane."""
+    """What is due: one run by its id, or some run of a lane."""
 
     lane: str
-    run_id: str | None
+    run_id: str | None  # None: only the lane is known
 
 
 class Timers:
@@ -27,13 +27,13 @@ class Timers:
 
     def __init__(self, size_max: int = 10_000) -> None:
         self._size_max = size_max
-        self._order: list[tuple[int, str, str]] = []  # (epoch ms, lane, run id or "" when only the instant is known), ascending
+        self._order: list[tuple[int, str, str]] = []  # (epoch ms, lane, run id or "" when only the lane is known), ascending
 
     def __len__(self) -> int:
         return len(self._order)
 
     def add(self, lane: str, at_ms: int, run_id: str | None = None) -> None:
-        """Remember an instant. Told twice of the same run (by its worker and by a sweep), it is one."""
+        """Remember an instant. The same one, added by a worker and again by a sweep, is kept once."""
         entry = (at_ms, lane, run_id or "")
         place = bisect_left(self._order, entry)
         if place < len(self._order) and self._order[place] == entry:
@@ -45,7 +45,7 @@ class Timers:
         self._order.insert(place, entry)
 
     def next_at_ms(self) -> int | None:
-        """The earliest instant; None: nothing is known to become due."""
+        """The earliest instant; None: no instant is known."""
         return self._order[0][0] if self._order else None
 
     def pop_due(self, now_ms: int) -> Sequence[Due]:

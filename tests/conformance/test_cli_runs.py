@@ -238,7 +238,7 @@ def test_a_private_server_of_its_own_is_nothing_to_wait_on(offline: Shell) -> No
     words = ("--embedded", "--app", "shop:app")
     waited = offline(*words, "start", "orders", "--id", "o-1", "--wait")
     assert waited.returncode == 1
-    assert "run o-1 is stored, but nobody works on it" in waited.stderr
+    assert "run o-1 is stored, but no pool works on it" in waited.stderr
     assert offline(*words, "runs", "watch", "o-1").returncode == 1
     assert offline(*words, "--burst").returncode == 0
     assert offline(*words, "runs", "watch", "o-1").returncode == 0

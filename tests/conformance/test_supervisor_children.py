@@ -1,4 +1,4 @@
-"""The supervisor among children that misbehave: real processes, scripted lines (scripted_pool.py)."""
+"""The supervisor and children that misbehave: real processes with scripted behaviour (scripted_pool.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pool_process import PoolProcess, running
 
 from support import eventually
 
-SCRIPTED = Path(__file__).with_name("scripted_pool.py")
+SCRIPTED = Path(__file__).parents[1] / "scripted_pool.py"
 Start = Callable[[str], AbstractContextManager[PoolProcess]]
 
 
@@ -25,11 +25,11 @@ def start(tmp_path: Path) -> Start:
 
 
 @pytest.mark.slow
-def test_a_child_that_does_not_listen_stalls_nobody_else(start: Start) -> None:
-    """Its pipe is full; a supervisor that waits for room waits for ever, and no signal would reach it."""
-    with start("deaf") as pool:
-        eventually(lambda: pool.logged("rung"))
-        assert not pool.logged("child_stalled"), "while the deaf one was still there"
+def test_a_child_that_does_not_read_stalls_no_other(start: Start) -> None:
+    """Its pipe is full; a supervisor that waited for room would wait for ever, and no signal would reach it."""
+    with start("does_not_read") as pool:
+        eventually(lambda: pool.logged("woken_often"))
+        assert not pool.logged("child_stalled"), "while that child was still alive"
         eventually(lambda: pool.logged("child_stalled"))
         eventually(lambda: pool.logged("child_died"))
         pool.signal(signal.SIGTERM)
@@ -37,7 +37,7 @@ def test_a_child_that_does_not_listen_stalls_nobody_else(start: Start) -> None:
 
 
 def test_a_child_that_writes_nonsense_is_replaced(start: Start) -> None:
-    with start("garbled") as pool:
+    with start("sends_nonsense") as pool:
         eventually(lambda: pool.logged("child_garbled"))
         eventually(lambda: len(pool.logged("child_died")) == 2)
         eventually(lambda: len(pool.children()) == 3)
@@ -55,20 +55,20 @@ def test_a_boot_failure_stops_the_pool_with_its_own_exit_code(start: Start) -> N
 def test_a_crash_loop_ends_within_its_budget(start: Start) -> None:
     with start("crash_loop") as pool:
         assert pool.exit_code() == 1
-        assert len(pool.logged("child_died")) in (4, 5), "three restarts, and what had been started beside the fourth"
+        assert len(pool.logged("child_died")) in (4, 5), "three restarts, and the worker that was started beside the fourth"
         assert pool.logged("restart_budget_exceeded")
 
 
 @pytest.mark.slow
-def test_a_child_that_never_gets_ready_is_no_reason_to_wait_for_ever(start: Start) -> None:
+def test_a_pool_does_not_wait_for_ever_for_a_child_that_never_gets_ready(start: Start) -> None:
     with start("never_ready") as pool:
         assert pool.exit_code(timeout=30) == 1
         assert len(pool.logged("child_stalled")) == 4
 
 
-def test_a_signal_to_the_whole_group_is_taken_once(start: Start) -> None:
-    """A terminal sends ^C to all: children that obeyed it would die in the middle of their steps."""
-    with start("obedient") as pool:
+def test_a_signal_to_the_whole_group_counts_once(start: Start) -> None:
+    """A terminal sends Ctrl-C to all: children that followed it would die in the middle of their steps."""
+    with start("well_behaved") as pool:
         pool.ready()
         for pid in (*(child.pid for child in pool.children()), pool.pid):
             os.kill(pid, signal.SIGINT)
@@ -78,8 +78,8 @@ def test_a_signal_to_the_whole_group_is_taken_once(start: Start) -> None:
 
 
 def test_children_hold_only_their_own_end_of_their_own_pipe(start: Start) -> None:
-    """A sibling that keeps a copy keeps the pipe open, and a death on it silent."""
-    with start("obedient") as pool:
+    """A sibling that keeps a copy keeps the pipe open, and the supervisor does not notice the death."""
+    with start("well_behaved") as pool:
         pool.ready()
         pool.signal(signal.SIGTTIN)
         eventually(lambda: len(pool.children()) == 4)

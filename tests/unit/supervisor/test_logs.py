@@ -27,7 +27,7 @@ def test_text_is_time_level_event_and_fields() -> None:
 
 
 def test_a_field_cannot_forge_a_line_or_another_field() -> None:
-    """Run ids and messages come from outside; a newline in one must not look like a log line of ours."""
+    """Run ids and messages come from users; a newline in one must not look like a log line of ours."""
     fields = {"other": "a=b", "escape": "\x1b[31m", "control": "\x9b31m", "parts": ["\n\x9b", "c=d"]}
     line = TextFormatter().format(record("run_claimed", run_id="x\n12:00:01 INFO run_done", **fields))
     assert "\n" not in line
@@ -77,7 +77,7 @@ def test_a_message_that_does_not_fit_its_arguments_is_shown_all_the_same(formatt
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
-def test_passwords_are_removed_wherever_they_stand(formatter: logging.Formatter) -> None:
+def test_passwords_are_removed_from_every_part_of_a_line(formatter: logging.Formatter) -> None:
     uri = "mongodb://ann:s3cret@db/x"
     try:
         raise ValueError(f"cannot reach {uri}")

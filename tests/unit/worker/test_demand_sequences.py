@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from streamline_pool.worker.demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand, Gate, at_most_one_suspect
+from streamline_pool.worker.demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand, at_most_one_suspect
+from streamline_pool.worker.gate import GateState
 
 MAX_CRASHES = 3
 SUSPECT = MAX_CRASHES - 1  # crashes of a run that the next lost worker convicts
@@ -63,7 +64,7 @@ class AnyWorker(RuleBasedStateMachine):
         self.unclaimed.update(run_ids)
 
     @rule(gate=st.sampled_from(["open", "open", "closed", "one"]))
-    def set_gate(self, gate: Gate) -> None:
+    def set_gate(self, gate: GateState) -> None:
         self.demand.set_gate(gate)
         self.gate = gate
 

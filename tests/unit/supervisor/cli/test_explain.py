@@ -1,4 +1,4 @@
-"""`runs show` says why a run is where it is: one sentence for each place a run can be in."""
+"""`runs show` says why a run does not go on: one sentence for each state a run can be in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASES = [
         run("failed", endedAt=later(-30), error={"code": "STEP_FAILED", "message": "card refused", "stepId": "charge"}),
         "It failed 30.0 s ago at step charge: STEP_FAILED: card refused",
     ),
-    (run(paused=True, pauseReason="audit"), "It is paused (audit) before step charge, until somebody resumes it."),
+    (run(paused=True, pauseReason="audit"), "It is paused (audit) before step charge, until it is resumed."),
     (run(paused=True, lease={"owner": "h:7:n"}), "It is paused; worker h:7:n still finishes step charge."),
     (
         run(step={"status": "running", "attempts": 2, "startedAt": later(-4)}, lease={"owner": "h:7:n", "expiresAt": later(9)}),
@@ -57,7 +57,7 @@ CASES = [
     ),
     (
         run("waiting", step=WAITS | {"waitingFor": {"type": "event", "eventName": "paid", "expiresAt": later(7200)}}, wakeAt=later(7200)),
-        "Step charge waits for the event 'paid'; it gives up in 2 h.",
+        "Step charge waits for the event 'paid'; it times out in 2 h.",
     ),
     (
         run("waiting", step=WAITS | {"waitingFor": {"type": "webhook", "reason": "bank"}}),
@@ -73,7 +73,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stored", "sentence"), CASES, ids=[sentence[:40] for _, sentence in CASES])
-def test_the_sentence_for_each_place(stored: dict[str, Any], sentence: str) -> None:
+def test_the_sentence_for_each_state(stored: dict[str, Any], sentence: str) -> None:
     assert explain(stored, [], NOW) == sentence
 
 
@@ -102,8 +102,8 @@ NEEDS = "It is ready for 5.0 s and needs a worker that has workflow orders 1.0.0
         ),
     ],
 )
-def test_a_run_that_nobody_takes_is_told_what_is_missing(pools: list[dict[str, Any]], sentence: str) -> None:
-    """The most frequent question to support: why does nothing happen?"""
+def test_for_a_run_that_no_worker_claims_the_sentence_says_what_is_missing(pools: list[dict[str, Any]], sentence: str) -> None:
+    """The most frequent question of operators: why does nothing happen?"""
     assert explain(run(wakeAt=later(-5)), pools, NOW) == sentence
 
 

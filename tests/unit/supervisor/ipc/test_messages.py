@@ -10,24 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamline_pool.supervisor.ipc import messages
-from streamline_pool.supervisor.ipc.messages import (
+from streamline_pool.supervisor.ipc import codec
+from streamline_pool.supervisor.ipc.codec import (
     FROM_STEWARD,
     FROM_WORKER,
     TO_STEWARD,
     TO_WORKER,
     Direction,
-    Drain,
     FrameReader,
-    FromSteward,
-    FromWorker,
     MessageError,
-    ToSteward,
-    ToWorker,
-    WakeUp,
     decode,
     encode,
 )
+from streamline_pool.supervisor.ipc.messages import Drain, FromSteward, FromWorker, StewardBeat, ToSteward, ToWorker, WakeUp
 
 UNIONS = ((ToWorker, TO_WORKER), (FromWorker, FROM_WORKER), (ToSteward, TO_STEWARD), (FromSteward, FROM_STEWARD))
 EVERY_MESSAGE = [pytest.param(cls, direction, id=cls.__name__) for union, direction in UNIONS for cls in get_args(union)]
@@ -37,7 +32,7 @@ PLAIN = {bool: st.booleans(), int: st.integers(-(2**53), 2**53), float: st.float
 
 
 def values_of(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of a field of that type, as far as messages use types."""
+    """Values of a field of that type, for the types that messages use."""
     if hint in PLAIN:
         return PLAIN[hint]
     if is_dataclass(hint) and isinstance(hint, type):
@@ -67,14 +62,14 @@ def test_every_message_arrives_as_it_was_sent(cls: type, direction: Direction[An
 
 @given(st.lists(st.builds(WakeUp, lane=st.text(max_size=5), run_id=st.none())), st.data())
 def test_frames_cut_anywhere_come_out_whole(sent: list[WakeUp], data: st.DataObject) -> None:
-    """A stream socket cuts where it likes, also within the length."""
+    """A stream socket may cut anywhere, also within the length."""
     stream = b"".join(map(encode, sent))
-    reader, heard, at = FrameReader(), [], 0
+    reader, received, at = FrameReader(), [], 0
     while at < len(stream):
         size = data.draw(st.integers(1, len(stream)))
-        heard += [decode(body, TO_WORKER) for body in reader.feed(stream[at : at + size])]
+        received += [decode(body, TO_WORKER) for body in reader.feed(stream[at : at + size])]
         at += size
-    assert heard == sent
+    assert received == sent
 
 
 @pytest.mark.parametrize(
@@ -85,15 +80,15 @@ def test_frames_cut_anywhere_come_out_whole(sent: list[WakeUp], data: st.DataObj
         b"[]",
         b"[1]",
         b"{}",
-        orjson.dumps([messages.VERSION, "Explode", {}]),
-        orjson.dumps([messages.VERSION, "WakeUp", {"colour": "red"}]),
-        orjson.dumps([messages.VERSION, "WakeUp", [1]]),
-        orjson.dumps([messages.VERSION + 1, "Drain", {}]),
-        encode(messages.StewardBeat(ready=True))[4:],
+        orjson.dumps([codec.VERSION, "Explode", {}]),
+        orjson.dumps([codec.VERSION, "WakeUp", {"colour": "red"}]),
+        orjson.dumps([codec.VERSION, "WakeUp", [1]]),
+        orjson.dumps([codec.VERSION + 1, "Drain", {}]),
+        encode(StewardBeat(ready=True))[4:],
     ],
 )
 def test_anything_else_is_refused(body: bytes) -> None:
-    """A worker that writes nonsense, another version's words or another role's must not be half understood."""
+    """Nonsense, a message of another version and a message of another direction must not be half understood."""
     with pytest.raises(MessageError):
         decode(body, TO_WORKER)
 

@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 
 from streamline_pool.supervisor.ipc.messages import Beat, StewardBeat
 from streamline_pool.supervisor.pool.decide import decide, initial
-from streamline_pool.supervisor.pool.state import Action, Event, Exited, Forked, Heard, Limits, Log, Send, Signalled, Spawn, State, Tick
+from streamline_pool.supervisor.pool.state import Action, Event, Exited, Forked, Limits, Log, Received, Send, Signalled, Spawn, State, Tick
+
+__all__ = ["LIMITS", "STEWARD", "Script", "beat"]
 
 LIMITS = Limits(drain_timeout_s=30.0, stall_timeout_s=10.0, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
-STEWARD = 100
+STEWARD = 100  # its pid; workers have 101, 102, …
 A = TypeVar("A")
 
 
 class Script:
-    """Tells `decide` what happens and plays the part of a system in which every fork succeeds at once."""
+    """Passes events to `decide`, and performs its forks; each method returns the actions that followed."""
 
     def __init__(self, workers: int = 2, **limits: Any) -> None:
         self.now = 1000.0
@@ -26,7 +28,7 @@ class Script:
         self._next_pid = STEWARD
 
     def send(self, *events: Event) -> list[Action]:
-        """All that is done about these events and the forks that follow from them."""
+        """These events, and the forks that follow from them."""
         self.actions, queue = [], list(events)
         while queue:
             self.state, actions = decide(self.state, queue.pop(0), self.now)
@@ -38,33 +40,35 @@ class Script:
         return self.actions
 
     def wait(self, seconds: float) -> list[Action]:
-        """Time passes in which every living child beats and nothing else happens."""
+        """Time passes in which every living child sends heartbeats and nothing else happens."""
         actions = []
         for _ in range(round(seconds / 0.5) or 1):
             self.now += seconds if seconds < 0.5 else 0.5
-            self.state = replace(
-                self.state,
-                members={pid: replace(m, heard_at=self.now) for pid, m in self.state.members.items() if m.phase != "dying"}
-                | {pid: m for pid, m in self.state.members.items() if m.phase == "dying"},
-            )
+            members = {pid: m if m.phase == "dying" else replace(m, last_message_at=self.now) for pid, m in self.state.members.items()}
+            self.state = replace(self.state, members=members)
             actions += self.send(Tick())
         self.actions = actions
         return actions
 
     def on_message(self, pid: int, message: Any) -> list[Action]:
-        return self.send(Heard(pid=pid, message=message))
+        """A child sends a message."""
+        return self.send(Received(pid=pid, message=message))
 
     def beat(self, pid: int, **fields: Any) -> list[Action]:
+        """A worker sends a heartbeat."""
         return self.on_message(pid, beat(**fields))
 
     def dies(self, pid: int, exit_code: int | None = None, signal: str | None = "SIGKILL") -> list[Action]:
+        """A child ends, by `signal` unless it has an exit code."""
         self.alive.discard(pid)
         return self.send(Exited(pid=pid, exit_code=exit_code, signal=None if exit_code is not None else signal, dump=None, jitter=0.5))
 
     def signal(self, signum: signal.Signals) -> list[Action]:
+        """The operator sends a signal to the supervisor."""
         return self.send(Signalled(signum=signum))
 
     def started(self) -> Script:
+        """The pool, ready."""
         self.send(Tick())
         self.on_message(STEWARD, StewardBeat(ready=True))
         for pid in self.workers:
@@ -77,10 +81,11 @@ class Script:
         return [m.pid for m in self.state.workers]
 
     def sent(self, kind: type[A]) -> list[tuple[int, A]]:
-        """Who was sent messages of that kind by the last call."""
+        """(pid, message) of each message of that kind that the last call sent."""
         return [(a.pid, a.message) for a in self.actions if isinstance(a, Send) and isinstance(a.message, kind)]
 
     def did(self, kind: type[A]) -> list[A]:
+        """The actions of that kind that followed from the last call."""
         return [action for action in self.actions if isinstance(action, kind)]
 
     def logged(self) -> list[str]:
@@ -88,8 +93,9 @@ class Script:
 
 
 def beat(**fields: Any) -> Beat:
+    """A heartbeat of an idle worker, but for `fields`."""
     usual: dict[str, Any] = {
-        "state": "ready", "hungry": True, "in_flight": 0, "runs_total": 0, "steps_total": 0, "ops_ok": 0, "ops_failed": 0,
+        "state": "ready", "idle": True, "in_flight": 0, "runs_total": 0, "steps_total": 0, "ops_ok": 0, "ops_failed": 0,
         "consecutive_failures": 0, "lru": {},
     }  # fmt: skip
     return Beat(**{**usual, **fields})

@@ -39,7 +39,7 @@ def test_one_failed_probe_opens_it_and_one_good_probe_half_opens_it() -> None:
 
 
 def test_what_workers_report_while_it_is_open_changes_nothing() -> None:
-    """Such a success may be older than the failure that opened it."""
+    """Such a success may be older than the failure that opened the breaker."""
     assert after_tally(OPEN, Tally(ok=9, failed=0, trailing=0), 11.0) == OPEN
 
 
@@ -58,12 +58,12 @@ def test_the_trial_decides(tally: Tally, becomes: str) -> None:
 
 
 def test_other_workers_do_not_decide_a_trial() -> None:
-    """What they report are failures from before it began."""
+    """They report failures from before it began."""
     assert after_tally(HALF, failed(20), 11.0, trial=False) == HALF
 
 
 def test_a_trial_that_finds_nothing_to_do_ends_with_a_later_probe() -> None:
-    """Otherwise a pool without work would stay half-open, and look broken, until somebody starts a run."""
+    """Otherwise a pool without work would stay half-open, and look broken, until a client starts a run."""
     assert after_probe(HALF, True, 10.0 + TRIAL_S / 2) == HALF
     assert after_probe(HALF, True, 10.0 + TRIAL_S).state == "closed"
 
@@ -77,8 +77,8 @@ tallies = st.builds(Tally, ok=st.integers(0, 3), failed=st.integers(0, 9), trail
 
 
 @given(st.lists(st.tuples(tallies, st.booleans()) | st.booleans()))
-def test_whatever_has_happened_it_closes_when_the_database_is_back(history: list[tuple[Tally, bool] | bool]) -> None:
-    """An outage of any length and shape ends with work resumed, without anybody's help."""
+def test_after_any_history_it_closes_when_the_database_is_back(history: list[tuple[Tally, bool] | bool]) -> None:
+    """An outage of any length and shape ends with work resumed, without help."""
     breaker, now = Breaker(), 0.0
     for event in history:
         now += 0.4

@@ -42,8 +42,8 @@ def status(path: str, facts: PoolFacts | None, method: str = "GET") -> int:
         (None, 503, 503),
     ],
 )
-def test_health_is_about_the_process_and_readiness_about_its_work(facts: PoolFacts | None, healthy: int, ready: int) -> None:
-    """An orchestrator kills what is not healthy: an outage of the database must not have the pool killed."""
+def test_healthz_is_about_the_process_and_readyz_about_its_work(facts: PoolFacts | None, healthy: int, ready: int) -> None:
+    """An orchestrator kills what is not healthy: an outage of the database must not make it kill the pool."""
     assert (status("/healthz", facts), status("/readyz?verbose", facts)) == (healthy, ready)
 
 

@@ -16,8 +16,8 @@ def test_instants_come_out_in_order_when_they_are_due() -> None:
     assert timers.next_at_ms() is None
 
 
-def test_a_run_told_of_twice_is_woken_once() -> None:
-    """Its worker tells of its sleep, and each sweep finds it again; a claim of a run that was just claimed costs two round trips."""
+def test_an_instant_added_twice_is_kept_once() -> None:
+    """A worker reports a sleep, and each sweep finds it again; a claim of a run that was just claimed costs two round trips."""
     timers = Timers()
     timers.add("a", 10, "r1")
     timers.add("a", 10, "r1")
@@ -33,7 +33,7 @@ def test_runs_due_at_one_instant_are_all_named() -> None:
 
 
 def test_when_full_the_latest_instants_are_dropped() -> None:
-    """The sweep finds those again long before they are due; the nearest ones nobody would tell in time."""
+    """The sweep finds those again long before they are due; for the nearest ones it would be too late."""
     timers = Timers(size_max=2)
     for at_ms in (30, 20, 10, 40):
         timers.add("a", at_ms, f"r{at_ms}")

@@ -1,0 +1,81 @@
+"""Duty: follow the signals, and pass each on to those whom it concerns.
+
+Owns the tailing cursor and its repair. A signal is a hint: it may be lost with a connection, or overwritten in the capped
+collection, and the sweep finds later what it announced.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+from streamline_pool.domain.backoff import Backoff
+from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.protocol import signals
+from streamline_pool.supervisor.ipc.messages import RunChanged
+from streamline_pool.supervisor.steward.duty import RETRY, WRITE_TIMEOUT_S, DutyTools
+from streamline_pool.supervisor.steward.stream_subscribers import LISTENER_SIGNALS, StreamSubscribers
+from streamline_pool.supervisor.steward.wake_ups import WakeUps
+
+__all__ = ["SignalTail"]
+
+log = logging.getLogger("streamline_pool")
+
+SIGNAL_KINDS = ("due", "cancel", *LISTENER_SIGNALS)
+REFUSED = Backoff(base_s=0.05, ceiling_s=30.0)  # a server that cannot tail at all is tried now and then; the sweep does the work
+STARTS_NOW = timedelta(seconds=0.1)  # a guess, well above the clock errors of hosts: a run that starts "now" by another's clock
+
+
+class SignalTail:
+    """Reads signals in the order of their arrival, from the steward's start on."""
+
+    def __init__(self, tools: DutyTools, wake_ups: WakeUps, subscribers: StreamSubscribers) -> None:
+        self._tools = tools
+        self._wake_ups = wake_ups
+        self._subscribers = subscribers
+
+    async def run(self) -> None:
+        """A broken tail is opened again where it broke; the sweep covers the gap."""
+        store = self._tools.store
+        since = store.now()
+        failures = 0
+        while True:
+            try:
+                async for signal in store.tail(signals.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
+                    failures = 0
+                    if signal is not None:
+                        since = max(since, min(signal["at"], store.now()))  # one from the future must not hide the present
+                        self._on_signal(signal)
+            except WorkflowError as exc:
+                failures += 1
+                await self._on_broken(exc, failures)
+
+    async def _on_broken(self, exc: WorkflowError, failures: int) -> None:
+        transient = bool(exc.context.get("transient"))
+        log.log(logging.DEBUG if transient else logging.WARNING, "tail_broken", extra={"error": exc.message})
+        if transient:
+            self._tools.doubtful.set()
+        if "capped" in exc.message:
+            # The collection was dropped, and an insert made a new one that is not capped and cannot be tailed.
+            await self._tools.attempt(self._cap_signals)
+        await self._tools.pause(failures, RETRY if transient else REFUSED)
+
+    async def _cap_signals(self) -> None:
+        await self._tools.run(signals.cap_signals(), WRITE_TIMEOUT_S)
+
+    def _on_signal(self, signal: dict[str, Any]) -> None:
+        kind, lane = signal["kind"], signal.get("lane")
+        if kind == "cancel":
+            self._tools.hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
+        elif kind in LISTENER_SIGNALS:
+            self._subscribers.on_signal(signal)
+        elif isinstance(lane, str) and lane in self._tools.lanes:
+            self._on_due(lane, signal)
+
+    def _on_due(self, lane: str, signal: dict[str, Any]) -> None:
+        at, run_id = signal.get("wakeAt") or signal["at"], signal.get("runId")
+        # A start for "now" from a host whose clock is ahead of ours is an ordinary wake-up, not a timer with a name.
+        soon = timedelta(0) < at - self._tools.store.now() < STARTS_NOW
+        self._wake_ups.plan(lane, at, None if soon else run_id, signal.get("count", 1))
+        self._wake_ups.set_timer()

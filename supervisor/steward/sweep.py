@@ -1,0 +1,97 @@
+"""Duty: every few seconds, find in the database what no signal announced.
+
+Owns the regular sweep: runs that are due or soon will be, leases that expired, broadcasts whose sender died, and
+subscribers whose signal was lost. Everything here may be done by several stewards at once, and is done again next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime, timedelta
+from typing import Any
+
+from streamline_pool.client.event_delivery import finishing_broadcasts
+from streamline_pool.domain.backoff import jittered
+from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.protocol import claims, recovery
+from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, RETRY_MAX_S, WRITE_TIMEOUT_S, DutyTools
+from streamline_pool.supervisor.steward.lease_recovery import recover_leases
+from streamline_pool.supervisor.steward.stream_subscribers import StreamSubscribers
+from streamline_pool.supervisor.steward.wake_ups import WakeUps
+
+__all__ = ["SWEEP_LIMIT", "Sweep"]
+
+log = logging.getLogger("streamline_pool")
+
+SWEEP_LIMIT = 1_000  # due runs read per sweep; more than the pool can use before the next one
+OVERDUE = timedelta(seconds=3)  # less than how far back a worker polls for due runs, see worker/poller.py
+FULL_SWEEP_EVERY = 10  # sweeps; the sweeps in between recover only leases that ended since the last ones
+BROADCASTS_EVERY = 5  # sweeps; senders finish their broadcasts themselves, unless they die in between
+
+
+class Sweep:
+    """One sweep after another, with a pause of `sweep_interval_s`."""
+
+    def __init__(self, tools: DutyTools, wake_ups: WakeUps, subscribers: StreamSubscribers) -> None:
+        self._tools = tools
+        self._wake_ups = wake_ups
+        self._subscribers = subscribers
+        self._sweeps = 0
+
+    async def run(self) -> None:
+        while True:
+            ok = await self._tools.attempt(self._sweep)
+            if not ok:
+                self._sweeps = 0  # leases may have ended longer ago than a partial sweep looks back: the next one is full
+            chance = self._tools.env.random()
+            await asyncio.sleep(self._tools.settings.sweep_interval_s * (0.9 + 0.2 * chance) if ok else jittered(RETRY_MAX_S, chance))
+
+    async def _sweep(self) -> None:
+        if self._tools.store.clock.stale:
+            await self._tools.store.sync_clock()
+        await self._plan_due()
+        full = self._sweeps % FULL_SWEEP_EVERY == 0
+        self._sweeps += 1
+        await self._recover_expired(full)
+        if full:
+            await self._subscribers.refresh()
+        if self._sweeps % BROADCASTS_EVERY == 1:
+            # Last, because it may take long, and the runs of dead workers wait for the other parts.
+            await self._tools.within(WRITE_TIMEOUT_S, "finish_broadcasts", self._tools.store.drive(finishing_broadcasts(self._tools.app)))
+
+    async def _plan_due(self) -> None:
+        """Wake up workers for runs that are due, and set timers for those that will be before the next but one sweep."""
+        now = self._tools.store.now
+        until = now() + timedelta(seconds=2 * self._tools.settings.sweep_interval_s)
+        overdue = now() - OVERDUE
+        rows = await self._find_due(until)
+        if len(rows) == SWEEP_LIMIT:
+            # A backlog hides the runs that are not due yet, which need a timer most of all when there is a backlog.
+            rows += await self._find_due(until, now())
+        for found in rows:
+            if found["wakeAt"] <= overdue:
+                self._wake_ups.wake_up(None, found["_id"], 1)  # no lane: workers may have stopped polling that part of a lane
+            else:
+                self._wake_ups.plan(found["lane"], found["wakeAt"], found["_id"])
+        self._wake_ups.set_timer()
+
+    async def _find_due(self, until: datetime, since: datetime | None = None) -> list[dict[str, Any]]:
+        find = claims.find_due_before(self._tools.lanes, until, SWEEP_LIMIT, since)
+        try:
+            due: list[dict[str, Any]] = await self._tools.run(find, READ_TIMEOUT_S)
+        except StoreUnavailableError as exc:
+            if not exc.context.get("transient"):
+                # The collection or its indexes were dropped while the pool runs: claims do not succeed, either.
+                await self._tools.store.ensure_again()
+            raise
+        return due
+
+    async def _recover_expired(self, full: bool) -> None:
+        """Make runs claimable again whose lease expired; `full`: however long ago."""
+        settings = self._tools.settings
+        since = None if full else self._tools.store.now() - 3 * timedelta(seconds=settings.sweep_interval_s)
+        recovered = await recover_leases(self._tools, recovery.recover_expired(settings.max_crashes, since))
+        if recovered:
+            log.warning("leases_recovered", extra={"runs": recovered})
+            self._wake_ups.wake_up(None, None, recovered)

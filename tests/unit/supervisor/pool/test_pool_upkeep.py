@@ -1,0 +1,122 @@
+"""When the supervisor replaces workers on purpose, and how it changes the size of the pool or holds it."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+from pool_script import LIMITS, STEWARD, Script, beat
+
+from streamline_pool.supervisor.ipc.messages import (
+    Died,
+    Drain,
+    Hold,
+    Reslot,
+    Stop,
+    WakeUp,
+    WorkDue,
+)
+from streamline_pool.supervisor.pool.state import Dump, Event, Kill, Measured, Received, Spawn, Tick
+
+
+@pytest.mark.parametrize(
+    ("limits", "events"),
+    [
+        ({"max_rss_bytes": 100}, [Measured(rss_bytes={101: 101, 102: 99})]),
+        ({"max_runs_per_worker": 5}, [Received(pid=101, message=beat(runs_total=5))]),
+        ({}, [Received(pid=101, message=beat(recycle="a stuck thread"))]),
+    ],
+)
+def test_only_the_worker_with_a_reason_is_recycled(limits: dict[str, Any], events: list[Event]) -> None:
+    script = Script(**limits).started()
+    script.send(*events)
+    assert [pid for pid, _ in script.sent(Drain)] == [101]
+    assert [s.index for s in script.did(Spawn)] == [0], "its successor starts at once"
+    script.dies(101, exit_code=0)
+    assert not script.did(Spawn)
+    assert not script.sent(Died), "it has released its runs itself"
+
+
+def test_at_most_a_quarter_of_the_pool_is_recycled_at_once() -> None:
+    """A leak hits all workers at the same time; replacing all of them at once would be an outage."""
+    script = Script(workers=8, max_rss_bytes=100).started()
+    script.send(Measured(rss_bytes=dict.fromkeys(script.workers, 101)))
+    assert [pid for pid, _ in script.sent(Drain)] == [101, 102]
+    script.send(Tick())
+    assert not script.sent(Drain)
+    script.dies(101, exit_code=0)
+    assert [pid for pid, _ in script.sent(Drain)] == [103]
+
+
+def test_a_recycled_worker_that_does_not_exit_is_stopped_then_killed() -> None:
+    """A stuck thread in a handler must not keep the old worker beside the new one for ever."""
+    script = Script(workers=1).started()
+    script.beat(101, recycle="a stuck thread")
+    script.wait(LIMITS.drain_timeout_s)
+    assert [pid for pid, _ in script.sent(Stop)] == [101]
+    script.wait(4.5)
+    assert script.did(Kill) == [Kill(pid=101, signum=signal.SIGKILL)]
+    script.dies(101)
+    assert script.sent(Died), "the steward releases what it held"
+    assert script.state.crashes == ()
+    assert script.state.shutdown is None
+
+
+def test_hup_recycles_one_by_one() -> None:
+    script = Script(workers=2).started()
+    script.signal(signal.SIGHUP)
+    assert [pid for pid, _ in script.sent(Drain)] == [101]
+    script.dies(101, exit_code=0)
+    assert not script.sent(Drain), "its successor is not ready yet"
+    script.beat(103)
+    assert [pid for pid, _ in script.sent(Drain)] == [102]
+    script.beat(104)
+    script.dies(102, exit_code=0)
+    script.wait(60.0)
+    assert not script.did(Spawn)
+    assert script.workers == [103, 104]
+
+
+def test_ttin_and_ttou_change_the_size_down_to_one() -> None:
+    script = Script(workers=1).started()
+    script.signal(signal.SIGTTIN)
+    assert [(s.index, s.total) for s in script.did(Spawn)] == [(1, 2)]
+    assert script.sent(Reslot) == [(101, Reslot(index=0, total=2))]
+    script.beat(102)
+    script.signal(signal.SIGTTOU)
+    assert [pid for pid, _ in script.sent(Drain)] == [102]
+    assert script.sent(Reslot) == [(101, Reslot(index=0, total=1))]
+    script.dies(102, exit_code=0)
+    assert not script.state.vacancies
+    script.signal(signal.SIGTTOU)
+    assert not script.sent(Drain)
+
+
+def test_ttou_removes_a_vacant_place_first() -> None:
+    """Shrinking while the last worker waits for its restart must not start it again."""
+    script = Script(workers=2).started()
+    script.dies(102)
+    script.signal(signal.SIGTTOU)
+    assert not script.sent(Drain)
+    script.wait(1.0)
+    assert not script.did(Spawn)
+
+
+def test_hold_and_resume_reach_workers_that_are_forked_in_between() -> None:
+    script = Script(workers=1).started()
+    script.signal(signal.SIGTSTP)
+    assert script.sent(Hold) == [(101, Hold(held=True))]
+    script.beat(101, state="holding")
+    script.signal(signal.SIGTTIN)
+    assert script.sent(Hold) == [(102, Hold(held=True))]
+    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+    assert not script.sent(WakeUp)
+    script.signal(signal.SIGCONT)
+    assert script.sent(Hold) == [(101, Hold(held=False)), (102, Hold(held=False))]
+
+
+def test_usr1_dumps_stacks() -> None:
+    script = Script().started()
+    script.signal(signal.SIGUSR1)
+    assert script.did(Dump) == [Dump()]

@@ -16,10 +16,11 @@ from typing import Any
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.backoff import Backoff
-from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.protocol import commits
-from streamline_pool.protocol.operations import Statement
+from streamline_pool.protocol.operations import Statement, error_text
 from streamline_pool.protocol.server_codes import TOO_LARGE, WILL_BE_REFUSED_AGAIN
+from streamline_pool.protocol.too_large import document_too_large
 from streamline_pool.storage.store import AsyncStore
 
 from .write_outcome import WriteOutcome, resolve_write
@@ -187,8 +188,8 @@ def _fail(future: asyncio.Future[WriteOutcome], exc: Exception) -> None:
 
 
 def refusal(statement: Statement, error: Mapping[str, Any]) -> ValidationError:
-    """What it means that the server refused one statement of a command."""
-    run_id, said = statement.fence.run_id, str(error.get("errmsg"))[:500]
+    """The error of one statement that the server refused."""
+    run_id = statement.fence.run_id
     if error.get("code") in TOO_LARGE:
-        return PayloadTooLargeError(f"run {run_id}: it would grow above MongoDB's 16 MiB: {said}", run_id=run_id)
-    return ValidationError(f"run {run_id}: MongoDB refuses to store it: {said}", run_id=run_id)
+        return document_too_large(f"run {run_id}", error_text(error), run_id=run_id)
+    return ValidationError(f"run {run_id}: MongoDB refuses to store it: {error_text(error)}", run_id=run_id)

@@ -147,6 +147,9 @@ def _validate_steps(steps: list[Any], current: Any) -> str | None:
     for step in steps:
         if (step["stepId"] == current) if step["status"] in ENDED_STEP_TEXTS else (current is None):
             return f"field 'currentStepId' is {current!r}, but step {step['stepId']} is {step['status']}"
+    for step in steps[ids.index(current) + 1 :] if current is not None else ():
+        if step["status"] != StepStatus.PENDING:  # a change could not start it: `STEP_MOVES`
+            return f"field 'currentStepId' is {current!r}, but step {step['stepId']}, which comes later, is {step['status']}"
     return None
 
 

@@ -197,6 +197,7 @@ CHANGED_FIELDS = [
     ("steps", [{**STEP, "status": "waiting", "waitingFor": 3}, OTHER]),
     ("steps", [{**STEP, "status": "waiting", "waitingFor": {"type": "timer"}}, OTHER]), ("steps", [{**STEP, "status": "done"}, OTHER]),
     ("steps", [{**STEP, "status": "waiting", "waitingFor": {"type": "timer", "resumeAt": "soon"}}, OTHER]),
+    ("steps", [STEP, {**OTHER, "status": "running"}]), ("steps", [STEP, {**OTHER, "status": "done"}]),
     ("currentStepId", "zzz"), ("currentStepId", 5), ("currentStepId", []), ("currentStepId", None),
     ("context", None), ("context", "x"), ("context", []), ("lane", None), ("rev", "1"), ("rev", 1.0), ("rev", None), ("token", "1"),
     ("crashes", None), ("failures", {}), ("waitGen", "1"),

@@ -383,7 +383,7 @@ class _Steward:
         if full:
             await self._listeners.look(lambda op: self._run(op, READ_TIMEOUT_S))
         if self._sweeps % BROADCASTS_EVERY == 1:  # last, since it may take long, and runs of dead workers wait for the others
-            await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app)))
+            await self._within(WRITE_TIMEOUT_S, "finish_broadcasts", self._store.drive(finishing_broadcasts(self._app.services)))
 
     async def _find_due(self, until: datetime, since: datetime | None = None) -> list[dict[str, Any]]:
         try:

@@ -11,6 +11,7 @@ def reserve(ctx): ...
 
 from streamline_pool.client.app import Streamline
 from streamline_pool.client.run_control import HookResult
+from streamline_pool.client.step_options import Handler, StepDefaults, StepOptions
 from streamline_pool.client.workflow import Workflow
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "ErrorCode",
     "Event",
     "EventBus",
+    "Handler",
     "Hook",
     "HookResult",
     "HookTokenError",
@@ -70,7 +72,9 @@ __all__ = [
     "RunStatus",
     "Settings",
     "Settled",
+    "StepDefaults",
     "StepNotFoundError",
+    "StepOptions",
     "StepState",
     "StepStatus",
     "StepTimeline",

@@ -1,7 +1,8 @@
 """Durable events: to one run, or to every run that waits for them now or later. Client procedures, without I/O.
 
-Owns the order of the steps by which an event reaches everybody once, whoever dies in between: it is stored first, then
-those who wait get it, then it counts as delivered. The steward repeats the last two for senders that have died.
+Owns the order of the writes by which an event reaches each run once, whichever process dies in between. The event is
+stored first, then the waiting runs get it, then it counts as delivered. The steward repeats the last two writes for
+senders that have died.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamline_pool.domain.errors import InvalidStateError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.model import TERMINAL
@@ -22,44 +23,43 @@ from streamline_pool.protocol.run_document import check_run_id
 from streamline_pool.storage.procedures import Procedure
 
 from .run_control import ITEM_BYTES, answered_step, check_not_full, publish_resumed, reading_run, signalling_due
+from .services import Services
 
-if TYPE_CHECKING:
-    from .app import Streamline
-
-__all__ = ["finishing_broadcasts", "sending_event"]
+__all__ = ["broadcasting", "finishing_broadcasts", "sending_event"]
 
 log = logging.getLogger("streamline_pool")
 
 _WAITERS_MAX = 500  # runs woken by one command; a guess; fewer when `_CHUNK_BYTES` says so
 _CHUNK_BYTES = 16 * 1024 * 1024
-_ROUNDS_MAX = 20  # looks at a run that others act on at the same moment; a guess
-_SENDER_S = 15.0  # a sender that has not finished by then is taken for dead; above what a procedure repeats for
+_WAITER_BYTES = 3_000  # of the command for one run, beside the event's data; a guess
+_ROUNDS_MAX = 20  # attempts on a run that other clients change at the same moment; a guess
+_SENDER_S = 15.0  # a sender that has not finished by then counts as dead; above the time for which a procedure is repeated
 _PENDING_MAX = 100  # events finished for dead senders at a time
 
 
-def sending_event(app: Streamline, name: str, data: Any, run_id: str | None) -> Procedure[int]:
+def sending_event(services: Services, name: str, data: Any, run_id: str | None) -> Procedure[int]:
     """Deliver an event; see `Streamline.send_event`."""
-    yield from app._ensuring(None)
+    yield from services.ensure()
     check_event_name(name, "send_event")
     data, size = as_payload(data, "send_event: data")
     if is_external(data):
         raise ValidationError(f"send_event: data: a mapping with {EXTERNAL_KEY!r} alone stands for a file; add another key, or rename it")
     if size > durable_events.EVENT_BYTES_MAX:
         raise PayloadTooLargeError(
-            f"send_event: data of {size} bytes, and the limit is {durable_events.EVENT_BYTES_MAX}, because every run that it reaches gets a copy; "
-            "store it elsewhere and pass a reference",
+            f"send_event: data of {size} bytes, and the limit is {durable_events.EVENT_BYTES_MAX}, because every run that it reaches "
+            "gets a copy; store it elsewhere and pass a reference",
             size=size,
         )
-    event_id = app.env.new_id()
+    event_id = services.env.new_id()
     if run_id is not None:
-        return (yield from _sending_to_one(app, check_run_id(run_id), event_id, name, data, size))
-    yield durable_events.record_event(event_id, name, data, app._server_now())
+        return (yield from _sending_to_one(services, check_run_id(run_id), event_id, name, data, size))
+    yield durable_events.record_event(event_id, name, data, services.now())
     (event,) = yield durable_events.read_event(event_id)
-    woken = yield from _broadcasting(app, event)
+    woken = yield from broadcasting(services, event)
     return woken
 
 
-def _sending_to_one(app: Streamline, run_id: str, event_id: str, name: str, data: Any, size: int) -> Procedure[int]:
+def _sending_to_one(services: Services, run_id: str, event_id: str, name: str, data: Any, size: int) -> Procedure[int]:
     for _ in range(_ROUNDS_MAX):
         document = yield durable_events.deliver_event(run_id, event_id, name, data, size + ITEM_BYTES)
         if document is None:
@@ -68,29 +68,31 @@ def _sending_to_one(app: Streamline, run_id: str, event_id: str, name: str, data
                 if document["status"] in TERMINAL:
                     return 0
                 check_not_full(document, size + ITEM_BYTES)
-                continue  # it has got room between the two reads
-        if not _publish_woken(app, document, event_id, data):
+                continue  # its inbox has got room between the two operations
+        if not _publish_woken(services, document, event_id, data):
             return 0
-        yield from signalling_due(app, document)
+        yield from signalling_due(services, document)
         return 1
-    raise InvalidStateError(f"run {run_id}: others act on it all the time; the event was not delivered, send it again", run_id=run_id)
+    raise InvalidStateError(
+        f"run {run_id}: other clients change it all the time; the event was not delivered, send it again", run_id=run_id
+    )
 
 
-def _publish_woken(app: Streamline, document: Mapping[str, Any], event_id: str, data: Any) -> bool:
-    """Publish that this event has woken the run, if it has."""
+def _publish_woken(services: Services, document: Mapping[str, Any], event_id: str, data: Any) -> bool:
+    """Publish that this event has woken the run, if it has. Returns whether it has."""
     step_id = answered_step(document, event_id)
     if step_id is not None:
-        publish_resumed(app, document, step_id, data)
+        publish_resumed(services, document, step_id, data)
     return step_id is not None
 
 
-def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
-    """Wake everybody who waits for a stored event; the number of runs woken by this call.
+def broadcasting(services: Services, event: Mapping[str, Any]) -> Procedure[int]:
+    """Wake every run that waits for a stored event. Returns the number of runs that this call has woken.
 
-    One pass in the order of ids. Who begins to wait behind it looks for the event himself; so does who was found and
-    has gone on before the delivery. Nobody may end the pass but the last of those who wait.
+    One pass in the order of run ids. A run that begins to wait behind the pass finds the stored event by itself. So does
+    a run that was found, and went on before the delivery. The pass ends only when no waiting run is left.
     """
-    chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (check_payload(event.get("data"), "data") + 3_000)))
+    chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (check_payload(event.get("data"), "data") + _WAITER_BYTES)))
     total = 0
     last = None
     while True:
@@ -102,22 +104,22 @@ def _broadcasting(app: Streamline, event: Mapping[str, Any]) -> Procedure[int]:
         delivered = yield durable_events.read_delivered([found["_id"] for found in waiters], event["_id"])
         lanes = (document.get("lane") for document in delivered)
         for lane, count in Counter(lane for lane in lanes if isinstance(lane, str)).items():
-            yield from app._signalling("due", wakeAt=app._server_now(), lane=lane, count=count)
+            yield from services.signal("due", wakeAt=services.now(), lane=lane, count=count)
         for document in delivered:
-            _publish_woken(app, document, event["_id"], event.get("data"))
+            _publish_woken(services, document, event["_id"], event.get("data"))
         total += len(delivered)
     yield durable_events.mark_delivered(event["_id"])
     return total
 
 
-def finishing_broadcasts(app: Streamline) -> Procedure[int]:
-    """Do what senders that have died left undone; how many events that were. Any number of stewards may."""
-    before = app._server_now() - timedelta(seconds=_SENDER_S)
+def finishing_broadcasts(services: Services) -> Procedure[int]:
+    """Finish the deliveries of senders that have died. Returns how many events. Any number of stewards may do it at once."""
+    before = services.now() - timedelta(seconds=_SENDER_S)
     pending = yield durable_events.find_pending_events(before, _PENDING_MAX)
     for event in pending:
         try:
-            yield from _broadcasting(app, event)
+            yield from broadcasting(services, event)
         except ValidationError:
-            # Nobody can have it as another program has left it; that must not keep the others from being finished.
+            # Another program has changed the stored event. That must not keep the other events from being finished.
             log.exception("event_undeliverable", extra={"event_id": str(event["_id"])})
     return len(pending)

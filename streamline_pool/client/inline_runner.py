@@ -1,6 +1,6 @@
 """Executes single runs inside the calling program: `Workflow.execute`, with the same engine that workers use.
 
-Owns the engine of an event loop, and the background loop that lends one to synchronous callers.
+Owns the engine of one event loop, and the thread with an event loop for synchronous callers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ __all__ = ["InlineRunner", "LoopThread", "make_owner"]
 
 T = TypeVar("T")
 
-_CALLERS_S = 5.0  # for callers of `execute` to read how far their run came
+_CALLERS_S = 5.0  # for callers of `execute` to read their run a last time
+_STOP_GRACE_S = 1.0  # for handlers to react to their signal
+_STOP_S = 5.0  # for stopped runs to be released
 
 
 def make_owner(env: Env) -> str:
@@ -36,28 +38,28 @@ def make_owner(env: Env) -> str:
 
 
 class _OutcomeRecorder:
-    """Nobody schedules around a program's own executions; only how each of them came out is wanted."""
+    """Records how each execution ended. The engine's other reports are of no use here: nothing is scheduled around them."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}  # run id -> status ("" at first), while its caller waits
 
     def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
-        """See engine.Observer."""
+        """See engine.ports.Observer."""
 
     def on_finished(self, run_id: str, status: str) -> None:
-        """See engine.Observer."""
+        """See engine.ports.Observer."""
         if run_id in self.outcomes:
             self.outcomes[run_id] = status
 
     def store_answered(self, ok: bool) -> None:
-        """See engine.Observer."""
+        """See engine.ports.Observer."""
 
     def on_stuck(self, what: str) -> None:
-        """See engine.Observer."""
+        """See engine.ports.Observer."""
 
 
 class InlineRunner:
-    """Claims and drives runs in one event loop, one call at a time each."""
+    """Claims and drives runs in one event loop. Each call of `execute` drives one run."""
 
     def __init__(self, make_engine: Callable[[AsyncStore, _OutcomeRecorder], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
         self._recorder = _OutcomeRecorder()
@@ -72,7 +74,9 @@ class InlineRunner:
 
     async def execute(self, run_id: str) -> bool:
         """Claim a run by name and drive it to its next stop. False if it could not be claimed now."""
-        await self._engine.event_publisher.poll()  # nobody tells a program who streams; beside a claim's majority write it costs little
+        await (
+            self._engine.event_publisher.poll()
+        )  # a program gets no message about subscribers of streams; beside a claim's majority write this costs little
         deadline = self._engine.leases.deadline()
         lease_id = self._env.new_id()
         document = await self._store.run(claims.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
@@ -83,7 +87,7 @@ class InlineRunner:
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            # The caller has given up, which says nothing against the run: its handler stops, others may claim it.
+            # Only the caller was cancelled, not the run: the handler stops, and any process may claim the run.
             self._engine.stop_run(run_id)
             self._recorder.outcomes.pop(run_id, None)
             raise
@@ -92,12 +96,12 @@ class InlineRunner:
         return True
 
     def check(self, run_id: str) -> None:
-        """Somebody in this program has acted on the run: if it is executed here, look at the database at once."""
+        """If the run is executed here, read its state in the database at once: this program has changed it."""
         self._engine.check(run_id)
 
     @contextlib.contextmanager
     def caller(self) -> Iterator[None]:
-        """While it lasts, `shutdown` does not take the connections away from the running task."""
+        """Within this block, `shutdown` waits for the running task before the connections are closed."""
         task = asyncio.current_task()
         assert task is not None, "an `async def` runs in a task"
         self._callers.add(task)
@@ -107,14 +111,14 @@ class InlineRunner:
             self._callers.discard(task)
 
     async def shutdown(self, timeout_s: float) -> None:
-        """Let steps in flight end, for `timeout_s` seconds; then stop them. Their runs are given back either way."""
+        """Let current steps end, for `timeout_s` seconds; then stop them. Their runs are released either way."""
         self._engine.drain()
         try:
             await asyncio.wait_for(self._engine.emptied(), timeout_s)
         except TimeoutError:
-            self._engine.stop(grace_s=1.0)
-            with contextlib.suppress(TimeoutError):  # then the leases run out by themselves
-                await asyncio.wait_for(self._engine.emptied(), 5.0)
+            self._engine.stop(grace_s=_STOP_GRACE_S)
+            with contextlib.suppress(TimeoutError):  # then the leases expire
+                await asyncio.wait_for(self._engine.emptied(), _STOP_S)
         await self._engine.close()
         waiting = [task for task in self._callers if task is not asyncio.current_task()]
         if waiting:
@@ -122,7 +126,7 @@ class InlineRunner:
 
 
 async def _notify(store: AsyncStore, signal: Signal) -> None:
-    with contextlib.suppress(WorkflowError):  # a hint: those who wait look by themselves a little later
+    with contextlib.suppress(WorkflowError):  # a hint: callers that wait poll a little later
         await store.run(signal)
 
 
@@ -135,18 +139,18 @@ class LoopThread:
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there and wait for it. An interrupted wait cancels it."""
+        """Run a coroutine there and wait for its result. An interrupted wait cancels it."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise InvalidStateError("the application was closed while this call was under way") from None
+            raise InvalidStateError("the application was closed while this call was in progress") from None
         except BaseException:
             future.cancel()
             raise
 
     def close(self) -> None:
-        """End the loop and its thread; calls still under way end with an InvalidStateError."""
+        """End the loop and its thread. Calls still in progress end with an InvalidStateError."""
         asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -1,15 +1,17 @@
-"""What programs do to runs from outside: cancel, pause, resume, rewind, answer by a hook. Client procedures, without I/O.
+"""Control operations on runs: cancel, pause, resume, rewind, answer by a hook. Client procedures, without I/O.
 
-Owns what is decided between reading a run and acting on it, and what a caller is told. Each call reads once, decides
-once and names what it has read in its act's filter; after a lost reply the same act is repeated, never the decision.
+Owns what is decided between reading a run and changing it, and what a caller gets back. Each call reads once, decides
+once, and names what it has read in the filter of its write. After a lost reply the same write is repeated, never the
+decision. Event delivery is in event_delivery.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from streamline_pool.domain.document import HookDocument, RunDocument, StepDocument
 from streamline_pool.domain.errors import (
     DataCorruptionError,
     HookTokenError,
@@ -23,6 +25,7 @@ from streamline_pool.domain.waits import arrived
 from streamline_pool.engine.hooks import hash_token, run_id_of
 from streamline_pool.protocol import answers, control, run_lifecycle
 from streamline_pool.protocol.codec import check_text, decode_payload, size_of
+from streamline_pool.protocol.hosts import list_hosts
 from streamline_pool.protocol.inbox import INBOX_BYTES_MAX, INBOX_MAX
 from streamline_pool.protocol.operations import Command
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
@@ -30,19 +33,20 @@ from streamline_pool.protocol.run_document import SLOTS, check_run_id, parse_run
 from streamline_pool.storage.files import loading_outputs, putting_file
 from streamline_pool.storage.procedures import Procedure
 
-if TYPE_CHECKING:
-    from .app import Streamline
+from .services import Services
 
 __all__ = [
     "ITEM_BYTES", "HookResult",
-    "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "making_run", "pausing_run", "publish_resumed",
-    "reading_run",
-    "resuming_run", "rewinding_run", "signalling_due",
+    "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "listing_pools", "making_run", "pausing_run",
+    "publish_resumed", "reading_run", "resuming_run", "rewinding_run", "signalling_due",
 ]  # fmt: skip
 
-Document = Mapping[str, Any]
+Document = Mapping[str, Any]  # a run document whose steps, waits and inbox another program may have changed
 
-_ROUNDS_MAX = 50  # decisions anew because others acted at the same moment; a guess: more means that they do nothing else
+ITEM_BYTES = 200
+"""Of an inbox item, beside its data."""
+
+_ROUNDS_MAX = 50  # new decisions because other clients changed the run meanwhile; a guess: more means that they do nothing else
 
 
 class HookResult(NamedTuple):
@@ -52,161 +56,178 @@ class HookResult(NamedTuple):
     run: Run  # after the answer
 
 
-def getting_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run | None]:
+# --- reading -----------------------------------------------------------------------------------------------------------
+
+
+def getting_run(workflow_id: str | None, run_id: str) -> Procedure[Run | None]:
     """The run with that id, of that workflow or (None) of any."""
     check_run_id(run_id)
     found = yield run_lifecycle.get_run(workflow_id, run_id)
     return (yield from making_run(found[0])) if found else None
 
 
+def listing_pools() -> Procedure[list[dict[str, Any]]]:
+    """What the pools report of themselves; see `Streamline.workers`."""
+    hosts: list[dict[str, Any]] = yield list_hosts()
+    return hosts
+
+
 def making_run(document: Document) -> Procedure[Run]:
     """The `Run` of a stored document, with outputs that are stored beside it. Raises DataCorruptionError."""
-    run = parse_run(document)  # garbage is reported as such, before its files are looked for
+    run = parse_run(document)  # an unreadable document is reported before its files are read
     if not external_ids(document):
         return run
     return replace(parse_run((yield from loading_outputs(document))), document=document)
 
 
 def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
-    """The stored document; WorkflowNotFoundError if there is none, DataCorruptionError if it is none of ours any more."""
+    """The stored document. Raises WorkflowNotFoundError if there is none, DataCorruptionError if it cannot be read as a run."""
     found = yield run_lifecycle.get_run(workflow_id, run_id)
     if not found:
         raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
     document: dict[str, Any] = found[0]
-    parse_run(document)  # garbage is reported, not acted on
+    parse_run(document)  # an unreadable document is reported, not changed
     return document
 
 
-def _reading_live_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
-    """The same, for who looks into its steps, waits and inbox as well: they have the shape that the engine relies on."""
-    document = yield from reading_run(workflow_id, run_id)
+def _reading_valid_run(workflow_id: str | None, run_id: str) -> Procedure[RunDocument]:
+    """The stored document. The steps, waits and inbox of a run that has not ended have the shape that the engine relies on."""
+    document: Any = yield from reading_run(workflow_id, run_id)
     reason = None if document["status"] in TERMINAL else validate_run_document(document)
     if reason is not None:
         raise DataCorruptionError(f"run {run_id}: the stored document was changed by another program: {reason}; mend it", run_id=run_id)
-    return document
+    valid: RunDocument = document
+    return valid
 
 
-def cancelling_run(app: Streamline, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
+# --- cancel and pause --------------------------------------------------------------------------------------------------
+
+
+def cancelling_run(services: Services, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
     """Cancel a run; see `Workflow.cancel`."""
     check_run_id(run_id)
     if reason is not None:
         check_text(reason, "cancel: reason")
-    control_id = app.env.new_id()
+    control_id = services.env.new_id()
     while True:
         document = yield control.cancel_run(workflow_id, run_id, reason, control_id)
         if document is None:
             found = yield from reading_run(workflow_id, run_id)
             stored = parse_run(found)
             if not stored.is_terminal:
-                continue  # it changed between the two reads: decide again
+                continue  # it changed between the two operations: decide again
             if found.get("lastAct") != control_id:
                 return (yield from making_run(found))
-            document = found  # our own write had landed, its reply was lost
-        yield from app._signalling("cancel", runId=run_id)
-        yield from app._signalling("ended", runs=[run_id])
-        app._publish(document, "workflow:cancelled", reason)
+            document = found  # our own write was committed, and its reply was lost
+        yield from _notifying_holder(services, run_id)
+        yield from services.signal("ended", runs=[run_id])
+        services.publish(document, "workflow:cancelled", reason)
         return (yield from making_run(document))
 
 
-def pausing_run(app: Streamline, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
+def pausing_run(services: Services, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
     """Pause a run; see `Workflow.pause`."""
     check_run_id(run_id)
     if reason is not None:
         check_text(reason, "pause: reason")
-    control_id = app.env.new_id()
+    control_id = services.env.new_id()
 
     def decide(found: Document) -> Command | None:
         if found["status"] in TERMINAL or found.get("paused") is True:
             return None
         return control.pause_run(workflow_id, run_id, found.get("acts"), reason, control_id)
 
-    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
+    document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
-        yield from app._signalling("cancel", runId=run_id)  # its holder looks at the database at once, and finds the pause
-        app._publish(document, "workflow:paused", reason)
+        yield from _notifying_holder(services, run_id)
+        services.publish(document, "workflow:paused", reason)
     return (yield from making_run(document))
 
 
-def resuming_run(app: Streamline, workflow_id: str | None, run_id: str, payload: Any) -> Procedure[Run]:
-    """Un-pause a paused run, else answer its wait; see `Workflow.resume`. What was read first decides, through all repetitions."""
+# --- resume and answer -------------------------------------------------------------------------------------------------
+
+
+def resuming_run(services: Services, workflow_id: str | None, run_id: str, payload: Any) -> Procedure[Run]:
+    """Un-pause a paused run, else answer its wait; see `Workflow.resume`. The first read decides which, for all repetitions."""
     check_run_id(run_id)
-    answer = split_output(payload, "resume: payload", app.env.new_id())
-    found = yield from _reading_live_run(workflow_id, run_id)
+    answer = split_output(payload, "resume: payload", services.env.new_id())
+    found = yield from _reading_valid_run(workflow_id, run_id)
     if found.get("paused") is True and found["status"] not in TERMINAL:
         if payload is not None:
             raise InvalidStateError(f"run {run_id} is paused: resume it without a payload first; its wait stays unanswered", run_id=run_id)
-        return (yield from _unpausing_run(app, workflow_id, run_id))
-    return (yield from _answering_wait(app, workflow_id, found, answer))
+        return (yield from _unpausing_run(services, workflow_id, run_id))
+    return (yield from _answering_wait(services, workflow_id, found, answer))
 
 
-def _unpausing_run(app: Streamline, workflow_id: str | None, run_id: str) -> Procedure[Run]:
-    control_id = app.env.new_id()
+def _unpausing_run(services: Services, workflow_id: str | None, run_id: str) -> Procedure[Run]:
+    control_id = services.env.new_id()
 
     def decide(found: Document) -> Command | None:
         if found.get("paused") is not True or found["status"] in TERMINAL:
-            return None  # somebody else has resumed or ended it meanwhile
+            return None  # another client has resumed or ended it meanwhile
         return control.unpause_run(workflow_id, run_id, found.get("acts"), control_id)
 
-    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
+    document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
-        yield from signalling_due(app, document)
-        app._publish(document, "workflow:resumed", None)
+        yield from signalling_due(services, document)
+        services.publish(document, "workflow:resumed")
     return (yield from making_run(document))
 
 
-def _answering_wait(app: Streamline, workflow_id: str | None, found: Document, answer: SplitOutput) -> Procedure[Run]:
+def _answering_wait(services: Services, workflow_id: str | None, found: RunDocument, answer: SplitOutput) -> Procedure[Run]:
     run_id, step = found["_id"], _current_step(found)
     if step is None or step["status"] != StepStatus.WAITING or step["waitingFor"]["type"] not in ("human", "webhook"):
         raise InvalidStateError(
-            f"run {run_id} is not paused, and waits for nobody's answer: it is {_standing(found)}", run_id=run_id, status=found["status"]
+            f"run {run_id} is not paused, and waits for no answer: it is {_standing(found)}", run_id=run_id, status=found["status"]
         )
-    answer_id = app.env.new_id()
+    answer_id = services.env.new_id()
     yield from _putting(answer, run_id)
     document = yield answers.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
     if document is None:
-        document = yield from _reading_live_run(workflow_id, run_id)
+        document = yield from _reading_valid_run(workflow_id, run_id)
         if answered_step(document, answer_id) is None:
             raise InvalidStateError(
-                f"run {run_id}: step {step['stepId']} waits no more, because of another answer or act; it is {_standing(document)}",
+                f"run {run_id}: step {step['stepId']} waits no more, because of another answer or control operation; "
+                f"it is {_standing(document)}",
                 run_id=run_id,
                 status=document["status"],
             )
-    yield from signalling_due(app, document)
-    publish_resumed(app, document, step["stepId"], _value(answer))
+    yield from signalling_due(services, document)
+    publish_resumed(services, document, step["stepId"], _value(answer))
     return (yield from making_run(document))
 
 
-def answering_hook(app: Streamline, token: str, payload: Any) -> Procedure[HookResult]:
-    """Answer by a hook token; see `Streamline.resume_hook`. Whether the token is good is the database's decision."""
+def answering_hook(services: Services, token: str, payload: Any) -> Procedure[HookResult]:
+    """Answer by a hook token; see `Streamline.resume_hook`. The database decides whether the token is good."""
     run_id, token_hash = run_id_of(token), hash_token(token)
-    answer = split_output(payload, "resume_hook: payload", app.env.new_id())
+    answer = split_output(payload, "resume_hook: payload", services.env.new_id())
     size = answer.size + ITEM_BYTES
     try:
-        step, hook = _hook_of((yield from _reading_live_run(None, run_id)), token_hash)
+        step, hook = _hook_of((yield from _reading_valid_run(None, run_id)), token_hash)
     except WorkflowNotFoundError:
         raise _bad_token() from None
     if step is None or hook is None:
         raise _bad_token()
-    answer_id = app.env.new_id()
+    answer_id = services.env.new_id()
     yield from _putting(answer, run_id)
     document = yield answers.answer_hook(
         run_id, step["stepId"], hook["gen"], token_hash, hook.get("expiresAt"), answer.stored, size, answer_id
     )
     if document is None:
-        document = yield from _reading_live_run(None, run_id)
+        document = yield from _reading_valid_run(None, run_id)
         in_inbox = document["status"] not in TERMINAL and arrived(document, {"id": answer_id}) is not None
         if not in_inbox and answered_step(document, answer_id) is None:
             if _hook_of(document, token_hash)[1] is not None and step["status"] != StepStatus.WAITING:
                 check_not_full(document, size)
             raise _bad_token()
     if answered_step(document, answer_id) is not None:
-        yield from signalling_due(app, document)
-        publish_resumed(app, document, step["stepId"], _value(answer))
+        yield from signalling_due(services, document)
+        publish_resumed(services, document, step["stepId"], _value(answer))
     return HookResult(run_id, (yield from making_run(document)))
 
 
 def _putting(answer: SplitOutput, run_id: str) -> Procedure[None]:
-    """A large answer goes into its file first. If the answer is refused the file stays, until the run is deleted."""
+    """Store a large answer in its file first. If the answer is refused, the file stays until the run is deleted."""
     if answer.content is not None:
         assert is_external(answer.stored), "what has content is stored as its marker"
         yield from putting_file(answer.stored[EXTERNAL_KEY], answer.content, run_id)
@@ -216,10 +237,7 @@ def _value(answer: SplitOutput) -> Any:
     return answer.stored if answer.content is None else decode_payload(answer.content)
 
 
-ITEM_BYTES = 200  # of an inbox item beside its data
-
-
-def _hook_of(document: Document, token_hash: bytes) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _hook_of(document: RunDocument, token_hash: bytes) -> tuple[StepDocument | None, HookDocument | None]:
     if document["status"] not in TERMINAL:
         for step in document["steps"]:
             for hook in step.get("hooks") or ():
@@ -229,12 +247,12 @@ def _hook_of(document: Document, token_hash: bytes) -> tuple[dict[str, Any] | No
 
 
 def _bad_token() -> HookTokenError:
-    # One text for every reason: whoever guesses tokens learns nothing from it.
+    # One text for every reason: a caller that guesses tokens learns nothing from it.
     return HookTokenError("the token is wrong, used, expired, or of a wait that is over; nothing was changed")
 
 
 def check_not_full(document: Document, size: int) -> None:
-    """PayloadTooLargeError if the run's inbox has no room for an item of so many bytes."""
+    """Raise PayloadTooLargeError if the run's inbox has no room for an item of `size` bytes."""
     stored = document.get("inbox")
     inbox = stored if isinstance(stored, list) else []
     if len(inbox) >= INBOX_MAX or size_of({"inbox": inbox}) + size > INBOX_BYTES_MAX:
@@ -245,53 +263,63 @@ def check_not_full(document: Document, size: int) -> None:
         )
 
 
-def rewinding_run(app: Streamline, workflow_id: str | None, run_id: str, step_id: str) -> Procedure[Run]:
+# --- rewind ------------------------------------------------------------------------------------------------------------
+
+
+def rewinding_run(services: Services, workflow_id: str | None, run_id: str, step_id: str) -> Procedure[Run]:
     """Rewind a run; see `Workflow.rewind_to`."""
     check_run_id(run_id)
-    control_id = app.env.new_id()
+    control_id = services.env.new_id()
 
     def decide(found: Document) -> Command:
-        step_ids = [step["stepId"] for step in found["steps"]]
-        if found["status"] == RunStatus.CANCELLED:
-            raise InvalidStateError(f"run {run_id} was cancelled, which is final; start a new one", run_id=run_id, status="cancelled")
-        if step_id not in step_ids:
-            raise StepNotFoundError(
-                f"run {run_id}: no step {step_id!r}; its steps are {', '.join(step_ids)}", run_id=run_id, step_id=step_id
-            )
-        place = step_ids.index(step_id)
-        unreached = [step["stepId"] for step in found["steps"][:place] if step["status"] not in (StepStatus.DONE, StepStatus.SKIPPED)]
-        if unreached:
-            raise InvalidStateError(
-                f"run {run_id} has not come to step {step_id!r} yet: step {unreached[0]!r} comes first; rewind to that", run_id=run_id
-            )
+        place = _place_to_rewind_to(found, step_id)
+        step_ids = [step["stepId"] for step in found["steps"][place:]]
         lane = f"{found.get('queue', 'default')}/{found['workflowId']}/{found['version']}"
-        slot = int(app.env.random() * SLOTS)
-        return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids[place:], lane, slot, control_id)
+        slot = int(services.env.random() * SLOTS)
+        return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids, lane, slot, control_id)
 
-    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
+    document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
-        yield from app._signalling("cancel", runId=run_id)  # whoever still holds it finds out at once
-        yield from signalling_due(app, document)
+        yield from _notifying_holder(services, run_id)
+        yield from signalling_due(services, document)
     return (yield from making_run(document))
+
+
+def _place_to_rewind_to(found: Document, step_id: str) -> int:
+    """The place of the step, if the run can be rewound to it. Raises InvalidStateError or StepNotFoundError."""
+    run_id = found["_id"]
+    step_ids = [step["stepId"] for step in found["steps"]]
+    if found["status"] == RunStatus.CANCELLED:
+        raise InvalidStateError(f"run {run_id} was cancelled, which is final; start a new one", run_id=run_id, status="cancelled")
+    if step_id not in step_ids:
+        raise StepNotFoundError(f"run {run_id}: no step {step_id!r}; its steps are {', '.join(step_ids)}", run_id=run_id, step_id=step_id)
+    place = step_ids.index(step_id)
+    unreached = [step["stepId"] for step in found["steps"][:place] if step["status"] not in (StepStatus.DONE, StepStatus.SKIPPED)]
+    if unreached:
+        raise InvalidStateError(
+            f"run {run_id} has not come to step {step_id!r} yet: step {unreached[0]!r} comes first; rewind to that", run_id=run_id
+        )
+    return place
 
 
 # --- shared ------------------------------------------------------------------------------------------------------------
 
 
-def controlling(
+def _controlling(
     workflow_id: str | None, run_id: str, control_id: str, decide: Callable[[Document], Command | None]
 ) -> Procedure[tuple[dict[str, Any], bool]]:
-    """Read the run, act on it as it was found, and say whether that took effect. The stored document either way.
+    """Read the run, apply what `decide` makes of it. Returns the stored document, and whether the operation took effect.
 
-    The act names the count of acts that was read, so it takes effect once and on that state alone. On a miss the run tells
-    whose acts came since: ours is among them, or has certainly not landed and never will, and is decided anew.
+    The operation names the count of control operations that was read, so it takes effect once, and on that state only. If
+    it matches nothing, the run holds the ids of the operations since. Either ours is among them, or it was not committed
+    and never will be, and is decided anew.
     """
     for _ in range(_ROUNDS_MAX):
         found = yield from reading_run(workflow_id, run_id)
-        act = decide(found)
-        if act is None:
+        operation = decide(found)
+        if operation is None:
             return found, False
-        document = yield act
+        document = yield operation
         if document is not None:
             return document, True
         after = yield from reading_run(workflow_id, run_id)
@@ -299,41 +327,48 @@ def controlling(
         if after.get("lastAct") == control_id or (isinstance(kept, list) and control_id in kept):
             return after, True
         if _control_count(after) - _control_count(found) > control.CONTROL_IDS_KEPT:
-            break  # ours may have been one of those that are kept no more
+            break  # ours may be one of those whose ids are kept no more
     raise InvalidStateError(
-        f"run {run_id}: others act on it all the time, so what became of this act is unknown; look at it", run_id=run_id
+        f"run {run_id}: other clients change it all the time, so it is unknown whether this call took effect; read the run to see",
+        run_id=run_id,
     )
 
 
 def _control_count(document: Document) -> int:
-    acts_made = document.get("acts")
-    return acts_made if isinstance(acts_made, int) else 0
+    count = document.get("acts")
+    return count if isinstance(count, int) else 0
 
 
-def signalling_due(app: Streamline, document: Document) -> Procedure[None]:
-    """Have a worker look at a run that has become due."""
+def _notifying_holder(services: Services, run_id: str) -> Procedure[None]:
+    """Have the process that holds the run read its state at once, this process included."""
+    services.check_here(run_id)
+    yield from services.signal("cancel", runId=run_id)
+
+
+def signalling_due(services: Services, document: Document) -> Procedure[None]:
+    """Have a worker poll for a run that has become due."""
     if document.get("wakeAt") is not None:
-        yield from app._signalling("due", wakeAt=document["wakeAt"], lane=document.get("lane"), runId=document["_id"], count=1)
+        yield from services.signal("due", wakeAt=document["wakeAt"], lane=document.get("lane"), runId=document["_id"], count=1)
 
 
-def publish_resumed(app: Streamline, document: Document, step_id: str, payload: Any) -> None:
-    """Tell subscribers that an answer or an event has ended a step's wait."""
-    app._publish(document, "step:completed", payload, step_id)
-    app._publish(document, "workflow:resumed", payload, step_id)
+def publish_resumed(services: Services, document: Document, step_id: str, payload: Any) -> None:
+    """Publish that an answer or an event has ended a step's wait."""
+    services.publish(document, "step:completed", payload, step_id)
+    services.publish(document, "workflow:resumed", payload, step_id)
 
 
-def _current_step(document: Document) -> dict[str, Any] | None:
+def _current_step(document: RunDocument) -> StepDocument | None:
     steps = (step for step in document["steps"] if step["stepId"] == document.get("currentStepId"))
     return next(steps, None) if document["status"] not in TERMINAL else None
 
 
 def answered_step(document: Document, answer_id: str) -> str | None:
-    """The id of the step that this answer or event has ended, or None; whatever another program has made of the steps."""
+    """The id of the step that this answer or event has ended, or None. The steps may have any shape."""
     steps = document["steps"] if isinstance(document["steps"], list) else ()
     return next((step["stepId"] for step in steps if isinstance(step, dict) and step.get("answer") == answer_id), None)
 
 
-def _standing(document: Document) -> str:
+def _standing(document: RunDocument) -> str:
     step = _current_step(document)
     if step is None:
         return str(document["status"])

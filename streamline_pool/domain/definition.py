@@ -1,4 +1,4 @@
-"""Workflow and step declarations: checked when they are made, immutable afterwards.
+"""Workflow and step declarations: checked when they are made, immutable once they are frozen.
 
 Owns the limits on ids, options and shapes; a definition that exists is sound. Knows nothing of storage.
 """
@@ -16,6 +16,7 @@ from .errors import StepNotFoundError, ValidationError
 from .model import RetryPolicy, seconds
 
 __all__ = [
+    "Declaration",
     "Definition",
     "Handler",
     "StepDefinition",
@@ -29,27 +30,16 @@ __all__ = [
 ]
 
 Handler = Callable[[Any], Any]
-"""A step's function: takes `ctx`, `def` or `async def`; what it returns is the step's output."""
+"""A step's function: takes `ctx`, is `def` or `async def`. What it returns is the step's output.
+
+Users' handlers are typed more narrowly, by client/step_options.py, which knows `Context`.
+"""
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 _RETRIES_MAX = 20
 _CONDITIONS = ("condition", "skip_if", "run_if")
 _OPTIONS = ("retries", "timeout", "retry_delay", "retry_backoff")
-
-
-def check_id(value: object, what: str) -> str:
-    """`value` if it matches `[A-Za-z0-9_-]{1,100}`; a ValidationError naming `what` otherwise."""
-    if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise ValidationError(f"{what} {value!r}: an id is 1 to 100 of the characters A-Z a-z 0-9 _ -", value=repr(value))
-    return value
-
-
-def check_queue(value: object) -> str:
-    """`value` if it can name a queue; a ValidationError otherwise."""
-    if not isinstance(value, str) or not _QUEUE.fullmatch(value):
-        raise ValidationError(f"queue {value!r}: a queue is 1 to 100 of the characters A-Z a-z 0-9 _ . : -", value=repr(value))
-    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +57,7 @@ class StepDefinition:
 
     @property
     def is_conditional(self) -> bool:
-        """True if entering the step is to be decided first."""
+        """True if a condition decides whether the step is entered."""
         return not (self.condition is None and self.skip_if is None and self.run_if is None)
 
 
@@ -103,7 +93,7 @@ class Definition:
         return f"{queue}/{self.workflow_id}/{self.version}"
 
     def step(self, step_id: str) -> StepDefinition:
-        """The step with that id; StepNotFoundError names the steps there are."""
+        """The step with that id. StepNotFoundError names the steps there are."""
         place = self.index.get(step_id)
         if place is None:
             known = ", ".join(self.index)
@@ -111,8 +101,78 @@ class Definition:
         return self.steps[place]
 
 
+class Declaration:
+    """A workflow while its steps are still being added. `freeze` makes the `Definition`, once.
+
+    Every mistake is a ValidationError at the call that makes it. A declaration with `steps` is frozen from the start.
+    """
+
+    def __init__(
+        self,
+        workflow_id: str,
+        *,
+        version: str = "1.0.0",
+        queue: str = "default",
+        make_context: Callable[[Any], Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        steps: Mapping[str, Any] | None = None,
+    ) -> None:
+        if make_context is not None and not callable(make_context):
+            raise ValidationError(f"workflow {workflow_id}: context= must be a function of the input, not {make_context!r}")
+        if steps is not None and not isinstance(steps, Mapping):
+            raise ValidationError(f"workflow {workflow_id}: steps= must map step ids to handlers, not {type(steps)}")
+        self.workflow_id = check_id(workflow_id, "workflow id")
+        self._defaults = dict(check_defaults(workflow_id, {} if defaults is None else defaults))
+        self._steps = list(make_steps(workflow_id, steps or {}, self._defaults))
+        self.version = check_version(workflow_id, version)
+        self.queue = check_queue(queue)
+        self._make_context = make_context
+        self._definition: Definition | None = None
+        if steps is not None:
+            self.freeze()
+
+    @property
+    def step_ids(self) -> tuple[str, ...]:
+        """The ids of the steps so far, in order."""
+        return tuple(step.id for step in self._steps)
+
+    def add(self, step_id: Any, handler: Handler, options: Mapping[str, Any]) -> None:
+        """Add a step behind the others. `options` override the defaults."""
+        if self._definition is not None:
+            raise ValidationError(
+                f"workflow {self.workflow_id}: step {step_id!r} comes too late; steps are frozen by the first start or by a pool"
+            )
+        step = make_step(self.workflow_id, step_id, handler, {**self._defaults, **options})
+        if step.id in self.step_ids:
+            raise ValidationError(f"workflow {self.workflow_id}: two steps have the id {step.id!r}; give one of them another")
+        self._steps.append(step)
+
+    def freeze(self) -> Definition:
+        """The definition. From now on no step can be added. Raises ValidationError, and freezes nothing, without steps."""
+        if self._definition is None:
+            self._definition = Definition(
+                workflow_id=self.workflow_id,
+                version=self.version,
+                queue=self.queue,
+                steps=tuple(self._steps),
+                make_context=self._make_context,
+            )
+        return self._definition
+
+
+def make_steps(workflow_id: str, steps: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sequence[StepDefinition]:
+    """Steps from a mapping of id to handler or `(handler, options)`, in its order. Raises ValidationError."""
+    made = []
+    for step_id, value in steps.items():
+        handler, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+        if not isinstance(options, Mapping):
+            raise ValidationError(f"step {workflow_id}.{step_id}: the options beside a handler must be a mapping, not {type(options)}")
+        made.append(make_step(workflow_id, step_id, handler, {**defaults, **options}))
+    return made
+
+
 def make_step(workflow_id: str, step_id: str, handler: object, options: Mapping[str, Any]) -> StepDefinition:
-    """A checked step. `options` are CONTRACT's step options; any other name is a ValidationError."""
+    """A checked step. `options` are the step options of the public API. Raises ValidationError, also for any other name."""
     where = f"step {workflow_id}.{check_id(step_id, f'workflow {workflow_id}: step id')}"
     for name in options:
         if name not in _OPTIONS and name not in _CONDITIONS:
@@ -146,29 +206,6 @@ def _retry_policy(where: str, options: Mapping[str, Any]) -> RetryPolicy:
     return RetryPolicy(attempts_max=retries, delay_s=seconds(delay, f"{where}: retry_delay", zero_ok=True), backoff=backoff)
 
 
-def check_defaults(workflow_id: str, defaults: object) -> Mapping[str, Any]:
-    """`defaults` if they are step options; conditions belong to single steps."""
-    if not isinstance(defaults, Mapping):
-        raise ValidationError(f"workflow {workflow_id}: defaults= must map step options to values, not {type(defaults)}")
-    for name in _CONDITIONS:
-        if name in defaults:
-            raise ValidationError(f"workflow {workflow_id}: {name} cannot be a default; give it to the steps that need it")
-    make_step(workflow_id, "defaults", lambda ctx: None, defaults)  # checked here, not at the first step
-    return defaults
-
-
-def check_version(workflow_id: str, version: object) -> str:
-    """`version` if it is text of a sensible length."""
-    if not isinstance(version, str) or not 1 <= len(version) <= 100:
-        raise ValidationError(f"workflow {workflow_id}: version {version!r} is not text of 1 to 100 characters")
-    return version
-
-
-def is_coroutine_function(handler: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine, without calling it. False for a `def` or lambda that returns one."""
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004 -- objects with an async __call__
-
-
 def _check_takes_one(where: str, handler: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(handler)
@@ -180,12 +217,41 @@ def _check_takes_one(where: str, handler: Callable[..., Any]) -> None:
         raise ValidationError(f"{where}: the handler is called with one argument, ctx; its signature is {signature}") from None
 
 
-def make_steps(workflow_id: str, steps: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sequence[StepDefinition]:
-    """Steps from a mapping of id to handler or `(handler, options)`, in its order."""
-    made = []
-    for step_id, value in steps.items():
-        handler, options = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
-        if not isinstance(options, Mapping):
-            raise ValidationError(f"step {workflow_id}.{step_id}: the options beside a handler must be a mapping, not {type(options)}")
-        made.append(make_step(workflow_id, step_id, handler, {**defaults, **options}))
-    return made
+def is_coroutine_function(handler: Callable[..., Any]) -> bool:
+    """Whether a call of it gives a coroutine, without calling it. False for a `def` or lambda that returns one."""
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004 -- objects with an async __call__
+
+
+# --- checks of single values -------------------------------------------------------------------------------------------
+
+
+def check_id(value: object, what: str) -> str:
+    """`value` if it matches `[A-Za-z0-9_-]{1,100}`; a ValidationError naming `what` otherwise."""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise ValidationError(f"{what} {value!r}: an id is 1 to 100 of the characters A-Z a-z 0-9 _ -", value=repr(value))
+    return value
+
+
+def check_queue(value: object) -> str:
+    """`value` if it can name a queue; a ValidationError otherwise."""
+    if not isinstance(value, str) or not _QUEUE.fullmatch(value):
+        raise ValidationError(f"queue {value!r}: a queue is 1 to 100 of the characters A-Z a-z 0-9 _ . : -", value=repr(value))
+    return value
+
+
+def check_version(workflow_id: str, version: object) -> str:
+    """`version` if it is text of 1 to 100 characters; a ValidationError otherwise."""
+    if not isinstance(version, str) or not 1 <= len(version) <= 100:
+        raise ValidationError(f"workflow {workflow_id}: version {version!r} is not text of 1 to 100 characters")
+    return version
+
+
+def check_defaults(workflow_id: str, defaults: object) -> Mapping[str, Any]:
+    """`defaults` if they are step options; a ValidationError otherwise. Conditions belong to single steps."""
+    if not isinstance(defaults, Mapping):
+        raise ValidationError(f"workflow {workflow_id}: defaults= must map step options to values, not {type(defaults)}")
+    for name in _CONDITIONS:
+        if name in defaults:
+            raise ValidationError(f"workflow {workflow_id}: {name} cannot be a default; give it to the steps that need it")
+    make_step(workflow_id, "defaults", lambda _ctx: None, defaults)  # checked here, not at the first step
+    return defaults

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from streamline_pool.client.app import Streamline
+from streamline_pool.client.connections import PYMONGO_STORES, StoreFactories
 from streamline_pool.client.inline_runner import make_owner
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.domain.errors import StoreUnavailableError
@@ -22,7 +23,7 @@ from streamline_pool.events.event import Event
 from streamline_pool.protocol import claims, recovery, run_lifecycle
 from streamline_pool.protocol.operations import Command, Op
 from streamline_pool.storage.bulk_update import update_many
-from streamline_pool.storage.store import AsyncStore, Store
+from streamline_pool.storage.store import AsyncStore
 from streamline_pool.worker.worker import Worker
 
 from .time_travel import JumpableAsyncStore, JumpableStore, Timeline
@@ -68,8 +69,10 @@ class AppHarness:
     def take_over(self) -> None:
         """Connect the application, which has nothing open, to the kit's server. StoreUnavailableError if it cannot be reached."""
         app, kit = self.app, self._kit
-        app._open_store = partial(JumpableStore, timeline=kit.timeline)
-        app._open_async_store = partial(JumpableAsyncStore, timeline=kit.timeline, before=self._die_before_commit)
+        app.connections.factories = StoreFactories(
+            partial(JumpableStore, timeline=kit.timeline),
+            partial(JumpableAsyncStore, timeline=kit.timeline, before=self._die_before_commit),
+        )
         app.configure(
             replace(app.settings, mongodb_uri=kit.mongodb_uri, database=self.database, queues=self._queues or app.settings.queues)
         )
@@ -95,7 +98,7 @@ class AppHarness:
         """Restore the application's own address and stores, as before `take_over`."""
         app = self.app
         app.events.off("*", self._kit.record)
-        app._open_store, app._open_async_store = Store, AsyncStore
+        app.connections.factories = PYMONGO_STORES
         app.settings, app.mongodb_uri, app.database = self._before
 
     # --- the worker --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from streamline_pool.client.app import Streamline
+from streamline_pool.client.connections import PYMONGO_STORES
 from streamline_pool.client.inline_runner import LoopThread
 from streamline_pool.client.workflow import Workflow
 from streamline_pool.config.asyncio_tasks import end_tasks
@@ -23,7 +24,6 @@ from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import Run, seconds
 from streamline_pool.events.event import Event
-from streamline_pool.storage.store import Store
 
 from .app_harness import AppHarness
 from .time_travel import Timeline
@@ -90,7 +90,7 @@ class TestKit:
         Apps that share a database in production share one here. `queues`: the queues of its worker; by default those of the
         app's settings, else those of its workflows. Raises InvalidStateError if a kit uses the app already.
         """
-        if app._open_store is not Store:
+        if app.connections.factories is not PYMONGO_STORES:
             raise InvalidStateError("use: a TestKit has this app already; close that kit first, or use it once")
         where = (app.mongodb_uri, app.database)
         database = self._databases.setdefault(where, f"streamline_test_{self._env.new_id()[-12:]}")
@@ -104,10 +104,8 @@ class TestKit:
     def _close_app(self, app: Streamline) -> None:
         """Close the connections of an app, in this thread and in every event loop except the kit's."""
         app.close()
-        for loop in list(app._async_stores):
-            if loop.is_closed():
-                del app._async_stores[loop]  # it was closed with its loop
-            elif loop is _running_loop():
+        for loop in app.connections.open_loops():
+            if loop is _running_loop():
                 loop.create_task(app.close_async())
             elif loop.is_running():
                 if loop is not self._kit_loop:

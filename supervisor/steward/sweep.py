@@ -58,7 +58,9 @@ class Sweep:
             await self._subscribers.refresh()
         if self._sweeps % BROADCASTS_EVERY == 1:
             # Last, because it may take long, and the runs of dead workers wait for the other parts.
-            await self._tools.within(WRITE_TIMEOUT_S, "finish_broadcasts", self._tools.store.drive(finishing_broadcasts(self._tools.app)))
+            await self._tools.within(
+                WRITE_TIMEOUT_S, "finish_broadcasts", self._tools.store.drive(finishing_broadcasts(self._tools.app.services))
+            )
 
     async def _plan_due(self) -> None:
         """Wake up workers for runs that are due, and set timers for those that will be before the next but one sweep."""

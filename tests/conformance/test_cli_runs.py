@@ -113,7 +113,7 @@ def test_a_run_is_answered_paused_resumed_and_rewound_from_the_command(shell: Sh
     shell("--burst")
     assert shell.json("runs", "show", "a-1")["output"] == {"ok": True}
     again = shell("runs", "resume", "a-1", "--payload", "1")
-    assert (again.returncode, "waits for nobody's answer: it is done" in again.stderr) == (1, True)
+    assert (again.returncode, "waits for no answer: it is done" in again.stderr) == (1, True)
     assert shell("runs", "rewind", "a-1", "ask").stdout == "run a-1 is back at step ask\n"
     assert "no step 'nowhere'" in shell("runs", "rewind", "a-1", "nowhere").stderr
     assert shell.json("runs", "show", "a-1")["steps"][1] == {"stepId": "act", "status": "pending", "attempts": 0}

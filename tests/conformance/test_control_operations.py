@@ -234,7 +234,7 @@ def test_only_what_has_happened_is_published(app: Streamline, state: str) -> Non
     with contextlib.suppress(WorkflowError):
         ACTS[act](scene)
     app.events.on("mark", lambda event: scene.heard.append("end of what was published"))
-    scene.app._publish(scene.document(), "mark", None)
+    scene.app.services.publish(scene.document(), "mark")
     eventually(lambda: "end of what was published" in scene.heard)
     assert [name for name in scene.heard if name not in ("mark", "end of what was published")] == expected.get(outcome, [])
     scene.finish()

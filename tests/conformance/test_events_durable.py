@@ -292,10 +292,10 @@ def test_a_sender_that_dies_in_the_middle_is_finished_for(app: Streamline) -> No
     sent_at = datetime.now(UTC) - timedelta(seconds=60)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     younger = begun(workflow)
-    assert app.store().drive(finishing_broadcasts(app)) == 0, "whoever has just sent it is alive"
+    assert app.store().drive(finishing_broadcasts(app.services)) == 0, "whoever has just sent it is alive"
     app.store().collection("events").update_one({"_id": "e1"}, {"$set": {"at": sent_at}})
-    assert app.store().drive(finishing_broadcasts(app)) == 1
-    assert app.store().drive(finishing_broadcasts(app)) == 0
+    assert app.store().drive(finishing_broadcasts(app.services)) == 1
+    assert app.store().drive(finishing_broadcasts(app.services)) == 0
     assert workflow.execute(run.id).output == ["from the dead"]
     assert workflow.execute(younger.id).status == "waiting", "it began after the event was sent"
 

@@ -115,7 +115,7 @@ def test_a_put_survives_a_fault_in_each_of_its_operations(app: Streamline, kind:
                 super().run(op, session)
             raise StoreUnavailableError("a fault of this test", transient=True)
 
-    store = app._store = Faulty(app.where, app.env)
+    store = app.connections.use(Faulty(app.where, app.env))
     for number in range(1, 20):
         store.seen, store.strike = 0, number
         put(app, f"f-{number}", BULK)

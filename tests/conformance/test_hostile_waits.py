@@ -10,7 +10,7 @@ import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import Context, Streamline, create_hook
-from streamline_pool.client.event_delivery import _broadcasting, finishing_broadcasts, sending_event
+from streamline_pool.client.event_delivery import broadcasting, finishing_broadcasts, sending_event
 from streamline_pool.client.run_control import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.domain.errors import DataCorruptionError, HookTokenError, InvalidStateError, PayloadTooLargeError, WorkflowError
 from streamline_pool.protocol import commits, durable_events
@@ -135,7 +135,7 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
     gone_on: list[str] = []
 
     def racing() -> Procedure[int]:
-        procedure = _broadcasting(app, event)
+        procedure = broadcasting(app.services, event)
         effect = next(procedure)
         try:
             while True:
@@ -257,7 +257,7 @@ def test_a_damaged_event_holds_up_no_other_and_no_steward(app: Streamline, waiti
         ]
     )
     assert app.send_event("$go.now", 1) == 1
-    app.store().drive(finishing_broadcasts(app))
+    app.store().drive(finishing_broadcasts(app.services))
     assert events.find_one({"_id": "no data"})["pending"] is False
     assert waiting.workflow.execute(run_id).output == ["passed on", 1]
 
@@ -351,7 +351,7 @@ def test_an_act_is_done_though_others_act_between_its_look_and_its_write(app: St
         for number in range(others):
             waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
 
-    run = interrupted(app, rewinding_run(app, None, run_id, "first"), "rewind_run", act)
+    run = interrupted(app, rewinding_run(app.services, None, run_id, "first"), "rewind_run", act)
     assert run.step("first").status == "pending"
     assert run.to_dict()["rewinds"] == 1
     assert run.to_dict()["acts"] == others + 1
@@ -369,7 +369,7 @@ def test_an_act_whose_reply_was_lost_is_known_by_its_id_whatever_others_did_sinc
         for number in range(others):
             waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
 
-    procedure = rewinding_run(app, None, run_id, "first")
+    procedure = rewinding_run(app.services, None, run_id, "first")
 
     def lossy() -> Procedure[Any]:
         try:
@@ -411,13 +411,13 @@ def test_who_existed_when_an_event_was_sent_is_no_question_of_clocks(app: Stream
 def test_of_two_answers_that_meet_only_one_is_reported_as_accepted(app: Streamline, waiting: Waiting) -> None:
     """Both have read that the run waits; who is told that his answer counts must be the one whose answer it is."""
     run_id = waiting.parked("human")
-    second = resuming_run(app, None, run_id, "second")
+    second = resuming_run(app.services, None, run_id, "second")
     with pytest.raises(InvalidStateError, match="another answer"):
         interrupted(app, second, "answer_wait", lambda: waiting.workflow.resume(run_id, "first"))
     run_id = waiting.parked("hook")
     token = waiting.tokens[-1]
     with pytest.raises(HookTokenError):
-        interrupted(app, answering_hook(app, token, "second"), "answer_hook", lambda: app.resume_hook(token, "first"))
+        interrupted(app, answering_hook(app.services, token, "second"), "answer_hook", lambda: app.resume_hook(token, "first"))
     assert waiting.workflow.get(run_id).step("first").output == "first"
 
 
@@ -425,7 +425,7 @@ def test_a_resume_that_has_read_a_pause_never_answers(app: Streamline, waiting: 
     """Somebody else un-pauses the run between the two: decided anew, the call would answer a wait that nobody has answered."""
     run_id = waiting.parked("human")
     waiting.workflow.pause(run_id)
-    run = interrupted(app, resuming_run(app, None, run_id, None), "unpause_run", lambda: waiting.workflow.resume(run_id))
+    run = interrupted(app, resuming_run(app.services, None, run_id, None), "unpause_run", lambda: waiting.workflow.resume(run_id))
     assert not run.paused
     assert run.step("first").status == "waiting"
 
@@ -476,12 +476,12 @@ def test_an_answer_to_an_older_wait_answers_no_newer_one(app: Streamline, waitin
         assert waiting.workflow.execute(run_id).step("first").status == "waiting"
 
     with pytest.raises(InvalidStateError):
-        interrupted(app, resuming_run(app, None, run_id, "old"), "answer_wait", rewind_and_wait_again)
+        interrupted(app, resuming_run(app.services, None, run_id, "old"), "answer_wait", rewind_and_wait_again)
     assert waiting.workflow.get(run_id).step("first").status == "waiting"
     run_id = waiting.parked("hook")
     old = waiting.tokens[-1]
     with pytest.raises(HookTokenError):
-        interrupted(app, answering_hook(app, old, "old"), "answer_hook", rewind_and_wait_again)
+        interrupted(app, answering_hook(app.services, old, "old"), "answer_hook", rewind_and_wait_again)
     with pytest.raises(HookTokenError):
         app.resume_hook(old, "old")
     assert waiting.workflow.get(run_id).step("first").status == "waiting"
@@ -543,13 +543,13 @@ def recorded(app: Streamline, procedure: Procedure[Any]) -> list[Command]:
 
 
 LATE: dict[str, tuple[str, Callable[[Streamline, str, str], Procedure[Any]], tuple[str, ...]]] = {
-    "pause": ("human", lambda app, run_id, token: pausing_run(app, None, run_id, None), ("resume",)),
-    "resume": ("human", lambda app, run_id, token: resuming_run(app, None, run_id, None), ("pause",)),
-    "rewind": ("human", lambda app, run_id, token: rewinding_run(app, None, run_id, "first"), ("execute",)),
-    "answer": ("human", lambda app, run_id, token: resuming_run(app, None, run_id, "late"), ("rewind", "execute")),
-    "hook": ("hook", lambda app, run_id, token: answering_hook(app, token, "late"), ("rewind", "execute")),
-    "event": ("event", lambda app, run_id, token: sending_event(app, "$go.now", "late", run_id), ("rewind", "execute")),
-    "to all": ("event", lambda app, run_id, token: sending_event(app, "$go.now", "late", None), ("rewind", "execute")),
+    "pause": ("human", lambda app, run_id, token: pausing_run(app.services, None, run_id, None), ("resume",)),
+    "resume": ("human", lambda app, run_id, token: resuming_run(app.services, None, run_id, None), ("pause",)),
+    "rewind": ("human", lambda app, run_id, token: rewinding_run(app.services, None, run_id, "first"), ("execute",)),
+    "answer": ("human", lambda app, run_id, token: resuming_run(app.services, None, run_id, "late"), ("rewind", "execute")),
+    "hook": ("hook", lambda app, run_id, token: answering_hook(app.services, token, "late"), ("rewind", "execute")),
+    "event": ("event", lambda app, run_id, token: sending_event(app.services, "$go.now", "late", run_id), ("rewind", "execute")),
+    "to all": ("event", lambda app, run_id, token: sending_event(app.services, "$go.now", "late", None), ("rewind", "execute")),
 }
 """By name: what the run waits for, the call, and what happens to the run before a copy of the call arrives."""
 

@@ -96,7 +96,7 @@ S = TypeVar("S", bound=Store)
 def use(app: Streamline, store: S) -> S:
     """Let the application work by this store; what it had is closed."""
     app.store().close()
-    app._store = store
+    app.connections.use(store)
     return store
 
 
@@ -330,7 +330,7 @@ class Dying(Store):
         return answer
 
 app = Streamline(sys.argv[1], database=sys.argv[2])
-app._store = Dying(app.where, app.env)
+app.connections.use(Dying(app.where, app.env))
 app.{call}
 """
     ended = subprocess.run([sys.executable, "-c", code, uri, database], cwd=REPOSITORY, timeout=50, capture_output=True, text=True)

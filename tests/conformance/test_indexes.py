@@ -98,7 +98,7 @@ def test_another_ttl_changes_the_index_in_place_and_none_leaves_it(app: Streamli
             built.append(op.name)
             return super().run(op, session)
 
-    app._store = Watched(app.where, app.env)
+    app.connections.use(Watched(app.where, app.env))
     app.setup_indexes(auto_cleanup_days=30)
     for days, after_s in ((7, 604_800), (0.5, 43_200), (0, 0), (timedelta(days=1), 86_400)):
         built.clear()
@@ -161,7 +161,7 @@ def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
             return super().run(op, session)
 
     overtaken: list[bool] = []
-    app._store = Overtaken(app.where, app.env)
+    app.connections.use(Overtaken(app.where, app.env))
     app.setup_indexes(auto_cleanup_days=9)
     assert overtaken
     assert indexes(app)["streamline_ttl"]["expireAfterSeconds"] == 9 * 86_400

@@ -17,7 +17,7 @@ import pytest
 from workers import Pool, check_invariants
 
 from streamline_pool import Context, Streamline, create_hook
-from streamline_pool.client.event_delivery import _broadcasting
+from streamline_pool.client.event_delivery import broadcasting
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.protocol import durable_events, operations, recovery
 from streamline_pool.storage.procedures import Procedure
@@ -168,8 +168,8 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
 
 def finishing(app: Streamline) -> Procedure[None]:
     """A steward's finishing of broadcasts, without its wait for their senders."""
-    for event in (yield durable_events.find_pending_events(app._server_now(), 100)):
-        yield from _broadcasting(app, event)
+    for event in (yield durable_events.find_pending_events(app.services.now(), 100)):
+        yield from broadcasting(app.services, event)
 
 
 async def answer_everything(scripted: Scripted) -> None:

@@ -11,7 +11,8 @@ from kit_workflows import DAY, NOWHERE, fine, nap
 from pymongo import MongoClient
 
 from streamline_pool import Context, InvalidStateError, Settings, Streamline, ValidationError
-from streamline_pool.storage.store import AsyncStore, Store
+from streamline_pool.client.connections import PYMONGO_STORES
+from streamline_pool.storage.store import Store
 from streamline_pool.testing import TestKit
 
 
@@ -127,7 +128,7 @@ def test_an_event_loop_that_outlives_the_test_keeps_nothing_of_it(mongodb_uri: s
                 kit.settle()
                 assert loop.run_until_complete(flow.get_async(run.id)).status == "done"
                 kit.jump(DAY)
-            assert not app._async_stores
+            assert not app.connections.open_loops()
     finally:
         loop.close()
 
@@ -166,5 +167,5 @@ def test_a_server_that_cannot_be_reached_is_named_at_once(kit: TestKit) -> None:
     app = Streamline(NOWHERE)
     with pytest.raises(Exception, match="is it running"), lost:
         lost.use(app)
-    assert (app.mongodb_uri, app._open_store, app._open_async_store) == (NOWHERE, Store, AsyncStore)
+    assert (app.mongodb_uri, app.connections.factories) == (NOWHERE, PYMONGO_STORES)
     assert app.settings == Settings()

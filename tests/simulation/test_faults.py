@@ -127,7 +127,7 @@ class Witness:
 
 async def drive(app: Streamline, witness: Witness, faults: Faults) -> dict[str, Any]:
     """One whole run under `faults`; its document at the end."""
-    store = app._async_stores[asyncio.get_running_loop()] = FaultyStore(app.where, app.env)
+    store = app.connections.use(FaultyStore(app.where, app.env))
     store.faults = Faults("none", 0, 0)
     run = await witness.workflow.start_async()
     store._ensured = True
@@ -152,8 +152,8 @@ def test_a_run_ends_whichever_of_its_operations_fails(make_app: Callable[..., St
     system = system_env()
     hasty = replace(system, sleep=lambda s: system.sleep(s / HASTE), async_sleep=lambda s: asyncio.sleep(s / HASTE))
     app = make_app(env=hasty, lease_s=0.5, max_crashes=20)
-    app._store = FaultyBlockingStore(app.where, app.env)
-    app._store.faults = Faults("none", 0, 0)
+    blocking = app.connections.use(FaultyBlockingStore(app.where, app.env))
+    blocking.faults = Faults("none", 0, 0)
     witness = Witness(app)
     for number in range(1, OPERATIONS_MAX):
         faults = Faults(kind, number, count)

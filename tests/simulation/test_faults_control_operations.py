@@ -80,7 +80,7 @@ class Scene:
 
     def told(self, document: dict[str, Any]) -> list[str]:
         """What subscribers have heard of the run as a whole since this was last asked."""
-        self.app._publish(document, "mark", None)
+        self.app.services.publish(document, "mark")
         eventually(lambda: "mark" in self.heard)
         heard = [name for name in self.heard if name.startswith("workflow:")]
         self.heard.clear()
@@ -122,7 +122,7 @@ def test_an_outside_call_takes_effect_once_whichever_of_its_operations_fails(
     """Whoever is told yes relies on it, and a repetition, or a copy that comes late, must not do it a second time."""
     system = system_env()
     app = make_app(env=replace(system, sleep=lambda s: system.sleep(s / HASTE)))
-    store = app._store = FaultyStore(app.where, app.env)
+    store = app.connections.use(FaultyStore(app.where, app.env))
     scene = Scene(app)
     waits_for, paused, act = CALLS[call]
     for number in range(1, OPERATIONS_MAX):

@@ -66,7 +66,7 @@ class Waiter:
 
 async def drive(app: Streamline, sound: Streamline, waiter: Waiter, faults: Faults) -> dict[str, Any]:
     """One whole run under `faults`; its document at the end."""
-    store = app._async_stores[asyncio.get_running_loop()] = FaultyStore(app.where, app.env)
+    store = app.connections.use(FaultyStore(app.where, app.env))
     store.faults = Faults("none", 0, 0)
     run = await waiter.workflow.start_async()
     await asyncio.to_thread(sound.send_event, "one", 1, run_id=run.id)
@@ -95,8 +95,8 @@ def test_a_run_that_waits_hears_all_of_it_once_whichever_of_its_operations_fails
     system = system_env()
     hasty = replace(system, sleep=lambda s: system.sleep(s / HASTE), async_sleep=lambda s: asyncio.sleep(s / HASTE))
     app, sound = make_app(env=hasty, lease_s=0.5, max_crashes=20), make_app()
-    app._store = FaultyBlockingStore(app.where, app.env)
-    app._store.faults = Faults("none", 0, 0)
+    blocking = app.connections.use(FaultyBlockingStore(app.where, app.env))
+    blocking.faults = Faults("none", 0, 0)
     waiter = Waiter(app, sound, pausing)
     operations_max = 90 if pausing else OPERATIONS_MAX  # each pause costs a miss, a read, a twin and another claim
     for number in range(1, operations_max):

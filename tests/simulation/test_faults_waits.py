@@ -349,7 +349,7 @@ QUICK = {(HumanWait, "unknown"), (Targeted, "late"), (Broadcast, "unknown")}
 
 async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, Any]:
     """One run, and what its clients do to it, under `faults`; its document at the end."""
-    store = app._async_stores[asyncio.get_running_loop()] = FaultyStore(app.where, app.env)
+    store = app.connections.use(FaultyStore(app.where, app.env))
     store.faults = Faults("none", 0, 0)
     script.go = asyncio.Event()
     script.run_id = (await script.workflow.start_async()).id
@@ -388,12 +388,12 @@ def test_acknowledged_calls_take_effect_once_whichever_operation_fails(
     system = system_env()
     hasty = replace(system, sleep=lambda s: system.sleep(s / HASTE), async_sleep=lambda s: asyncio.sleep(s / HASTE))
     app = make_app(env=hasty, lease_s=0.5, max_crashes=20)
-    app._store = FaultyBlockingStore(app.where, app.env)
-    app._store.faults = Faults("none", 0, 0)
+    blocking = app.connections.use(FaultyBlockingStore(app.where, app.env))
+    blocking.faults = Faults("none", 0, 0)
     script = make(app)
     for number in range(1, OPERATIONS_MAX):
         faults = Faults(kind, number, count)
-        app._store.faults = faults
+        blocking.faults = faults
         script.entries.clear()
         script.woken.clear()
         app.store().collection("events").delete_many({})
@@ -444,7 +444,7 @@ def test_a_broadcast_whose_sender_dies_anywhere_is_finished_by_a_steward(make_ap
         events.update_many({}, [{"$set": {"at": {"$dateSubtract": {"startDate": "$at", "unit": "second", "amount": 16}}}}])
         workflow.execute(run_ids[0])  # this one waits for the second time when the steward comes
         for _ in range(2):
-            store.drive(finishing_broadcasts(app))
+            store.drive(finishing_broadcasts(app.services))
         assert events.count_documents({"pending": True}) == 0
         for run_id in run_ids:
             run = workflow.execute(run_id)

@@ -111,14 +111,14 @@ class Reader:
             # Installing is tests/test_packaging.py's; here: that there is such an extra.
             extra = re.search(r"\[(\w+)\]", command)
             assert extra is None or f"{extra[1]} = [" in (REPOSITORY / "pyproject.toml").read_text()
-        elif words[0] == "streamline-pool" and not SUB_COMMANDS & set(words) and "--print-config" not in words:
+        elif words[0] == "streamline-pool" and not (SUB_COMMANDS | {"--help", "--print-config"}) & set(words):
             self.start_pool(words)
         else:
             if "POOL_PID" in command:
                 assert self.pool is not None
                 command = command.replace("POOL_PID", str(self.pool.pid))
             if "WORKER_PID" in command:
-                command = command.replace("WORKER_PID", eventually(self.pid_of_holder))
+                command = command.replace("WORKER_PID", str(eventually(self.pid_of_holder)))
             return self.sh(command)
         return ""
 

@@ -27,7 +27,7 @@ import pytest
 import streamline_pool
 from streamline_pool import Context, ErrorCode, EventBus, Run, Streamline, Workflow
 from streamline_pool.config.settings import OPTIONS
-from streamline_pool.events.bus import ENGINE_EVENTS
+from streamline_pool.events.event import ENGINE_EVENTS
 from streamline_pool.protocol.engine_indexes import HOST_INDEXES, RUN_INDEXES
 from streamline_pool.supervisor.cli import main
 from streamline_pool.supervisor.cli.console import ExitCode

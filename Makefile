@@ -1,5 +1,5 @@
 # Needs python3 (3.11 or newer) with venv and pip, make and git; everything else goes into .venv.
-#   make demo | test | test-all | lint | bench
+# `make help` lists the targets. A target explains itself in the `##` comment beside it.
 # PYTEST_ARGS is handed to pytest: `make test PYTEST_ARGS="-n 2 -k embedded"` (each xdist worker starts a mongod of its own).
 
 PYTHON ?= python3
@@ -9,8 +9,9 @@ BENCH_ARGS ?= all
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test test-slow test-all lint format bench clean
+.PHONY: help demo test test-slow test-all lint format docs bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -19,30 +20,41 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-demo: $(STAMP)
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+
+demo: $(STAMP) ## Index the standard library on a private MongoDB, with one worker killed half-way
 	$(BIN)/streamline-pool demo
 
-test: $(STAMP)
+test: $(STAMP) ## Run the quick tests (the default target)
 	$(BIN)/python -m pytest -m "not slow and not chaos" $(PYTEST_ARGS)
 
 # Chaos has the machine to itself: it measures how soon the runs of killed workers go on.
-test-slow: $(STAMP)
+test-slow: $(STAMP) ## Run the slow tests, then the chaos tests
 	$(BIN)/python -m pytest -m "slow and not chaos" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
 
-test-all: test test-slow
+test-all: test test-slow ## Run every test
 
-lint: $(STAMP)
+lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy streamline_pool loadtests examples tests
 
-format: $(STAMP)
+format: $(STAMP) ## Mend what ruff can mend, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS_STAMP) ## Build the documentation site into ./site; a warning is an error
+	$(BIN)/python -m mkdocs build --strict --clean
+
+bench: $(STAMP) ## Run the load tests and print each figure beside its reference
 	$(BIN)/python -m loadtests $(BENCH_ARGS)
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## Remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -114,6 +115,13 @@ def test_every_dependency_is_explained() -> None:
     assert [one for one in wanted if f"| `{one.split(';')[0]}` |" not in explained] == []
 
 
+def test_every_extra_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    explained = re.findall(r"^## Extra `(\w+)`$", (ROOT / "docs" / "dependencies.md").read_text(), re.MULTILINE)
+    assert sorted(explained) == sorted(project["optional-dependencies"])
+
+
 def test_the_base_dependencies_are_these_five() -> None:
+    """A sixth is a decision (docs/decisions/), not an import."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["dependencies"] == ["pymongo>=4.13", "multiprocess", "psutil", "click", "orjson"]

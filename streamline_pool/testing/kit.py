@@ -3,7 +3,7 @@
     pytest_plugins = ["streamline_pool.testing"]  # in the top-level conftest.py: fixtures `streamline_server` and `streamline`
 
 Owns when the worker works, for how long, and what time it is. The worker and the MongoDB are real; only the time is set
-by the test (time_travel.py). pytest is needed for the fixtures only. The guide is docs/testing.md.
+by the test (time_travel.py). pytest is needed for the fixtures only. The guide is docs/how-to/test-workflows.md.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def project(folder: Path) -> Path:
-    """Writes the application, the conftest and the tests that docs/testing.md shows."""
-    text = (REPOSITORY / "docs/testing.md").read_text("utf-8")
+    """Writes the application, the conftest and the tests that docs/how-to/test-workflows.md shows."""
+    text = (REPOSITORY / "docs/how-to/test-workflows.md").read_text("utf-8")
     for name, block in re.findall(r"^```python\n# ([\w.]+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         (folder / name).write_text(block)
     return folder

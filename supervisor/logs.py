@@ -1,7 +1,7 @@
 """Log lines on standard error, as text or as JSON. Owns their shape and the set-up of `logging`.
 
 A log line is an event and its fields: `log.info("run_claimed", extra={"run_id": …, "token": …})`. Every line passes
-through `redact_text`, so that no password can leave by this door, whoever logs it.
+through `redact_text`, so that no log line contains a password, whichever module writes it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: `time` (ISO, UTC), `level`, `event`, `logger`, `process` (id of who says it), then its fields."""
+    """One JSON object per line: `time` (ISO, UTC), `level`, `event`, `logger`, `process` (its writer), then its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {

@@ -21,7 +21,7 @@ from streamline_pool.supervisor.ipc.messages import (
     ServeSubscribers,
 )
 from streamline_pool.supervisor.pool.gates import on_trial_lost
-from streamline_pool.supervisor.pool.shutdown import KILL_AFTER_S, begin_shutdown
+from streamline_pool.supervisor.pool.shutdown import KILL_AFTER_S, begin_shutdown, join_shutdown
 from streamline_pool.supervisor.pool.state import (
     Action,
     Decision,
@@ -48,21 +48,27 @@ BOOT_GRACE_S = 0.2  # when the pool cannot start, no run is in flight that a lon
 def on_forked(state: State, event: Forked, now: float) -> Decision:
     """A new child gets what the others got before it was forked."""
     member = Member(pid=event.pid, owner=event.owner, role=event.role, index=event.index, started_at=now, last_message_at=now)
-    state = state.with_members(member)
-    actions: list[Action] = [Log(level=logging.DEBUG, event="child_started", fields={"pid": event.pid, "role": event.role})]
-    if event.role == "steward":
-        actions += [Send(pid=event.pid, message=died) for died in state.unacknowledged.values()]
-        if state.breaker.state != "closed":
-            actions.append(Send(pid=event.pid, message=Circuit(state=state.breaker.state)))
-        return replace(state, facts_at=0.0), actions
+    state, orders = join_shutdown(state.with_members(member), member, now)
+    log = Log(level=logging.DEBUG, event="child_started", fields={"pid": event.pid, "role": event.role})
+    news = _news_for_steward(state, event.pid) if event.role == "steward" else _news_for_worker(state, event.pid, now)
+    return (replace(state, facts_at=0.0) if event.role == "steward" else state), [log, *news, *orders]
+
+
+def _news_for_steward(state: State, pid: int) -> list[Send]:
+    news = [Send(pid=pid, message=died) for died in state.unacknowledged.values()]
+    return [*news, Send(pid=pid, message=Circuit(state=state.breaker.state))] if state.breaker.state != "closed" else news
+
+
+def _news_for_worker(state: State, pid: int, now: float) -> list[Send]:
+    news = []
     if state.held:
-        actions.append(Send(pid=event.pid, message=Hold(held=True)))
+        news.append(Send(pid=pid, message=Hold(held=True)))
     if state.breaker.state != "closed":
-        actions.append(Send(pid=event.pid, message=Gate(state="closed")))
+        news.append(Send(pid=pid, message=Gate(state="closed")))
     if state.subscribers is not None:
         serve = ServeSubscribers(seq=state.subscribers.seq, subscribers=state.subscribers.remaining(now))
-        actions.append(Send(pid=event.pid, message=serve))
-    return state, actions
+        news.append(Send(pid=pid, message=serve))
+    return news
 
 
 def on_fork_failed(state: State, event: ForkFailed, now: float) -> Decision:

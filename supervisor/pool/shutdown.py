@@ -14,7 +14,7 @@ from typing import Any
 from streamline_pool.supervisor.ipc.messages import Close, Drain, Stop
 from streamline_pool.supervisor.pool.state import Action, Decision, Exit, Kill, Log, Member, Send, Shutdown, State
 
-__all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "advance_shutdown", "begin_shutdown", "enforce_deadlines", "kill_all"]
+__all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "advance_shutdown", "begin_shutdown", "enforce_deadlines", "join_shutdown", "kill_all"]
 
 KILL_AFTER_S = 2.0  # from SIGABRT, or the steward's last order, to SIGKILL: time to write stacks
 RELEASE_MARGIN_S = 3.5  # from the end of a grace to SIGKILL; derived: a worker stops trying to release after 3 s
@@ -63,6 +63,22 @@ def kill_all(state: State, reason: str, now: float) -> Decision:
     shutdown = Shutdown(stage="close", code=137, reason=reason)
     kills = [Kill(pid=m.pid, signum=signal.SIGKILL) for m in doomed]
     return replace(state.with_members(*doomed), shutdown=shutdown, vacancies=()), [*kills]
+
+
+def join_shutdown(state: State, member: Member, now: float) -> Decision:
+    """Order a child to end that was forked before the shutdown, and that the supervisor gets to know only now.
+
+    The signal that ends the pool may be handled between the fork and its event. Without an order the child would keep the
+    pool alive for ever. A steward is still needed, until the stage `close`.
+    """
+    shutdown = state.shutdown
+    if shutdown is None or (member.role == "steward" and shutdown.stage != "close"):
+        return state, []
+    if shutdown.stage == "close":
+        doomed = replace(member, phase="dying", exit_reason=shutdown.reason, deadline=now + KILL_AFTER_S)
+        return state.with_members(doomed), [Kill(pid=member.pid, signum=signal.SIGKILL)]
+    ending, order = _ordered_to_end(state, member, shutdown.reason, now, None)
+    return state.with_members(ending), [Send(pid=member.pid, message=order)]
 
 
 # ---- rules ---------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from streamline_pool.supervisor.ipc.messages import (
     Released,
     Stop,
 )
-from streamline_pool.supervisor.pool.decide import pause_s
+from streamline_pool.supervisor.pool.decide import decide, pause_s
 from streamline_pool.supervisor.pool.facts import pool_facts
-from streamline_pool.supervisor.pool.state import Exit, Kill, Log, Spawn, Tick
+from streamline_pool.supervisor.pool.state import Exit, Forked, Kill, Log, Spawn, Tick
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -152,3 +152,26 @@ def test_the_supervisor_of_an_idle_pool_sleeps_longer() -> None:
     assert pause_s(script.state) == 0.5
     script.dies(101)
     assert pause_s(script.state) < 0.05
+
+
+def test_a_worker_forked_just_before_term_is_drained_too() -> None:
+    """The signal may be handled between the fork and its event: a worker without an order would keep the pool alive for ever."""
+    script = Script(workers=1).started()
+    script.dies(101)
+    script.now += 1.0
+    script.state, actions = decide(script.state, Tick(), script.now)
+    assert [action.role for action in actions if isinstance(action, Spawn)] == ["worker"]
+    script.signal(signal.SIGTERM)
+    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0))
+    assert [pid for pid, _ in script.sent(Drain)] == [102]
+
+
+def test_a_child_forked_just_before_the_third_int_is_killed_too() -> None:
+    script = Script(workers=1).started()
+    script.dies(101)
+    script.now += 1.0
+    script.state, _ = decide(script.state, Tick(), script.now)
+    for _ in range(3):
+        script.signal(signal.SIGINT)
+    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0))
+    assert script.did(Kill) == [Kill(pid=102, signum=signal.SIGKILL)]

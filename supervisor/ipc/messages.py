@@ -88,10 +88,9 @@ class TimersFired:
 
 @message
 class CheckRun:
-    """A caller cancelled this run; its lease holder should read the run at once. A hint: its loss costs only time."""
+    """A control operation changed this run; its lease holder should read the run at once. A hint: its loss costs only time."""
 
     run_id: str
-    reason: str
 
 
 @message
@@ -284,11 +283,10 @@ class WorkDue:
 
 @message
 class RunChanged:
-    """The signal tail delivered a cancellation. `owner`: the worker that held the run; None: unknown, so ask all workers."""
+    """The signal tail delivered a control operation. `owner`: the worker that held the run; None: unknown, so ask all workers."""
 
     run_id: str
     owner: str | None
-    reason: str
 
 
 @message

@@ -124,9 +124,9 @@ def _on_message(state: State, member: Member, event: Received, now: float) -> De
             return wake_up_idle(state, lane, run_id, count, now)
         case TimersFired(run_ids=run_ids):
             return share_timers(state, run_ids, now)
-        case RunChanged(run_id=run_id, owner=owner, reason=reason):
+        case RunChanged(run_id=run_id, owner=owner):
             holders = [m for m in state.workers if owner in (None, m.owner)]
-            return state, [Send(pid=m.pid, message=CheckRun(run_id=run_id, reason=reason)) for m in holders]
+            return state, [Send(pid=m.pid, message=CheckRun(run_id=run_id)) for m in holders]
         case Subscribers():
             return _on_subscribers(state, event.message, now)
         case Probe(ok=ok, error=error):

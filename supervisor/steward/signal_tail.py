@@ -67,7 +67,7 @@ class SignalTail:
     def _on_signal(self, signal: dict[str, Any]) -> None:
         kind, lane = signal["kind"], signal.get("lane")
         if kind == "cancel":
-            self._tools.hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner"), reason="cancelled"))
+            self._tools.hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner")))
         elif kind in LISTENER_SIGNALS:
             self._subscribers.on_signal(signal)
         elif isinstance(lane, str) and lane in self._tools.lanes:

@@ -38,7 +38,7 @@ messages = st.one_of(
     st.just(StewardBeat(ready=True)),
     st.builds(WorkDue, lane=st.just("l"), run_id=st.none(), count=st.integers(0, 3)),
     st.builds(TimersFired, run_ids=st.sampled_from([("a",), ("a", "b", "c")])),
-    st.builds(RunChanged, run_id=st.just("r"), owner=st.none(), reason=st.just("cancelled")),
+    st.builds(RunChanged, run_id=st.just("r"), owner=st.none()),
     st.builds(Released, owner=st.builds("h:{}:n".format, pids), runs=st.integers(0, 2)),
     st.builds(DueCount, seq=st.integers(0, 9), due=st.integers(0, 1)),
     st.builds(Probe, ok=st.booleans()),

@@ -156,7 +156,7 @@ def test_no_fired_timer_goes_to_a_worker_that_may_not_claim() -> None:
 
 def test_a_cancellation_goes_to_the_lease_holder_or_to_all() -> None:
     script = Script().started()
-    script.on_message(STEWARD, RunChanged(run_id="r", owner="h:102:n", reason="cancelled"))
-    assert script.sent(CheckRun) == [(102, CheckRun(run_id="r", reason="cancelled"))]
-    script.on_message(STEWARD, RunChanged(run_id="r", owner=None, reason="cancelled"))
+    script.on_message(STEWARD, RunChanged(run_id="r", owner="h:102:n"))
+    assert script.sent(CheckRun) == [(102, CheckRun(run_id="r"))]
+    script.on_message(STEWARD, RunChanged(run_id="r", owner=None))
     assert [pid for pid, _ in script.sent(CheckRun)] == [101, 102]

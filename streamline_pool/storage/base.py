@@ -109,7 +109,7 @@ class StoreBase:
 
     def adopt_ensured(self, other: StoreBase) -> None:
         """Take over what another store of this process has ensured, and its clock. `other` must use the same target."""
-        self._ensured = other._ensured
+        self._ensured = other.is_ensured
         self.clock = other.clock
 
     # --- what the two APIs share -----------------------------------------------------------------------------------

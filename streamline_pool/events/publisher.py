@@ -93,7 +93,7 @@ class EventPublisher:
         """Read the subscribers from the database. If that fails, the known subscribers stay; only events can be lost."""
         known = set(self._subscribers)
         try:
-            found = await self._store.run(event_stream.find_listeners())
+            found = await self._store.run(event_stream.find_subscribers())
         except WorkflowError as exc:
             log.debug("subscribers_unknown", extra={"error": str(exc)})
             return

@@ -20,7 +20,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.backoff import Backoff
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import event_stream
-from streamline_pool.protocol.event_stream import LISTENER_TTL_S
+from streamline_pool.protocol.event_stream import SUBSCRIBER_TTL_S
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import Store
 
@@ -32,7 +32,7 @@ __all__ = ["Subscription"]
 
 log = logging.getLogger("streamline_pool")
 
-_RENEW_S = LISTENER_TTL_S / 3  # two renewals may fail before the pools stop to publish for this subscriber
+_RENEW_S = SUBSCRIBER_TTL_S / 3  # two renewals may fail before the pools stop to publish for this subscriber
 _SUBSCRIBE_S = 2.0  # how long `subscribe` waits for the pools that are alive
 _CALL_AGAIN_S = 0.25  # a signal may be lost
 _POOL_SEEN_S = 65.0  # a pool writes every 30 s that it is alive; twice that, and some
@@ -79,7 +79,7 @@ class Subscription:
             if self._env.clock.monotonic() > deadline:
                 log.warning("stream_incomplete", extra={"pools": silent, "advice": "they do not answer; their events may be missing"})
                 return
-            self._store.run(event_stream.listen(self.id, self._store.now()))
+            self._store.run(event_stream.announce_subscriber(self.id, self._store.now()))
 
     def _has_answers_of(self, pools: set[str]) -> bool:
         return self._began and pools <= self._pools
@@ -87,8 +87,8 @@ class Subscription:
     def _announce(self) -> Procedure[None]:
         """Write the record and call the pools. Repeated every `_RENEW_S`, because both expire."""
         self._renew_at = self._env.clock.monotonic() + _RENEW_S
-        yield event_stream.put_listener(self.id, socket.gethostname(), os.getpid())
-        yield event_stream.listen(self.id, self._store.now())
+        yield event_stream.put_subscriber(self.id, socket.gethostname(), os.getpid())
+        yield event_stream.announce_subscriber(self.id, self._store.now())
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Subscription:
         finally:
             self.mailbox.close()
             with contextlib.suppress(WorkflowError):  # the record then expires
-                self._store.run(event_stream.remove_listener(self.id))
+                self._store.run(event_stream.remove_subscriber(self.id))
                 self._store.run(event_stream.unlisten(self.id, self._store.now()))
 
     def _follow(self) -> None:

@@ -17,25 +17,34 @@ from . import hosts, signals
 from .operations import Command, Find, Reply, Signal, Tail, error_text
 
 __all__ = [
-    "LISTENER_TTL_S", "events_signal", "find_listeners", "find_pools", "heard", "listen", "put_listener", "remove_listener", "send_events",
-    "stream_tail", "unlisten",
+    "SUBSCRIBER_TTL_S",
+    "announce_subscriber",
+    "answer_subscribers",
+    "events_signal",
+    "find_pools",
+    "find_subscribers",
+    "put_subscriber",
+    "remove_subscriber",
+    "send_events",
+    "stream_tail",
+    "unlisten",
 ]  # fmt: skip
 
-LISTENER_TTL_S = 90.0
+SUBSCRIBER_TTL_S = 90.0
 """Seconds after which a subscriber that has not renewed its request counts as gone. It renews three times as often."""
 
 
-def put_listener(subscriber: str, host: str, pid: int) -> Command:
+def put_subscriber(subscriber: str, host: str, pid: int) -> Command:
     """Store the record of a subscriber. The record expires, as that of a pool does."""
-    return hosts.put_host({"_id": subscriber, "listener": True, "host": host, "pid": pid}, LISTENER_TTL_S)
+    return hosts.put_host({"_id": subscriber, "listener": True, "host": host, "pid": pid}, SUBSCRIBER_TTL_S)
 
 
-def remove_listener(subscriber: str) -> Command:
+def remove_subscriber(subscriber: str) -> Command:
     """Remove the record of a subscriber that has closed its stream."""
     return hosts.remove_host(subscriber)
 
 
-def find_listeners() -> Find:
+def find_subscribers() -> Find:
     """All subscribers: `_id` and `expireAt`. Expired ones may still be among them."""
     query = {"listener": True, "_id": {"$type": "string"}, "expireAt": {"$type": "date"}}  # another program may have stored anything
     return Find(name="find_listeners", collection="hosts", filter=query, projection={"expireAt": 1})
@@ -48,7 +57,7 @@ def find_pools(seen_within_s: float) -> Find:
     return Find(name="find_pools", collection="hosts", filter=query, projection={"_id": 1})
 
 
-def listen(subscriber: str, at: datetime) -> Signal:
+def announce_subscriber(subscriber: str, at: datetime) -> Signal:
     """Ask every pool to publish for this subscriber, for LISTENER_TTL_S from now on."""
     return signals.send_signal("listen", at, listener=subscriber)
 
@@ -58,7 +67,7 @@ def unlisten(subscriber: str, at: datetime) -> Signal:
     return signals.send_signal("unlisten", at, listener=subscriber)
 
 
-def heard(pool: str, subscribers: Sequence[str], at: datetime) -> Signal:
+def answer_subscribers(pool: str, subscribers: Sequence[str], at: datetime) -> Signal:
     """All workers of this pool publish for these subscribers."""
     return signals.send_signal("heard", at, pool=pool, listeners=list(subscribers))
 

@@ -15,14 +15,14 @@ from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import signals
 from streamline_pool.supervisor.ipc.messages import RunChanged
 from streamline_pool.supervisor.steward.duty import RETRY, WRITE_TIMEOUT_S, DutyTools
-from streamline_pool.supervisor.steward.stream_subscribers import LISTENER_SIGNALS, StreamSubscribers
+from streamline_pool.supervisor.steward.stream_subscribers import SUBSCRIBER_SIGNALS, StreamSubscribers
 from streamline_pool.supervisor.steward.wake_ups import WakeUps
 
 __all__ = ["SignalTail"]
 
 log = logging.getLogger("streamline_pool")
 
-SIGNAL_KINDS = ("due", "cancel", *LISTENER_SIGNALS)
+SIGNAL_KINDS = ("due", "cancel", *SUBSCRIBER_SIGNALS)
 REFUSED = Backoff(base_s=0.05, ceiling_s=30.0)  # a server that cannot tail at all is tried now and then; the sweep does the work
 STARTS_NOW = timedelta(seconds=0.1)  # a guess, well above the clock errors of hosts: a run that starts "now" by another's clock
 
@@ -68,7 +68,7 @@ class SignalTail:
         kind, lane = signal["kind"], signal.get("lane")
         if kind == "cancel":
             self._tools.hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner")))
-        elif kind in LISTENER_SIGNALS:
+        elif kind in SUBSCRIBER_SIGNALS:
             self._subscribers.on_signal(signal)
         elif isinstance(lane, str) and lane in self._tools.lanes:
             self._on_due(lane, signal)

@@ -14,15 +14,15 @@ from typing import Any
 
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import event_stream
-from streamline_pool.protocol.event_stream import LISTENER_TTL_S
+from streamline_pool.protocol.event_stream import SUBSCRIBER_TTL_S
 from streamline_pool.supervisor.ipc.messages import Subscribers, SubscribersServed
 from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, DutyTools
 
-__all__ = ["LISTENER_SIGNALS", "StreamSubscribers"]
+__all__ = ["SUBSCRIBER_SIGNALS", "StreamSubscribers"]
 
 log = logging.getLogger("streamline_pool")
 
-LISTENER_SIGNALS = ("listen", "unlisten")
+SUBSCRIBER_SIGNALS = ("listen", "unlisten")
 _SAME_S = 5.0  # a subscriber's record and its signal may differ in time by so much and still mean the same renewal
 _SUBSCRIBERS_MAX = 1_000  # a guess, far above any use; further ones are not served
 
@@ -45,12 +45,12 @@ class StreamSubscribers:
             if self._until.pop(subscriber, None) is not None:
                 self._notify(now)
         elif subscriber in self._until or len(self._until) < _SUBSCRIBERS_MAX:
-            self._until[subscriber] = now + LISTENER_TTL_S
+            self._until[subscriber] = now + SUBSCRIBER_TTL_S
             self._notify(now)
 
     async def refresh(self) -> None:
         """Read from the database the subscribers whose signal was lost, or older than this steward."""
-        found = await self._tools.run(event_stream.find_listeners(), READ_TIMEOUT_S)
+        found = await self._tools.run(event_stream.find_subscribers(), READ_TIMEOUT_S)
         now, server_now = self._clock.monotonic(), self._tools.store.now()
         until = {row["_id"]: now + (row["expireAt"] - server_now) / timedelta(seconds=1) for row in found[:_SUBSCRIBERS_MAX]}
         news = {subscriber: at for subscriber, at in until.items() if at > max(now, self._until.get(subscriber, 0.0) + _SAME_S)}
@@ -75,6 +75,6 @@ class StreamSubscribers:
         while True:
             subscribers = await self._served.get()
             try:
-                await store.run(event_stream.heard(self._tools.boot.host_id, subscribers, store.now()))
+                await store.run(event_stream.answer_subscribers(self._tools.boot.host_id, subscribers, store.now()))
             except WorkflowError as exc:
                 log.debug("signal_lost", extra={"kind": "heard", "error": str(exc)})

@@ -209,7 +209,7 @@ def test_an_open_stream_renews_its_subscription(
 def test_a_subscriber_whose_signal_was_lost_is_found_in_the_database(app: Streamline, start: Callable[..., PoolProcess]) -> None:
     """A lost signal costs time and nothing else."""
     start(1, "--lease", "2").ready()
-    app.store().run(event_stream.put_listener("listener:lost", "h", 1))
+    app.store().run(event_stream.put_subscriber("listener:lost", "h", 1))
     answers = {"kind": "heard", "listeners": "listener:lost"}
     eventually(lambda: app.store().collection("signals").find_one(answers), timeout=20)
 

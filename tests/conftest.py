@@ -1,4 +1,4 @@
-"""Fixtures every suite may use: one real mongod for the session, one database for each test, an application on it."""
+"""Fixtures of every suite: one real mongod per session, one database per test, and applications on it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
 
 @pytest.fixture(scope="session")
 def mongod() -> Iterator[embedded.EmbeddedServer]:
-    """A private mongod that the test may halt, kill and restart, if it leaves it running. Each xdist worker has its own."""
+    """A private mongod. A test may halt, kill and restart it, and must leave it running. Each xdist worker has its own."""
     if SERVER_VARIABLE in os.environ:
-        pytest.skip(f"needs a server of its own to command; {SERVER_VARIABLE} names one that is not ours")
+        pytest.skip(f"needs a private server that it may stop; {SERVER_VARIABLE} names a server that others may use")
     with embedded.start(None) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def mongodb_uri(request: pytest.FixtureRequest) -> str:
-    """Where the tests' server is, without a database: that of STREAMLINE_TEST_MONGODB_URI, or the fixture `mongod`."""
+    """The URI of the tests' server, without a database: STREAMLINE_TEST_MONGODB_URI, or else the fixture `mongod`."""
     given = os.environ.get(SERVER_VARIABLE)
     return given or request.getfixturevalue("mongod").uri
 
 
 @pytest.fixture
 def database(mongodb_uri: str) -> Iterator[str]:
-    """The name of a database that is this test's alone, and is dropped after it."""
+    """The name of a database that only this test uses. It is dropped afterwards."""
     name = f"streamline_test_{uuid4().hex[:12]}"
     yield name
-    with MongoClient(mongodb_uri) as client:
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
         client.drop_database(name)
 
 
 @pytest.fixture
 def make_app(mongodb_uri: str, database: str) -> Iterator[Callable[..., Streamline]]:
-    """Makes `Streamline`s on the test's own database; keywords are settings, `env` and `collection_prefix`. All are closed at the end."""
+    """Makes `Streamline` applications on the test's database. Keywords: settings, `env`, `collection_prefix`. All are closed afterwards."""
     made: list[Streamline] = []
 
     def make(*, env: Env | None = None, collection_prefix: str = "workflow_", **settings: Any) -> Streamline:
@@ -58,5 +58,5 @@ def make_app(mongodb_uri: str, database: str) -> Iterator[Callable[..., Streamli
 
 @pytest.fixture
 def app(make_app: Callable[..., Streamline]) -> Streamline:
-    """A `Streamline` on the test's own database."""
+    """A `Streamline` application on the test's database."""
     return make_app()

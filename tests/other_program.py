@@ -1,19 +1,17 @@
-"""Another program on the test's database: a process of its own that calls what it is told to call, when it is told to."""
+"""Another program on the test's database: a separate process that calls methods of `Streamline` when the test asks for it."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-__all__ = ["OtherProgram", "other_program"]
+from support import REPOSITORY, environ_without_settings
 
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["OtherProgram", "other_program"]
 
 SCRIPT = """
 import json, sys
@@ -36,38 +34,37 @@ for line in sys.stdin:
 
 
 class OtherProgram:
-    """That program. `ask` and `answer` are apart, so that two of them can be asked for the same at the same moment."""
+    """The process. `ask` and `answer` are two methods, so that a test can ask two programs for the same call at the same time."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         assert self.answer() == "ready"
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Have a method of `Streamline` called there."""
+        """Send the call of a method of `Streamline` to the process."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([method, args, kwargs]) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> Any:
-        """What came of the oldest call that was asked for: `{status, id, paused}` of a run, `{error}`, or the plain result."""
+        """The answer to the oldest unanswered call: `{status, id, paused}` of a run, `{error}` (a code), or the plain result."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"the other program has ended with {self._process.wait(10)}"
         return json.loads(line)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Ask, and wait for the answer."""
+        """Ask and wait for the answer."""
         self.ask(method, *args, **kwargs)
         return self.answer()
 
 
 @contextmanager
 def other_program(uri: str, database: str, prefix: str = "workflow_") -> Iterator[OtherProgram]:
-    """Another program, connected and ready. Ends with the block."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")}
+    """Another program, connected and ready. The process ends with the block."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, uri, database, prefix],
-        cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=REPOSITORY, env=environ_without_settings(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         yield OtherProgram(process)

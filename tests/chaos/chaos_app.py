@@ -98,7 +98,7 @@ def acceptances(app: Streamline) -> Iterator[Counter[tuple[str, str]]]:
     Filled at the end of the block. The stream is made from the oplog, so nothing that was stored escapes it.
     """
     counted: Counter[tuple[str, str]] = Counter()
-    with MongoClient(app.where.uri) as client:
+    with MongoClient[dict[str, Any]](app.where.uri) as client:
         runs = client[app.where.database][app.where.collection("runs")]
         runs.insert_one({"_id": "marker-start"})
         with runs.watch(full_document="updateLookup", max_await_time_ms=200) as stream:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from chaos_app import APP, acceptances, assert_nothing_is_wedged, entries_overlap, log_line
+from pool_client import loaded_app
 from pool_process import PoolProcess, running
 
 from streamline_pool import Streamline
@@ -26,14 +27,10 @@ RECOVERY_P99_S = 1.0
 
 
 @pytest.fixture
-def app(mongodb_uri: str, database: str, tmp_path: Path) -> Iterator[Streamline]:
-    """The application of the pool, as a second program on the same database would have it."""
-    scope: dict[str, Any] = {}
-    exec(compile(APP, "chaos_app", "exec"), scope)
-    app: Streamline = scope["app"]
-    app.mongodb_uri, app.database = mongodb_uri, database
-    yield app
-    app.close()
+def app(mongodb_uri: str, database: str) -> Iterator[Streamline]:
+    """The application of the pool in the test's own process, as a client."""
+    with loaded_app(APP, mongodb_uri, database) as app:
+        yield app
 
 
 def owner_pid(document: dict[str, Any]) -> int:
@@ -171,7 +168,8 @@ def assert_the_zombie_is_of_use_again(app: Streamline, pool: PoolProcess) -> Non
 def test_two_workers_never_run_one_run_at_once(app: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """Eight workers of two pools fight for every run; at no moment are two handlers of one run at work."""
     first, second = tmp_path / "a", tmp_path / "b"
-    first.mkdir(), second.mkdir()
+    first.mkdir()
+    second.mkdir()
     options = ("--workers", "4", "--concurrency", "8", "--lease", "3")
     with (
         running(first, APP, mongodb_uri, *options, database=database) as pool,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chaos_app import APP, acceptances, assert_nothing_is_wedged, log_line
+from pool_client import loaded_app
 from pool_process import running
 
 from streamline_pool import Streamline
@@ -27,12 +27,8 @@ def test_after_twenty_seconds_without_a_database_work_resumes_within_three(
     mongod: EmbeddedServer, database: str, tmp_path: Path, lease: str
 ) -> None:
     """Runs in flight, runs asleep and runs that nobody has claimed: all go on by themselves, also with leases long expired."""
-    scope: dict[str, Any] = {}
-    exec(compile(APP, "chaos_app", "exec"), scope)
-    app: Streamline = scope["app"]
-    app.mongodb_uri, app.database = mongod.uri, database
     options = ("--workers", "2", "--concurrency", "5", "--lease", lease)
-    with running(tmp_path, APP, mongod.uri, *options, database=database) as pool, app:
+    with running(tmp_path, APP, mongod.uri, *options, database=database) as pool, loaded_app(APP, mongod.uri, database) as app:
         pool.ready()
         runs = app.workflows["busy"].start_many([{"seconds": 0.5}] * 60)
         eventually(lambda: app.runs.count_documents({"lease.expiresAt": {"$exists": True}}) == 10)

@@ -1,4 +1,4 @@
-"""Fixtures of the command's tests, and a server that asks for passwords."""
+"""Fixtures of the command's tests, runs that wait, the client of a pool, and a server with access control."""
 
 from __future__ import annotations
 
@@ -10,21 +10,37 @@ from typing import Any
 
 import pytest
 from cli_shell import NOWHERE, Shell, wait_for_line
+from parked_runs import Waiting
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
+from waiting_app import waiting_app
 
-from streamline_pool import embedded
+from streamline_pool import Streamline, embedded
 from support import eventually
 
 
 @pytest.fixture
+def waiting(app: Streamline) -> Waiting:
+    """A workflow whose runs wait in the way that their input names."""
+    return Waiting(app)
+
+
+@pytest.fixture
+def client(mongodb_uri: str, database: str) -> Iterator[Streamline]:
+    """The application of waiting_app.py in the test's own process, as a client of its pools."""
+    with waiting_app(mongodb_uri, database) as app:
+        yield app
+
+
+@pytest.fixture
 def offline(tmp_path: Path) -> Shell:
-    """For what must be told without a database: its address is one where nothing listens."""
+    """A shell for commands that must not need a database: no server listens at its address."""
     return Shell(tmp_path, {"STREAMLINE_MONGODB_URI": NOWHERE})
 
 
 @pytest.fixture
 def shell(tmp_path: Path, mongodb_uri: str, database: str) -> Shell:
+    """A shell whose commands use the test's database and the application of cli_shell.py."""
     environ = {
         "STREAMLINE_MONGODB_URI": mongodb_uri,
         "STREAMLINE_DATABASE": database,
@@ -49,7 +65,7 @@ def pool(shell: Shell) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of a server that asks for passwords and is no replica set; users `writer` and `reader` of database `shop`."""
+    """host:port of a standalone server with access control. Its users: `writer` and `reader` of the database `shop`."""
     folder = tmp_path_factory.mktemp("guarded")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from pool_process import running
-from waiting_app import stored
+from stored_runs import stored
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import Streamline, create_hook
 from streamline_pool.protocol import operations, recovery
+from support import present
 
 CONDITIONS = ["condition", "skip_if", "run_if"]
 
@@ -104,14 +105,16 @@ def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
                 case "a failed attempt":
                     raise ValueError("once")
                 case "a lost worker":
-                    app.store().run(operations.update_many("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}]))
+                    app.store().run(
+                        operations.update_matching("expire", {"_id": ctx.run_id}, [{"$set": {"lease.expiresAt": "$createdAt"}}])
+                    )
                     app.store().run(recovery.recover_expired(5))
                     ctx.signal.wait(0.2)
                 case "a pause":
                     app.pause_run(ctx.run_id)
                     raise ValueError("during the pause")
                 case "a drain":
-                    return ctx.sleep(0.05)
+                    ctx.sleep(0.05)
         return "entered"
 
     workflow = app.workflow("w", steps={"a": (work, {"retry_delay": 0, "run_if": asked([True, False], "run_if", log)}), "b": lambda ctx: 1})
@@ -120,7 +123,7 @@ def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
     if loss == "a pause":
         workflow.resume(run.id)
     run_until_idle(app)
-    done = workflow.get(run.id)
+    done = present(workflow.get(run.id))
     assert (done.status, done.step("a").status, log) == ("done", "done", ["run_if"])
 
 
@@ -151,7 +154,7 @@ def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str
     workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 1})})
     failed = workflow.execute(workflow.start().id)
     code = "STEP_FAILED" if act == "create_hook" else "VALIDATION_ERROR"
-    assert (failed.status, failed.error["code"], failed.document["waitGen"]) == ("failed", code, 0)
+    assert (failed.status, present(failed.error)["code"], failed.document["waitGen"]) == ("failed", code, 0)
     assert "hooks" not in failed.document["steps"][0]
 
 

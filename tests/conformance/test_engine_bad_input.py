@@ -10,6 +10,7 @@ import pytest
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import DataCorruptionError, Streamline, WorkflowError
+from support import present
 
 MISSING = object()
 GARBAGE = ["x", 5, 5.5, None, [], [1], {}, {"id": 3}, True, bson.Timestamp(1, 1), float("nan"), "$$NOW", MISSING]
@@ -137,7 +138,7 @@ def test_a_lease_that_is_changed_under_its_holder_costs_that_run_alone(make_app:
     workflow.start("victim")
     neighbours = workflow.start_many(range(20))
     run_until_idle(app, recover_every_s=0.1)
-    assert [workflow.get(run.id).output for run in neighbours] == [2] * 20
+    assert [present(workflow.get(run.id)).output for run in neighbours] == [2] * 20
 
 
 def test_steps_of_another_version_are_a_version_mismatch(app: Streamline, workflow: Any) -> None:
@@ -155,7 +156,7 @@ def test_a_run_of_a_version_that_nobody_has_waits(make_app: Callable[..., Stream
     run_until_idle(new)
     assert later.execute(run.id).status == "running"
     run_until_idle(old)
-    assert later.get(run.id).output == "old"
+    assert present(later.get(run.id)).output == "old"
 
 
 # --- payloads -------------------------------------------------------------------------------------------------------
@@ -199,10 +200,10 @@ def test_what_the_server_would_refuse_fails_its_own_run(app: Streamline, handler
     good = app.workflow("good", steps={"a": lambda ctx: 1, "b": lambda ctx: 2})
     run, neighbours = bad.start(), good.start_many(range(20))
     run_until_idle(app)
-    run = bad.get(run.id)
+    run = present(bad.get(run.id))
     check_invariants([run.to_dict()])
-    assert (run.status, run.error["code"], run.step("a").attempts) == ("failed", code, 1)
-    assert [good.get(neighbour.id).output for neighbour in neighbours] == [2] * 20
+    assert (run.status, present(run.error)["code"], run.step("a").attempts) == ("failed", code, 1)
+    assert [present(good.get(neighbour.id)).output for neighbour in neighbours] == [2] * 20
 
 
 @pytest.mark.slow
@@ -211,9 +212,9 @@ def test_a_document_that_grows_over_many_steps_ends_at_the_limit_with_a_clear_er
     workflow = app.workflow("w", steps={f"s{number}": lambda ctx: "x" * (250 * 2**10) for number in range(80)})
     run = workflow.start()
     run_until_idle(app)
-    run = workflow.get(run.id)
-    assert (run.status, run.error["code"], run.error["stepId"]) == ("failed", "PAYLOAD_TOO_LARGE", "s65")
-    assert "16 MiB" in run.error["message"]
+    run = present(workflow.get(run.id))
+    assert (run.status, present(run.error)["code"], present(run.error)["stepId"]) == ("failed", "PAYLOAD_TOO_LARGE", "s65")
+    assert "16 MiB" in present(run.error)["message"]
 
 
 def test_a_run_that_is_filled_to_the_brim_still_ends(app: Streamline) -> None:
@@ -227,9 +228,9 @@ def test_a_run_that_is_filled_to_the_brim_still_ends(app: Streamline) -> None:
     workflow = app.workflow("w", context=lambda input: {}, steps={"fill": (fill, {"retries": 1})})
     run = workflow.start("x" * (10 * 2**20))
     run_until_idle(app)
-    run = workflow.get(run.id)
+    run = present(workflow.get(run.id))
     check_invariants([run.to_dict()])
-    assert (run.status, run.error["code"]) == ("failed", "PAYLOAD_TOO_LARGE")
+    assert (run.status, present(run.error)["code"]) == ("failed", "PAYLOAD_TOO_LARGE")
 
 
 def test_a_users_validator_or_unique_index_that_refuses_a_commit_fails_that_run(app: Streamline, workflow: Any) -> None:
@@ -237,13 +238,14 @@ def test_a_users_validator_or_unique_index_that_refuses_a_commit_fails_that_run(
     first, second = strict.start("same"), strict.start("same")
     app.runs.create_index("context.key", unique=True, partialFilterExpression={"context.key": "same"})
     run_until_idle(app)
-    found = sorted((app.get_run(run.id).status, (app.get_run(run.id).error or {}).get("code")) for run in (first, second))
+    found = sorted((present(app.get_run(run.id)).status, (present(app.get_run(run.id)).error or {}).get("code")) for run in (first, second))
     assert found == [("done", None), ("failed", "VALIDATION_ERROR")]
 
 
 def test_every_error_has_a_code_a_status_and_a_text_that_begins_with_the_code(app: Streamline, workflow: Any) -> None:
-    for act in (lambda: workflow.cancel("nobody"), lambda: workflow.start(priority="x"), lambda: workflow.get(5)):
+    calls: list[Callable[[], Any]] = [lambda: workflow.cancel("unknown"), lambda: workflow.start(priority="x"), lambda: workflow.get(5)]
+    for call in calls:
         with pytest.raises(WorkflowError) as caught:
-            act()
+            call()
         assert str(caught.value).startswith(f"{caught.value.code}: ")
         assert caught.value.http_status in (400, 404)

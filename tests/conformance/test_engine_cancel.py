@@ -12,7 +12,7 @@ import pytest
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import Streamline, ValidationError
-from support import eventually
+from support import eventually, present
 
 
 def test_cancel_stops_a_run_wherever_it_is(app: Streamline) -> None:
@@ -61,21 +61,26 @@ def test_the_handler_of_a_cancelled_run_is_told_and_nothing_it_does_counts(app: 
             await pool.until(lambda: reasons)
 
     asyncio.run(play())
-    stored = workflow.get(run.id)
+    stored = present(workflow.get(run.id))
     check_invariants([stored.to_dict()])
-    assert (reasons, stored.status, stored.step("a").output, stored.step("b").attempts) == (["cancelled"], "cancelled", None, 0)
+    assert (reasons, stored.status, stored.step("a").output, stored.step("b").attempts) == (
+        ["cancelled"],
+        "cancelled",
+        None,
+        0,
+    )
 
 
 def test_cancelling_what_has_ended_changes_nothing_and_tells_nobody(app: Streamline) -> None:
-    heard: list[str] = []
-    app.events.on("workflow:cancelled", lambda event: heard.append(event.run_id))
+    received: list[str | None] = []
+    app.events.on("workflow:cancelled", lambda event: received.append(event.run_id))
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     done = workflow.execute(workflow.start().id)
     cancelled = workflow.cancel(workflow.start().id, reason="first")
     assert workflow.cancel(done.id) == done
     assert workflow.cancel(cancelled.id, reason="second") == cancelled
     app.close()
-    assert heard == [cancelled.id]
+    assert received == [cancelled.id]
 
 
 def test_of_many_cancels_one_takes_effect_and_all_see_it(app: Streamline) -> None:
@@ -106,7 +111,7 @@ def test_a_cancel_that_races_the_end_wins_or_loses_once(app: Streamline) -> None
 
     asyncio.run(play())
     for run in runs:
-        stored = workflow.get(run.id)
+        stored = present(workflow.get(run.id))
         check_invariants([stored.to_dict()])
         assert stored.status == answers[run.id].status, "what cancel said is what stays"
         assert stored.status in ("done", "cancelled")
@@ -118,7 +123,7 @@ def test_a_reason_is_text(app: Streamline, reason: Any) -> None:
     run = workflow.start()
     with pytest.raises(ValidationError, match="reason"):
         workflow.cancel(run.id, reason=reason)
-    assert workflow.get(run.id).status == "running"
+    assert present(workflow.get(run.id)).status == "running"
 
 
 def test_cancel_reads_dollar_signs_as_text(app: Streamline) -> None:

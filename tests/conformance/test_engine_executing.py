@@ -8,16 +8,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Streamline, ValidationError, global_event_bus
-from support import eventually
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from support import eventually, present
 
 
 async def adding(ctx: Any) -> int:
@@ -29,10 +26,11 @@ def test_steps_run_in_order_and_the_last_output_is_the_runs(app: Streamline) -> 
     workflow = app.workflow("w", steps={"first": lambda ctx: 1, "second": adding, "third": lambda ctx: ctx.get_output("second") + 1})
     run = workflow.start()
     run_until_idle(app)
-    run = workflow.get(run.id)
+    run = present(workflow.get(run.id))
     assert (run.status, run.output, run.current_step_id, run.error) == ("done", 3, None, None)
     assert [(step.status, step.attempts, step.output) for step in run.steps] == [("done", 1, 1), ("done", 1, 2), ("done", 1, 3)]
-    assert run.created_at <= run.started_at <= run.steps[0].ended_at <= run.steps[2].ended_at <= run.ended_at
+    times = [run.created_at, run.started_at, run.steps[0].ended_at, run.steps[2].ended_at, run.ended_at]
+    assert times == sorted(present(time) for time in times)
     assert all(step.duration is not None and step.duration >= 0 for step in run.steps)
     check_invariants([run.to_dict()])
 
@@ -89,14 +87,14 @@ def test_what_a_failed_attempt_set_is_dropped(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"write": (write, {"retry_delay": 0})})
     run = workflow.start({})
     run_until_idle(app)
-    assert (workflow.get(run.id).status, workflow.get(run.id).context) == ("done", {})
+    assert (present(workflow.get(run.id)).status, present(workflow.get(run.id)).context) == ("done", {})
 
 
 @pytest.mark.parametrize("key", ["", 5, None, "a\0b"])
 def test_a_key_that_cannot_be_stored_is_refused_in_the_handler(app: Streamline, key: Any) -> None:
     workflow = app.workflow("w", steps={"a": (lambda ctx: ctx.set(key, 1), {"retries": 5})})
     run = workflow.execute(workflow.start().id)
-    assert (run.status, run.error["code"], run.step("a").attempts) == ("failed", "VALIDATION_ERROR", 1), "not retried"
+    assert (run.status, present(run.error)["code"], run.step("a").attempts) == ("failed", "VALIDATION_ERROR", 1), "not retried"
 
 
 def test_the_next_step_sees_outputs_as_the_database_has_them(app: Streamline) -> None:
@@ -120,9 +118,13 @@ def test_a_closed_ctx_does_nothing_more(app: Streamline) -> None:
     left: list[Any] = []
     workflow = app.workflow("w", steps={"a": left.append, "b": lambda ctx: 1})
     workflow.execute(workflow.start().id)
-    for act in (lambda c: c.set("k", 1), lambda c: c.checkpoint(1), lambda c: c.sleep(1), lambda c: c.emit("x"), lambda c: c.heartbeat()):
+    calls: list[Callable[[Any], Any]] = [
+        lambda ctx: ctx.set("k", 1), lambda ctx: ctx.checkpoint(1), lambda ctx: ctx.sleep(1), lambda ctx: ctx.emit("x"),
+        lambda ctx: ctx.heartbeat(),
+    ]  # fmt: skip
+    for call in calls:
         with pytest.raises(InvalidStateError, match="this attempt at step a is over"):
-            act(left[0])
+            call(left[0])
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def test_a_checkpoint_is_durable_on_return_kept_across_attempts_and_dropped_at_t
     run = workflow.start()
     run_until_idle(app)
     assert stored == [(None, 1, 1), (1, 2, 2), (2, 3, 3)]
-    assert (workflow.get(run.id).output, "checkpoint" in app.runs.find_one({"_id": run.id})["steps"][0]) == (None, False)
+    assert (present(workflow.get(run.id)).output, "checkpoint" in app.runs.find_one({"_id": run.id})["steps"][0]) == (None, False)
 
 
 def test_checkpoints_of_many_threads_of_one_handler_and_its_end_do_not_mix(app: Streamline) -> None:
@@ -170,7 +172,12 @@ def test_checkpoints_of_many_threads_of_one_handler_and_its_end_do_not_mix(app: 
     runs = workflow.start_many([None] * 10)
     run_until_idle(app)
     for run in [workflow.get(run.id) for run in runs]:
-        assert (run.status, run.output, run.step("busy").output, run.step("busy").attempts) == ("done", 5, 5, 1)
+        assert (present(run).status, present(run).output, present(run).step("busy").output, present(run).step("busy").attempts) == (
+            "done",
+            5,
+            5,
+            1,
+        )
 
 
 # --- conditions -----------------------------------------------------------------------------------------------------
@@ -206,12 +213,14 @@ def test_a_condition_is_decided_once(app: Streamline) -> None:
         if ctx.attempt < 3:
             raise ValueError
 
-    workflow = app.workflow(
-        "w", steps={"a": (fail_twice, {"retry_delay": 0, "run_if": lambda ctx: asked.append(ctx.attempt) or len(asked) == 1})}
-    )
+    def run_if(ctx: Any) -> bool:
+        asked.append(ctx.attempt)
+        return len(asked) == 1
+
+    workflow = app.workflow("w", steps={"a": (fail_twice, {"retry_delay": 0, "run_if": run_if})})
     run = workflow.start()
     run_until_idle(app)
-    assert (workflow.get(run.id).status, asked) == ("done", [1])
+    assert (present(workflow.get(run.id)).status, asked) == ("done", [1])
 
 
 def _exit(*args: Any) -> Any:
@@ -237,15 +246,19 @@ def test_a_raising_condition_is_a_failed_attempt(app: Streamline, name: str, pre
     workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 2, "retry_delay": 0})})
     run, neighbour = workflow.start(), app.workflow("n", steps={"a": lambda ctx: 1}).start()
     run_until_idle(app)
-    run = workflow.get(run.id)
-    assert (run.status, run.error["code"], run.step("a").error["code"]) == ("failed", "MAX_RETRIES_EXCEEDED", "STEP_FAILED")
-    assert app.get_run(neighbour.id).status == "done"
+    run = present(workflow.get(run.id))
+    assert (run.status, present(run.error)["code"], present(run.step("a").error)["code"]) == (
+        "failed",
+        "MAX_RETRIES_EXCEEDED",
+        "STEP_FAILED",
+    )
+    assert present(app.get_run(neighbour.id)).status == "done"
 
 
 def test_a_condition_cannot_sleep(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {"skip_if": lambda ctx: ctx.sleep(1)})})
     run = workflow.execute(workflow.start().id)
-    assert (run.status, run.error["code"]) == ("failed", "VALIDATION_ERROR")
+    assert (run.status, present(run.error)["code"]) == ("failed", "VALIDATION_ERROR")
 
 
 # --- events and logs ------------------------------------------------------------------------------------------------
@@ -291,7 +304,7 @@ def test_the_global_bus_hears_every_app_and_a_raising_subscriber_hurts_nobody(
 @pytest.mark.parametrize("name", ["workflow:completed", "step:failed", "*", "", 5])
 def test_engine_names_cannot_be_emitted(app: Streamline, name: Any) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.emit(name)})
-    assert workflow.execute(workflow.start().id).error["code"] == ValidationError.fixed_code
+    assert present(workflow.execute(workflow.start().id).error)["code"] == ValidationError.fixed_code
 
 
 def test_a_log_line_names_run_step_and_attempt(app: Streamline, caplog: pytest.LogCaptureFixture) -> None:
@@ -304,8 +317,12 @@ def test_a_log_line_names_run_step_and_attempt(app: Streamline, caplog: pytest.L
 
 def test_workers_share_the_runs_and_each_is_run_once(app: Streamline) -> None:
     entered: list[str] = []
-    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(ctx.run_id), "b": adding})
-    workflow = app.workflow("v", steps={"first": lambda ctx: entered.append(ctx.run_id) or 1, "b": adding})
+
+    def first(ctx: Any) -> int:
+        entered.append(ctx.run_id)
+        return 1
+
+    workflow = app.workflow("w", steps={"first": first, "b": adding})
     runs = workflow.start_many(range(300))
 
     async def work() -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 from workers import run_until_idle
 
 from streamline_pool import Streamline, ValidationError
+from support import present
 
 
 def test_apps_share_nothing_but_what_is_stored(make_app: Callable[..., Streamline]) -> None:
@@ -29,7 +30,7 @@ def test_a_prefix_keeps_two_applications_in_one_database_apart(make_app: Callabl
     run = mine.start()
     assert other.get(run.id) is None
     run_until_idle(two)
-    assert mine.get(run.id).status == "running"
+    assert present(mine.get(run.id)).status == "running"
     assert two.runs.name == "other_runs"
 
 
@@ -40,9 +41,9 @@ def test_a_worker_claims_only_what_is_on_its_queues(make_app: Callable[..., Stre
     workflow = everything.workflows["w"]
     plain, mail = workflow.start(), workflow.start(queue="mail")
     run_until_idle(mail_only)
-    assert (workflow.get(plain.id).status, workflow.get(mail.id).status) == ("running", "done")
+    assert (present(workflow.get(plain.id)).status, present(workflow.get(mail.id)).status) == ("running", "done")
     run_until_idle(everything)
-    assert workflow.get(plain.id).status == "done"
+    assert present(workflow.get(plain.id)).status == "done"
 
 
 def test_what_a_caller_does_to_its_input_afterwards_changes_nothing(app: Streamline) -> None:

@@ -18,6 +18,7 @@ from streamline_pool.domain import transitions
 from streamline_pool.domain.change import apply
 from streamline_pool.protocol import claims, commits, recovery
 from streamline_pool.protocol.operations import Fence
+from support import present
 
 
 def take_over(app: Streamline, run_id: str) -> None:
@@ -46,10 +47,10 @@ def test_a_fenced_worker_changes_nothing(app: Streamline) -> None:
             await pool.until(entered.is_set)
             take_over(app, run.id)
             go.set()
-            await pool.until(lambda: workflow.get(run.id).status == "done")
+            await pool.until(lambda: present(workflow.get(run.id)).status == "done")
 
     asyncio.run(play())
-    stored = workflow.get(run.id)
+    stored = present(workflow.get(run.id))
     check_invariants([stored.to_dict()])
     assert (stored.output, stored.context, stored.step("work").output) == ("the second", {}, "the second")
 
@@ -75,8 +76,8 @@ def test_one_fenced_run_among_a_hundred_costs_the_others_nothing(app: Streamline
             await pool.until_idle()
 
     asyncio.run(play())
-    assert [workflow.get(run.id).output for run in runs] == list(range(30))
-    assert [workflow.get(run.id).step("work").attempts for run in runs] == [2] + [1] * 29
+    assert [present(workflow.get(run.id)).output for run in runs] == list(range(30))
+    assert [present(workflow.get(run.id)).step("work").attempts for run in runs] == [2] + [1] * 29
 
 
 def test_a_step_may_take_longer_than_the_lease(make_app: Callable[..., Streamline]) -> None:
@@ -84,7 +85,7 @@ def test_a_step_may_take_longer_than_the_lease(make_app: Callable[..., Streamlin
     workflow = app.workflow("w", steps={"slow": lambda ctx: time.sleep(1.2), "next": lambda ctx: ctx.signal.aborted})
     run = workflow.start()
     run_until_idle(app, recover_every_s=0.05)
-    run = workflow.get(run.id)
+    run = present(workflow.get(run.id))
     assert (run.status, run.step("slow").attempts, run.document["crashes"]) == ("done", 1, 0)
 
 
@@ -140,10 +141,10 @@ def test_lost_workers_use_up_no_retries_until_the_third_convicts_the_run(app: St
         for run in (survivor, victim) if death < 2 else (victim,):
             store.run(claims.claim_run(run.id, None, f"{run.id}{death}", f"host:{death}:x", 30))
             assert store.run(recovery.release_owner(f"host:{death}:x", 3, {"signal": "SIGSEGV", "rss_bytes": 5})) == 1
-    run = workflow.get(victim.id)
+    run = present(workflow.get(victim.id))
     check_invariants([run.to_dict()])
-    assert (run.status, run.error["code"], run.error["stepId"]) == ("failed", "WORKER_CRASHED", "a")
-    assert "3 workers were lost while they ran step a; the last one, host:2:x: signal SIGSEGV" in run.error["message"]
+    assert (run.status, present(run.error)["code"], present(run.error)["stepId"]) == ("failed", "WORKER_CRASHED", "a")
+    assert "3 workers were lost while they ran step a; the last one, host:2:x: signal SIGSEGV" in present(run.error)["message"]
     assert run.step("a").status == "failed"
     assert workflow.execute(survivor.id).status == "done"
     assert entered == [3], "entries of lost workers are counted as attempts, and cost no retry"
@@ -190,7 +191,7 @@ def test_suspects_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> 
     app.runs.update_many({"_id": {"$in": [run.id for run in suspects]}}, {"$set": {"crashes": 2}})
     run_until_idle(app)
     assert together == [1] * 4
-    assert all(workflow.get(run.id).status == "done" for run in [*suspects, *others])
+    assert all(present(workflow.get(run.id)).status == "done" for run in [*suspects, *others])
 
 
 def test_a_suspect_that_is_called_by_name_waits_its_turn_too(app: Streamline) -> None:
@@ -250,12 +251,12 @@ def test_a_worker_that_cannot_renew_stops_its_handlers_before_the_lease_runs_out
                     await asyncio.sleep(0.005)
             finally:
                 mongod.resume()
-            await pool.until(lambda: workflow.get(run.id).status == "done", timeout=30)
+            await pool.until(lambda: present(workflow.get(run.id)).status == "done", timeout=30)
 
     asyncio.run(play())
     assert stopped[0][0] - entered[0] < 1.5
     assert stopped[0][1] == "lease-lost"
-    assert (workflow.get(run.id).output, workflow.get(run.id).document["failures"]) == ("again", 0)
+    assert (present(workflow.get(run.id)).output, present(workflow.get(run.id)).document["failures"]) == ("again", 0)
 
 
 def test_a_drain_finishes_the_step_in_flight_and_gives_the_run_back(app: Streamline) -> None:
@@ -324,10 +325,10 @@ def test_a_claim_of_unknown_outcome_is_recovered_when_its_lease_runs_out(make_ap
 
     async def play() -> None:
         async with Pool(app, recover_every_s=0.05) as pool:
-            await pool.until(lambda: workflow.get(run.id).status == "done")
+            await pool.until(lambda: present(workflow.get(run.id)).status == "done")
 
     asyncio.run(play())
-    assert (workflow.get(run.id).output, workflow.get(run.id).document["crashes"]) == (2, 0)
+    assert (present(workflow.get(run.id)).output, present(workflow.get(run.id)).document["crashes"]) == (2, 0)
 
 
 def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
@@ -373,10 +374,10 @@ def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: 
             await pool.until(entered.is_set)
             await asyncio.to_thread(take_over, app, run.id)
             pool.workers[0].check_run(run.id)
-            await pool.until(lambda: workflow.get(run.id).status == "done")
+            await pool.until(lambda: present(workflow.get(run.id)).status == "done")
 
     asyncio.run(play())
-    assert workflow.get(run.id).output == 2
+    assert present(workflow.get(run.id)).output == 2
 
 
 def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable[..., Streamline]) -> None:

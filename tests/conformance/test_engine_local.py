@@ -8,15 +8,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from workers import check_invariants
 
 from streamline_pool import Streamline, WorkflowNotFoundError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from support import REPOSITORY, present
 
 
 def test_execute_of_a_run_that_cannot_be_claimed_returns_it_as_stored_at_once(app: Streamline) -> None:
@@ -41,20 +39,25 @@ def test_another_workflows_run_does_not_exist(app: Streamline) -> None:
     for act in (mine.execute, mine.cancel, mine.wait_for):
         with pytest.raises(WorkflowNotFoundError, match="WORKFLOW_NOT_FOUND"):
             act(run.id)
-    assert other.get(run.id).status == "running"
+    assert present(other.get(run.id)).status == "running"
 
 
 def test_an_unknown_run_is_not_found(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     for act in (workflow.execute, workflow.cancel, workflow.wait_for, app.cancel_run):
         with pytest.raises(WorkflowNotFoundError) as caught:
-            act("nobody")
-        assert (caught.value.http_status, caught.value.context["run_id"]) == (404, "nobody")
+            act("unknown")
+        assert (caught.value.http_status, caught.value.context["run_id"]) == (404, "unknown")
 
 
 def test_a_run_executed_by_two_at_once_is_driven_by_one(app: Streamline) -> None:
     entered: list[int] = []
-    workflow = app.workflow("w", steps={"a": lambda ctx: entered.append(1) or time.sleep(0.05)})
+
+    def slow(ctx: Any) -> None:
+        entered.append(1)
+        time.sleep(0.05)
+
+    workflow = app.workflow("w", steps={"a": slow})
     for _ in range(5):
         run = workflow.start()
         with ThreadPoolExecutor(4) as threads:
@@ -68,7 +71,7 @@ def test_execute_stops_where_the_run_stops(app: Streamline) -> None:
 
     workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600)})
     napping = workflow.execute(workflow.start().id)
-    assert (napping.status, napping.step("nap").status, napping.step("nap").waiting_for["type"]) == ("waiting", "waiting", "timer")
+    assert (napping.status, napping.step("nap").status, present(napping.step("nap").waiting_for)["type"]) == ("waiting", "waiting", "timer")
     backing_off = app.workflow("b", steps={"a": (fail, {"retry_delay": 60})})
     run = backing_off.execute(backing_off.start().id)
     assert (run.status, run.step("a").status, run.step("a").attempts) == ("waiting", "pending", 1)

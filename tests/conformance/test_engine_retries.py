@@ -10,15 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import NonRetriableError, Streamline, WorkflowError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from support import REPOSITORY, present
 
 # --- retries --------------------------------------------------------------------------------------------------------
 
@@ -30,12 +28,13 @@ def test_a_step_is_attempted_until_it_succeeds(app: Streamline) -> None:
         entered.append(ctx.attempt)
         if ctx.attempt < 3:
             raise ValueError(f"attempt {ctx.attempt}")
-        return ctx.idempotency_key
+        key: str = ctx.idempotency_key
+        return key
 
     workflow = app.workflow("w", steps={"flaky": (flaky, {"retries": 3, "retry_delay": 0})})
     run = workflow.start()
     run_until_idle(app)
-    run = workflow.get(run.id)
+    run = present(workflow.get(run.id))
     assert (run.status, entered, run.output, run.step("flaky").attempts) == ("done", [1, 2, 3], f"{run.id}:flaky", 3)
     assert run.step("flaky").error is None, "a success leaves no error behind"
 
@@ -47,19 +46,27 @@ def test_a_run_that_used_its_attempts_says_which_cause_was_the_last(app: Streaml
     workflow = app.workflow("w", steps={"broken": (broken, {"retries": 2, "retry_delay": 0}), "never": lambda ctx: 1})
     run = workflow.start()
     run_until_idle(app)
-    run = workflow.get(run.id)
+    run = present(workflow.get(run.id))
     check_invariants([run.to_dict()])
     assert (run.status, run.ended_at is not None, run.step("never").status) == ("failed", True, "pending")
-    assert (run.error["code"], run.error["type"], run.error["stepId"]) == ("MAX_RETRIES_EXCEEDED", "KeyError", "broken")
-    assert run.error["message"].endswith("'cause 2'")
-    assert "in broken" in run.error["traceback"]
+    assert (present(run.error)["code"], present(run.error)["type"], present(run.error)["stepId"]) == (
+        "MAX_RETRIES_EXCEEDED",
+        "KeyError",
+        "broken",
+    )
+    assert present(run.error)["message"].endswith("'cause 2'")
+    assert "in broken" in present(run.error)["traceback"]
     assert run.step("broken").error == {"code": "STEP_FAILED", "message": "'cause 2'", "type": "KeyError"}
 
 
 def test_with_one_attempt_the_run_has_the_steps_own_code(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"broken": (lambda ctx: 1 / 0, {"retries": 1})})
     run = workflow.execute(workflow.start().id)
-    assert (run.error["code"], run.error["message"], run.error["type"]) == ("STEP_FAILED", "division by zero", "ZeroDivisionError")
+    assert (present(run.error)["code"], present(run.error)["message"], present(run.error)["type"]) == (
+        "STEP_FAILED",
+        "division by zero",
+        "ZeroDivisionError",
+    )
 
 
 def test_a_non_retriable_error_is_not_retried(app: Streamline) -> None:
@@ -70,15 +77,20 @@ def test_a_non_retriable_error_is_not_retried(app: Streamline) -> None:
 
     workflow = app.workflow("w", steps={"broken": (broken, {"retries": 5})})
     run = workflow.execute(workflow.start().id)
-    assert (run.status, run.error["code"], run.error["type"], run.step("broken").attempts) == ("failed", "STEP_FAILED", "NoSuchCustomer", 1)
+    assert (run.status, present(run.error)["code"], present(run.error)["type"], run.step("broken").attempts) == (
+        "failed",
+        "STEP_FAILED",
+        "NoSuchCustomer",
+        1,
+    )
 
 
 def test_between_attempts_the_run_waits_and_its_step_is_pending_with_its_time(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"broken": (lambda ctx: 1 / 0, {"retry_delay": 40})})
     run = workflow.execute(workflow.start().id)
     step = run.step("broken")
-    assert (run.status, step.status, step.attempts, step.error["code"]) == ("waiting", "pending", 1, "STEP_FAILED")
-    assert 28 <= (step.retry_after - run.updated_at).total_seconds() <= 52.1
+    assert (run.status, step.status, step.attempts, present(step.error)["code"]) == ("waiting", "pending", 1, "STEP_FAILED")
+    assert 28 <= (present(step.retry_after) - run.updated_at).total_seconds() <= 52.1
     assert run.document["wakeAt"] == step.retry_after
 
 
@@ -90,7 +102,7 @@ def test_each_step_has_retries_of_its_own(app: Streamline) -> None:
     workflow = app.workflow("w", steps={name: (once, {"retries": 2, "retry_delay": 0}) for name in ("a", "b", "c")})
     run = workflow.start()
     run_until_idle(app)
-    assert [step.attempts for step in workflow.get(run.id).steps] == [2, 2, 2]
+    assert [step.attempts for step in present(workflow.get(run.id)).steps] == [2, 2, 2]
 
 
 # --- timeouts -------------------------------------------------------------------------------------------------------
@@ -108,11 +120,11 @@ def test_an_async_handler_that_outlives_its_timeout_is_cancelled(app: Streamline
     workflow = app.workflow("w", steps={"hang": (hang, {"retries": 2, "timeout": 0.05, "retry_delay": 0})})
     run = workflow.start()
     statuses = run_until_idle(app)
-    run = workflow.get(run.id)
-    assert (run.error["code"], run.step("hang").error["code"], run.step("hang").error["type"]) == (
+    run = present(workflow.get(run.id))
+    assert (present(run.error)["code"], present(run.step("hang").error)["code"], present(run.step("hang").error)["type"]) == (
         "MAX_RETRIES_EXCEEDED", "STEP_TIMEOUT", "StepTimeoutError",
     )  # fmt: skip
-    assert "longer than its timeout of 0.05 s" in run.error["message"]
+    assert "longer than its timeout of 0.05 s" in present(run.error)["message"]
     assert reasons == [(True, "timeout")] * 2
     assert statuses[0].recycle is None
 
@@ -135,7 +147,7 @@ def test_the_signal_can_be_awaited_and_waited_for(app: Streamline) -> None:
     options = {"retries": 1, "timeout": 0.1}
     for name, handler in (("a", listen), ("b", listen_sync)):
         workflow = app.workflow(name, steps={"listen": (handler, options)})
-        assert workflow.execute(workflow.start().id).error["code"] == "STEP_TIMEOUT"
+        assert present(workflow.execute(workflow.start().id).error)["code"] == "STEP_TIMEOUT"
     while len(heard) < 4:
         time.sleep(0.001)
     assert heard in ([True, False, True, "timeout"], ["timeout", False, True, "timeout"])
@@ -151,9 +163,10 @@ def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worke
             return "the second attempt"
         entered.set()
         go.wait()
-        for act in (lambda: ctx.set("late", 1), lambda: ctx.checkpoint(1)):
+        calls: list[Callable[[], Any]] = [lambda: ctx.set("late", 1), lambda: ctx.checkpoint(1)]
+        for call in calls:
             try:
-                act()
+                call()
             except WorkflowError as exc:
                 refused.append(type(exc).__name__)
         return "too late"
@@ -163,7 +176,7 @@ def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worke
 
     async def work() -> None:
         async with Pool(app) as pool:
-            await pool.until(lambda: workflow.get(run.id).status == "done")
+            await pool.until(lambda: present(workflow.get(run.id)).status == "done")
             await pool.until(lambda: pool.statuses()[0].in_flight == 0)
             await pool.until(lambda: pool.statuses()[0].recycle)
             assert run.id in str(pool.statuses()[0].recycle)
@@ -171,7 +184,7 @@ def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worke
             await pool.until(lambda: len(refused) == 2)
 
     asyncio.run(work())
-    stored = workflow.get(run.id)
+    stored = present(workflow.get(run.id))
     assert (stored.output, stored.context, stored.step("hang").attempts) == ("the second attempt", {}, 2)
     assert refused == ["InvalidStateError"] * 2
 
@@ -197,14 +210,14 @@ def test_an_async_handler_that_swallows_its_cancellation_is_left_behind(app: Str
 
     async def work() -> None:
         async with Pool(app) as pool:
-            await pool.until(lambda: workflow.get(run.id).status == "done")
+            await pool.until(lambda: present(workflow.get(run.id)).status == "done")
             assert pool.statuses()[0].recycle
             go[0].set()
             await asyncio.sleep(0.05)
             await pool.until(lambda: pool.statuses()[0].in_flight == 0)
 
     asyncio.run(work())
-    assert (workflow.get(run.id).output, workflow.get(run.id).step("stubborn").attempts) == ("the second attempt", 2)
+    assert (present(workflow.get(run.id)).output, present(workflow.get(run.id)).step("stubborn").attempts) == ("the second attempt", 2)
 
 
 def test_work_that_never_got_a_thread_is_not_entered_after_its_attempt_is_over(make_app: Callable[..., Streamline]) -> None:
@@ -227,7 +240,7 @@ def test_work_that_never_got_a_thread_is_not_entered_after_its_attempt_is_over(m
             return before
 
     assert asyncio.run(work()) == len(entered) == 10
-    assert {workflow.get(run.id).error["code"] for run in runs} == {"STEP_TIMEOUT"}
+    assert {present(present(workflow.get(run.id)).error)["code"] for run in runs} == {"STEP_TIMEOUT"}
 
 
 # --- what no handler should do --------------------------------------------------------------------------------------
@@ -288,13 +301,13 @@ def test_whatever_a_handler_does_is_its_runs_failure_alone(
     good = app.workflow("good", steps={"a": lambda ctx: "fine"})
     run, neighbours = bad.start(), good.start_many(range(5))
     run_until_idle(app)
-    run = bad.get(run.id)
+    run = present(bad.get(run.id))
     check_invariants([run.to_dict()])
-    assert (run.status, run.error["code"]) == ("failed", code)
-    assert type_ in run.error["type"]
-    assert says in run.error["message"]
-    assert len(run.error["message"]) < 3_000
-    assert all(good.get(neighbour.id).output == "fine" for neighbour in neighbours)
+    assert (run.status, present(run.error)["code"]) == ("failed", code)
+    assert type_ in present(run.error)["type"]
+    assert says in present(run.error)["message"]
+    assert len(present(run.error)["message"]) < 3_000
+    assert all(present(good.get(neighbour.id)).output == "fine" for neighbour in neighbours)
 
 
 FORKING = """
@@ -343,7 +356,7 @@ def test_a_sleep_that_is_caught_still_ends_the_step(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": swallow, "b": lambda ctx: ctx.get_output("a")})
     run = workflow.start()
     run_until_idle(app)
-    assert (workflow.get(run.id).status, workflow.get(run.id).output) == ("done", None)
+    assert (present(workflow.get(run.id)).status, present(workflow.get(run.id)).output) == ("done", None)
 
 
 def test_a_task_that_is_cancelled_too_late_costs_an_attempt_and_not_the_run(make_app: Callable[..., Streamline]) -> None:
@@ -358,7 +371,7 @@ def test_a_task_that_is_cancelled_too_late_costs_an_attempt_and_not_the_run(make
     workflow = app.workflow("w", steps={"a": leave_a_bomb, "b": lambda ctx: "fine"})
     run = workflow.start()
     run_until_idle(app, recover_every_s=0.1)
-    assert workflow.get(run.id).status in ("done", "failed")
+    assert present(workflow.get(run.id)).status in ("done", "failed")
     check_invariants([app.runs.find_one({"_id": run.id})])
 
 
@@ -381,12 +394,12 @@ def test_a_sleep_ends_the_handler_for_good(app: Streamline, kind: str) -> None:
     workflow = app.workflow("w", steps={"nap": nap if kind == "def" else nap_async, "next": lambda ctx: ctx.context["k"]})
     run = workflow.execute(workflow.start({}).id)
     assert (run.status, run.step("nap").status, run.context) == ("waiting", "waiting", {"k": 1})
-    assert run.step("nap").waiting_for["resumeAt"] == run.document["wakeAt"]
+    assert present(run.step("nap").waiting_for)["resumeAt"] == run.document["wakeAt"]
     assert workflow.execute(run.id).status == "waiting", "not before its time, by the server's clock"
     run_until_idle(app)
-    run = workflow.get(run.id)
+    run = present(workflow.get(run.id))
     assert (run.status, run.output, entered) == ("done", 1, [1])
-    assert run.step("nap").duration >= 0.2
+    assert present(run.step("nap").duration) >= 0.2
 
 
 def test_a_run_claimed_before_its_sleep_is_over_is_parked_again(app: Streamline) -> None:

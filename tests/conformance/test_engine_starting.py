@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,7 @@ from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, PayloadTooLargeError, Streamline, ValidationError
 from streamline_pool.protocol.codec import SERVER_TICK
-from support import shown
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from support import REPOSITORY, shown
 
 
 @pytest.fixture
@@ -290,7 +287,7 @@ def test_steps_are_frozen_by_the_first_start(app: Streamline) -> None:
 
 
 def test_a_missing_run_is_none(orders: Any) -> None:
-    assert orders.get("nobody") is None
+    assert orders.get("unknown") is None
     with pytest.raises(ValidationError):
         orders.get(5)
     with pytest.raises(ValidationError):

@@ -64,7 +64,7 @@ def test_the_built_in_timeout_error_comes_at_its_time(quick: Any, timeout: float
 
 def test_an_unknown_run_is_not_waited_for(quick: Any) -> None:
     with pytest.raises(WorkflowNotFoundError):
-        quick.wait_for("nobody")
+        quick.wait_for("unknown")
 
 
 def test_the_loss_of_a_signal_costs_one_poll(app: Streamline, quick: Any) -> None:

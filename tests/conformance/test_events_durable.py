@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from pathlib import Path
@@ -15,19 +14,14 @@ from typing import Any
 
 import pytest
 from other_program import other_program
-from waiting_app import evidence, stored, until_step, waiting_app, waiting_pool
+from stored_runs import stored, until_step
+from waiting_app import evidence, waiting_pool
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import PayloadTooLargeError, Run, Streamline, ValidationError, Workflow, WorkflowNotFoundError, is_timeout
 from streamline_pool.client.event_delivery import finishing_broadcasts
 from streamline_pool.protocol import durable_events, inbox
-from support import eventually
-
-
-@pytest.fixture
-def outside(mongodb_uri: str, database: str) -> Iterator[Streamline]:
-    with waiting_app(mongodb_uri, database) as app:
-        yield app
+from support import eventually, present
 
 
 def listening(app: Streamline, times: int = 1, *, name: str = "listening", **options: Any) -> Workflow:
@@ -167,7 +161,7 @@ def test_what_ctx_emits_answers_no_wait(app: Streamline) -> None:
 def test_an_unknown_run_is_named_and_an_ended_one_is_not_woken(app: Streamline) -> None:
     workflow = listening(app)
     with pytest.raises(WorkflowNotFoundError):
-        app.send_event("news", 1, run_id="nobody")
+        app.send_event("news", 1, run_id="unknown")
     run = begun(workflow)
     workflow.cancel(run.id)
     before = stored(app, run)
@@ -223,10 +217,10 @@ def test_an_event_sent_during_a_pause_is_not_lost(app: Streamline, when: str, ta
     workflow.pause(run.id)
     app.send_event("news", "in the pause", run_id=run.id if target == "one" else None)
     run_until_idle(app)
-    assert workflow.get(run.id).status in ("running", "waiting"), "paused"
+    assert present(workflow.get(run.id)).status in ("running", "waiting"), "paused"
     workflow.resume(run.id)
     run_until_idle(app)
-    assert workflow.get(run.id).output == ["in the pause"]
+    assert present(workflow.get(run.id)).output == ["in the pause"]
 
 
 def test_a_run_that_is_paused_on_its_way_to_wait_still_looks_for_what_was_sent(app: Streamline) -> None:
@@ -251,14 +245,14 @@ def test_a_run_that_is_paused_on_its_way_to_wait_still_looks_for_what_was_sent(a
     assert (document["steps"][0]["status"], "lease" in document, "pausedWakeAt" in document) == ("waiting", False, True)
     workflow.resume(run.id)
     run_until_idle(app)
-    assert workflow.get(run.id).output == "on the way"
+    assert present(workflow.get(run.id)).output == "on the way"
 
 
 def test_an_event_wait_without_an_event_ends_by_its_timeout(app: Streamline) -> None:
     workflow = listening(app, timeout=0.2)
     run = begun(workflow)
     run_until_idle(app)
-    done = workflow.get(run.id)
+    done = present(workflow.get(run.id))
     assert done.status == "done"
     assert is_timeout(done.output[0])
     assert app.send_event("news", "too late") == 0
@@ -271,7 +265,7 @@ def test_what_was_sent_before_the_deadline_counts_although_nobody_delivered_it(a
     run = begun(workflow)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     run_until_idle(app)
-    assert workflow.get(run.id).output == ["from the dead"]
+    assert present(workflow.get(run.id)).output == ["from the dead"]
 
 
 def test_a_rewound_wait_does_not_hear_again_what_it_has_heard(app: Streamline) -> None:
@@ -330,7 +324,7 @@ def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Str
     chance = random.Random(5)
     workflow = listening(app, times=4)
     runs = workflow.start_many([None] * 30)
-    sent = {run.id: set() for run in runs}
+    sent: dict[str, set[str]] = {run.id: set() for run in runs}
 
     def send_all() -> bool:
         for number in range(2):
@@ -350,7 +344,7 @@ def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Str
 
     asyncio.run(play())
     for run in runs:
-        done = workflow.get(run.id)
+        done = present(workflow.get(run.id))
         assert (done.status, len(done.output), set(done.output)) == ("done", 4, sent[run.id])
         assert done.document.get("inbox", []) == []
 
@@ -361,10 +355,10 @@ def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Str
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
-    outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
+    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
     """Two senders broadcast while two workers bring the runs to their waits: three events, three waits, each event once."""
-    subscriber = outside.workflows["listener"]
+    subscriber = client.workflows["listener"]
     with (
         waiting_pool(tmp_path, mongodb_uri, database),
         other_program(mongodb_uri, database) as left,
@@ -375,7 +369,7 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
         right.ask("send_event", "news", "right")
         woken = [left.answer(), right.answer()]
         for run in runs:
-            until_step(outside, run, "third", "waiting")
+            until_step(client, run, "third", "waiting")
         woken.append(left.call("send_event", "news", "last"))
         done = [subscriber.wait_for(run.id, timeout=30) for run in runs]
     print(f"woken at once: {woken}")
@@ -387,13 +381,13 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_an_event_wait_outlives_every_process(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
+def test_an_event_wait_outlives_every_process(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The pool is killed while its runs wait; the event is sent while there is no pool; the next pool goes on."""
-    single = outside.workflows["single"]
+    single = client.workflows["single"]
     with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         runs = single.start_many([None] * 4)
         for run in runs:
-            until_step(outside, run, "listen", "waiting")
+            until_step(client, run, "receive", "waiting")
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
@@ -402,37 +396,37 @@ def test_an_event_wait_outlives_every_process(outside: Streamline, mongodb_uri: 
         assert other.call("send_event", "news", "to all") == 3
     with waiting_pool(tmp_path / "second", mongodb_uri, database):
         assert [single.wait_for(run.id, timeout=20).output for run in runs] == ["to one", "to all", "to all", "to all"]
-    assert len(evidence(outside, "entered", step="listen")) == 4, "no handler was called again"
+    assert len(evidence(client, "entered", step="receive")) == 4, "no handler was called again"
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("act", ["kill", "stop"])
 def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
-    outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path, act: str
+    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path, act: str
 ) -> None:
     """The event was sent before the wait was stored, so no sender will ever deliver it: only the look finds it."""
-    single = outside.workflows["single"]
+    single = client.workflows["single"]
     run = single.start()
-    assert outside.send_event("news", "before the wait") == 0
+    assert client.send_event("news", "before the wait") == 0
     once = tmp_path / "happened"
     probe = {"STREAMLINE_PROBE": f"commit.after={act}@{once}"}
     options = ("--lease", "2", "--stall-timeout", "6")
     with waiting_pool(tmp_path / "pool", mongodb_uri, database, *options, environ=probe):
         assert single.wait_for(run.id, timeout=40).output == "before the wait"
     assert once.exists(), "the point was never reached"
-    assert len(evidence(outside, "entered", step="listen")) == 1
-    assert stored(outside, run)["steps"][0]["attempts"] == 1
+    assert len(evidence(client, "entered", step="receive")) == 1
+    assert stored(client, run)["steps"][0]["attempts"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_the_pool_finishes_for_a_sender_that_was_killed(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    single = outside.workflows["single"]
+def test_the_pool_finishes_for_a_sender_that_was_killed(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
+    single = client.workflows["single"]
     with waiting_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward looks for such events every two seconds
         run = single.start()
-        until_step(outside, run, "listen", "waiting")
+        until_step(client, run, "receive", "waiting")
         # What a sender that is killed after its first write leaves behind, a minute later.
         sent_at = datetime.now(UTC) - timedelta(seconds=60)
-        outside.store().run(durable_events.record_event("e1", "news", "last words", sent_at))
+        client.store().run(durable_events.record_event("e1", "news", "last words", sent_at))
         assert single.wait_for(run.id, timeout=60).output == "last words"
-        eventually(lambda: [event["pending"] for event in events(outside)] == [False])
+        eventually(lambda: [event["pending"] for event in events(client)] == [False])

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import gridfs
@@ -16,13 +15,13 @@ from pymongo import MongoClient
 from streamline_pool import DataCorruptionError, StoreUnavailableError, Streamline
 from streamline_pool.protocol.codec import encode_payload
 from streamline_pool.protocol.files import CHUNK_BYTES
-from streamline_pool.protocol.operations import Command, Op
+from streamline_pool.protocol.operations import Command, Find, Op, Signal
 from streamline_pool.protocol.payloads import split_output
-from streamline_pool.storage import files
 from streamline_pool.storage.files import dropping_files, loading_outputs, putting_file
+from streamline_pool.storage.procedures import Effect
 from streamline_pool.storage.store import Store
+from support import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OVERHEAD = len(encode_payload(b"", "x"))
 BULK = "ü" * 200_000
 
@@ -39,6 +38,12 @@ def put(app: Streamline, file_id: str, value: Any, run_id: str = "r") -> None:
 
 def load(app: Streamline, file_id: str, run_id: str = "r") -> Any:
     return app.store().drive(loading_outputs(run_with(file_id, run_id)))["output"]
+
+
+def operation(effect: Effect) -> Op:
+    """The effect, which must be a database operation."""
+    assert isinstance(effect, Command | Find | Signal)
+    return effect
 
 
 def collections(app: Streamline) -> set[str]:
@@ -92,7 +97,7 @@ def test_a_put_that_was_interrupted_is_completed_by_a_repeat(app: Streamline, co
     begun = putting_file("f", content, "r")
     answer: Any = None
     for _ in range(count):
-        answer = app.store().run(begun.send(answer))
+        answer = app.store().run(operation(begun.send(answer)))
     begun.close()
     app.store().drive(putting_file("f", content, "r"))
     assert load(app, "f") == b"x" * (64 * CHUNK_BYTES + 5)
@@ -195,7 +200,7 @@ def test_a_drop_that_was_interrupted_leaves_the_record_to_find_the_rest_by(app: 
     """Chunks without a record would be found by nobody, for ever."""
     put(app, "f", BULK)
     begun = dropping_files(["f"])
-    app.store().run(next(begun))
+    app.store().run(operation(next(begun)))
     begun.close()
     assert app.store().collection("files.chunks").count_documents({}) == 0
     assert app.store().collection("files.files").count_documents({}) == 1
@@ -256,4 +261,4 @@ def test_prefixes_do_not_mix(make_app: Any) -> None:
     put(one, "f", BULK)
     with pytest.raises(DataCorruptionError):
         load(other, "f")
-    assert files.CHUNK_BYTES == 261_120, "as drivers choose it, so that their tools show nothing odd"
+    assert CHUNK_BYTES == 261_120, "as drivers choose it, so that their tools show nothing odd"

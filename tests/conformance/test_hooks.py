@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bson
 import pytest
 from other_program import other_program
-from waiting_app import evidence, stored, until_step, waiting_app, waiting_pool
+from stored_runs import stored, until_step
+from waiting_app import evidence, waiting_pool
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import (
@@ -30,13 +31,7 @@ from streamline_pool import (
 )
 from streamline_pool.engine.hooks import hash_token
 from streamline_pool.protocol.answers import answer_hook
-from support import eventually
-
-
-@pytest.fixture
-def outside(mongodb_uri: str, database: str) -> Iterator[Streamline]:
-    with waiting_app(mongodb_uri, database) as app:
-        yield app
+from support import eventually, present
 
 
 class Offering:
@@ -53,7 +48,7 @@ class Offering:
 
     def begin(self, **options: Any) -> tuple[Run, str]:
         run = self.workflow.execute(self.workflow.start(**options).id)
-        assert run.step("offer").waiting_for["type"] == "webhook"
+        assert present(run.step("offer").waiting_for)["type"] == "webhook"
         return run, self.tokens[-1]
 
 
@@ -134,7 +129,7 @@ def test_an_expired_token_is_refused_by_the_servers_clock_and_the_wait_goes_on(a
     assert timedelta(minutes=59) < expires_at - datetime.now(UTC) <= timedelta(hours=1)
     app.runs.update_one({"_id": run.id}, {"$set": {"steps.0.hooks.0.expiresAt": datetime.now(UTC) - timedelta(seconds=1)}})
     refused(app, token)
-    assert offering.workflow.get(run.id).step("offer").status == "waiting"
+    assert present(offering.workflow.get(run.id)).step("offer").status == "waiting"
     assert offering.workflow.resume(run.id, "in person").step("offer").output == "in person"
 
 
@@ -178,12 +173,12 @@ def test_a_token_of_a_wait_that_is_over_does_not_answer_the_next_one(app: Stream
     workflow = app.workflow("w", steps={"one": one, "two": two})
     run = workflow.start()
     run_until_idle(app)
-    waiting = workflow.get(run.id)
+    waiting = present(workflow.get(run.id))
     assert (is_timeout(waiting.step("one").output), waiting.step("two").status) == (True, "waiting")
     refused(app, first[0])
     app.resume_hook(second[0], "signed")
     run_until_idle(app)
-    assert workflow.get(run.id).output == "signed"
+    assert present(workflow.get(run.id)).output == "signed"
 
 
 def test_a_rewind_kills_the_hooks_of_the_steps_it_takes_back(app: Streamline) -> None:
@@ -260,7 +255,7 @@ def test_an_early_answer_outlives_the_attempt_and_tokens_of_all_attempts_are_goo
     workflow = app.workflow("w", steps={"offer": (offer, {"retry_delay": 0}), "use": lambda ctx: ctx.get_output("offer")})
     run = workflow.start({"attempts": 2, "early": True})
     run_until_idle(app)
-    assert (workflow.get(run.id).status, workflow.get(run.id).output) == ("done", "early")
+    assert (present(workflow.get(run.id)).status, present(workflow.get(run.id)).output) == ("done", "early")
     for chosen in (0, 1):
         tokens.clear()
         run = workflow.start({"attempts": 2, "early": False})
@@ -268,7 +263,7 @@ def test_an_early_answer_outlives_the_attempt_and_tokens_of_all_attempts_are_goo
         app.resume_hook(tokens[chosen], f"token {chosen}")
         refused(app, tokens[1 - chosen])
         run_until_idle(app)
-        assert workflow.get(run.id).output == f"token {chosen}"
+        assert present(workflow.get(run.id)).output == f"token {chosen}"
 
 
 def test_an_early_answer_beyond_the_inbox_is_refused_and_can_be_sent_again(app: Streamline) -> None:
@@ -344,10 +339,10 @@ def test_a_paused_run_takes_the_answer_and_goes_on_when_it_is_resumed(app: Strea
     answered = app.resume_hook(token, "signed").run
     assert (answered.paused, answered.step("offer").output) == (True, "signed")
     run_until_idle(app)
-    assert offering.workflow.get(run.id).status == "running"
+    assert present(offering.workflow.get(run.id)).status == "running"
     offering.workflow.resume(run.id)
     run_until_idle(app)
-    assert offering.workflow.get(run.id).output == "signed"
+    assert present(offering.workflow.get(run.id)).output == "signed"
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
@@ -356,11 +351,11 @@ def test_a_paused_run_takes_the_answer_and_goes_on_when_it_is_resumed(app: Strea
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
-    outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
+    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
     """The token comes out before the wait is stored, so answers come early, in the middle of it, and late; by a pool at work."""
     chance = random.Random(3)
-    hooked = outside.workflows["hooked"]
+    hooked = client.workflows["hooked"]
     with (
         waiting_pool(tmp_path, mongodb_uri, database),
         other_program(mongodb_uri, database) as left,
@@ -369,10 +364,10 @@ def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
         kinds = {"early": 0, "waiting": 0}
         for _ in range(40):
             run = hooked.start()
-            (told,) = eventually(lambda run=run: evidence(outside, "token", run=run.id))
+            (told,) = eventually(partial(evidence, client, "token", run=run.id))
             if chance.random() < 0.3:
-                until_step(outside, run, "offer", "waiting")
-            kinds["waiting" if stored(outside, run)["steps"][0]["status"] == "waiting" else "early"] += 1
+                until_step(client, run, "offer", "waiting")
+            kinds["waiting" if stored(client, run)["steps"][0]["status"] == "waiting" else "early"] += 1
             left.ask("resume_hook", told["token"], "left")
             right.ask("resume_hook", told["token"], "right")
             answers = {"left": left.answer(), "right": right.answer()}
@@ -381,19 +376,19 @@ def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
             assert (len(winners), losers) == (1, [{"error": "HOOK_TOKEN_INVALID"}]), answers
             assert hooked.wait_for(run.id, timeout=20).output == winners[0]
     print(kinds)
-    assert len(evidence(outside, "token")) == 40
+    assert len(evidence(client, "token")) == 40
 
 
 @pytest.mark.timeout(120)
 def test_a_token_is_good_after_every_process_that_knew_it_is_gone(
-    outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
+    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    hooked = outside.workflows["hooked"]
+    hooked = client.workflows["hooked"]
     with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         runs = hooked.start_many([None] * 2)
         for run in runs:
-            until_step(outside, run, "offer", "waiting")
-        tokens = {told["run"]: told["token"] for told in evidence(outside, "token")}
+            until_step(client, run, "offer", "waiting")
+        tokens = {told["run"]: told["token"] for told in evidence(client, "token")}
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)

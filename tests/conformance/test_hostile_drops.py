@@ -9,7 +9,7 @@ import pytest
 from pool_process import running
 
 from streamline_pool import Streamline
-from support import eventually
+from support import eventually, present
 
 APP = """
 from streamline_pool import Streamline
@@ -40,5 +40,5 @@ def test_a_pool_outlives_its_dropped_collections(mongodb_uri: str, database: str
 def heard_at_once(app: Streamline) -> bool:
     started_at = time.monotonic()
     run = app.workflows["w"].start()
-    eventually(lambda: app.get_run(run.id).is_terminal)
+    eventually(lambda: present(app.get_run(run.id)).is_terminal)
     return time.monotonic() - started_at < 0.5

@@ -11,6 +11,7 @@ from workers import run_until_idle
 
 from streamline_pool import Streamline
 from streamline_pool.domain.errors import NonRetriableError, ValidationError
+from support import present
 
 
 def test_a_checkpoint_changed_in_memory_and_not_stored_is_not_stored_by_the_retry(app: Streamline) -> None:
@@ -48,7 +49,7 @@ def test_what_a_handler_does_to_what_ctx_shows_is_seen_by_no_later_step(app: Str
     workflow = app.workflow("w", steps={"first": first, "second": second})
     runs = [workflow.start({"nested": {}}) for _ in range(3)]
     run_until_idle(app)
-    assert {workflow.get(run.id).status for run in runs} == {"done"}
+    assert {present(workflow.get(run.id)).status for run in runs} == {"done"}
     assert seen == [{}] * 12
 
 
@@ -77,8 +78,8 @@ def test_an_exception_that_cannot_be_told_fails_its_own_attempt_only(app: Stream
     workflow = app.workflow("w", steps={"work": work_async if is_async else work}, defaults={"retries": 1})
     failing, innocent = workflow.start_many(range(len(raised))), workflow.start()
     run_until_idle(app)
-    assert workflow.get(innocent.id).status == "done"
-    assert {workflow.get(run.id).status for run in failing} == {"failed"}
+    assert present(workflow.get(innocent.id)).status == "done"
+    assert {present(workflow.get(run.id)).status for run in failing} == {"failed"}
     assert app.runs.count_documents({"crashes": {"$gt": 0}}) == 0
 
 
@@ -106,5 +107,5 @@ def test_a_signal_awaited_in_a_loop_of_the_handlers_own_fires_there_and_hurts_no
     options = {"timeout": 0.3, "retries": 1}
     runs = [app.workflow(name, steps={"s": (work, options)}).start() for name, work in (("listens", listens), ("leaves", leaves))]
     run_until_idle(app)
-    assert [app.get_run(run.id).error["code"] for run in runs] == ["STEP_TIMEOUT", "STEP_TIMEOUT"]
+    assert [present(present(app.get_run(run.id)).error)["code"] for run in runs] == ["STEP_TIMEOUT", "STEP_TIMEOUT"]
     assert heard == ["timeout"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,8 @@ from streamline_pool import StoreUnavailableError, Streamline, ValidationError
 from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
 from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import Store
-from support import shown
+from support import REPOSITORY, present, shown
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TERMINAL = ["cancelled", "done", "failed"]
 ENGINE = [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
 
@@ -122,7 +120,7 @@ def test_the_ttl_holds_no_run_that_has_not_ended(app: Streamline) -> None:
     draft = flow.start(start_at=3600)
     cancelled = flow.cancel(flow.start().id)
     assert [run.status for run in (sleeping, running, draft)] == ["waiting", "running", "draft"]
-    app.runs.update_many({"status": {"$nin": TERMINAL}}, {"$set": {"endedAt": cancelled.ended_at - timedelta(days=9)}})
+    app.runs.update_many({"status": {"$nin": TERMINAL}}, {"$set": {"endedAt": present(cancelled.ended_at) - timedelta(days=9)}})
     held = app.runs.find({"status": {"$in": TERMINAL}, "endedAt": {"$exists": True}}, {"_id": 1}).hint("streamline_ttl")
     assert [run["_id"] for run in held] == [cancelled.id]
     plan = app.runs.find({"status": "done", "endedAt": None}).hint("streamline_ttl").explain()["queryPlanner"]["winningPlan"]
@@ -209,9 +207,9 @@ def test_a_hand_made_index_that_does_the_same_is_used(app: Streamline) -> None:
 def test_what_can_be_no_field_is_refused(app: Streamline, argument: str, field: Any) -> None:
     if field is None and argument != "context_fields":
         return
-    value = [field] if argument == "context_fields" else field
+    options: dict[str, Any] = {argument: [field] if argument == "context_fields" else field}
     with pytest.raises(ValidationError, match=f"setup_indexes: {argument}: "):
-        app.setup_indexes(**{argument: value})
+        app.setup_indexes(**options)
 
 
 @pytest.mark.parametrize("days", [-1, -0.001, float("nan"), float("inf"), "30", True, 25_000, timedelta(days=-1)], ids=shown)

@@ -79,7 +79,7 @@ async def disturb(app: Streamline, runs: list[str], chance: random.Random, cance
             case 1:
                 # As if its worker had been silent for too long: the holder finds out at its next write.
                 query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
-                await store.run(operations.update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
+                await store.run(operations.update_matching("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
             case 2:
                 await store.run(recovery.recover_expired(app.settings.max_crashes))
             case 3:

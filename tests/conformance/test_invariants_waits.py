@@ -155,7 +155,9 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
                 case 12:
                     # As if its worker had been silent for too long: the holder finds out at its next write.
                     query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
-                    await store.run(operations.update_many("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
+                    await store.run(
+                        operations.update_matching("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
+                    )
                     await store.run(recovery.recover_expired(app.settings.max_crashes))
                 case 13:
                     await store.drive(finishing(app))
@@ -181,7 +183,8 @@ async def answer_everything(scripted: Scripted) -> None:
         assert asyncio.get_running_loop().time() < deadline, f"these do not end: {live}"
         for document in live:
             try:
-                step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), {"status": "ended"})
+                ended: dict[str, Any] = {"status": "ended"}
+                step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), ended)
                 waits_for = step["waitingFor"]["type"] if step["status"] == "waiting" else None
                 if document["paused"] or waits_for in ("human", "webhook"):
                     await workflow.resume_async(document["_id"])

@@ -6,6 +6,7 @@ test_engine_isolation.py has what concerns one process and its callers; here are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,11 +14,11 @@ from uuid import uuid4
 import pytest
 from other_program import other_program
 from pool_process import running
-from waiting_app import until_step
+from stored_runs import until_step
 from workers import run_until_idle
 
 from streamline_pool import HookTokenError, Streamline, WorkflowNotFoundError, create_hook, global_event_bus
-from support import eventually
+from support import eventually, present
 
 
 @pytest.fixture
@@ -73,19 +74,23 @@ def test_no_act_crosses_from_one_application_to_another(
 
 def test_several_applications_in_one_process_share_no_subscribers_and_no_registry(make_app: Callable[..., Streamline]) -> None:
     apps = [make_app(collection_prefix=f"p{number}_") for number in range(3)]
-    heard: dict[int, list[str]] = {number: [] for number in range(3)}
-    everything: list[str] = []
+    received: dict[int, list[str | None]] = {number: [] for number in range(3)}
+    everything: list[str | None] = []
     subscriber = global_event_bus.on("workflow:completed", lambda event: everything.append(event.run_id))
+
+    def record_completions(app: Streamline, into: list[str | None]) -> None:
+        app.events.on("workflow:completed", lambda event: into.append(event.run_id))
+
     try:
         for number, app in enumerate(apps):
-            app.events.on("workflow:completed", lambda event, number=number: heard[number].append(event.run_id))
-            app.workflow("w", steps={"a": lambda ctx, number=number: number})
+            record_completions(app, received[number])
+            app.workflow("w", steps={"a": partial(lambda number, ctx: number, number)})
         runs = [app.workflows["w"].start() for app in apps]
         for app, run in zip(apps, runs, strict=True):
             app.workflows["w"].execute(run.id)
         eventually(lambda: len(everything) == 3)
-        assert heard == {number: [run.id] for number, run in enumerate(runs)}
-        assert [app.workflows["w"].get(run.id).output for app, run in zip(apps, runs, strict=True)] == [0, 1, 2]
+        assert received == {number: [run.id] for number, run in enumerate(runs)}
+        assert [present(app.workflows["w"].get(run.id)).output for app, run in zip(apps, runs, strict=True)] == [0, 1, 2]
         apps[0].close()
         assert apps[1].workflows["w"].execute(apps[1].workflows["w"].start().id).status == "done"
     finally:
@@ -146,7 +151,10 @@ def client(uri: str, database: str, *, workflows: tuple[str, ...] = ("w",), vers
 def test_two_pools_on_one_database_run_each_its_own(mongodb_uri: str, database: str, tmp_path: Path, apart_by: str) -> None:
     """Two applications on one database: each worker is idle half of the time, and must not help itself to the other's runs."""
     left: dict[str, Any] = {}
-    right: dict[str, Any] = {"workflow": {"workflows": ("v",)}, "version": {"version": "2"}, "prefix": {"prefix": "other_"}}[apart_by]
+    rights: dict[str, dict[str, Any]] = {
+        "workflow": {"workflows": ("v",)}, "version": {"version": "2"}, "prefix": {"prefix": "other_"},
+    }  # fmt: skip
+    right = rights[apart_by]
     folders = [tmp_path / "left", tmp_path / "right"]
     for folder in folders:
         folder.mkdir()
@@ -171,7 +179,8 @@ def test_two_pools_on_one_database_run_each_its_own(mongodb_uri: str, database: 
 @pytest.mark.timeout(120)
 def test_a_run_of_a_version_or_workflow_that_no_pool_has_waits_for_one(mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """A deployment is half through: nobody may fail, guess at or even touch what he does not have."""
-    (tmp_path / "old").mkdir(), (tmp_path / "new").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
     with (
         client(mongodb_uri, database, version="2", workflows=("w", "brand-new")) as app,
         client(mongodb_uri, database, version="1") as old_app,

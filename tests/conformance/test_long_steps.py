@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from pool_process import PoolProcess, running
-from waiting_app import stored
+from stored_runs import stored
+from waiting_app import evidence
 from workers import check_invariants
 
-from streamline_pool import Run, Streamline
-from support import eventually
+from streamline_pool import Streamline
+from support import eventually, present
 
 APP = """
 import asyncio, os, time
@@ -24,41 +25,41 @@ from streamline_pool import Streamline
 
 app = Streamline()
 
-def tell(ctx, what, **more):
+def record(ctx, what, **more):
     app.store().collection("evidence").insert_one({"run": ctx.run_id, "what": what, "pid": os.getpid(), "at": time.time(), **more})
 
 def blocked(ctx):
-    tell(ctx, "entered")
+    record(ctx, "entered")
     time.sleep(ctx.input)
     return "blocked"
 
 async def asleep(ctx):
-    tell(ctx, "entered")
+    record(ctx, "entered")
     await asyncio.sleep(ctx.input)
     return "asleep"
 
 def busy(ctx):
-    tell(ctx, "entered")
+    record(ctx, "entered")
     until = time.monotonic() + ctx.input
     while time.monotonic() < until:
         sum(range(1000))
     return "busy"
 
 def counting(ctx):
-    tell(ctx, "entered", checkpoint=ctx.get_checkpoint())
+    record(ctx, "entered", checkpoint=ctx.get_checkpoint())
     for number in range((ctx.get_checkpoint() or 0) + 1, 11):
         ctx.checkpoint(number)
         if number == 4 and ctx.attempt == 1:
-            tell(ctx, "at four")
+            record(ctx, "at four")
             time.sleep(60)
     return ctx.get_checkpoint()
 
 async def counting_async(ctx):
-    tell(ctx, "entered", checkpoint=ctx.get_checkpoint())
+    record(ctx, "entered", checkpoint=ctx.get_checkpoint())
     for number in range((ctx.get_checkpoint() or 0) + 1, 11):
         await ctx.checkpoint(number)
         if number == 4 and ctx.attempt == 1:
-            tell(ctx, "at four")
+            record(ctx, "at four")
             await asyncio.sleep(60)
     return ctx.get_checkpoint()
 
@@ -76,10 +77,6 @@ def pool_of(app: Streamline, folder: Path, *options: str) -> Iterator[PoolProces
         yield pool.ready()
 
 
-def told(app: Streamline, what: str, run: Run) -> list[dict[str, Any]]:
-    return list(app.store().collection("evidence").find({"what": what, "run": run.id}).sort("at", 1))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Path) -> None:
@@ -91,8 +88,8 @@ def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Pat
     assert [run.output for run in done] == ["blocked", "asleep", "busy"]
     for run in done:
         assert (run.step("long").attempts, run.document["crashes"], run.document["token"]) == (1, 0, 1), "claimed once, by one"
-        assert run.step("long").duration >= 5.5
-        assert len(told(app, "entered", run)) == 1
+        assert present(run.step("long").duration) >= 5.5
+        assert len(evidence(app, "entered", run=run.id)) == 1
     check_invariants([run.to_dict() for run in done])
 
 
@@ -101,12 +98,12 @@ def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Pat
 def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(app: Streamline, tmp_path: Path, name: str) -> None:
     with pool_of(app, tmp_path):
         run = app.workflows[name].start()
-        (at_four,) = eventually(lambda: told(app, "at four", run), timeout=20)
+        (at_four,) = eventually(lambda: evidence(app, "at four", run=run.id), timeout=20)
         assert stored(app, run)["steps"][0]["checkpoint"] == 4, "durable when `checkpoint` has returned"
         os.kill(at_four["pid"], signal.SIGKILL)
         done = app.workflows[name].wait_for(run.id, timeout=30)
     assert (done.output, done.step("long").attempts) == (10, 2)
-    first, second = told(app, "entered", run)
+    first, second = evidence(app, "entered", run=run.id)
     assert (first["checkpoint"], second["checkpoint"], first["pid"] != second["pid"]) == (None, 4, True)
     assert "checkpoint" not in done.document["steps"][0]
 
@@ -117,7 +114,7 @@ def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and
     """A worker that is stopped does not renew: another takes over, and the first one's result is refused when it wakes."""
     with pool_of(app, tmp_path, "--lease", "1", "--stall-timeout", "30") as pool:
         run = app.workflows["asleep"].start(2.0)
-        (first,) = eventually(lambda: told(app, "entered", run), timeout=20)
+        (first,) = eventually(lambda: evidence(app, "entered", run=run.id), timeout=20)
         os.kill(first["pid"], signal.SIGSTOP)
         stopped_at = datetime.now(UTC)
         try:
@@ -126,9 +123,9 @@ def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and
             os.kill(first["pid"], signal.SIGCONT)
         eventually(lambda: [entry for name in ("run_fenced", "run_lost", "lease_lost") for entry in pool.logged(name)])
         assert stored(app, run) == done.document, "the worker that woke up has changed the run"
-    second = told(app, "entered", run)[-1]
+    second = evidence(app, "entered", run=run.id)[-1]
     assert (done.step("long").attempts, second["pid"] != first["pid"]) == (2, True)
-    assert done.ended_at > stopped_at
+    assert present(done.ended_at) > stopped_at
 
 
 def test_a_heartbeat_is_allowed_and_needed_by_nobody(app: Streamline) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from pool_process import running
-from test_examples import REPOSITORY, run
+from programs import run_python
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import Streamline, execute_parallel, execute_parallel_sync
 from streamline_pool.supervisor.cli.app_loader import import_app
-from support import eventually
+from support import REPOSITORY, eventually, present
 
 POOL_APP = """
 import asyncio, os
@@ -70,9 +70,9 @@ def test_handlers_do_several_things_at_once(app: Streamline, kind: str) -> None:
     runs = workflow.start_many(range(20))
     run_until_idle(app, workers=2)
     for number, stored in enumerate(workflow.get(one.id) for one in runs):
-        assert (stored.status, stored.output) == ("done", [number, 2 * number, f"{stored.id}:a", True])
-        assert [step.attempts for step in stored.steps] == [1, 1]
-        check_invariants([stored.to_dict()])
+        assert (present(stored).status, present(stored).output) == ("done", [number, 2 * number, f"{present(stored).id}:a", True])
+        assert [step.attempts for step in present(stored).steps] == [1, 1]
+        check_invariants([present(stored).to_dict()])
 
 
 @pytest.mark.parametrize("kind", ["async def", "def"])
@@ -88,9 +88,9 @@ def test_a_failed_task_fails_the_attempt_and_a_timeout_says_which(app: Streamlin
 
     workflow = app.workflow("w", steps={"a": (handler_of(kind, tasks, timeout=0.3), {"retries": 1})})
     refused, late = (workflow.execute(workflow.start(what).id) for what in ("refuse", "wait"))
-    assert (refused.status, refused.error["type"], refused.error["message"]) == ("failed", "ValueError", "no such source")
-    assert (late.status, late.error["type"]) == ("failed", "TimeoutError")
-    assert late.error["message"] == "tasks[1] took longer than its timeout of 0.3 s"
+    assert (refused.status, present(refused.error)["type"], present(refused.error)["message"]) == ("failed", "ValueError", "no such source")
+    assert (late.status, present(late.error)["type"]) == ("failed", "TimeoutError")
+    assert present(late.error)["message"] == "tasks[1] took longer than its timeout of 0.3 s"
 
 
 @pytest.mark.parametrize("mode", ["all", "all_settled", "race", "any"])
@@ -111,7 +111,7 @@ def test_a_sleep_in_a_task_ends_the_handler_and_stops_the_others(app: Streamline
 
     workflow = app.workflow("w", steps={"a": handler_of(kind, lambda ctx: [other, lambda: leave(ctx), other], mode=mode)})
     stored = workflow.execute(workflow.start().id)
-    assert (stored.status, stored.step("a").status, stored.step("a").waiting_for["type"]) == ("waiting", "waiting", "timer")
+    assert (stored.status, stored.step("a").status, present(stored.step("a").waiting_for)["type"]) == ("waiting", "waiting", "timer")
     assert stopped == [1, 1]
 
 
@@ -132,10 +132,10 @@ def test_a_step_that_runs_out_of_time_stops_its_tasks(app: Streamline, kind: str
 
     async def play() -> None:
         async with Pool(app) as pool:
-            await pool.until(lambda: workflow.get(started.id).is_terminal and len(stopped) == 2)
+            await pool.until(lambda: present(workflow.get(started.id)).is_terminal and len(stopped) == 2)
 
     asyncio.run(play())
-    assert workflow.get(started.id).error["code"] == "STEP_TIMEOUT"
+    assert present(present(workflow.get(started.id)).error)["code"] == "STEP_TIMEOUT"
 
 
 def test_a_stubborn_task_does_not_cost_the_worker_of_a_cancelled_run(app: Streamline, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,7 +189,7 @@ def test_a_cancel_from_another_process_stops_the_tasks_of_handlers_of_both_kinds
             workflow.cancel(started.id)
         eventually(lambda: marked("stopped") == everybody)
         assert pool.logged("parallel_task_left_behind") == pool.logged("handler_stuck") == []
-    assert [workflow.get(started.id).status for workflow, started in zip(workflows, runs, strict=True)] == ["cancelled"] * 2
+    assert [present(workflow.get(started.id)).status for workflow, started in zip(workflows, runs, strict=True)] == ["cancelled"] * 2
 
 
 # --- the example -------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_cancel_from_another_process_stops_the_tasks_of_handlers_of_both_kinds
 
 @pytest.mark.slow
 def test_the_example_runs_alone(tmp_path: Path) -> None:
-    said = run(str(REPOSITORY / "examples" / "parallel.py"), folder=tmp_path)
+    said = run_python(str(REPOSITORY / "examples" / "parallel.py"), folder=tmp_path)
     assert re.search(r"^asked 6 suppliers in \d\.\d s; 4 made an offer$", said, re.MULTILINE)
     assert "  dogwood: ConnectionError('dogwood does not answer')\n" in said
     assert "  elm: TimeoutError('tasks[4] took longer than its timeout of 0.5 s')\n" in said

@@ -47,18 +47,20 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from other_program import other_program
-from waiting_app import stored, waiting_app, waiting_pool
+from stored_runs import stored
+from waiting_app import waiting_app, waiting_pool
 from workers import check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Streamline, create_hook
 from streamline_pool.protocol import claims, recovery
-from support import eventually
+from support import eventually, present
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -91,7 +93,7 @@ def test_resuming_a_paused_run_never_answers_its_wait(app: Streamline, kind: str
     resumed = workflow.resume(run.id)
     assert (resumed.paused, resumed.status, resumed.step("ask").status, resumed.step("ask").output) == (False, "waiting", "waiting", None)
     run_until_idle(app)
-    assert workflow.get(run.id).step("ask").status == "waiting"
+    assert present(workflow.get(run.id)).step("ask").status == "waiting"
 
 
 def test_a_run_that_was_just_answered_is_not_taken_for_lost(app: Streamline) -> None:
@@ -171,9 +173,9 @@ def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
         runs = [workflow.execute(workflow.start().id) for _ in range(3)]
         answered, cancelled, rewound = runs
         other.call("resume_run", answered.id, "yes")
-        assert workflow.get(answered.id).status == "running"
+        assert present(workflow.get(answered.id)).status == "running"
         other.call("cancel_run", cancelled.id)
-        assert workflow.get(cancelled.id).status == "cancelled"
+        assert present(workflow.get(cancelled.id)).status == "cancelled"
         assert workflow.wait_for(cancelled.id, timeout=5).status == "cancelled"
         assert workflow.execute(cancelled.id).status == "cancelled"
         with pytest.raises(InvalidStateError):
@@ -183,8 +185,12 @@ def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
         with pytest.raises(TimeoutError):
             workflow.wait_for(answered.id, timeout=0.2)
         other.call("pause_run", rewound.id)
-        assert (workflow.get(rewound.id).paused, workflow.execute(rewound.id).paused) == (True, True)
+        assert (present(workflow.get(rewound.id)).paused, workflow.execute(rewound.id).paused) == (True, True)
     assert entered == [answered.id]
+
+
+def started_at(app: Streamline, run: Any) -> Any:
+    return stored(app, run).get("startedAt")
 
 
 @pytest.mark.slow
@@ -197,7 +203,7 @@ def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, t
         runs = [approval.start(start_at=delay_s) for delay_s in (0.5, 1.5, 8.0)]  # the last: longer than a sweep looks ahead
         assert {run.status for run in runs} == {"draft"}
         for run in runs:
-            begun = eventually(lambda run=run: stored(app, run).get("startedAt"), timeout=20)
+            begun = eventually(partial(started_at, app, run), timeout=20)
             late_s.append((begun - run.document["wakeAt"]).total_seconds())
     print([f"{late * 1000:.0f} ms" for late in late_s])
     assert min(late_s) >= 0
@@ -315,12 +321,14 @@ def test_whatever_is_raised_ends_in_a_failure_that_can_be_read(app: Streamline, 
     workflow = app.workflow("w", steps={"a": (_raise(value), {"retries": retries, "retry_delay": 0})})
     run = workflow.start()
     run_until_idle(app)
-    failed = workflow.get(run.id)
+    failed = present(workflow.get(run.id))
     check_invariants([failed.to_dict()])
     assert (failed.status, failed.step("a").status, failed.step("a").attempts) == ("failed", "failed", retries)
     for error in (failed.error, failed.step("a").error):
-        assert error["type"] == (type(value).__name__ if isinstance(value, BaseException) else "Empty" if value is Empty else "TypeError")
-        assert error["message"].strip()
+        assert present(error)["type"] == (
+            type(value).__name__ if isinstance(value, BaseException) else "Empty" if value is Empty else "TypeError"
+        )
+        assert present(error)["message"].strip()
 
 
 ODD = {"a.b": 1, "$inc": {"$set": 2, "": 3}, "x.$[].y": [{"..": None}], "$$NOW": "$$REMOVE", ".": {"$ref": 1}, " ": 4, "é.": 5}
@@ -348,6 +356,7 @@ def test_keys_with_dots_and_dollars_keep_their_shape_on_every_way(app: Streamlin
         tokens.append(create_hook(ctx, "?").token)
         ctx.wait("?")
 
+    names = ["work", "ask", "offer", "hear", "hear_all"]
     workflow = app.workflow(
         "w",
         steps={
@@ -356,13 +365,13 @@ def test_keys_with_dots_and_dollars_keep_their_shape_on_every_way(app: Streamlin
             "offer": offer,
             "hear": lambda ctx: ctx.wait_for("a.$b"),
             "hear_all": lambda ctx: ctx.wait_for("a.$b"),
-            "end": lambda ctx: [ctx.get_output(step) for step in workflow.steps[:-1]],
+            "end": lambda ctx: [ctx.get_output(step) for step in names],
         },
     )
     run = workflow.start(ODD, ODD)
     run_until_idle(app)
-    waiting = workflow.get(run.id)
-    assert waiting.step("ask").waiting_for["data"] == ODD
+    waiting = present(workflow.get(run.id))
+    assert present(waiting.step("ask").waiting_for)["data"] == ODD
     assert waiting.meta == ODD
     assert waiting.context == ODD | {f"set {key}": value for key, value in ODD.items()} | {
         key: {"set": value} for key, value in ODD.items()
@@ -375,7 +384,7 @@ def test_keys_with_dots_and_dollars_keep_their_shape_on_every_way(app: Streamlin
     run_until_idle(app)
     app.send_event("a.$b", ODD)
     run_until_idle(app)
-    assert workflow.get(run.id).output == [ODD] * 5
+    assert present(workflow.get(run.id)).output == [ODD] * 5
 
 
 def test_an_app_that_is_closed_leaves_nothing_behind(make_app: Callable[..., Streamline]) -> None:
@@ -463,6 +472,11 @@ def test_a_timed_out_attempt_does_not_write_beside_its_retry(app: Streamline, ki
     run = workflow.start()
     run_until_idle(app)
     assert over.wait(20)
-    done = workflow.get(run.id)
-    assert (done.status, done.step("a").output, done.step("a").attempts, done.output) == ("done", "second", 2, {})
+    done = present(workflow.get(run.id))
+    assert (done.status, done.step("a").output, done.step("a").attempts, done.output) == (
+        "done",
+        "second",
+        2,
+        {},
+    )
     assert late == (["InvalidStateError"] * 4 if kind == "def" else [])

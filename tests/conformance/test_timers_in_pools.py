@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pool_client import loaded_app
 from pool_process import PoolProcess, running
+from stored_runs import stored
 
 from streamline_pool import Run, Streamline
 from support import eventually
@@ -72,17 +74,9 @@ ON_TIME_S = 0.7  # measured 0.02 s; ample for a busy machine, and less than any 
 
 
 @pytest.fixture
-def app(mongodb_uri: str, database: str, tmp_path: Path) -> Iterator[Streamline]:
-    """The same application in the test's own process, as a client."""
-    (tmp_path / "client_app.py").write_text(APP)
-    spec = importlib.util.spec_from_file_location("client_app", tmp_path / "client_app.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    app: Streamline = module.app
-    app.mongodb_uri, app.database = mongodb_uri, database
-    with app:
+def app(mongodb_uri: str, database: str) -> Iterator[Streamline]:
+    """The application of the pools in the test's own process, as a client."""
+    with loaded_app(APP, mongodb_uri, database) as app:
         yield app
 
 
@@ -102,14 +96,15 @@ def finish(app: Streamline, run: Run, timeout: float = 20.0) -> Run:
     return app.workflows[run.workflow_id].wait_for(run.id, timeout=timeout)
 
 
-def stored(app: Streamline, run: Run) -> dict[str, Any]:
-    document: dict[str, Any] = app.runs.find_one({"_id": run.id})
-    return document
-
-
 def asleep(app: Streamline, run: Run) -> dict[str, Any]:
     """The run as it is stored once it sleeps."""
-    return eventually(lambda: (document := stored(app, run))["status"] == "waiting" and document)
+    eventually(lambda: stored(app, run)["status"] == "waiting")
+    return stored(app, run)
+
+
+def text_of(path: Path) -> str:
+    """What the file contains; "" as long as it does not exist."""
+    return path.read_text() if path.exists() else ""
 
 
 def late_s(run: Run) -> float:
@@ -227,12 +222,12 @@ def test_a_cancel_reaches_a_handler_on_another_host_at_once(app: Streamline, sta
         for number in (0, 1):  # each host has place for one
             entered = tmp_path / f"entered{number}"
             runs.append(app.workflows[workflow_id].start({"entered": str(entered), "fired": str(fired[number])}))
-            eventually(lambda entered=entered: entered.exists() and entered.read_text())
+            eventually(partial(text_of, entered))
         holders = {int((tmp_path / f"entered{number}").read_text()) for number in (0, 1)}
         assert holders == {*one.workers(), *two.workers()}, "one on each host"
         for number, run in enumerate(runs):
             cancelled_at = time.time()
             assert app.workflows[workflow_id].cancel(run.id).status == "cancelled"
-            reason, at = eventually(lambda number=number: (fired[number].exists() and fired[number].read_text().split()) or None)
+            reason, at = eventually(partial(text_of, fired[number])).split()
             assert reason == "cancelled"
             assert float(at) - cancelled_at < ON_TIME_S

@@ -8,26 +8,22 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from other_program import other_program
-from waiting_app import evidence, stored, until_step, waiting_app, waiting_pool
+from stored_runs import stored, until_step
+from waiting_app import evidence, waiting_pool
 from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import InvalidStateError, Run, Streamline, ValidationError, Workflow, is_timeout
 from streamline_pool.protocol import claims
 from streamline_pool.protocol.answers import answer_wait
-from support import eventually
-
-
-@pytest.fixture
-def outside(mongodb_uri: str, database: str) -> Iterator[Streamline]:
-    with waiting_app(mongodb_uri, database) as app:
-        yield app
+from support import eventually, present
 
 
 def asking(app: Streamline, kind: str = "def", **options: Any) -> Workflow:
@@ -133,7 +129,7 @@ def test_the_last_step_may_wait_and_its_answer_is_the_runs_output(app: Streamlin
     answered = workflow.resume(run.id, "the end")
     check_invariants([answered.to_dict()])
     run_until_idle(app)
-    done = workflow.get(run.id)
+    done = present(workflow.get(run.id))
     assert (done.status, done.output, done.ended_at is not None) == ("done", "the end", True)
 
 
@@ -179,11 +175,11 @@ def test_a_wait_that_nobody_answers_ends_by_its_timeout_and_the_run_goes_on(app:
     workflow = asking(app, timeout=0.2)
     run = begun(workflow)
     run_until_idle(app)
-    done = workflow.get(run.id)
+    done = present(workflow.get(run.id))
     assert (done.status, done.step("ask").status, done.step("ask").attempts) == ("done", "done", 1)
     assert is_timeout(done.step("ask").output)
     assert is_timeout(done.output)
-    assert done.step("ask").ended_at - done.step("ask").started_at >= timedelta(seconds=0.2)
+    assert present(done.step("ask").ended_at) - present(done.step("ask").started_at) >= timedelta(seconds=0.2)
     with pytest.raises(InvalidStateError):
         workflow.resume(run.id, "too late")
 
@@ -209,13 +205,19 @@ def test_an_answer_that_races_the_deadline_counts_or_is_refused(app: Streamline)
     runs = workflow.start_many(range(60))
     said: dict[str, str] = {}
 
+    def has_begun(run: Run) -> bool:
+        return stored(app, run)["steps"][0]["status"] in ("waiting", "done")
+
+    def has_passed(time: datetime) -> bool:
+        return datetime.now(UTC) >= time
+
     def answer_all() -> bool:
         for run in runs:
-            eventually(lambda run=run: stored(app, run)["steps"][0]["status"] in ("waiting", "done"))
+            eventually(partial(has_begun, run))
             deadline = stored(app, run)["steps"][0].get("waitingFor", {}).get("expiresAt")
             if deadline is not None:
                 early = timedelta(milliseconds=chance.uniform(-5, 15))
-                eventually(lambda deadline=deadline, early=early: datetime.now(UTC) >= deadline - early)
+                eventually(partial(has_passed, deadline - early))
             try:
                 workflow.resume(run.id, run.id)
                 said[run.id] = "accepted"
@@ -229,7 +231,7 @@ def test_an_answer_that_races_the_deadline_counts_or_is_refused(app: Streamline)
 
     asyncio.run(play())
     for run in runs:
-        done = workflow.get(run.id)
+        done = present(workflow.get(run.id))
         assert done.status == "done"
         assert (said[run.id] == "accepted") == (done.output == run.id) == (not is_timeout(done.output)), done.output
     print({outcome: list(said.values()).count(outcome) for outcome in ("accepted", "refused")})
@@ -239,9 +241,9 @@ def test_an_answer_that_races_the_deadline_counts_or_is_refused(app: Streamline)
 
 
 @pytest.mark.timeout(120)
-def test_of_two_answers_from_two_processes_exactly_one_counts(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
+def test_of_two_answers_from_two_processes_exactly_one_counts(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """Two people press the button at the same moment, and a pool is at work on the run meanwhile."""
-    approval = outside.workflows["approval"]
+    approval = client.workflows["approval"]
     wins = {"left": 0, "right": 0}
     with (
         waiting_pool(tmp_path, mongodb_uri, database),
@@ -250,7 +252,7 @@ def test_of_two_answers_from_two_processes_exactly_one_counts(outside: Streamlin
     ):
         runs = approval.start_many([{}] * 30)
         for run in runs:
-            until_step(outside, run, "ask", "waiting")
+            until_step(client, run, "ask", "waiting")
             left.ask("resume_run", run.id, "left")
             right.ask("resume_run", run.id, "right")
             answers = {"left": left.answer(), "right": right.answer()}
@@ -261,25 +263,25 @@ def test_of_two_answers_from_two_processes_exactly_one_counts(outside: Streamlin
             done = approval.wait_for(run.id, timeout=20)
             assert (done.output, done.step("ask").output) == (winners[0], winners[0])
     print(wins)
-    entered = [entry["step"] for entry in evidence(outside, "entered")]
+    entered = [entry["step"] for entry in evidence(client, "entered")]
     assert (entered.count("ask"), entered.count("act")) == (30, 30), "every handler was entered once"
 
 
 @pytest.mark.timeout(120)
 def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
-    outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path
+    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
     """Nothing but the ring of the answer can make it so: no run here is due, and sweeps are far between."""
-    approval = outside.workflows["approval"]
+    approval = client.workflows["approval"]
     took_s = []
     with waiting_pool(tmp_path, mongodb_uri, database), other_program(mongodb_uri, database) as other:
         for _ in range(5):
             run = approval.start()
-            until_step(outside, run, "ask", "waiting")
+            until_step(client, run, "ask", "waiting")
             answered_at = time.time()
             assert other.call("resume_run", run.id, "yes")["id"] == run.id
             approval.wait_for(run.id, timeout=20)
-            (entry,) = evidence(outside, "entered", run=run.id, step="act")
+            (entry,) = evidence(client, "entered", run=run.id, step="act")
             took_s.append(entry["at"] - answered_at)
     print([f"{took * 1000:.0f} ms" for took in took_s])
     assert min(took_s) < 0.1
@@ -288,13 +290,13 @@ def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_wait_outlives_every_process_and_so_does_its_answer(outside: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
+def test_a_wait_outlives_every_process_and_so_does_its_answer(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     """The pool is killed while the run waits, the answer comes while there is no pool, and the next pool goes on."""
-    approval = outside.workflows["approval"]
+    approval = client.workflows["approval"]
     with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         answered, unanswered = approval.start(), approval.start({"timeout": 1.0})
         for run in (answered, unanswered):
-            until_step(outside, run, "ask", "waiting")
+            until_step(client, run, "ask", "waiting")
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
@@ -302,16 +304,17 @@ def test_a_wait_outlives_every_process_and_so_does_its_answer(outside: Streamlin
         assert other.call("resume_run", answered.id, "while nobody was there")["status"] == "running"
     with waiting_pool(tmp_path / "second", mongodb_uri, database):
         assert approval.wait_for(answered.id, timeout=20).output == "while nobody was there"
-        assert approval.wait_for(unanswered.id, timeout=20).output == "nobody", "a deadline is kept across restarts, too"
-    assert [entry["run"] for entry in evidence(outside, "entered", step="ask")].count(answered.id) == 1
+        assert approval.wait_for(unanswered.id, timeout=20).output == "no answer", "a deadline is kept across restarts, too"
+    assert [entry["run"] for entry in evidence(client, "entered", step="ask")].count(answered.id) == 1
 
 
 def test_a_wait_ends_the_handler_wherever_it_is_raised_and_caught(app: Streamline) -> None:
     def swallow(ctx: Any) -> str:
         try:
             ctx.wait("?")
-        except BaseException:  # noqa: BLE001 -- what careless handlers do
+        except BaseException:  # noqa: BLE001 -- careless handlers catch everything
             return "swallowed"
+        raise AssertionError("the wait did not end the handler")
 
     def in_a_thread(ctx: Any) -> None:
         thread = threading.Thread(target=lambda: swallow(ctx))
@@ -327,4 +330,4 @@ def test_a_wait_ends_the_handler_wherever_it_is_raised_and_caught(app: Streamlin
 @pytest.mark.parametrize("act", [Streamline.resume_run, Streamline.pause_run, Streamline.cancel_run])
 def test_acts_on_runs_that_do_not_exist_say_so(app: Streamline, act: Callable[..., Any]) -> None:
     with pytest.raises(Exception, match="WORKFLOW_NOT_FOUND"):
-        act(app, "nobody")
+        act(app, "unknown")

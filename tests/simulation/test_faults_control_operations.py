@@ -1,65 +1,28 @@
-"""Every operation of an outside call fails once, in every way an operation can fail, on a real server.
+"""Every operation of a client's call fails once, in every way an operation can fail, on a real server.
 
-A call (answer, hook, event, pause, resume, rewind, cancel) is made while its operation number 1, 2, 3 … fails, until it gets
-through without reaching the faulty number. After each: what the call said is what happened, once, and the run goes on.
+A call (answer, hook, event, pause, resume, rewind, cancel) is made while its operation number 1, 2, 3 … fails, until it
+ends without reaching the faulty number. After each call: its result is what happened, it happened once, and the run continues.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from faulty_store import Faults, hasty_env, install_faults
+from stored_runs import stored
 from workers import check_invariants
 
 from streamline_pool import Streamline, create_hook
-from streamline_pool.config.env import system_env
-from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.protocol.operations import Command, Op
-from streamline_pool.storage.store import Store
+from streamline_pool.domain.errors import WorkflowError
 from support import eventually
 
-LATE_S = 0.02  # how long a copy of a write that was given up on is under way
-OPERATIONS_MAX = 20  # a call needs some five; more would mean that a fault makes it spin
-HASTE = 20
-
-
-class FaultyStore(Store):
-    """Operation number `first` fails: "lost" on the way there, "unknown" on the way back, "late" and then applied after all."""
-
-    kind = "none"
-    first = 0
-    seen = 0
-    hit: str | None = None
-    late: threading.Timer | None = None
-
-    def fail(self, kind: str, first: int) -> None:
-        self.kind, self.first, self.seen, self.hit = kind, first, 0, None
-
-    def run(self, op: Op, session: Any = None) -> Any:
-        self.seen += 1
-        if self.seen != self.first:
-            return super().run(op, session)
-        self.hit = op.name
-        if self.kind == "unknown":
-            super().run(op, session)
-        elif self.kind == "late" and isinstance(op, Command):
-            self.late = threading.Timer(LATE_S, super().run, (op, session))
-            self.late.start()
-        raise StoreUnavailableError(f"{op.name}: a fault of this test", transient=True)
-
-    def settle(self) -> None:
-        """No more faults, and nothing under way any more."""
-        self.first = 0
-        if self.late is not None:
-            self.late.join()
-            self.late = None
+OPERATIONS_MAX = 20  # a call needs about five; more would mean that a fault causes endless repetition
 
 
 class Scene:
-    """A run that waits, by its step for a person, by a hook, or for an event."""
+    """Workflows whose first step waits for a person, for a hook or for an event, and the events that were published."""
 
     def __init__(self, app: Streamline) -> None:
         self.app = app
@@ -75,16 +38,16 @@ class Scene:
             for name, ending in endings.items()
         }
 
-        self.heard: list[str] = []
-        app.events.on("*", lambda event: self.heard.append(event.name))
+        self.received: list[str] = []
+        app.events.on("*", lambda event: self.received.append(event.name))
 
-    def told(self, document: dict[str, Any]) -> list[str]:
-        """What subscribers have heard of the run as a whole since this was last asked."""
-        self.app.services.publish(document, "mark")
-        eventually(lambda: "mark" in self.heard)
-        heard = [name for name in self.heard if name.startswith("workflow:")]
-        self.heard.clear()
-        return heard
+    def published(self, document: dict[str, Any]) -> list[str]:
+        """The `workflow:` events that subscribers have received since the last call."""
+        self.app._publish(document, "mark", None)
+        eventually(lambda: "mark" in self.received)
+        received = [name for name in self.received if name.startswith("workflow:")]
+        self.received.clear()
+        return received
 
     def begin(self, kind: str, paused: bool) -> str:
         workflow = self.workflows[kind]
@@ -109,45 +72,44 @@ CALLS: dict[str, tuple[str, bool, Callable[[Scene, str], Any]]] = {
 }
 
 
-TOLD: dict[str, str | None] = {"event to the inbox": None, "pause": "workflow:paused", "cancel": "workflow:cancelled", "rewind": None}
-"""What subscribers hear, once; of all others that the run was resumed."""
+PUBLISHED: dict[str, str | None] = {"event to the inbox": None, "pause": "workflow:paused", "cancel": "workflow:cancelled", "rewind": None}
+"""The event that a call publishes, once. The calls that are not listed publish `workflow:resumed`."""
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["lost", "unknown", "late"])
 @pytest.mark.parametrize("call", CALLS)
-def test_an_outside_call_takes_effect_once_whichever_of_its_operations_fails(
+def test_a_clients_call_takes_effect_once_whichever_of_its_operations_fails(
     make_app: Callable[..., Streamline], call: str, kind: str
 ) -> None:
-    """Whoever is told yes relies on it, and a repetition, or a copy that comes late, must not do it a second time."""
-    system = system_env()
-    app = make_app(env=replace(system, sleep=lambda s: system.sleep(s / HASTE)))
-    store = app.connections.use(FaultyStore(app.where, app.env))
+    """The caller relies on an acknowledged call; a repetition or a late copy must not apply it a second time."""
+    app = make_app(env=hasty_env())
+    store = install_faults(app)
     scene = Scene(app)
-    waits_for, paused, act = CALLS[call]
+    waits_for, paused, make_call = CALLS[call]
     for number in range(1, OPERATIONS_MAX):
         run_id = scene.begin(waits_for, paused)
-        before = app.runs.find_one({"_id": run_id})
-        scene.told(before)
-        store.fail(kind, number)
+        before = stored(app, run_id)
+        scene.published(before)
+        store.faults = faults = Faults(kind, number)
         try:
-            result: Any = act(scene, run_id)
+            result: Any = make_call(scene, run_id)
         except WorkflowError as exc:
             result = exc.code
-        hit = store.hit
-        store.settle()
-        after = app.runs.find_one({"_id": run_id})
-        told = TOLD.get(call, "workflow:resumed")
-        assert scene.told(after) == ([told] if told else []), f"operation {number} ({hit}) {kind}"
-        check_effect(scene, call, before, after, result, f"operation {number} ({hit}) {kind}")
-        if hit is None:
+        store.late_applied()
+        after = stored(app, run_id)
+        where = f"operation {number} ({', '.join(faults.hit)}) {kind}"
+        event = PUBLISHED.get(call, "workflow:resumed")
+        assert scene.published(after) == ([event] if event else []), where
+        check_effect(scene, call, before, after, result, where)
+        if not faults.hit:
             assert number > 1, "the loop ended before it tested anything"
             return
-    raise AssertionError("something spins")
+    raise AssertionError(f"a call needed {OPERATIONS_MAX} operations: something repeats without end")
 
 
 def check_effect(scene: Scene, call: str, before: dict[str, Any], after: dict[str, Any], result: Any, where: str) -> None:
-    """The call succeeded, and its effect is there once; then the run is brought on."""
+    """The call succeeded and took effect once. Afterwards the run continues, and is then cancelled."""
     app, run_id = scene.app, after["_id"]
     check_invariants([after])
     assert not isinstance(result, str), f"{where}: {result}"

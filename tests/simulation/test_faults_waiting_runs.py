@@ -1,108 +1,109 @@
-"""As test_faults.py, for a run that waits in every way: a hook answered early, events sent before, a deadline that passes.
+"""As test_faults.py, for a run that waits in every way: a hook answered early, events sent before the wait, a deadline that passes.
 
-Each begins and ends a wait by writes of its own (the hook, the wait, the taking of what has arrived, the look, the time-out),
-and each of them fails once, in every way. The same again for a run that is paused while each of its handlers works.
+Each wait begins and ends by several writes: the hook, the wait, taking an event that has arrived, the look-up of stored
+events, and the time-out. Each of them fails once, in every way. The second variant pauses the run while each handler works.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_faults import HASTE, OPERATIONS_MAX, Faults, FaultyBlockingStore, FaultyStore
+from faulty_store import CLAIMS, EntryLog, Faults, FaultyAsyncStore, FaultyStore, hasty_env, install_faults
+from stored_runs import stored
 from workers import Pool, check_invariants
 
 from streamline_pool import Streamline, create_hook, is_timeout
-from streamline_pool.config.env import system_env
+
+OPERATIONS_MAX = 60  # a run needs about 40; more would mean that a fault causes endless repetition
 
 
-class Waiter:
-    """The handlers of the run. What comes from outside comes through `sound`, which no fault hits."""
+class Waiter(EntryLog):
+    """The handlers of the run. Answers, events and pauses go through `client`, an application without faults."""
 
-    def __init__(self, app: Streamline, sound: Streamline, pausing: bool) -> None:
+    def __init__(self, app: Streamline, client: Streamline, pausing: bool) -> None:
+        super().__init__(client)
         self.pausing = pausing
-        self.entries: Counter[str] = Counter()
-        self.too_late: list[str] = []
-        self._app = app
-        self._sound = sound
-        handlers = {
-            "offer": self.offer,
-            "offer_async": self.offer_async,
-            "hear_one": lambda ctx: self.enter(ctx) or ctx.wait_for("one"),
-            "hear_all": lambda ctx: self.enter(ctx) or ctx.wait_for("all"),
-            "ask": lambda ctx: self.enter(ctx) or ctx.wait("?", timeout=0.02),
-            "end": lambda ctx: self.enter(ctx) or [ctx.get_output(name) for name in list(handlers)[:-1]],
-        }
-        self.workflow = app.workflow("waiter", steps=handlers)
+        self._client = client
+        names = ["offer", "offer_async", "take_one", "take_all", "ask"]
+        self.workflow = app.workflow(
+            "waiter",
+            steps={
+                "offer": self.offer,
+                "offer_async": self.offer_async,
+                "take_one": self.then(lambda ctx: ctx.wait_for("one")),
+                "take_all": self.then(lambda ctx: ctx.wait_for("all")),
+                "ask": self.then(lambda ctx: ctx.wait("?", timeout=0.02)),
+                "end": self.then(lambda ctx: [ctx.get_output(name) for name in names]),
+            },
+        )
 
     def enter(self, ctx: Any) -> None:
-        stored = self._sound.runs.find_one({"_id": ctx.run_id})
-        step = next(step for step in stored["steps"] if step["stepId"] == ctx.step_id)
-        if step["status"] in ("done", "waiting"):
-            self.too_late.append(f"{ctx.step_id} was entered, and is {step}")
-        self.entries[ctx.step_id] += 1
+        super().enter(ctx)
         if self.pausing:
-            self._sound.pause_run(ctx.run_id)
+            self._client.pause_run(ctx.run_id)
+
+    def then(self, handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The handler, with its entries recorded."""
+
+        def entered(ctx: Any) -> Any:
+            self.enter(ctx)
+            return handler(ctx)
+
+        return entered
 
     def has_ended(self, run_id: str) -> bool:
-        """Whether it has; a run that is paused and nobody's is resumed."""
-        document = self._sound.runs.find_one({"_id": run_id})
+        """True if the run has ended. Resumes the run if it is paused and no worker holds its lease."""
+        document = stored(self._client, run_id)
         if document["paused"] and "lease" not in document and document["endedAt"] is None:
-            self._sound.resume_run(run_id)
+            self._client.resume_run(run_id)
         return document["endedAt"] is not None
 
     def offer(self, ctx: Any) -> None:
         self.enter(ctx)
-        self._sound.resume_hook(create_hook(ctx, "?").token, f"signed {ctx.step_id}")
+        self._client.resume_hook(create_hook(ctx, "?").token, f"signed {ctx.step_id}")
         ctx.wait("?")
 
     async def offer_async(self, ctx: Any) -> None:
         self.offer(ctx)
 
 
-async def drive(app: Streamline, sound: Streamline, waiter: Waiter, faults: Faults) -> dict[str, Any]:
-    """One whole run under `faults`; its document at the end."""
-    store = app.connections.use(FaultyStore(app.where, app.env))
-    store.faults = Faults("none", 0, 0)
+async def drive(app: Streamline, client: Streamline, waiter: Waiter, faults: Faults) -> dict[str, Any]:
+    """Start one run and drive it to its end under `faults`. Returns its document."""
+    store = app._async_stores[asyncio.get_running_loop()] = FaultyAsyncStore(app.where, app.env)
     run = await waiter.workflow.start_async()
-    await asyncio.to_thread(sound.send_event, "one", 1, run_id=run.id)
-    await asyncio.to_thread(sound.send_event, "all", 2)
+    await asyncio.to_thread(client.send_event, "one", 1, run_id=run.id)
+    await asyncio.to_thread(client.send_event, "all", 2)
     store._ensured = True
     store.faults = faults
     blocking = app.store()
-    assert isinstance(blocking, FaultyBlockingStore)
+    assert isinstance(blocking, FaultyStore)
     blocking.faults = faults
     async with Pool(app, recover_every_s=0.05) as pool:
         await pool.until(lambda: waiter.has_ended(run.id), timeout=60)
         await pool.until_idle(timeout=60)
-        faults.first = 0  # the draining is not part of it
-        await asyncio.gather(*getattr(store, "late", []), return_exceptions=True)
-    document: dict[str, Any] = sound.runs.find_one({"_id": run.id})
-    return document
+        faults.first = 0  # the drain is not part of the run
+        await store.late_applied()
+    return stored(client, run)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("pausing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["not paused", "paused"])
 @pytest.mark.parametrize("kind", ["unknown", pytest.param("lost", marks=pytest.mark.slow), pytest.param("late", marks=pytest.mark.slow)])
-def test_a_run_that_waits_hears_all_of_it_once_whichever_of_its_operations_fails(
+def test_a_run_takes_each_answer_and_event_once_whichever_of_its_operations_fails(
     make_app: Callable[..., Streamline], kind: str, pausing: bool
 ) -> None:
-    """An answer that was accepted, or an event that was sent, is neither lost nor taken twice by a write of unknown fate."""
-    system = system_env()
-    hasty = replace(system, sleep=lambda s: system.sleep(s / HASTE), async_sleep=lambda s: asyncio.sleep(s / HASTE))
-    app, sound = make_app(env=hasty, lease_s=0.5, max_crashes=20), make_app()
-    blocking = app.connections.use(FaultyBlockingStore(app.where, app.env))
-    blocking.faults = Faults("none", 0, 0)
-    waiter = Waiter(app, sound, pausing)
-    operations_max = 90 if pausing else OPERATIONS_MAX  # each pause costs a miss, a read, a twin and another claim
+    """A write of unknown outcome must neither lose an accepted answer or a sent event, nor take it twice."""
+    app, client = make_app(env=hasty_env(), lease_s=0.5, max_crashes=20), make_app()
+    install_faults(app)
+    waiter = Waiter(app, client, pausing)
+    operations_max = 90 if pausing else OPERATIONS_MAX  # each pause costs a refused write, a read, a write under pause and another claim
     for number in range(1, operations_max):
         faults = Faults(kind, number, 1)
         waiter.entries.clear()
-        document = asyncio.run(drive(app, sound, waiter, faults))
+        document = asyncio.run(drive(app, client, waiter, faults))
         where = f"operation {number} ({', '.join(faults.hit)}) {kind}"
         check_invariants([document])
         assert document["status"] == "done", f"{where}: {document}"
@@ -111,12 +112,12 @@ def test_a_run_that_waits_hears_all_of_it_once_whichever_of_its_operations_fails
         assert (document["inbox"], document["waitGen"], len(document["seen"])) == ([], 5, 2), where
         assert "awaits" not in document, where
         assert not waiter.too_late, f"{where}: {waiter.too_late}"
-        if not {"claim_run", "claim_runs"} & set(faults.hit):
+        if not CLAIMS & set(faults.hit):
             assert [step["attempts"] for step in document["steps"]] == [1] * 6, f"{where}: {document}"
         for step in document["steps"]:
-            assert waiter.entries[step["stepId"]] <= step["attempts"], f"{where}: {step}"
+            assert waiter.times(step["stepId"]) <= step["attempts"], f"{where}: {step}"
         if not faults.hit:
             print(f"{number - 1} operations")
             assert number > 10, "the loop ended before it tested anything"
             return
-    raise AssertionError(f"a run of {operations_max} operations: something spins")
+    raise AssertionError(f"a run needed {operations_max} operations: something repeats without end")

@@ -1,8 +1,8 @@
 """Every operation of waits, answers, events, pause and rewind fails once, in every way, those of the clients included.
 
-The loop of test_faults.py, over runs that others act on: the clients' calls go through the same faulty store, so their
-operations are numbered with the worker's. Whatever fails, each acknowledged call took effect exactly once, each event was
-delivered once, no handler was entered whose result was durable, and the run has ended.
+The loop of test_faults.py, over runs that clients answer, pause and rewind. The clients' calls go through the same faulty
+store, so their operations are numbered with the worker's. After each run: each acknowledged call took effect exactly once,
+each event was delivered once, no handler was entered after its result was durable, and the run has ended.
 """
 
 from __future__ import annotations
@@ -10,51 +10,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
-from pymongo.read_concern import ReadConcern
-from test_faults import HASTE, OUTAGE, Faults, FaultyBlockingStore, FaultyStore
+from faulty_store import CLAIMS, OUTAGE, EntryLog, Faults, FaultyAsyncStore, hasty_env, install_faults
+from stored_runs import stored
 from workers import Pool, check_invariants
 
 from streamline_pool import Context, Streamline, create_hook, is_timeout
 from streamline_pool.client.event_delivery import finishing_broadcasts
-from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import HookTokenError
+from support import present
 
 OPERATIONS_MAX = 70
 POLL_S = 0.004
-AGAIN_S = 0.12  # a second wait for the same event lasts this long: a copy of its delivery comes within LATE_S
-CLAIMS = {"claim_run", "claim_runs"}
+AGAIN_S = 0.12  # a second wait for the same event lasts this long: a late copy of its delivery is applied within 0.03 s
 
 
-class Script:
-    """A workflow and what its clients do to one run of it. `play` is the clients' part, `check` what must have come of it."""
+class Script(EntryLog):
+    """A workflow, and what clients do to one run of it: `play` is the clients' part, `check` verifies the outcome."""
+
+    run_id: str
 
     def __init__(self, app: Streamline) -> None:
+        super().__init__(app)
         self.app = app
-        self.entries: list[tuple[str, int]] = []
-        self.too_late: list[str] = []
         self.woken: list[int] = []
         self.go = asyncio.Event()
         self.workflow = app.workflow(type(self).__name__, steps={name: getattr(self, name) for name in self.steps})
 
     steps: tuple[str, ...] = ()
-    attempts_exact = True  # False: entries depend on when an outside act strikes
-
-    def enter(self, ctx: Context) -> None:
-        stored = self.app.runs.find_one({"_id": ctx.run_id})
-        step = next(step for step in stored["steps"] if step["stepId"] == ctx.step_id)
-        if step["status"] in ("done", "waiting"):
-            self.too_late.append(f"{ctx.step_id} was entered, and is {step}")
-        self.entries.append((ctx.step_id, ctx.attempt))
+    attempts_exact = True  # False if the number of entries depends on when a control operation is applied
 
     async def until(self, holds: Callable[[dict[str, Any]], Any]) -> None:
+        """Wait until `holds(document)`. Reads as the clients do: by majority reads."""
         deadline = asyncio.get_running_loop().time() + 30
-        # As the clients' own reads: what no majority has yet is not there for them either.
-        runs = self.app.runs.with_options(read_concern=ReadConcern("majority"))
-        while not holds(document := await asyncio.to_thread(runs.find_one, {"_id": self.run_id})):
+        while not holds(document := await asyncio.to_thread(stored, self.app, self.run_id)):
             assert asyncio.get_running_loop().time() < deadline, document
             await asyncio.sleep(POLL_S)
 
@@ -103,7 +94,9 @@ class LateHook(Script):
         self.token = create_hook(ctx, "may I?").token
         ctx.wait("may I?")
 
-    end = HumanWait.end
+    async def end(self, ctx: Context) -> Any:
+        self.enter(ctx)
+        return ctx.get_output("ask")
 
     async def play(self) -> None:
         await self.until_waiting("ask")
@@ -116,27 +109,29 @@ class LateHook(Script):
 
 
 class EarlyHook(Script):
-    """The answer comes before the wait, and the attempt that has made the hook fails: the answer outlives it."""
+    """The answer arrives before the wait, and the attempt that created the hook fails: the answer is kept for the next attempt."""
 
     steps = ("ask", "end")
+    attempts_exact = False
+    answered = False
 
     async def ask(self, ctx: Context) -> None:
         self.enter(ctx)
         if not self.answered:
             token = create_hook(ctx, "may I?").token
-            with contextlib.suppress(HookTokenError):  # an attempt that was cut short has answered this wait already
+            with contextlib.suppress(HookTokenError):  # an interrupted attempt may have answered this wait already
                 await self.app.resume_hook_async(token, "early")
             self.answered = True
             raise ValueError("after the answer")
         ctx.wait("may I?")
 
-    end = HumanWait.end
+    async def end(self, ctx: Context) -> Any:
+        self.enter(ctx)
+        return ctx.get_output("ask")
 
     def __init__(self, app: Streamline) -> None:
         super().__init__(app)
         self.workflow = app.workflow("early", steps={"ask": (self.ask, {"retries": 5, "retry_delay": 0.001}), "end": self.end})
-
-    attempts_exact = False
 
     async def play(self) -> None:
         self.answered = False
@@ -149,7 +144,7 @@ class EarlyHook(Script):
 
 
 class Targeted(Script):
-    """One event before its wait, one during it, and none for the third: a copy would be taken for that."""
+    """One event before its wait, one during its wait, and none for the third wait, which would take a copy."""
 
     steps = ("before", "during", "after")
 
@@ -180,7 +175,7 @@ class Targeted(Script):
 
 
 class Broadcast(Script):
-    """Sent to all while the run waits; a second wait for it must not get it again."""
+    """An event sent to all while the run waits. A second wait for the same name must not get it again."""
 
     steps = ("first", "again")
 
@@ -188,13 +183,7 @@ class Broadcast(Script):
         self.enter(ctx)
         ctx.wait_for("all")
 
-    again = Targeted.after
-
-    def __init__(self, app: Streamline) -> None:
-        super().__init__(app)
-        self.workflow = app.workflow("to-all", steps={"first": self.first, "again": self.wait_again})
-
-    def wait_again(self, ctx: Context) -> None:
+    def again(self, ctx: Context) -> None:
         self.enter(ctx)
         ctx.wait_for("all", timeout=AGAIN_S)
 
@@ -212,11 +201,7 @@ class Broadcast(Script):
 
 
 class BroadcastFound(Broadcast):
-    """Sent to all before the run waits for it: the run looks for it itself."""
-
-    def __init__(self, app: Streamline) -> None:
-        Script.__init__(self, app)
-        self.workflow = app.workflow("to-all-found", steps={"first": self.first, "again": self.wait_again})
+    """An event sent to all before the run waits for it: the run's worker finds it in the stored events."""
 
     async def play(self) -> None:
         self.woken.append(await self.app.send_event_async("all", ["$data"]) or 1)
@@ -227,11 +212,11 @@ class TimedOut(Script):
 
     def ask(self, ctx: Context) -> None:
         self.enter(ctx)
-        ctx.wait("nobody answers", timeout=0.02)
+        ctx.wait("no answer comes", timeout=0.02)
 
     def event(self, ctx: Context) -> None:
         self.enter(ctx)
-        ctx.wait_for("nobody sends", timeout=0.02)
+        ctx.wait_for("no event comes", timeout=0.02)
 
     async def play(self) -> None:
         await self.until(lambda document: document["endedAt"] is not None)
@@ -242,7 +227,7 @@ class TimedOut(Script):
 
 
 class Paused(Script):
-    """Paused in the middle of a handler, and resumed; then a wait is paused and resumed, and only then answered."""
+    """A run paused and resumed while a handler works; then its wait is paused, resumed and answered."""
 
     steps = ("busy", "ask", "end")
 
@@ -255,21 +240,25 @@ class Paused(Script):
         self.enter(ctx)
         ctx.wait("may I?")
 
-    end = HumanWait.end
+    async def end(self, ctx: Context) -> Any:
+        self.enter(ctx)
+        return ctx.get_output("ask")
 
     async def play(self) -> None:
         await self.until(lambda document: self.entries)
         assert (await self.workflow.pause_async(self.run_id)).paused
         self.go.set()
-        await self.until(lambda document: "lease" not in document)  # its result is stored; or the lease ran out meanwhile
+        await self.until(lambda document: "lease" not in document)  # the result is stored, or the lease has expired
         assert [step for step, _ in self.entries].count("ask") == 0, "a step was started under pause"
         assert not (await self.workflow.resume_async(self.run_id)).paused
         await self.until_waiting("ask")
         assert (await self.workflow.pause_async(self.run_id)).paused
-        await asyncio.gather(*getattr(self.app.store_async(), "late", []), return_exceptions=True)
-        run = await self.workflow.get_async(self.run_id)
-        assert run.paused, "a copy of an older call has undone an acknowledged pause"
-        run = await self.workflow.resume_async(self.run_id)
+        store = self.app.store_async()
+        assert isinstance(store, FaultyAsyncStore)
+        await store.late_applied()
+        run = present(await self.workflow.get_async(self.run_id))
+        assert run.paused, "a late copy of an older call has undone an acknowledged pause"
+        run = present(await self.workflow.resume_async(self.run_id))
         assert not run.paused
         assert run.step("ask").status == "waiting", "un-pausing answered the wait"
         await self.workflow.resume_async(self.run_id, "yes")
@@ -282,7 +271,7 @@ class Paused(Script):
 
 
 class PausedEvent(Script):
-    """The wait for an event is stored under pause, and the event is sent to all meanwhile: the look is still owed."""
+    """An event is sent to all before the wait is stored under pause: after resume the worker must still look it up."""
 
     steps = ("first", "again")
 
@@ -310,10 +299,11 @@ class PausedEvent(Script):
 
 
 class Rewound(Script):
-    """Rewound while it waits, with a hook that dies, and once more when it has ended."""
+    """A run rewound while it waits, which invalidates its hook, and rewound again after it has ended."""
 
     steps = ("one", "ask", "end")
     attempts_exact = False
+    tokens: list[str]
 
     def one(self, ctx: Context) -> str:
         self.enter(ctx)
@@ -324,10 +314,12 @@ class Rewound(Script):
         self.tokens.append(create_hook(ctx, "may I?").token)
         ctx.wait("may I?")
 
-    end = HumanWait.end
+    async def end(self, ctx: Context) -> Any:
+        self.enter(ctx)
+        return ctx.get_output("ask")
 
     async def play(self) -> None:
-        self.tokens: list[str] = []
+        self.tokens = []
         await self.until_parked("ask")
         rewound = await self.workflow.rewind_to_async(self.run_id, "one")
         assert rewound.to_dict()["rewinds"] == 1
@@ -348,9 +340,8 @@ QUICK = {(HumanWait, "unknown"), (Targeted, "late"), (Broadcast, "unknown")}
 
 
 async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, Any]:
-    """One run, and what its clients do to it, under `faults`; its document at the end."""
-    store = app.connections.use(FaultyStore(app.where, app.env))
-    store.faults = Faults("none", 0, 0)
+    """Start one run and drive it to its end under `faults`, while its clients play their part. Returns its document."""
+    store = app._async_stores[asyncio.get_running_loop()] = FaultyAsyncStore(app.where, app.env)
     script.go = asyncio.Event()
     script.run_id = (await script.workflow.start_async()).id
     store._ensured = True
@@ -359,16 +350,15 @@ async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, An
     async def ended() -> None:
         await script.until(lambda document: document["endedAt"] is not None)
 
-    acting: Awaitable[None] = asyncio.create_task(script.play())
+    clients: Awaitable[None] = asyncio.create_task(script.play())
     async with Pool(app, recover_every_s=0.05) as pool:
-        await asyncio.wait_for(acting, 60)
+        await asyncio.wait_for(clients, 60)
         await asyncio.wait_for(ended(), 60)
-        faults.first = 0  # the draining is not part of it
-        await asyncio.gather(*getattr(store, "late", []), return_exceptions=True)
+        faults.first = 0  # the drain is not part of the run
+        await store.late_applied()
         await ended()
         await pool.until_idle(timeout=60)
-    document: dict[str, Any] = app.runs.find_one({"_id": script.run_id})
-    return document
+    return stored(app, script.run_id)
 
 
 @pytest.mark.timeout(300)
@@ -384,16 +374,13 @@ async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, An
 def test_acknowledged_calls_take_effect_once_whichever_operation_fails(
     make_app: Callable[..., Streamline], make: type[Script], kind: str, count: int
 ) -> None:
-    """A call whose reply is lost is repeated, and copies of it come late: what it asks for must happen once, and not later."""
-    system = system_env()
-    hasty = replace(system, sleep=lambda s: system.sleep(s / HASTE), async_sleep=lambda s: asyncio.sleep(s / HASTE))
-    app = make_app(env=hasty, lease_s=0.5, max_crashes=20)
-    blocking = app.connections.use(FaultyBlockingStore(app.where, app.env))
-    blocking.faults = Faults("none", 0, 0)
+    """A call whose reply is lost is repeated, and late copies of it arrive: it must take effect once, and not again later."""
+    app = make_app(env=hasty_env(), lease_s=0.5, max_crashes=20)
+    store = install_faults(app)
     script = make(app)
     for number in range(1, OPERATIONS_MAX):
         faults = Faults(kind, number, count)
-        blocking.faults = faults
+        store.faults = faults
         script.entries.clear()
         script.woken.clear()
         app.store().collection("events").delete_many({})
@@ -405,18 +392,18 @@ def test_acknowledged_calls_take_effect_once_whichever_operation_fails(
         script.check(document, {step["stepId"]: step["output"] for step in document["steps"]}, where)
         assert document["output"] == document["steps"][-1]["output"], where
         if script.attempts_exact and count == 1 and not CLAIMS & set(faults.hit):
-            # Only a claim of unknown outcome is forgotten; every other write is seen through by who sent it.
+            # Only a claim of unknown outcome is abandoned. The sender repeats every other write until its outcome is known.
             assert all(step["attempts"] == 1 for step in document["steps"]), where
             assert len(script.entries) == len(document["steps"]), f"{where}: {script.entries}"
         if not faults.hit:
             assert number > 8, "the loop ended before it tested anything"
             return
-    raise AssertionError(f"a run of {OPERATIONS_MAX} operations: something spins")
+    raise AssertionError(f"a run needed {OPERATIONS_MAX} operations: something repeats without end")
 
 
 @pytest.mark.slow
 def test_a_broadcast_whose_sender_dies_anywhere_is_finished_by_a_steward(make_app: Callable[..., Streamline]) -> None:
-    """The sender's operations end after number 1, 2, 3 …: once the event is stored, everybody gets it once all the same."""
+    """The sender dies after operation number 1, 2, 3 …: if the event was stored, every waiting run must still get it once."""
     app = make_app()
     workflow = app.workflow("dying", steps={"first": lambda ctx: ctx.wait_for("all"), "again": lambda ctx: ctx.wait_for("all")})
     events = app.store().collection("events")
@@ -424,7 +411,8 @@ def test_a_broadcast_whose_sender_dies_anywhere_is_finished_by_a_steward(make_ap
         events.delete_many({})
         run_ids = [workflow.execute(workflow.start().id).id for _ in range(3)]
         store = app.store()
-        original, done = store.run, []
+        original = store.run
+        done: list[str] = []
 
         def dying(op: Any, session: Any = None, *, last: int = number, done: list[str] = done, run: Any = original) -> Any:
             if len(done) == last:
@@ -440,18 +428,18 @@ def test_a_broadcast_whose_sender_dies_anywhere_is_finished_by_a_steward(make_ap
             died = True
         finally:
             store.run = original  # type: ignore[method-assign]
-        stored = events.count_documents({})
+        is_stored = events.count_documents({}) > 0
         events.update_many({}, [{"$set": {"at": {"$dateSubtract": {"startDate": "$at", "unit": "second", "amount": 16}}}}])
-        workflow.execute(run_ids[0])  # this one waits for the second time when the steward comes
+        workflow.execute(run_ids[0])  # this run waits for the second time when the steward finishes the broadcast
         for _ in range(2):
-            store.drive(finishing_broadcasts(app.services))
+            store.drive(finishing_broadcasts(app))
         assert events.count_documents({"pending": True}) == 0
         for run_id in run_ids:
             run = workflow.execute(run_id)
-            assert run.step("first").output == (1 if stored else None), (number, done)
-            assert run.step("again").status == ("waiting" if stored else "pending"), (number, done)
+            assert run.step("first").output == (1 if is_stored else None), (number, done)
+            assert run.step("again").status == ("waiting" if is_stored else "pending"), (number, done)
             workflow.cancel(run_id)
         if not died:
             assert number > 3
             return
-    raise AssertionError("a send of 20 operations: something spins")
+    raise AssertionError("a send needed 20 operations: something repeats without end")

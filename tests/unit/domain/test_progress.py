@@ -38,7 +38,7 @@ def a_run(*steps: str | dict[str, Any], status: str = "running", **fields: Any) 
     for place, step in enumerate(steps):
         made.append({"stepId": f"s{place}", "attempts": 0, **({"status": step} if isinstance(step, str) else step)})
     current = next((step["stepId"] for step in made if step["status"] not in COMPLETED), None)
-    document = {
+    document: dict[str, Any] = {
         "_id": "r1", "workflowId": "w", "version": "1", "status": status, "currentStepId": current, "steps": made,
         "context": {}, "createdAt": NOW, "updatedAt": NOW, "lane": "q/w/1", "slot": 3, "wakeAt": NOW,
     }  # fmt: skip
@@ -291,7 +291,7 @@ def test_no_run_that_has_ended_waits(run: Run) -> None:
 
 @given(any_runs)
 def test_every_record_becomes_json(run: Run) -> None:
-    records = [get_workflow_progress(run), *get_step_timeline(run, now=NOW), *get_step_ui_states(run)]
+    records: list[Any] = [get_workflow_progress(run), *get_step_timeline(run, now=NOW), *get_step_ui_states(run)]
     info = get_waiting_info(run)
     for record in [*records, *([info] if info else [])]:
         json.dumps(dataclasses.asdict(record), default=datetime.isoformat)

@@ -159,7 +159,7 @@ def test_a_run_is_left_leased_or_due_or_ended_or_waits_for_an_outside_act(name: 
 def test_events_find_a_run_exactly_while_it_waits_for_one(name: str) -> None:
     """`awaits` is what an event is delivered by: without it the run is missed, with it too long it is hit in the wrong place."""
     _, _, after = applied(name)
-    step = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), {})
+    step: dict[str, Any] = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), {})
     waits = after["status"] == "waiting" and step.get("waitingFor", {}).get("type") == "event"
     assert after.get("awaits") == ("paid" if waits else None)
 

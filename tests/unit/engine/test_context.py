@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 
@@ -62,7 +63,7 @@ def test_a_checkpoint_can_be_awaited_or_not() -> None:
     ctx, port = made()
 
     async def work() -> None:
-        assert await ctx.checkpoint((1, 2)) is None
+        await ctx.checkpoint((1, 2))
 
     asyncio.run(work())
     ctx.checkpoint(3)
@@ -130,18 +131,20 @@ def test_a_wait_says_for_whom_for_what_and_how_long() -> None:
 def test_the_first_ending_counts_whatever_kinds_there_are() -> None:
     ctx, _ = made()
     first = ended(lambda: ctx.wait("why"))
-    for act in (lambda: ctx.wait_for("e"), lambda: ctx.sleep(1)):
+    endings: list[Callable[[], Any]] = [lambda: ctx.wait_for("e"), lambda: ctx.sleep(1)]
+    for end in endings:
         with pytest.raises(Suspension) as caught:
-            act()
+            end()
         assert caught.value is first
 
 
 @pytest.mark.parametrize("reason", [None, "", 5, ["x"], "x" * 1001, "\ud800"])
 def test_a_wait_and_a_hook_need_a_reason_that_can_be_shown(reason: Any) -> None:
     ctx, port = made()
-    for act in (lambda: ctx.wait(reason), lambda: create_hook(ctx, reason)):
+    calls: list[Callable[[], Any]] = [lambda: ctx.wait(reason), lambda: create_hook(ctx, reason)]
+    for call in calls:
         with pytest.raises(ValidationError):
-            act()
+            call()
     assert port.calls == []
 
 
@@ -149,13 +152,14 @@ def test_a_wait_and_a_hook_need_a_reason_that_can_be_shown(reason: Any) -> None:
 def test_a_timeout_that_cannot_be_is_refused(timeout: Any) -> None:
     """Refused, it fails the attempt at once with the argument's name; taken, it would end at once, or never."""
     ctx, port = made()
-    for act in (
+    calls: list[Callable[[], Any]] = [
         lambda: ctx.wait("why", timeout=timeout),
         lambda: ctx.wait_for("e", timeout=timeout),
         lambda: create_hook(ctx, "why", expires_in=timeout),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(ValidationError):
-            act()
+            call()
     assert port.calls == []
 
 

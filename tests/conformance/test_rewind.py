@@ -1,0 +1,75 @@
+"""Rewinding a run: what it keeps, what it discards, and when it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from held_run import held
+from stored_runs import stored
+
+from streamline_pool import StepNotFoundError, Streamline, WorkflowNotFoundError
+from support import present
+
+
+def test_a_rewind_overtakes_the_attempt_under_way(app: Streamline) -> None:
+    """Its handler may still be at work in some process: nothing it returns is stored, and another attempt is made at once."""
+    outputs = iter(["overtaken", "second"])
+    workflow, run, go, thread = held(app, lambda ctx: next(outputs))
+    rewound = workflow.rewind_to(run.id, "work")
+    assert rewound.step("work").attempts == 0
+    go.set()
+    thread.join(20)
+    assert workflow.get(run.id).step("work").status == "pending"
+    done = workflow.execute(run.id)
+    assert (done.status, done.step("work").output, done.document["rewinds"]) == ("done", "second", 1)
+
+
+def test_a_rewind_keeps_what_lies_before_it_and_the_context(app: Streamline) -> None:
+    seen: list[Any] = []
+
+    def two(ctx: Any) -> int:
+        seen.append((ctx.attempt, ctx.get_output("one"), dict(ctx.context), ctx.get_checkpoint(), ctx.idempotency_key))
+        ctx.set("two", len(seen))
+        ctx.checkpoint("was here")
+        return len(seen)
+
+    workflow = app.workflow("w", steps={"one": lambda ctx: "one", "two": two, "three": lambda ctx: ctx.get_output("two")})
+    run = workflow.execute(workflow.start({"x": 1}).id)
+    workflow.rewind_to(run.id, "two")
+    done = workflow.execute(run.id)
+    (first, second) = seen
+    assert first[:4] == (1, "one", {"x": 1}, None)
+    assert second[:4] == (1, "one", {"x": 1, "two": 1}, None), "the context is kept, the checkpoint is not"
+    assert first[4] != second[4], "what was paid in the first pass must not be taken for paid in the second"
+    assert (done.step("one").attempts, done.output) == (1, 2)
+
+
+def test_a_failed_run_is_mended_by_a_rewind(app: Streamline) -> None:
+    broken = [True]
+
+    def two(ctx: Any) -> str:
+        if broken[0]:
+            raise ValueError("broken")
+        return "mended"
+
+    workflow = app.workflow("w", steps={"one": lambda ctx: 1, "two": (two, {"retries": 1})})
+    run = workflow.execute(workflow.start().id)
+    assert (run.status, present(run.error)["code"]) == ("failed", "STEP_FAILED")
+    broken[0] = False
+    rewound = workflow.rewind_to(run.id, "two")
+    assert (rewound.status, rewound.error, rewound.ended_at) == ("running", None, None)
+    assert workflow.execute(run.id).output == "mended"
+
+
+@pytest.mark.parametrize("act", ["rewind_to", "rewind_run"])
+def test_a_rewind_that_cannot_be_says_why_and_changes_nothing(app: Streamline, act: str) -> None:
+    workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?"), "two": lambda ctx: 2})
+    run = workflow.execute(workflow.start().id)
+    rewind = workflow.rewind_to if act == "rewind_to" else app.rewind_run
+    before = stored(app, run)
+    with pytest.raises(StepNotFoundError, match="its steps are one, two"):
+        rewind(run.id, "three")
+    with pytest.raises(WorkflowNotFoundError):
+        rewind("unknown", "one")
+    assert stored(app, run) == before

@@ -1,4 +1,4 @@
-"""What the chaos tests run: an application whose handlers leave evidence, and an audit of what the database accepted."""
+"""The application of the chaos tests, whose handlers record their entries, and an audit of what the database accepted."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ async def woken(ctx):
 
 @contextmanager
 def acceptances(app: Streamline) -> Iterator[Counter[tuple[str, str]]]:
-    """Within the block the server's own change stream counts, for each run and step, how often a result was accepted.
+    """Count within the block, by the server's change stream, how often a result of each (run, step) was accepted.
 
-    Filled at the end of the block. The stream is made from the oplog, so nothing that was stored escapes it.
+    The counter is filled at the end of the block. The stream is made from the oplog, so it contains every write.
     """
     counted: Counter[tuple[str, str]] = Counter()
     with MongoClient[dict[str, Any]](app.where.uri) as client:
@@ -125,7 +125,7 @@ def _done_steps(change: dict[str, Any]) -> list[str]:
 
 
 def entries_overlap(app: Streamline) -> list[tuple[str, str]]:
-    """Pairs of entries into handlers of one run that were at work at the same time, by the clock all processes share."""
+    """Pairs of entries into handlers of one run that overlap in time, by the host's monotonic clock that all processes share."""
     overlaps = []
     by_run: dict[str, list[dict[str, Any]]] = {}
     for entry in app.store().collection("evidence").find():
@@ -133,14 +133,14 @@ def entries_overlap(app: Streamline) -> list[tuple[str, str]]:
     for entries in by_run.values():
         entries.sort(key=lambda entry: entry["entered"])
         for earlier, later in pairwise(entries):
-            # An entry without an end was killed, and cannot be at work any more when its process is gone.
+            # An entry without an end belongs to a killed process, and so it ended before.
             if earlier.get("left", 0.0) > later["entered"]:
                 overlaps.append((earlier["_id"], later["_id"]))
     return overlaps
 
 
 def assert_nothing_is_wedged(app: Streamline) -> None:
-    """Invariant 4: whatever has not ended is leased, or has an instant from which it may be claimed."""
+    """Every run that has not ended must have a lease or a time from which it may be claimed (docs/architecture.md, section 5)."""
     wedged = list(
         app.runs.find(
             {

@@ -1,4 +1,4 @@
-"""Processes die at any moment: workers by SIGKILL, workers at each named point of the commit path, workers frozen."""
+"""Processes die at any moment: workers by SIGKILL, workers at each named point of the commit path, frozen workers."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def all_ended(app: Streamline, count: int) -> bool:
 
 
 @pytest.mark.timeout(500)
-def test_fifty_killed_workers_lose_nothing_and_are_made_good_for_within_a_second(
+def test_fifty_killed_workers_lose_nothing_and_their_runs_are_recovered_within_a_second(
     app: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """A dead worker's runs must not wait for their leases to run out, and none of their results may count twice."""
+    """A dead worker's runs must not wait until their leases expire, and none of their results may count twice."""
     options = ("--workers", "4", "--restart-budget", "1000", "--max-crashes", "100")
     recovered_s: list[float] = []
     with running(tmp_path, APP, mongodb_uri, *options, database=database) as pool:
@@ -76,13 +76,13 @@ def test_fifty_killed_workers_lose_nothing_and_are_made_good_for_within_a_second
 
 
 def is_whole(pool: PoolProcess) -> bool:
-    """Steward and three workers have had time to get ready: recovery needs somebody to recover to."""
+    """True if the steward and three workers are ready, so that the runs of a killed worker can be claimed."""
     children = pool.children()
     return sum(time.time() - child.create_time() > 1.0 for child in children) >= 4
 
 
 def kill_one_worker(app: Streamline) -> list[float]:
-    """Kill a worker that holds some runs; seconds until each of them was claimed by another."""
+    """Kill a worker that holds runs. Returns the seconds until each of its runs was claimed by another worker."""
     held: dict[int, list[dict[str, Any]]] = {}
 
     def holders() -> bool:
@@ -117,7 +117,7 @@ def kill_one_worker(app: Streamline) -> list[float]:
 def test_a_crash_or_a_freeze_at_a_named_point_wedges_nothing(
     app: Streamline, mongodb_uri: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, act: str
 ) -> None:
-    """Between any two instructions of the commit path a process may die, or stop for longer than its lease."""
+    """A process may die, or be suspended for longer than its lease, between any two instructions of the commit path."""
     once = tmp_path / "happened"
     options = ("--workers", "2", "--concurrency", "5", "--lease", "2", "--stall-timeout", "6")
     with running(tmp_path, APP, mongodb_uri, *options, database=database, environ={"STREAMLINE_PROBE": f"{point}={act}@{once}"}) as pool:
@@ -125,7 +125,7 @@ def test_a_crash_or_a_freeze_at_a_named_point_wedges_nothing(
         with acceptances(app) as accepted:
             runs = [run.id for run in app.workflows["busy"].start_many([{"seconds": 0.02}] * 20)]
             eventually(lambda: all_ended(app, len(runs)), timeout=60)
-        assert once.exists(), "the point was never reached"
+        assert once.exists(), "the crash point was never reached"
         pool.signal(signal.SIGTERM)
         pool.exit_code()
     assert app.runs.count_documents({"status": "done"}) == len(runs)
@@ -137,7 +137,7 @@ def test_a_crash_or_a_freeze_at_a_named_point_wedges_nothing(
 def test_a_worker_frozen_past_its_lease_changes_nothing_when_it_wakes(
     app: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """A zombie believes that it holds the run: its handler ends, it writes, and the write must be refused."""
+    """A worker that was frozen still believes that it holds the lease: its handler ends, and its write must be refused."""
     options = ("--workers", "2", "--lease", "2", "--stall-timeout", "60")
     with running(tmp_path, APP, mongodb_uri, *options, database=database) as pool:
         pool.ready()
@@ -151,7 +151,7 @@ def test_a_worker_frozen_past_its_lease_changes_nothing_when_it_wakes(
         finally:
             os.kill(zombie, signal.SIGCONT)
         eventually(lambda: any(entry.get("run_id") == run.id for entry in pool.logged("run_fenced") + pool.logged("run_lost")))
-        assert app.runs.find_one({"_id": run.id}) == stored, "the zombie changed a run that was no longer its own"
+        assert app.runs.find_one({"_id": run.id}) == stored, "the frozen worker changed a run whose lease it had lost"
         assert done.status == "done"
         assert done.step("alone").output != zombie
         assert_the_zombie_is_of_use_again(app, pool)
@@ -166,7 +166,7 @@ def assert_the_zombie_is_of_use_again(app: Streamline, pool: PoolProcess) -> Non
 
 @pytest.mark.timeout(120)
 def test_two_workers_never_run_one_run_at_once(app: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """Eight workers of two pools fight for every run; at no moment are two handlers of one run at work."""
+    """Eight workers of two pools compete for every run; two handlers of one run must never work at the same time."""
     first, second = tmp_path / "a", tmp_path / "b"
     first.mkdir()
     second.mkdir()
@@ -191,11 +191,11 @@ def test_two_workers_never_run_one_run_at_once(app: Streamline, mongodb_uri: str
 def test_a_sleep_ends_within_a_tenth_of_a_second_of_its_time_in_an_idle_pool(
     app: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """Nothing else happens that could wake anybody: only the steward's timer does."""
+    """No other event wakes the workers: only the steward's timer can."""
     late_s = []
     with running(tmp_path, APP, mongodb_uri, "--workers", "2", database=database) as pool:
         pool.ready()
-        for seconds in (0.3, 0.7, 1.1, 2.0, 3.0, 8.0):  # the last one is longer than the sweep looks ahead at once
+        for seconds in (0.3, 0.7, 1.1, 2.0, 3.0, 8.0):  # the last one is longer than the sweep's horizon
             run = app.workflows["napper"].start({"seconds": seconds})
             done = app.workflows["napper"].wait_for(run.id, timeout=30)
             woken = done.step("woken").started_at

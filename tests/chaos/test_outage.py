@@ -1,4 +1,4 @@
-"""The database goes away for longer than anybody waits, and comes back: nobody restarts anything."""
+"""The database is unreachable for longer than any timeout, and comes back: the pool continues without a restart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESUMED_WITHIN_S = 3.0
 def test_after_twenty_seconds_without_a_database_work_resumes_within_three(
     mongod: EmbeddedServer, database: str, tmp_path: Path, lease: str
 ) -> None:
-    """Runs in flight, runs asleep and runs that nobody has claimed: all go on by themselves, also with leases long expired."""
+    """Active, sleeping and unclaimed runs must all continue without help, also if their leases have expired."""
     options = ("--workers", "2", "--concurrency", "5", "--lease", lease)
     with running(tmp_path, APP, mongod.uri, *options, database=database) as pool, loaded_app(APP, mongod.uri, database) as app:
         pool.ready()
@@ -46,7 +46,7 @@ def test_after_twenty_seconds_without_a_database_work_resumes_within_three(
         log_line(f"lease {lease} s: resumed {resumed_s:.2f} s after the server was back")
         assert_nothing_is_wedged(app)
         assert [n for n in accepted.values() if n != 1] == []
-        assert not pool.logged("child_died"), "no worker should die of it"
+        assert not pool.logged("child_died"), "no worker may die of the outage"
         pool.signal(signal.SIGTERM)
         assert pool.exit_code() == 0
     assert resumed_s < RESUMED_WITHIN_S

@@ -13,7 +13,7 @@ from streamline_pool.protocol import retention
 from support import shown
 
 
-def test_an_archived_run_is_the_run_byte_for_byte(app: Streamline) -> None:
+def test_an_archived_run_equals_the_run_byte_for_byte(app: Streamline) -> None:
     flow = app.workflow("flow", steps={"a": lambda ctx: {"n": 1, "$x.y": [b"z", datetime(2024, 1, 1, tzinfo=UTC)]}})
     run = flow.execute(flow.start({"a": 1}, meta={"b": 2}, user_id="ann", tags=["t"], idempotency_key="k").id)
     raw = next(app.runs.aggregate([{"$replaceWith": {"size": {"$bsonSize": "$$ROOT"}}}]))
@@ -29,8 +29,8 @@ def test_an_archived_run_is_the_run_byte_for_byte(app: Streamline) -> None:
      "a.", "a..b", "a\0b", "x" * 121, "\ud800", 7, ["a"]],
     ids=shown,
 )  # fmt: skip
-def test_what_can_be_no_archive_is_refused(app: Streamline, to: Any) -> None:
-    """Archived into the collection of runs itself, runs would be copied onto themselves and then deleted."""
+def test_an_invalid_archive_name_is_refused(app: Streamline, to: Any) -> None:
+    """If the archive were the runs' own collection, each run would be copied onto itself and then deleted."""
     put_run(app, "run")
     with pytest.raises(ValidationError, match="archive_old_runs: to"):
         app.archive_old_runs(30, to=to)
@@ -46,7 +46,7 @@ def test_the_archive_may_have_any_other_name(app: Streamline, database: str, to:
 
 
 def test_another_run_with_the_same_id_in_the_archive_is_not_replaced(app: Streamline, caplog: pytest.LogCaptureFixture) -> None:
-    """An id may be used again once its run is archived; of two runs one would then be in neither collection."""
+    """An id may be used again after its run was archived; a replacing copy would lose one of the two runs."""
     put_run(app, "run", input="first")
     assert app.archive_old_runs(30) == 1
     put_run(app, "run", input="second", createdAt=datetime.now(UTC) - timedelta(days=450), rev=9)
@@ -57,7 +57,7 @@ def test_another_run_with_the_same_id_in_the_archive_is_not_replaced(app: Stream
 
 
 def test_a_late_copy_does_not_replace_a_later_state(app: Streamline) -> None:
-    """A slow archiver's write may arrive after the run was revived, ended and archived anew."""
+    """A slow archiver's write may arrive after the run was revived, has ended and was archived again."""
     put_run(app, "run", output="old")
     late = app.runs.find_one()
     revive(app, "run", status="done", endedAt=late["endedAt"], output="new")

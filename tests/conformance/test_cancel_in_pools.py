@@ -35,13 +35,13 @@ def test_a_cancel_from_another_process_reaches_a_running_handler_at_once(mongodb
             assert [step["status"] for step in stored(app, run)["steps"]] == ["running", "pending"]
     print([f"{took * 1000:.0f} ms" for took in took_s])
     assert min(took_s) < 0.1
-    assert max(took_s) < 2.0, "renewals are ten seconds apart: only the signal can have been so fast"
+    assert max(took_s) < 2.0, "renewals are ten seconds apart, so only the signal can be this fast"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_cancel_whose_signal_is_lost_reaches_the_handler_with_the_next_renewal(mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """Signals are hints. Here nobody sends one: the write alone must be enough."""
+    """Signals are hints and may be lost. Here none is sent: the write alone must be enough."""
     with waiting_app(mongodb_uri, database) as app, waiting_pool(tmp_path, mongodb_uri, database, "--lease", "3"):
         run = app.workflows["slow"].start()
         eventually(lambda: evidence(app, "entered", run=run.id), timeout=20)

@@ -1,4 +1,4 @@
-"""What may be claimed: only what is due, never what somebody holds or what has ended."""
+"""Which runs can be claimed: only those that are due, never those that are leased or have ended."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def flow(mongodb_uri: str, database: str) -> Iterator[Workflow]:
 
 
 def claimed(flow: Workflow, run: Run, lease_id: str) -> tuple[object, int]:
-    """What the two ways to claim win, one after the other."""
+    """The ids that the two claim operations return, one operation after the other."""
     named = flow.app.store().run(claims.claim_run(run.id, None, lease_id, "w", LEASE_S))
     batch = flow.app.store().run(claims.claim_runs([run.id], None, lease_id, "w", LEASE_S))
     return named, batch
 
 
-def test_a_leased_run_is_claimed_by_nobody_else(flow: Workflow) -> None:
-    """Two workers find the same run due and both claim it: in an expression a missing `wakeAt` is before every date."""
+def test_a_leased_run_cannot_be_claimed(flow: Workflow) -> None:
+    """Two workers may find the same run due. In an expression a missing `wakeAt` sorts before every date, so the second claim could match."""
     run = flow.start()
     assert flow.app.store().run(claims.claim_runs([run.id], None, "first", "w1", LEASE_S)) == 1
     assert claimed(flow, run, "second") == (None, 0)
@@ -42,15 +42,15 @@ def test_a_leased_run_is_claimed_by_nobody_else(flow: Workflow) -> None:
     assert stored.step("only").attempts == 1
 
 
-def test_an_ended_run_is_claimed_by_nobody(flow: Workflow) -> None:
-    """`execute` of a run that is done must return it as it is, not run its last step again."""
+def test_an_ended_run_cannot_be_claimed(flow: Workflow) -> None:
+    """`execute` of a run that is done must return it unchanged and must not run its last step again."""
     run = flow.execute(flow.start().id)
     assert claimed(flow, run, "again") == (None, 0)
     assert flow.execute(run.id) == run
 
 
 def test_a_run_of_a_dead_worker_keeps_its_place_in_the_queue(flow: Workflow) -> None:
-    """A worker dies with a long backlog behind it: its runs must not wait until all of that is done."""
+    """When a worker dies while many runs are queued, its runs must not wait behind all of them."""
     store, lanes = flow.app.store(), [flow.definition.lane]
     old = flow.start()
     assert store.run(claims.claim_runs([old.id], None, "first", "dead", LEASE_S)) == 1

@@ -1,4 +1,4 @@
-"""Conditional steps: decided once, stored with the step, and no crash, wait or restart decides anew."""
+"""Conditional steps: the decision is made once and stored with the step; no crash, wait or restart repeats it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONDITIONS = ["condition", "skip_if", "run_if"]
 
 
 def asked(answers: list[bool], name: str, log: list[str]) -> Any:
-    """A predicate that gives these answers (whether the step is entered), one at each asking, and is on record."""
+    """A predicate that returns `answers` one after the other (True: enter the step) and logs each call."""
 
     def ask(*args: Any) -> bool:
         log.append(name)
@@ -83,7 +83,7 @@ def test_predicates_see_the_run_as_it_is_and_may_be_async(app: Streamline, name:
     assert seen == [("two", "one", {"i": 1, "k": "set by one"}, {"i": 1}, known)]
 
 
-def test_condition_then_skip_if_then_run_if_and_the_first_no_ends_it(app: Streamline) -> None:
+def test_condition_skip_if_and_run_if_are_evaluated_in_this_order_until_one_says_no(app: Streamline) -> None:
     for says_no, expected in (("condition", CONDITIONS[:1]), ("skip_if", CONDITIONS[:2]), ("run_if", CONDITIONS)):
         log: list[str] = []
         options = {name: asked([name != says_no], name, log) for name in CONDITIONS}
@@ -93,8 +93,8 @@ def test_condition_then_skip_if_then_run_if_and_the_first_no_ends_it(app: Stream
 
 
 @pytest.mark.parametrize("loss", ["a failed attempt", "a lost worker", "a pause", "a drain"])
-def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
-    """The condition reads a clock, a flag, another service; half of the step's work is done when it changes its mind."""
+def test_a_decision_to_enter_is_not_repeated(app: Streamline, loss: str) -> None:
+    """A condition may read a clock, a flag or a service; if it were repeated, it could skip a step whose work is half done."""
     log: list[str] = []
     lost: list[str] = []
 
@@ -127,7 +127,7 @@ def test_a_yes_is_not_asked_for_again(app: Streamline, loss: str) -> None:
     assert (done.status, done.step("a").status, log) == ("done", "done", ["run_if"])
 
 
-def test_a_no_is_not_asked_for_again_and_a_rewind_decides_anew(app: Streamline) -> None:
+def test_a_decision_to_skip_is_not_repeated_but_a_rewind_discards_it(app: Streamline) -> None:
     log: list[str] = []
     steps = {"a": (lambda ctx: "entered", {"run_if": asked([False, True], "run_if", log)}), "b": lambda ctx: ctx.wait("?")}
     workflow = app.workflow("w", steps=steps)
@@ -145,7 +145,7 @@ def test_a_no_is_not_asked_for_again_and_a_rewind_decides_anew(app: Streamline) 
 @pytest.mark.parametrize("name", CONDITIONS)
 @pytest.mark.parametrize("act", ["wait", "wait_for", "create_hook"])
 def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str, act: str) -> None:
-    """The step that would wait has not been entered; its run must fail with the reason, not stand still."""
+    """The step has not been entered, so there is nothing that could wait; the run must fail with the reason and not stop."""
 
     def predicate(ctx: Any, *run: Any) -> bool:
         create_hook(ctx, "?") if act == "create_hook" else getattr(ctx, act)("why")
@@ -183,10 +183,8 @@ app.workflow("flipping", steps={
 
 
 @pytest.mark.timeout(120)
-def test_a_worker_that_dies_after_the_decision_flips_it_neither_way(
-    app: Streamline, mongodb_uri: str, database: str, tmp_path: Path
-) -> None:
-    """Each predicate changes its mind after the first asking; workers die in the step that was entered and after the one skipped."""
+def test_a_decision_survives_the_death_of_its_worker(app: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
+    """Each predicate changes its answer after the first call. Workers die in an entered step and after a skipped one."""
     with running(tmp_path, FLIPPING, mongodb_uri, "--workers", "2", database=database) as pool:
         pool.ready()
         flipping = app.workflow("flipping", steps={name: lambda ctx: None for name in ("yes", "no", "kill")})

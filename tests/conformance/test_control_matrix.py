@@ -29,14 +29,14 @@ PAUSED = [f"{state}, paused" for state in STATES]
 
 
 class Scene:
-    """One run in a state of the matrix, and all that is needed to bring it to its end."""
+    """One run in a state of the matrix, and what is needed to end it."""
 
     def __init__(self, app: Streamline, state: str, name: str = "w") -> None:
         self.app = app
         self.state, _, pause = state.partition(", ")
         self.token: str | None = None
         self.entered, self.go = threading.Event(), threading.Event()
-        self.tame = False  # from now on the step simply succeeds
+        self.tame = False  # True: from now on the step succeeds
         self.heard: list[str] = []
         self.workflow = app.workflow(
             name,
@@ -87,20 +87,20 @@ class Scene:
         return self.workflow.execute(run.id)
 
     def document(self) -> dict[str, Any]:
-        """The run as stored, but for what its holder's renewals change."""
+        """The stored run, without the expiry that the lease holder's renewals change."""
         document = stored(self.app, self.run)
         document.get("lease", {}).pop("expiresAt", None)
         return document
 
     def finish(self) -> dict[str, Any]:
-        """Whatever it takes to end the run, as its users would do it; its document then."""
+        """End the run by the calls that its users would make. Returns its document."""
         self.tame = True
         self.go.set()
         if self.thread is not None:
             self.thread.join(20)
         if self.document()["paused"] and self.document()["endedAt"] is None:
             self.workflow.resume(self.run.id)
-        # Nobody waits for hours here: whatever the run sleeps for is over now.
+        # The test does not wait for hours: it moves the due time of a sleep into the past.
         past = datetime.now(UTC) - timedelta(seconds=1)
         self.app.runs.update_one({"_id": self.run.id, "wakeAt": {"$exists": True}}, {"$set": {"wakeAt": past}})
         timer = {"_id": self.run.id, "steps.1.waitingFor.resumeAt": {"$exists": True}}
@@ -147,20 +147,20 @@ _CELLS: dict[str, str] = {
 SCHEDULE = ("wakeAt", "pausedWakeAt", "lease", "awaits")
 
 
-def test_the_matrix_has_every_state_and_act() -> None:
+def test_the_matrix_has_every_state_and_operation() -> None:
     assert set(_CELLS) == {*STATES, *ENDED, *PAUSED}
     assert {len(cells.split()) for cells in _CELLS.values()} == {len(ACTS)}
 
 
 @pytest.mark.parametrize("state", _CELLS)
-def test_every_act_in_every_state_does_what_the_contract_says(app: Streamline, state: str) -> None:
+def test_every_control_operation_in_every_state_has_its_documented_outcome(app: Streamline, state: str) -> None:
     for number, (act, outcome) in enumerate(zip(ACTS, _CELLS[state].split(), strict=True)):
         print(f"{act}: {state}: {outcome}")
         check_cell(Scene(app, state, f"w{number}"), act, outcome)
 
 
 def check_cell(scene: Scene, act: str, outcome: str) -> None:
-    """One cell of the matrix, and that the run comes to the end that it should come to."""
+    """Check one cell of the matrix, and that the run then ends with the right status."""
     state = scene.state
     before = scene.document()
     try:
@@ -225,8 +225,8 @@ def check_cell(scene: Scene, act: str, outcome: str) -> None:
 
 
 @pytest.mark.parametrize("state", [*STATES, *ENDED, *PAUSED])
-def test_only_what_has_happened_is_published(app: Streamline, state: str) -> None:
-    """`cancel` and `pause` of an ended run publish nothing, and neither does what is refused."""
+def test_only_changes_that_happened_are_published(app: Streamline, state: str) -> None:
+    """`cancel` and `pause` of an ended run, and refused operations, must publish nothing."""
     expected = {"paused": ["workflow:paused"], "unpaused": ["workflow:resumed"], "cancelled": ["workflow:cancelled"]}
     expected["answered"] = ["step:completed", "workflow:resumed"]
     act = {"done": "cancel", "failed": "pause", "cancelled": "cancel"}.get(state, "resume")

@@ -1,6 +1,6 @@
-"""Acts from outside meet a worker that holds the run: each line of DESIGN's "checked form" at the one instant where it matters.
+"""Control operations, answers and events that meet the lease holder of the run immediately before its write (docs/architecture.md, sections 4 and 5).
 
-The holder is played by hand, or is the engine, stopped by a probe immediately before its write.
+The test plays the lease holder, or it stops the real engine by a probe immediately before its write.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Act = Callable[[Streamline, str], Any]
 
 
 class Held:
-    """A run that waits, and whose lease somebody has because the deadline has passed."""
+    """A waiting run whose deadline has passed, and which the test has claimed."""
 
     def __init__(self, app: Streamline, how: str) -> None:
         self.app = app
@@ -56,7 +56,7 @@ class Held:
         return document
 
     def write(self, change: Change, *, paused: bool = False) -> WriteOutcome | None:
-        """One write by the holder, from what it knew when it claimed."""
+        """One write by the lease holder, based on the document that its claim returned."""
         document = self.document
         fence = Fence(self.run_id, "claim", document["rev"], document["token"])
         statement = (commit_under_pause if paused else commit)(fence, change, self.app.store().now(), 0)
@@ -77,13 +77,13 @@ TAKING: dict[str, tuple[str, Callable[[Held], Any]]] = {
     "rewind": ("human", lambda held: held.workflow.rewind_to(held.run_id, "first")),
     "cancel": ("human", lambda held: held.workflow.cancel(held.run_id)),
 }
-"""Acts that take the lease away, with what the run waits for."""
+"""By name: what the run waits for, and an operation that removes its lease."""
 
 
 @pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("name", TAKING)
-def test_an_act_takes_the_lease_from_who_has_just_claimed_the_run(app: Streamline, name: str, paused: bool) -> None:
-    """Left with its lease, the holder would time out the wait that was answered, or go on with the run that was cancelled."""
+def test_an_operation_that_changes_the_run_removes_the_lease_of_its_holder(app: Streamline, name: str, paused: bool) -> None:
+    """With its lease the holder could time out a wait that was answered, or continue a run that was cancelled."""
     how, act = TAKING[name]
     held = Held(app, how)
     token = held.document["token"]
@@ -101,11 +101,11 @@ def test_an_act_takes_the_lease_from_who_has_just_claimed_the_run(app: Streamlin
         assert ("wakeAt" in stored, "pausedWakeAt" in stored) == (not paused, paused)
     assert held.write(held.time_out()) is WriteOutcome.FENCED
     assert held.write(held.time_out(), paused=True) is WriteOutcome.FENCED
-    assert held.stored() == stored, "a fenced holder has changed something"
+    assert held.stored() == stored, "a fenced lease holder has changed the run"
 
 
 def test_pause_and_resume_leave_a_live_lease_alone(app: Streamline) -> None:
-    """Taken from a holder whose handler is at work, the run would be entered by another beside it."""
+    """Without its lease the run would be claimed by a second worker while the first worker's handler still works."""
     held = Held(app, "human")
     held.workflow.pause(held.run_id)
     stored = held.stored()
@@ -124,7 +124,7 @@ def test_pause_and_resume_leave_a_live_lease_alone(app: Streamline) -> None:
 
 
 def stopped_before_commit(make_app: Callable[..., Streamline], act: Callable[[Streamline], Any], change: int = 1) -> Streamline:
-    """An app whose engine is stopped immediately before its commit number `change`, once, while `act` is performed by another."""
+    """An application whose engine is stopped once, immediately before commit number `change`, while another application calls `act`."""
     other = make_app()
     commits: list[str] = []
 
@@ -146,7 +146,7 @@ ENDINGS: dict[str, Callable[[Context], Any]] = {
 
 @pytest.mark.parametrize("way", [*ENDINGS, "look"])
 def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], way: str) -> None:
-    """It has claimed the run because a sleep or a deadline is over, or has found an event; then the run is paused."""
+    """The holder has claimed the run because a sleep or deadline is over, or has found an event; then the run is paused."""
     run_ids: list[str] = []
     engine = stopped_before_commit(make_app, lambda other: other.pause_run(run_ids[0]))
     app = make_app()
@@ -167,7 +167,7 @@ def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], 
     check_invariants([run.to_dict()])
     assert run.paused
     assert run.step("one").status == "waiting"
-    assert "pausedWakeAt" in run.to_dict(), "what was due is due when the run is resumed"
+    assert "pausedWakeAt" in run.to_dict(), "the timer is kept for the resume"
     app.workflows["w"].resume(run.id)
     run = app.workflows["w"].execute(run.id)
     assert (run.status, run.output) == ("done", "entered")
@@ -188,10 +188,10 @@ def test_the_last_result_is_stored_under_pause_and_the_run_ends_when_resumed(mak
 
 @pytest.mark.parametrize("act", ["pause", "pause, resume", "pause, resume, pause"])
 @pytest.mark.parametrize("way", [*ENDINGS, "return", "fail"])
-def test_whatever_a_handler_comes_to_is_stored_however_often_the_run_is_paused_meanwhile(
+def test_a_handlers_result_is_stored_however_often_the_run_is_paused_meanwhile(
     make_app: Callable[..., Streamline], way: str, act: str
 ) -> None:
-    """The write goes back and forth between its two forms; each must store the same, and the one that lands must be the only one."""
+    """The holder alternates between its normal write and its write under pause; both must store the same, and exactly one is committed."""
     run_ids: list[str] = []
 
     def disturb(other: Streamline) -> None:
@@ -219,8 +219,8 @@ def test_whatever_a_handler_comes_to_is_stored_however_often_the_run_is_paused_m
     assert run.step("two").status == ("done" if run.status == "done" else "pending")
 
 
-def test_a_rewind_forgets_the_answer_that_was_kept_for_the_wait(app: Streamline) -> None:
-    """It has the number of the wait that comes after the rewind, because none came before: kept, it would answer that."""
+def test_a_rewind_discards_the_answer_that_was_kept_for_the_wait(app: Streamline) -> None:
+    """The answer carries the number of the next wait. If it were kept, it would answer the wait that begins after the rewind."""
     tokens: list[str] = []
 
     def one(ctx: Context) -> None:

@@ -20,7 +20,7 @@ from streamline_pool.protocol import control
 from support import eventually
 
 
-def test_every_act_has_an_asyncio_twin_that_does_the_same(app: Streamline) -> None:
+def test_every_control_operation_has_an_asyncio_function_that_does_the_same(app: Streamline) -> None:
     tokens: list[str] = []
 
     async def one(ctx: Any) -> None:
@@ -52,7 +52,7 @@ def test_every_act_has_an_asyncio_twin_that_does_the_same(app: Streamline) -> No
     assert asyncio.run(play()) == [True, False, "by hook", "by a person", 1, "pending", True, "pending", "cancelled"]
 
 
-def test_the_same_act_twice_at_once_counts_once(app: Streamline) -> None:
+def test_the_same_operation_twice_at_once_is_applied_once(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?"), "two": lambda ctx: 2})
     run = workflow.execute(workflow.start().id)
     for act, check in ((workflow.pause, True), (workflow.resume, False)):
@@ -65,12 +65,12 @@ def test_the_same_act_twice_at_once_counts_once(app: Streamline) -> None:
         document = stored(app, run)
         assert (document["paused"], document["acts"]) == (check, acts_before + 1)
         if check is False:
-            # The second resume may have come after the first and have answered the wait: it was not paused any more.
+            # If the second resume came after the first, the run was not paused any more, and it answered the wait.
             assert document["steps"][0]["status"] in ("waiting", "done")
 
 
 def test_a_late_copy_of_a_pause_or_resume_does_nothing(app: Streamline) -> None:
-    """The request of a call that has ended, still under way in the network, must not stop the run again."""
+    """A network may deliver the request of a finished call again; it must not pause the run again."""
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?")})
     run = workflow.execute(workflow.start().id)
     seen = stored(app, run)["acts"]
@@ -87,10 +87,10 @@ def test_a_late_copy_of_a_pause_or_resume_does_nothing(app: Streamline) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_whatever_two_processes_do_to_the_runs_of_a_pool_none_is_lost_or_wedged(
+def test_calls_from_two_processes_on_the_runs_of_a_pool_lose_and_wedge_none(
     mongodb_uri: str, database: str, tmp_path: Path, seed: int
 ) -> None:
-    """Pause, resume, rewind, answers and events from two processes at random, against each other and the workers."""
+    """Random pauses, resumes, rewinds, answers and events from two processes meet each other and the workers."""
     chance = random.Random(seed)
     with (
         waiting_app(mongodb_uri, database) as app,
@@ -103,7 +103,7 @@ def test_whatever_two_processes_do_to_the_runs_of_a_pool_none_is_lost_or_wedged(
         cancelled: set[str] = set()
         for _ in range(100):
             for other in (left, right):
-                run = chance.choice(runs[:6] if chance.random() < 0.5 else runs)  # some are fought for
+                run = chance.choice(runs[:6] if chance.random() < 0.5 else runs)  # half of the calls go to few runs, so that they meet
                 first = {"approval": "ask", "listener": "first", "hooked": "offer"}[run.workflow_id]
                 calls = [("pause_run", run.id), ("resume_run", run.id), ("resume_run", run.id, "yes"), ("rewind_run", run.id, first)]
                 weights = [4, 4, 2, 2]
@@ -117,8 +117,8 @@ def test_whatever_two_processes_do_to_the_runs_of_a_pool_none_is_lost_or_wedged(
             left.call("cancel_run", run.id)
             cancelled.add(run.id)
 
-        def all_through() -> bool:
-            """What users would do to bring the rest to an end."""
+        def all_ended_by_users() -> bool:
+            """Call what users would call to end the other runs. True when all have ended."""
             for document in app.runs.find({"endedAt": None}):
                 with contextlib.suppress(WorkflowError):
                     app.resume_run(document["_id"]) if document["paused"] else None
@@ -130,7 +130,7 @@ def test_whatever_two_processes_do_to_the_runs_of_a_pool_none_is_lost_or_wedged(
                         app.resume_run(document["_id"], "yes")
             return not list(app.runs.find({"endedAt": None}).limit(1))
 
-        eventually(all_through, timeout=40)
+        eventually(all_ended_by_users, timeout=40)
     print(f"seed {seed}: {said}")
     assert set(said) <= {"ok", "INVALID_STATE"}
     documents = list(app.runs.find())

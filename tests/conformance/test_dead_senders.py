@@ -1,4 +1,4 @@
-"""A real pool finishes what a sender left undone when it died: everybody who waits gets the event, once."""
+"""A real pool finishes the broadcast of a sender that died: every waiting run gets the event once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ app.send_event("go", "sent")
 def test_a_pool_finishes_the_event_of_a_sender_that_was_killed(
     app: Streamline, mongodb_uri: str, database: str, tmp_path: Path, dies_before: str
 ) -> None:
-    """Once it is stored, the event is acknowledged or may be: those who wait have nobody else who would tell them."""
+    """The sender may have been told of success as soon as the event is stored, so the pool must deliver it to every waiting run."""
 
     def first(ctx: Context) -> None:
         ctx.wait_for("go")
@@ -56,7 +56,7 @@ def test_a_pool_finishes_the_event_of_a_sender_that_was_killed(
     assert sender.returncode == -9, sender.stderr
     events = app.store().collection("events")
     assert events.count_documents({"pending": True}) == 1
-    # A steward looks for events whose sender has had its time; that has passed.
+    # A steward finishes an event only after its sender had time to do so; this moves the event into the past.
     events.update_one({}, {"$set": {"at": app.store().now() - timedelta(minutes=1)}})
     assert app.store().run(durable_events.find_pending_events(app.store().now(), 10))
     with running(tmp_path, APP, mongodb_uri, "--workers", "1", database=database) as pool:

@@ -1,4 +1,4 @@
-"""Documents and payloads that no program of ours would write: one clear error, no run lost, neighbours unaffected."""
+"""Documents and payloads that only a foreign program would write: one clear error, no run lost, other runs unaffected."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def workflow(app: Streamline) -> Any:
 
 
 def changed(app: Streamline, workflow: Any, field: str) -> list[str]:
-    """One run for each kind of garbage in `field`."""
+    """One run for each kind of invalid value in `field`."""
     run_ids = []
     for value in GARBAGE:
         run = workflow.start({"x": 1})
@@ -56,7 +56,7 @@ def changed(app: Streamline, workflow: Any, field: str) -> list[str]:
 
 @pytest.mark.parametrize("field", [*HEALED, *REPORTED, "tags", "createdAt"])
 def test_a_field_that_another_program_changed_harms_its_own_run_at_most(app: Streamline, workflow: Any, field: str) -> None:
-    """All of these are claimed in one command: an expression that fails for one of them would fail for all."""
+    """All these runs are claimed by one command, and an expression that fails for one of them would fail for all."""
     run_ids, neighbours = changed(app, workflow, field), workflow.start_many([{}] * 5)
     run_until_idle(app, recover_every_s=0.1)
     assert all(workflow.get(run.id).status == "done" for run in neighbours)
@@ -87,13 +87,13 @@ def test_a_field_that_only_readers_need_is_named_to_them(app: Streamline, workfl
 
 
 @pytest.mark.parametrize("field", UNREACHABLE)
-def test_a_live_run_that_no_worker_can_find_is_an_error_to_whoever_reads_it(app: Streamline, workflow: Any, field: str) -> None:
-    """Nobody will ever look at it again, so a reader who is told "running" would wait for ever."""
+def test_a_live_run_that_no_worker_can_find_is_an_error_for_its_readers(app: Streamline, workflow: Any, field: str) -> None:
+    """No worker will ever claim this run, so a reader that gets "running" would wait for ever."""
     for run_id, value in zip(changed(app, workflow, field), GARBAGE, strict=True):
         if field == "slot" and (value is True or value == 5):
             continue
         if field == "lane" and isinstance(value, str):
-            continue  # text is a lane, if of a workflow that nobody has
+            continue  # any text is a valid lane, of a workflow that no worker has
         for read in (workflow.get, workflow.wait_for):
             with pytest.raises(DataCorruptionError, match="DATA_CORRUPTION"):
                 read(run_id)
@@ -101,14 +101,14 @@ def test_a_live_run_that_no_worker_can_find_is_an_error_to_whoever_reads_it(app:
 
 
 @pytest.mark.parametrize("status", ["done", "failed", "cancelled"])
-def test_an_ended_run_is_not_revived_by_an_instant(app: Streamline, workflow: Any, status: str) -> None:
+def test_an_ended_run_is_not_revived_by_a_timer(app: Streamline, workflow: Any, status: str) -> None:
     run = workflow.start()
     app.runs.update_one({"_id": run.id}, {"$set": {"status": status, "endedAt": run.created_at}})
     assert workflow.execute(run.id).status == status
     assert app.runs.find_one({"_id": run.id})["token"] == 0
 
 
-def test_an_unknown_status_does_not_make_cancel_spin(app: Streamline, workflow: Any) -> None:
+def test_an_unknown_status_does_not_make_cancel_repeat_without_end(app: Streamline, workflow: Any) -> None:
     run = workflow.start()
     app.runs.update_one({"_id": run.id}, {"$set": {"status": "strange"}})
     with pytest.raises(DataCorruptionError, match="strange"):
@@ -125,8 +125,8 @@ def test_an_unknown_status_does_not_make_cancel_spin(app: Streamline, workflow: 
         {"$set": {"rev": "x"}},
     ],
 )
-def test_a_lease_that_is_changed_under_its_holder_costs_that_run_alone(make_app: Callable[..., Streamline], change: dict[str, Any]) -> None:
-    """Its holder's write misses, and a look at what is there instead must not raise in the committer of all runs."""
+def test_a_lease_that_another_program_changed_affects_only_its_run(make_app: Callable[..., Streamline], change: dict[str, Any]) -> None:
+    """The holder's write does not match, and reading the damaged lease must not raise in the group commit that serves all runs."""
     app = make_app(lease_s=1.0)
 
     def sabotage(ctx: Any) -> int:
@@ -149,7 +149,7 @@ def test_steps_of_another_version_are_a_version_mismatch(app: Streamline, workfl
     assert "nap, renamed" in run.error["message"]
 
 
-def test_a_run_of_a_version_that_nobody_has_waits(make_app: Callable[..., Streamline]) -> None:
+def test_a_run_of_a_version_that_no_worker_has_waits(make_app: Callable[..., Streamline]) -> None:
     old, new = make_app(), make_app()
     run = old.workflow("w", steps={"a": lambda ctx: "old"}, version="1").start()
     later = new.workflow("w", steps={"a": lambda ctx: "new"}, version="2")
@@ -190,8 +190,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
 @pytest.mark.parametrize(("handler", "code"), REFUSED)
-def test_what_the_server_would_refuse_fails_its_own_run(app: Streamline, handler: Callable[[Any], Any], code: str, kind: str) -> None:
-    """A refused write sent again for ever would stop the commits of every run beside it."""
+def test_a_payload_that_the_server_would_refuse_fails_only_its_run(
+    app: Streamline, handler: Callable[[Any], Any], code: str, kind: str
+) -> None:
+    """A refused write that is repeated for ever would stop the commits of every other run of the worker."""
 
     async def handler_async(ctx: Any) -> Any:
         return handler(ctx)
@@ -208,7 +210,7 @@ def test_what_the_server_would_refuse_fails_its_own_run(app: Streamline, handler
 
 @pytest.mark.slow
 def test_a_document_that_grows_over_many_steps_ends_at_the_limit_with_a_clear_error(app: Streamline) -> None:
-    """Each output is small enough to stand in the document, and together they are not."""
+    """Each output fits into the document, but all of them together do not."""
     workflow = app.workflow("w", steps={f"s{number}": lambda ctx: "x" * (250 * 2**10) for number in range(80)})
     run = workflow.start()
     run_until_idle(app)
@@ -217,8 +219,8 @@ def test_a_document_that_grows_over_many_steps_ends_at_the_limit_with_a_clear_er
     assert "16 MiB" in present(run.error)["message"]
 
 
-def test_a_run_that_is_filled_to_the_brim_still_ends(app: Streamline) -> None:
-    """When even the record of a failure has no room, the run must end all the same."""
+def test_a_run_whose_document_is_full_still_ends(app: Streamline) -> None:
+    """The run must end even if the document has no room for the record of its failure."""
 
     def fill(ctx: Any) -> str:
         size = len(bson.encode(app.runs.find_one({"_id": ctx.run_id})))

@@ -1,4 +1,4 @@
-"""Cancelling: final, from everywhere, in every state, and it wins every race it wins once."""
+"""Cancelling a run: possible from every process and in every state, final, and decided once in every race."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamline_pool import Streamline, ValidationError
 from support import eventually, present
 
 
-def test_cancel_stops_a_run_wherever_it_is(app: Streamline) -> None:
+def test_cancel_stops_a_run_in_every_state(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600)})
     flaky = app.workflow("f", steps={"a": (lambda ctx: 1 / 0, {"retry_delay": 60})})
     runs = [workflow.start(), workflow.start(start_at=3600), workflow.execute(workflow.start().id)]
@@ -34,7 +34,7 @@ def test_cancel_stops_a_run_wherever_it_is(app: Streamline) -> None:
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
-def test_the_handler_of_a_cancelled_run_is_told_and_nothing_it_does_counts(app: Streamline, kind: str) -> None:
+def test_the_handler_of_a_cancelled_run_is_signalled_and_nothing_it_does_is_stored(app: Streamline, kind: str) -> None:
     entered, reasons = threading.Event(), []
 
     def work(ctx: Any) -> str:
@@ -57,7 +57,7 @@ def test_the_handler_of_a_cancelled_run_is_told_and_nothing_it_does_counts(app: 
         async with Pool(app) as pool:
             await pool.until(entered.is_set)
             await asyncio.to_thread(workflow.cancel, run.id)
-            pool.workers[0].check_run(run.id)  # what a steward does when it hears of it
+            pool.workers[0].check_run(run.id)  # what a steward does when it receives the signal
             await pool.until(lambda: reasons)
 
     asyncio.run(play())
@@ -71,7 +71,7 @@ def test_the_handler_of_a_cancelled_run_is_told_and_nothing_it_does_counts(app: 
     )
 
 
-def test_cancelling_what_has_ended_changes_nothing_and_tells_nobody(app: Streamline) -> None:
+def test_cancelling_an_ended_run_changes_nothing_and_publishes_nothing(app: Streamline) -> None:
     received: list[str | None] = []
     app.events.on("workflow:cancelled", lambda event: received.append(event.run_id))
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
@@ -83,7 +83,7 @@ def test_cancelling_what_has_ended_changes_nothing_and_tells_nobody(app: Streaml
     assert received == [cancelled.id]
 
 
-def test_of_many_cancels_one_takes_effect_and_all_see_it(app: Streamline) -> None:
+def test_of_many_cancels_one_takes_effect_and_all_return_it(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     run = workflow.start()
     with ThreadPoolExecutor(8) as threads:
@@ -93,7 +93,7 @@ def test_of_many_cancels_one_takes_effect_and_all_see_it(app: Streamline) -> Non
 
 
 def test_a_cancel_that_races_the_end_wins_or_loses_once(app: Streamline) -> None:
-    """Cancelled and done at the same time, or cancelled and then done, must be impossible."""
+    """A run must never be both cancelled and done, and never become done after it was cancelled."""
     workflow = app.workflow("w", steps={name: lambda ctx: 1 for name in ("a", "b", "c")})
     chance = random.Random(7)
     runs = workflow.start_many(range(60))
@@ -113,7 +113,7 @@ def test_a_cancel_that_races_the_end_wins_or_loses_once(app: Streamline) -> None
     for run in runs:
         stored = present(workflow.get(run.id))
         check_invariants([stored.to_dict()])
-        assert stored.status == answers[run.id].status, "what cancel said is what stays"
+        assert stored.status == answers[run.id].status, "the status that cancel returned is final"
         assert stored.status in ("done", "cancelled")
 
 
@@ -127,12 +127,12 @@ def test_a_reason_is_text(app: Streamline, reason: Any) -> None:
 
 
 def test_cancel_reads_dollar_signs_as_text(app: Streamline) -> None:
-    """The reason goes into an expression, where $name would be a field."""
+    """The reason becomes part of an update expression, in which $name would refer to a field."""
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     assert workflow.cancel(workflow.start().id, reason="$workflowId").document["cancelReason"] == "$workflowId"
 
 
-def test_the_cancelled_event_is_published_by_who_cancelled(app: Streamline) -> None:
+def test_the_process_that_cancels_publishes_the_event(app: Streamline) -> None:
     heard: list[Any] = []
     app.events.on("workflow:cancelled", lambda event: heard.append((event.run_id, event.data)))
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})

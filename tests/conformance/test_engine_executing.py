@@ -60,7 +60,7 @@ def test_ctx_shows_the_run(app: Streamline, kind: str) -> None:
     }  # fmt: skip
 
 
-def test_what_a_step_sets_is_seen_at_once_and_stored_with_its_result(app: Streamline) -> None:
+def test_values_that_a_step_sets_are_visible_at_once_and_stored_with_its_result(app: Streamline) -> None:
     views: list[Any] = []
 
     def write(ctx: Any) -> None:
@@ -77,7 +77,7 @@ def test_what_a_step_sets_is_seen_at_once_and_stored_with_its_result(app: Stream
     assert run.output == run.context == expected
 
 
-def test_what_a_failed_attempt_set_is_dropped(app: Streamline) -> None:
+def test_values_that_a_failed_attempt_set_are_dropped(app: Streamline) -> None:
     def write(ctx: Any) -> None:
         if ctx.attempt == 1:
             ctx.set("k", "first")
@@ -98,7 +98,7 @@ def test_a_key_that_cannot_be_stored_is_refused_in_the_handler(app: Streamline, 
 
 
 def test_the_next_step_sees_outputs_as_the_database_has_them(app: Streamline) -> None:
-    """Else what works in one process would fail after a crash between the two steps."""
+    """Otherwise a workflow could work within one process and fail after a crash between the two steps."""
     kept: list[Any] = []
 
     def make(ctx: Any) -> Any:
@@ -114,7 +114,7 @@ def test_the_next_step_sees_outputs_as_the_database_has_them(app: Streamline) ->
 
 
 def test_a_closed_ctx_does_nothing_more(app: Streamline) -> None:
-    """A thread that a handler left behind would otherwise write into a later attempt."""
+    """A thread that a handler left running could otherwise write into a later attempt."""
     left: list[Any] = []
     workflow = app.workflow("w", steps={"a": left.append, "b": lambda ctx: 1})
     workflow.execute(workflow.start().id)
@@ -154,10 +154,10 @@ def test_a_checkpoint_is_durable_on_return_kept_across_attempts_and_dropped_at_t
 
 
 def test_checkpoints_of_many_threads_of_one_handler_and_its_end_do_not_mix(app: Streamline) -> None:
-    """A result that is sent while a checkpoint is under way would carry the same count, and could be taken for it."""
+    """A result that is sent while a checkpoint is being stored would carry the same `rev`, and one could be mistaken for the other."""
 
     def checkpoint(ctx: Any, number: int) -> None:
-        with contextlib.suppress(InvalidStateError):  # the attempt was over before it came to this one
+        with contextlib.suppress(InvalidStateError):  # the attempt had ended before this checkpoint was called
             ctx.checkpoint(number)
 
     async def busy(ctx: Any) -> int:
@@ -206,7 +206,7 @@ def test_a_step_is_entered_or_skipped_as_its_conditions_say(app: Streamline, opt
 
 
 def test_a_condition_is_decided_once(app: Streamline) -> None:
-    """Decided anew, a retry could skip a step that has been entered."""
+    """If the condition were evaluated again, a retry could skip a step that was already entered."""
     asked: list[int] = []
 
     def fail_twice(ctx: Any) -> None:
@@ -242,7 +242,7 @@ def _divide(*args: Any) -> Any:
 @pytest.mark.parametrize("name", ["condition", "skip_if", "run_if"])
 @pytest.mark.parametrize("predicate", [_exit, _interrupt, _cancel, _divide])
 def test_a_raising_condition_is_a_failed_attempt(app: Streamline, name: str, predicate: Callable[..., Any]) -> None:
-    """It runs in the worker's own loop: what it raises must not get out."""
+    """The condition runs in the worker's event loop, and its exception must not end the worker."""
     workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 2, "retry_delay": 0})})
     run, neighbour = workflow.start(), app.workflow("n", steps={"a": lambda ctx: 1}).start()
     run_until_idle(app)
@@ -282,7 +282,7 @@ def test_events_report_only_what_is_durable(app: Streamline) -> None:
     assert heard[-1] == ("workflow:completed", ["done", "done"])
 
 
-def test_the_global_bus_hears_every_app_and_a_raising_subscriber_hurts_nobody(
+def test_the_global_bus_gets_the_events_of_every_app_and_a_raising_subscriber_disturbs_no_other(
     make_app: Callable[..., Streamline], caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[str] = []

@@ -1,4 +1,4 @@
-"""Apps beside each other, and what one caller's objects may do to another's."""
+"""Applications in one process do not affect each other, and neither do the objects that their callers pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamline_pool import Streamline, ValidationError
 from support import present
 
 
-def test_apps_share_nothing_but_what_is_stored(make_app: Callable[..., Streamline]) -> None:
+def test_apps_share_only_what_is_stored(make_app: Callable[..., Streamline]) -> None:
     one, two = make_app(), make_app()
     heard: list[str] = []
     one.events.on("*", lambda event: heard.append(event.name))

@@ -1,4 +1,4 @@
-"""Leases: fencing, renewal, self-fencing, recovery, and what lost workers cost a run."""
+"""Leases: fencing, renewal, self-fencing, recovery, and how lost workers are counted."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from support import present
 
 
 def take_over(app: Streamline, run_id: str) -> None:
-    """What happens to a run whose worker fell silent: the lease runs out, a sweep takes it back."""
+    """As if the run's worker had stopped: let the lease expire, and let a sweep recover it."""
     app.runs.update_one({"_id": run_id}, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
     assert app.store().run(recovery.recover_expired(app.settings.max_crashes)) == 1
 
 
 def test_a_fenced_worker_changes_nothing(app: Streamline) -> None:
-    """A worker that wakes after its lease was taken must not overwrite its successor."""
+    """A worker that continues after its lease was removed must not overwrite the new lease holder's results."""
     entered, go = threading.Event(), threading.Event()
 
     def work(ctx: Any) -> str:
@@ -55,7 +55,7 @@ def test_a_fenced_worker_changes_nothing(app: Streamline) -> None:
     assert (stored.output, stored.context, stored.step("work").output) == ("the second", {}, "the second")
 
 
-def test_one_fenced_run_among_a_hundred_costs_the_others_nothing(app: Streamline) -> None:
+def test_one_fenced_run_among_a_hundred_does_not_affect_the_others(app: Streamline) -> None:
     entered, go = threading.Event(), threading.Event()
 
     async def work(ctx: Any) -> int:
@@ -107,7 +107,7 @@ def test_a_heartbeat_renews_the_lease_soon(make_app: Callable[..., Streamline]) 
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_an_expired_lease_is_taken_back_and_counted_once_by_any_number_of_sweeps(app: Streamline, paused: bool) -> None:
+def test_an_expired_lease_is_recovered_and_counted_once_by_any_number_of_sweeps(app: Streamline, paused: bool) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
     run = workflow.start()
     store = app.store()
@@ -121,7 +121,7 @@ def test_an_expired_lease_is_taken_back_and_counted_once_by_any_number_of_sweeps
     assert ("wakeAt" in document, "pausedWakeAt" in document) == (not paused, paused)
 
 
-def test_the_leases_of_one_dead_worker_are_released_and_nobody_elses(app: Streamline) -> None:
+def test_only_the_leases_of_the_dead_worker_are_released(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.attempt})
     runs = workflow.start_many(range(4))
     store = app.store()
@@ -132,7 +132,7 @@ def test_the_leases_of_one_dead_worker_are_released_and_nobody_elses(app: Stream
     assert app.runs.count_documents({"wakeAt": {"$exists": True}, "crashes": 1}) == 2
 
 
-def test_lost_workers_use_up_no_retries_until_the_third_convicts_the_run(app: Streamline) -> None:
+def test_lost_workers_use_up_no_retries_and_the_third_fails_the_run(app: Streamline) -> None:
     entered: list[int] = []
     workflow = app.workflow("w", steps={"a": (lambda ctx: entered.append(ctx.attempt), {"retries": 1})})
     survivor, victim = workflow.start(), workflow.start()
@@ -147,7 +147,7 @@ def test_lost_workers_use_up_no_retries_until_the_third_convicts_the_run(app: St
     assert "3 workers were lost while they ran step a; the last one, host:2:x: signal SIGSEGV" in present(run.error)["message"]
     assert run.step("a").status == "failed"
     assert workflow.execute(survivor.id).status == "done"
-    assert entered == [3], "entries of lost workers are counted as attempts, and cost no retry"
+    assert entered == [3], "attempts of lost workers are counted as attempts and use up no retry"
 
 
 def test_a_result_ends_the_count_of_lost_workers_and_a_failed_attempt_does_not(app: Streamline) -> None:
@@ -174,7 +174,7 @@ def test_a_result_ends_the_count_of_lost_workers_and_a_failed_attempt_does_not(a
 
 
 def test_suspects_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> None:
-    """With two of them on board, the next death would convict both, one of them innocent."""
+    """If one worker held two suspects, its death would count against both, although one of them is innocent."""
     app = make_app(concurrency=20)
     together: list[int] = []
     now: set[str] = set()
@@ -194,7 +194,7 @@ def test_suspects_do_not_share_a_worker(make_app: Callable[..., Streamline]) -> 
     assert all(present(workflow.get(run.id)).status == "done" for run in [*suspects, *others])
 
 
-def test_a_suspect_that_is_called_by_name_waits_its_turn_too(app: Streamline) -> None:
+def test_a_suspect_that_is_claimed_by_its_id_waits_too(app: Streamline) -> None:
     now: list[str] = []
     together: list[int] = []
 
@@ -223,7 +223,7 @@ def test_a_suspect_that_is_called_by_name_waits_its_turn_too(app: Streamline) ->
 def test_a_worker_that_cannot_renew_stops_its_handlers_before_the_lease_runs_out(
     make_app: Callable[..., Streamline], mongod: embedded.EmbeddedServer
 ) -> None:
-    """Past that instant another worker may hold the run; a frozen server answers nobody, so only the clock can say so."""
+    """After its expiry another worker may hold the lease. A frozen server answers nothing, so only the worker's clock shows the expiry."""
     app = make_app(lease_s=1.5)
     entered: list[float] = []
     stopped: list[tuple[float, Any]] = []
@@ -259,7 +259,7 @@ def test_a_worker_that_cannot_renew_stops_its_handlers_before_the_lease_runs_out
     assert (present(workflow.get(run.id)).output, present(workflow.get(run.id)).document["failures"]) == ("again", 0)
 
 
-def test_a_drain_finishes_the_step_in_flight_and_gives_the_run_back(app: Streamline) -> None:
+def test_a_drain_finishes_the_step_in_progress_and_releases_the_run(app: Streamline) -> None:
     entered: list[str] = []
 
     def work(ctx: Any) -> str:
@@ -283,7 +283,7 @@ def test_a_drain_finishes_the_step_in_flight_and_gives_the_run_back(app: Streaml
     assert workflow.execute(run.id).step("b").attempts == 1
 
 
-def test_a_stop_fires_the_signals_and_gives_the_runs_back_uncounted(app: Streamline) -> None:
+def test_a_stop_fires_the_signals_and_releases_the_runs_uncounted(app: Streamline) -> None:
     reasons: list[Any] = []
     entered: list[str] = []
 
@@ -332,7 +332,7 @@ def test_a_claim_of_unknown_outcome_is_recovered_when_its_lease_runs_out(make_ap
 
 
 def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
-    """A network may deliver a write that was given up on, and sent again, after everything that followed."""
+    """A network may deliver a write that its sender has repeated, after all the later writes."""
     workflow = app.workflow("w", steps={name: lambda ctx: 1 for name in ("a", "b", "c")})
     run = workflow.start()
     store = app.store()
@@ -351,8 +351,8 @@ def test_a_late_copy_of_a_write_changes_nothing(app: Streamline) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: Callable[..., Streamline]) -> None:
-    """The old driver still cleans up; when it leaves, it must not take the new one's renewal with it."""
+def test_a_run_that_its_worker_claims_again_is_kept_by_the_new_claim(make_app: Callable[..., Streamline]) -> None:
+    """The task of the old claim still cleans up; it must not stop the renewal of the new claim."""
     app = make_app(lease_s=0.8)
     entered = threading.Event()
 
@@ -381,7 +381,7 @@ def test_a_run_that_comes_back_to_its_worker_is_kept_by_its_new_claim(make_app: 
 
 
 def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable[..., Streamline]) -> None:
-    """A worker that stood still between its claim and the handler may have lost the run meanwhile."""
+    """A worker that was suspended between its claim and the handler may have lost the lease meanwhile."""
     system = system_env()
     stood_still: list[float] = []
 
@@ -403,5 +403,5 @@ def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable
     run_until_idle(app)
     document = app.runs.find_one({"_id": run.id})
     assert (document["status"], entered, document["token"], document["crashes"]) == ("done", [1], 2, 0), (
-        "given back uncounted, and claimed anew"
+        "released uncounted, and claimed again"
     )

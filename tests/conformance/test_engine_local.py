@@ -1,4 +1,4 @@
-"""`execute`: runs inside the calling program, and what that program's end, its forks and its impatience do to them."""
+"""`execute`: runs inside the calling program. Covers its end, its forks, and callers that stop waiting."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_execute_stops_where_the_run_stops(app: Streamline) -> None:
     assert run.step("a").retry_after is not None
 
 
-def test_an_execution_whose_caller_gives_up_gives_the_run_back_uncounted(app: Streamline) -> None:
-    """Cancelled with its caller, the driver would leave a lease that is renewed for ever."""
+def test_an_execution_whose_caller_is_cancelled_releases_the_run_uncounted(app: Streamline) -> None:
+    """A task that was only cancelled with its caller would leave a lease that is renewed for ever."""
     signals: list[Any] = []
 
     async def hang(ctx: Any) -> None:
@@ -124,7 +124,7 @@ def test_closing_the_app_while_it_executes_ends_the_call_and_keeps_the_run(app: 
     assert workflow.execute(run.id).output == "slow", "a closed app opens again on its next use"
 
 
-def test_shutdown_gives_running_executions_back(app: Streamline) -> None:
+def test_shutdown_releases_running_executions(app: Streamline) -> None:
     entered = threading.Event()
 
     async def hang(ctx: Any) -> None:
@@ -155,7 +155,7 @@ def test_one_app_works_in_successive_event_loops(app: Streamline) -> None:
 
 
 def test_an_app_can_be_used_after_a_fork(mongodb_uri: str, database: str) -> None:
-    """Connections and threads stay with the parent; a child that touched them would hang, or disturb it."""
+    """Connections and threads belong to the parent; a child that uses them would hang or disturb the parent."""
     program = f"""
 import os
 from streamline_pool import Streamline

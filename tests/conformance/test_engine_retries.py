@@ -1,4 +1,4 @@
-"""Attempts: retries, back-off, timeouts, and handlers that do what no handler should."""
+"""Attempts: retries, back-off, timeouts, and handlers that misbehave."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_step_is_attempted_until_it_succeeds(app: Streamline) -> None:
     assert run.step("flaky").error is None, "a success leaves no error behind"
 
 
-def test_a_run_that_used_its_attempts_says_which_cause_was_the_last(app: Streamline) -> None:
+def test_a_run_that_used_up_its_attempts_names_the_last_cause(app: Streamline) -> None:
     def broken(ctx: Any) -> None:
         raise KeyError(f"cause {ctx.attempt}")
 
@@ -155,7 +155,7 @@ def test_the_signal_can_be_awaited_and_waited_for(app: Streamline) -> None:
 
 @pytest.mark.slow
 def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worker_asks_to_be_recycled(app: Streamline) -> None:
-    """A thread cannot be stopped; its run must not wait for it, nor its slot, and nothing it does may count."""
+    """A thread cannot be stopped: its run and its slot must not wait for it, and nothing that it does may be stored."""
     go, entered, refused = threading.Event(), threading.Event(), []
 
     def hang(ctx: Any) -> str:
@@ -191,7 +191,7 @@ def test_a_def_handler_that_outlives_its_timeout_is_fenced_at_once_and_its_worke
 
 @pytest.mark.slow
 def test_an_async_handler_that_swallows_its_cancellation_is_left_behind(app: Streamline) -> None:
-    """It holds its driver; the run goes on with another, and the worker asks to be recycled."""
+    """The handler blocks its task; the run continues in another task, and the worker asks to be recycled."""
     go: list[asyncio.Event] = []
 
     async def stubborn(ctx: Any) -> str:
@@ -221,7 +221,7 @@ def test_an_async_handler_that_swallows_its_cancellation_is_left_behind(app: Str
 
 
 def test_work_that_never_got_a_thread_is_not_entered_after_its_attempt_is_over(make_app: Callable[..., Streamline]) -> None:
-    """Handlers that hang use up the threads; what waits behind them belongs to somebody else by the time one is free."""
+    """Handlers that hang use up the threads; when one becomes free, another worker may hold the runs that waited for it."""
     app, go, entered = make_app(concurrency=1), threading.Event(), []
 
     def hang(ctx: Any) -> None:
@@ -243,7 +243,7 @@ def test_work_that_never_got_a_thread_is_not_entered_after_its_attempt_is_over(m
     assert {present(present(workflow.get(run.id)).error)["code"] for run in runs} == {"STEP_TIMEOUT"}
 
 
-# --- what no handler should do --------------------------------------------------------------------------------------
+# --- misbehaving handlers --------------------------------------------------------------------------------------------
 
 
 class BadStr(Exception):
@@ -289,10 +289,10 @@ BAD = [
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
 @pytest.mark.parametrize(("handler", "code", "type_", "says"), BAD, ids=lambda value: getattr(value, "__name__", str(value)[:20]))
-def test_whatever_a_handler_does_is_its_runs_failure_alone(
+def test_a_misbehaving_handler_fails_only_its_own_run(
     app: Streamline, handler: Callable[[Any], Any], code: str, type_: str, says: str, kind: str
 ) -> None:
-    """One bad handler must not cost a worker, nor the runs beside it."""
+    """One bad handler must not end its worker, and must not affect the worker's other runs."""
 
     async def handler_async(ctx: Any) -> Any:
         return handler(ctx)
@@ -333,20 +333,20 @@ with Streamline(sys.argv[1], database=sys.argv[2]) as app:
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_a_handler_that_forks_returns_once(mongodb_uri: str, database: str, kind: str) -> None:
-    """The child must neither commit with its parent's connections nor go on as a second worker."""
+    """The forked child must neither commit over its parent's connections nor continue as a second worker."""
     command = [sys.executable, "-W", "ignore", "-c", FORKING, mongodb_uri, database, kind]
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_handler_may_print_what_is_no_text(app: Streamline, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_a_handler_may_print_bytes_that_are_not_text(app: Streamline, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: os.write(1, b"\xff\xfe\0")})
     assert workflow.execute(workflow.start().id).output == 3
 
 
 def test_a_sleep_that_is_caught_still_ends_the_step(app: Streamline) -> None:
-    """`except BaseException` is common in handlers; the promise of `ctx.sleep` is older than it."""
+    """`except BaseException` is common in handlers; `ctx.sleep` must end the step all the same."""
 
     def swallow(ctx: Any) -> str:
         with contextlib.suppress(BaseException):
@@ -360,7 +360,7 @@ def test_a_sleep_that_is_caught_still_ends_the_step(app: Streamline) -> None:
 
 
 def test_a_task_that_is_cancelled_too_late_costs_an_attempt_and_not_the_run(make_app: Callable[..., Streamline]) -> None:
-    """Libraries keep the task they ran in; a handler runs in its driver's."""
+    """A library may keep and cancel the task it ran in later, and a handler runs in the task that drives its run."""
     app = make_app(lease_s=0.5)
 
     async def leave_a_bomb(ctx: Any) -> None:
@@ -403,7 +403,7 @@ def test_a_sleep_ends_the_handler_for_good(app: Streamline, kind: str) -> None:
 
 
 def test_a_run_claimed_before_its_sleep_is_over_is_parked_again(app: Streamline) -> None:
-    """A host's clock must not end a sleep; whoever claims too early puts the run back."""
+    """A host's clock must not end a sleep: a worker that claims too early releases the run with its timer."""
     workflow = app.workflow("w", steps={"nap": lambda ctx: ctx.sleep(3600), "next": lambda ctx: 1})
     run = workflow.execute(workflow.start().id)
     until = run.document["wakeAt"]

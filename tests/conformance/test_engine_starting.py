@@ -1,4 +1,4 @@
-"""Starting runs: what is stored, who wins, what is refused; by both drivers."""
+"""Starting runs: what is stored, which of several callers wins, what is refused; by the blocking and the asyncio functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def orders(app: Streamline) -> Any:
 def test_a_started_run_is_stored_before_start_returns(app: Streamline, orders: Any) -> None:
     run = orders.start({"item": 5}, {"source": "web"}, user_id="u1", tags=("a", "b"), priority=3)
     stored = app.runs.find_one({"_id": run.id})
-    born_at = stored.pop("bornAt")  # only the server knows it
+    born_at = stored.pop("bornAt")  # set by the server
     assert born_at > SERVER_TICK
     assert stored == run.to_dict(), "what start returns is what a reader finds"
     assert (run.status, run.current_step_id, run.input, run.context) == ("running", "reserve", {"item": 5}, {"item": 5})
@@ -37,7 +37,7 @@ def test_a_started_run_is_stored_before_start_returns(app: Streamline, orders: A
     check_invariants([stored])
 
 
-def test_the_twins_store_the_same(app: Streamline, orders: Any) -> None:
+def test_the_blocking_and_the_asyncio_functions_store_the_same(app: Streamline, orders: Any) -> None:
     async def start() -> list[Any]:
         runs = [await orders.start_async(1, run_id="a"), *await orders.start_many_async([1, 2])]
         await app.close_async()
@@ -104,8 +104,8 @@ def test_a_key_outlives_the_end_of_its_run(app: Streamline, orders: Any) -> None
     assert orders.start(1, idempotency_key="k").id == first.id
 
 
-def test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it(app: Streamline, orders: Any) -> None:
-    """A look before the insert would let two of them through."""
+def test_of_twenty_threads_with_one_key_one_wins_and_all_get_its_run(app: Streamline, orders: Any) -> None:
+    """A read before the insert would let two of them insert a run."""
     gate = threading.Barrier(20)
 
     def start(number: int) -> str:
@@ -120,7 +120,7 @@ def test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it(app: Streaml
 
 
 def test_of_four_processes_with_one_key_on_a_new_database_one_wins(app: Streamline, mongodb_uri: str, database: str) -> None:
-    """The unique index is what decides, and each process finds it missing."""
+    """Only the unique index decides, and each process finds that it does not exist yet."""
     program = f"""
 from streamline_pool import Streamline
 with Streamline({mongodb_uri!r}, database={database!r}) as app:
@@ -151,8 +151,8 @@ def test_start_many_stores_nothing_if_one_input_is_bad(app: Streamline, orders: 
     assert orders.start_many([]) == []
 
 
-def test_start_many_is_cut_to_what_a_command_can_carry(app: Streamline, orders: Any) -> None:
-    """The server takes 16 MiB in one command, and the size of a run is more than that of its input."""
+def test_start_many_is_split_into_commands_of_legal_size(app: Streamline, orders: Any) -> None:
+    """The server accepts 16 MiB in one command, and a run is larger than its input."""
     runs = orders.start_many(range(250), {"note": "x" * 100_000})
     assert app.runs.count_documents({}) == len({run.id for run in runs}) == 250
 
@@ -171,7 +171,7 @@ def test_a_run_started_in_a_transaction_exists_only_if_that_commits(app: Streaml
     with app.client.start_session() as session:
         session.start_transaction()
         gone = orders.start(1, session=session)
-        assert orders.get(gone.id) is None, "nobody else sees it yet"
+        assert orders.get(gone.id) is None, "no other client sees it yet"
         session.abort_transaction()
         with session.start_transaction():
             kept = orders.start(2, session=session)
@@ -197,7 +197,7 @@ def test_a_run_started_in_an_asyncio_transaction_too(app: Streamline, orders: An
 
 
 def test_a_key_used_before_does_not_break_the_transaction(app: Streamline, orders: Any) -> None:
-    """A duplicate key inside of a transaction would abort all of it."""
+    """A duplicate key error inside a transaction would abort all of it."""
     old = orders.start(1, idempotency_key="k")
     notes = app.client[app.where.database]["notes"]
     with app.client.start_session() as session, session.start_transaction():
@@ -206,9 +206,9 @@ def test_a_key_used_before_does_not_break_the_transaction(app: Streamline, order
     assert notes.count_documents({}) == 1
 
 
-def test_transactions_that_race_for_one_key_are_tried_again_by_their_owners(app: Streamline, orders: Any) -> None:
-    """`with_transaction` repeats what PyMongo's own errors tell it to, and those of nobody else."""
-    orders.start(0)  # the collections are there
+def test_transactions_that_race_for_one_key_are_repeated_by_their_callers(app: Streamline, orders: Any) -> None:
+    """`with_transaction` repeats a transaction only after PyMongo's own error types."""
+    orders.start(0)  # the collections exist
     gate = threading.Barrier(4)
 
     def start(number: int) -> str:
@@ -269,7 +269,7 @@ def test_tags_may_come_from_a_generator(orders: Any) -> None:
 
 
 def test_an_input_that_makes_the_run_too_large_is_refused_with_the_limit(app: Streamline, orders: Any) -> None:
-    """A mapping is stored as input and as context: half the document's limit each."""
+    """A mapping is stored twice, as input and as context, so each may use half of the document's limit."""
     with pytest.raises(PayloadTooLargeError, match=r"PAYLOAD_TOO_LARGE: start: the run would take \d+ bytes .* the limit is \d+"):
         orders.start({"x": "y" * (9 * 2**20)})
     with pytest.raises(PayloadTooLargeError, match=r"PAYLOAD_TOO_LARGE: input: \d+ bytes, and the limit is 12582912"):

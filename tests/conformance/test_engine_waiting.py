@@ -25,18 +25,18 @@ def test_an_ended_run_is_returned_at_once(quick: Any) -> None:
     assert quick.wait_for(run.id, timeout=0).output == "ended"
 
 
-def test_a_waiter_is_woken_by_push_and_not_by_its_poll(app: Streamline, quick: Any) -> None:
+def test_a_waiting_caller_is_woken_by_a_signal_and_not_by_its_poll(app: Streamline, quick: Any) -> None:
     run = quick.start()
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(quick.wait_for, run.id, timeout=30, poll_interval=30)
-        time.sleep(0.1)  # until it listens; too early would only make the test easier
+        time.sleep(0.1)  # until it subscribes; an earlier wake-up would only make the test easier
         began = time.monotonic()
         quick.execute(run.id)
         assert waiting.result(10).status == "done"
     assert time.monotonic() - began < 5
 
 
-def test_a_worker_wakes_waiters_too_and_so_does_cancel(app: Streamline, quick: Any) -> None:
+def test_workers_and_cancel_wake_waiting_callers(app: Streamline, quick: Any) -> None:
     first, second = quick.start(), quick.start(start_at=3600)
 
     async def play() -> list[str]:
@@ -54,7 +54,7 @@ def test_a_worker_wakes_waiters_too_and_so_does_cancel(app: Streamline, quick: A
 
 
 @pytest.mark.parametrize(("timeout", "poll"), [(0, 1.0), (0.3, 1.0), (0.3, 0.2), (0.3, 0.25)])
-def test_the_built_in_timeout_error_comes_at_its_time(quick: Any, timeout: float, poll: float) -> None:
+def test_the_built_in_timeout_error_is_raised_on_time(quick: Any, timeout: float, poll: float) -> None:
     run = quick.start(start_at=3600)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=f"run {run.id} is still draft"):
@@ -72,13 +72,13 @@ def test_the_loss_of_a_signal_costs_one_poll(app: Streamline, quick: Any) -> Non
     signals = app.store().collection("signals")
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(quick.wait_for, run.id, timeout=20, poll_interval=0.2)
-        signals.drop()  # while somebody tails it
+        signals.drop()  # while a client tails it
         quick.execute(run.id)
         assert waiting.result(10).status == "done"
 
 
 def test_waiting_works_where_signals_cannot_be_tailed(app: Streamline, quick: Any) -> None:
-    """A server without capped collections, or a collection that somebody restored as a plain one."""
+    """The server may lack capped collections, or a restore may have made the collection a plain one."""
     run = quick.start()
     signals = app.store().collection("signals")
     signals.drop()
@@ -89,8 +89,8 @@ def test_waiting_works_where_signals_cannot_be_tailed(app: Streamline, quick: An
     assert quick.wait_for(run.id, timeout=20, poll_interval=0.1).status == "done"
 
 
-def test_a_waiter_that_falls_behind_the_signals_still_returns(app: Streamline, quick: Any) -> None:
-    """A capped collection drops its oldest; a cursor that was there dies with an error of its own."""
+def test_a_waiting_caller_that_falls_behind_the_signals_still_returns(app: Streamline, quick: Any) -> None:
+    """A capped collection drops its oldest documents, and a cursor at such a document fails with an error."""
     run = quick.start()
     store = app.store()
     signals = store.collection("signals")
@@ -104,7 +104,7 @@ def test_a_waiter_that_falls_behind_the_signals_still_returns(app: Streamline, q
         assert waiting.result(15).status == "done"
 
 
-def test_a_hundred_waiters_of_one_run_all_return(app: Streamline, quick: Any) -> None:
+def test_a_hundred_callers_that_wait_for_one_run_all_return(app: Streamline, quick: Any) -> None:
     run = quick.start()
 
     async def play() -> set[str]:

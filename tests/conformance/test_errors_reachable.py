@@ -1,6 +1,6 @@
-"""Every code of CONTRACT, section 5, as a user comes to it: by the public API alone, with its type, HTTP status and context.
+"""Every documented error code, reached by the public API alone, with its type, HTTP status and context.
 
-The test of a code is named after it; the last test holds the list against `ErrorCode`.
+The test of a code has the code's name. The last test compares these names with `ErrorCode`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ STATUSES = {
     "INVALID_STATE": 409, "DATA_CORRUPTION": 500, "MAX_RETRIES_EXCEEDED": 500, "VALIDATION_ERROR": 400, "HOOK_TOKEN_INVALID": 401,
     "LEASE_LOST": 409, "PAYLOAD_TOO_LARGE": 413, "VERSION_MISMATCH": 409, "WORKER_CRASHED": 500, "STORE_UNAVAILABLE": 503,
 }  # fmt: skip
-"""The statuses that the contract names."""
+"""The documented HTTP statuses."""
 
 
 def raised(kind: type[WorkflowError], act: Callable[[], Any]) -> WorkflowError:
-    """What the call raises: of that type, with the code's own status, and a text that begins with the code."""
+    """The error that the call raises. It must have that type, the code's status, and a text that begins with the code."""
     with pytest.raises(kind) as caught:
         act()
     error = caught.value
@@ -59,7 +59,7 @@ def raised(kind: type[WorkflowError], act: Callable[[], Any]) -> WorkflowError:
 
 
 def failure(app: Streamline, handler: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The error of a run whose only step fails like that, and the step's; both complete."""
+    """The stored errors of a run whose only step fails like that, and of the step. Both must be complete."""
     options = {"retries": 1, "retry_delay": 0, **options}
     workflow = app.workflow(f"w{len(app.workflows)}", steps={"work": (handler, options)})
     run = workflow.start()
@@ -95,7 +95,7 @@ def test_workflow_not_found(app: Streamline) -> None:
         error = raised(WorkflowNotFoundError, call)
         assert error.code == "WORKFLOW_NOT_FOUND"
         assert error.context["run_id"] in ("unknown", theirs.id)
-    assert other.get(theirs.id) == theirs, "another workflow's run is as if it did not exist"
+    assert other.get(theirs.id) == theirs, "another workflow's run does not exist for this workflow"
 
 
 def test_step_not_found(app: Streamline) -> None:
@@ -178,7 +178,7 @@ def test_data_corruption(app: Streamline) -> None:
 
 
 class Hasty(SystemClock):
-    """A clock by which the ten seconds for which a call is repeated are over in a tenth of one."""
+    """A clock that is a hundred times faster, so that the ten seconds for which a call is repeated last a tenth of a second."""
 
     def monotonic(self) -> float:
         return super().monotonic() * 100
@@ -216,7 +216,7 @@ def test_workflow_cancelled(app: Streamline) -> None:
 
 @pytest.mark.parametrize("first", ["the call", "the signal"])
 def test_lease_lost(app: Streamline, first: str) -> None:
-    """Whether the handler's own call finds out, or its signal has fired before, the error is the same."""
+    """The error must be the same whether the handler's own call detects the loss or its signal has fired before."""
     errors: list[WorkflowError] = []
     over = threading.Event()
 
@@ -234,7 +234,7 @@ def test_lease_lost(app: Streamline, first: str) -> None:
 
     workflow = app.workflow("w", steps={"a": work})
     run = workflow.execute(workflow.start().id)
-    assert over.wait(20), "it goes on in its thread after its run was given up"
+    assert over.wait(20), "the thread continues after its run was released"
     assert [error.code for error in errors] == ["LEASE_LOST"] * 3
     assert not {"checkpoint", "hooks"} & set(app.runs.find_one({"_id": run.id})["steps"][0])
 
@@ -300,7 +300,7 @@ def test_worker_crashed(mongodb_uri: str, database: str, tmp_path: Path) -> None
         failed = deadly.wait_for(deadly.start().id, timeout=40)
     assert (failed.status, present(failed.error)["code"], present(failed.error)["stepId"]) == ("failed", "WORKER_CRASHED", "die")
     assert present(failed.error)["message"].startswith("3 workers were lost")
-    assert "7" in present(failed.error)["message"], "the evidence: its exit code"
+    assert "7" in present(failed.error)["message"], "the message names the exit code"
 
 
 def test_every_code_has_its_test_and_its_status() -> None:

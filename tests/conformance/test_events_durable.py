@@ -1,4 +1,4 @@
-"""Durable events: sent before, during or after the wait, from any process, each reaches each waiter once."""
+"""Durable events: sent before, during or after the wait, from any process, each reaches each waiting run once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support import eventually, present
 
 
 def listening(app: Streamline, times: int = 1, *, name: str = "listening", **options: Any) -> Workflow:
-    """A workflow that waits for "news" so often, and returns what it has heard."""
+    """A workflow that waits for "news" `times` times, and returns the data that it received."""
     steps: dict[str, Any] = {f"hear{number}": lambda ctx: ctx.wait_for("news", **options) for number in range(times)}
     steps["end"] = lambda ctx: [ctx.get_output(step_id) for step_id in steps if step_id != "end"]
     return app.workflow(name, steps=steps)
@@ -43,19 +43,19 @@ def events(app: Streamline) -> list[dict[str, Any]]:
     return list(app.store().collection("events").find())
 
 
-# --- before, during, after ------------------------------------------------------------------------------------------
+# --- before, during and after the wait -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("moment", "target"), [*product(["before", "during", "after"], ["one", "all"]), ("before the start", "all")])
 def test_an_event_reaches_a_run_whenever_it_is_sent(app: Streamline, moment: str, target: str) -> None:
-    """`during`: the handler itself sends it, so it is there before the wait is stored and after the run was claimed."""
+    """`during`: the handler itself sends the event, so it is stored after the run was claimed and before the wait is stored."""
 
     def send() -> int:
         return app.send_event("news", {"n": 1}, run_id=run.id if target == "one" else None)
 
     def hear(ctx: Any) -> None:
         if moment == "during":
-            assert send() == 0, "nobody waits for it yet"
+            assert send() == 0, "no run waits for it yet"
         ctx.wait_for("news")
 
     workflow = app.workflow("w", steps={"hear": hear, "end": lambda ctx: ctx.get_output("hear")})
@@ -66,7 +66,7 @@ def test_an_event_reaches_a_run_whenever_it_is_sent(app: Streamline, moment: str
         assert send() == 0
     run = workflow.execute(run.id)
     if moment in ("after", "before the start"):
-        assert run.status == "waiting", "what was sent before the run existed is none of its business"
+        assert run.status == "waiting", "an event that was sent before the run existed must not reach it"
         assert send() == 1
         run = workflow.execute(run.id)
     assert (run.status, run.output, run.step("hear").attempts) == ("done", {"n": 1}, 1)
@@ -87,7 +87,7 @@ def test_each_event_ends_one_wait_in_the_order_of_sending(app: Streamline, targe
 
 
 def test_one_broadcast_ends_one_wait_of_each_run(app: Streamline) -> None:
-    """A run that waits again for the same name must not find the event that it has just had."""
+    """A run that waits again for the same name must not get the same event again."""
     workflow = listening(app, times=2)
     runs = [begun(workflow) for _ in range(5)]
     assert app.send_event("news", "first") == 5
@@ -98,7 +98,7 @@ def test_one_broadcast_ends_one_wait_of_each_run(app: Streamline) -> None:
     assert {tuple(workflow.execute(run.id).output) for run in runs} == {("first", "second")}
 
 
-def test_an_event_reaches_whom_it_names_and_nobody_else(app: Streamline) -> None:
+def test_an_event_reaches_only_the_run_that_it_names(app: Streamline) -> None:
     workflow = listening(app)
     one, other = begun(workflow), begun(workflow)
     before = stored(app, other)
@@ -149,13 +149,13 @@ def test_a_name_that_cannot_be_waited_for_cannot_be_sent(app: Streamline, name: 
 
 
 def test_what_ctx_emits_answers_no_wait(app: Streamline) -> None:
-    """Emitted events are news for subscribers, gone with the process; what a run waits for must be durable."""
+    """Emitted events go to subscribers and are lost with the process; an event that a run waits for must be durable."""
     workflow = app.workflow("w", steps={"emit": lambda ctx: ctx.emit("news", 1), "hear": lambda ctx: ctx.wait_for("news")})
     run = workflow.execute(workflow.start().id)
     assert (run.status, run.step("hear").status) == ("waiting", "waiting")
 
 
-# --- whom it cannot reach -------------------------------------------------------------------------------------------
+# --- events that cannot be delivered ---------------------------------------------------------------------------------
 
 
 def test_an_unknown_run_is_named_and_an_ended_one_is_not_woken(app: Streamline) -> None:
@@ -169,7 +169,7 @@ def test_an_unknown_run_is_named_and_an_ended_one_is_not_woken(app: Streamline) 
     assert stored(app, run) == before
 
 
-def test_an_inbox_is_bounded_says_so_and_drops_nothing(app: Streamline) -> None:
+def test_a_full_inbox_refuses_an_event_with_an_error_and_drops_nothing(app: Streamline) -> None:
     workflow = listening(app, times=2)
     run = workflow.start()
     for number in range(inbox.INBOX_MAX):
@@ -179,7 +179,7 @@ def test_an_inbox_is_bounded_says_so_and_drops_nothing(app: Streamline) -> None:
         app.send_event("news", "too much", run_id=run.id)
     assert (caught.value.http_status, stored(app, run)) == (413, before)
     done = workflow.execute(run.id)
-    assert done.output == [1, 3], "what was there first is heard first"
+    assert done.output == [1, 3], "the oldest event is taken first"
     assert len(done.document["inbox"]) == inbox.INBOX_MAX - 2
 
 
@@ -192,7 +192,7 @@ def test_an_inbox_is_bounded_in_bytes_too_but_a_wait_takes_its_event_even_then(a
         app.send_event("other", b"x" * 250_000, run_id=run.id)
     workflow.resume(run.id)
     assert workflow.execute(run.id).step("hear").status == "waiting"
-    assert app.send_event("news", b"y" * 250_000, run_id=run.id) == 1, "it ends the wait and needs no room in the inbox"
+    assert app.send_event("news", b"y" * 250_000, run_id=run.id) == 1, "it ends the wait and needs no space in the inbox"
     assert workflow.execute(run.id).output == b"y" * 250_000
 
 
@@ -223,8 +223,8 @@ def test_an_event_sent_during_a_pause_is_not_lost(app: Streamline, when: str, ta
     assert present(workflow.get(run.id)).output == ["in the pause"]
 
 
-def test_a_run_that_is_paused_on_its_way_to_wait_still_looks_for_what_was_sent(app: Streamline) -> None:
-    """Its write finds the pause and gives the run up before it has looked: the look is owed to whoever resumes it."""
+def test_a_run_that_is_paused_before_its_wait_still_finds_the_event_that_was_sent(app: Streamline) -> None:
+    """The write under pause releases the run before the stored events were searched; the search must happen after the resume."""
     entered, go = threading.Event(), threading.Event()
 
     def hear(ctx: Any) -> None:
@@ -259,8 +259,8 @@ def test_an_event_wait_without_an_event_ends_by_its_timeout(app: Streamline) -> 
     assert "awaits" not in stored(app, run)
 
 
-def test_what_was_sent_before_the_deadline_counts_although_nobody_delivered_it(app: Streamline) -> None:
-    """The sender died after storing the event; whoever claims the run for its deadline looks first."""
+def test_an_event_stored_before_the_deadline_counts_although_it_was_not_delivered(app: Streamline) -> None:
+    """The sender died after storing the event; the worker that claims the run at its deadline must search the stored events first."""
     workflow = listening(app, timeout=0.2)
     run = begun(workflow)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
@@ -268,7 +268,7 @@ def test_what_was_sent_before_the_deadline_counts_although_nobody_delivered_it(a
     assert present(workflow.get(run.id)).output == ["from the dead"]
 
 
-def test_a_rewound_wait_does_not_hear_again_what_it_has_heard(app: Streamline) -> None:
+def test_a_rewound_wait_does_not_get_the_same_event_again(app: Streamline) -> None:
     workflow = listening(app)
     run = begun(workflow)
     app.send_event("news", "old")
@@ -279,14 +279,14 @@ def test_a_rewound_wait_does_not_hear_again_what_it_has_heard(app: Streamline) -
     assert workflow.execute(run.id).output == ["new"]
 
 
-def test_a_sender_that_dies_in_the_middle_is_finished_for(app: Streamline) -> None:
-    """Stored and not delivered: the steward does the rest, once, for those that existed then."""
+def test_a_steward_finishes_the_broadcast_of_a_sender_that_died(app: Streamline) -> None:
+    """The event is stored and not delivered: the steward must deliver it once, to the runs that existed when it was sent."""
     workflow = listening(app)
     run = begun(workflow)
     sent_at = datetime.now(UTC) - timedelta(seconds=60)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     younger = begun(workflow)
-    assert app.store().drive(finishing_broadcasts(app.services)) == 0, "whoever has just sent it is alive"
+    assert app.store().drive(finishing_broadcasts(app)) == 0, "the sender may still be at work"
     app.store().collection("events").update_one({"_id": "e1"}, {"$set": {"at": sent_at}})
     assert app.store().drive(finishing_broadcasts(app.services)) == 1
     assert app.store().drive(finishing_broadcasts(app.services)) == 0
@@ -295,7 +295,7 @@ def test_a_sender_that_dies_in_the_middle_is_finished_for(app: Streamline) -> No
 
 
 def test_a_delivery_that_is_repeated_counts_once(app: Streamline) -> None:
-    """After a lost reply the same delivery is sent again, or a late copy of it arrives."""
+    """After a lost reply the same delivery is sent again, and a late copy of it may arrive."""
     workflow = listening(app, times=2)
     run = begun(workflow)
     deliver = durable_events.deliver_event(run.id, "e1", "news", "once", 100)
@@ -306,7 +306,7 @@ def test_a_delivery_that_is_repeated_counts_once(app: Streamline) -> None:
     assert (stored(app, run), before["steps"][1]["status"]) == (before, "waiting")
 
 
-def test_the_twin_sends_too(app: Streamline) -> None:
+def test_the_asyncio_function_sends_too(app: Streamline) -> None:
     workflow = listening(app)
     run = begun(workflow)
 
@@ -320,7 +320,7 @@ def test_the_twin_sends_too(app: Streamline) -> None:
 
 
 def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Streamline) -> None:
-    """Workers begin waits while others send: at the inbox, at the look, at the delivery; by chance, many times."""
+    """Workers begin waits while events are sent; many random events meet the inbox, the search of stored events and the delivery."""
     chance = random.Random(5)
     workflow = listening(app, times=4)
     runs = workflow.start_many([None] * 30)
@@ -357,7 +357,7 @@ def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Str
 def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
     client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """Two senders broadcast while two workers bring the runs to their waits: three events, three waits, each event once."""
+    """Two processes send to all while two workers begin the waits: three events, three waits, and each event must count once."""
     subscriber = client.workflows["listener"]
     with (
         waiting_pool(tmp_path, mongodb_uri, database),
@@ -382,7 +382,7 @@ def test_events_from_two_other_processes_reach_every_run_of_a_pool_once(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_an_event_wait_outlives_every_process(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """The pool is killed while its runs wait; the event is sent while there is no pool; the next pool goes on."""
+    """The pool is killed while its runs wait; the event is sent while no pool exists; the next pool must continue the runs."""
     single = client.workflows["single"]
     with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         runs = single.start_many([None] * 4)
@@ -401,10 +401,10 @@ def test_an_event_wait_outlives_every_process(client: Streamline, mongodb_uri: s
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("act", ["kill", "stop"])
-def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
+def test_a_worker_lost_between_its_wait_and_its_search_for_events_loses_no_event(
     client: Streamline, mongodb_uri: str, database: str, tmp_path: Path, act: str
 ) -> None:
-    """The event was sent before the wait was stored, so no sender will ever deliver it: only the look finds it."""
+    """The event was sent before the wait was stored, so its sender does not deliver it: only the search of stored events finds it."""
     single = client.workflows["single"]
     run = single.start()
     assert client.send_event("news", "before the wait") == 0
@@ -413,7 +413,7 @@ def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
     options = ("--lease", "2", "--stall-timeout", "6")
     with waiting_pool(tmp_path / "pool", mongodb_uri, database, *options, environ=probe):
         assert single.wait_for(run.id, timeout=40).output == "before the wait"
-    assert once.exists(), "the point was never reached"
+    assert once.exists(), "the crash point was never reached"
     assert len(evidence(client, "entered", step="receive")) == 1
     assert stored(client, run)["steps"][0]["attempts"] == 1
 
@@ -422,10 +422,10 @@ def test_a_worker_lost_between_its_wait_and_its_look_loses_no_event(
 @pytest.mark.timeout(120)
 def test_the_pool_finishes_for_a_sender_that_was_killed(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
     single = client.workflows["single"]
-    with waiting_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward looks for such events every two seconds
+    with waiting_pool(tmp_path, mongodb_uri, database, "--lease", "2"):  # its steward searches for such events every two seconds
         run = single.start()
         until_step(client, run, "receive", "waiting")
-        # What a sender that is killed after its first write leaves behind, a minute later.
+        # The state that a sender leaves if it is killed after its first write, one minute later.
         sent_at = datetime.now(UTC) - timedelta(seconds=60)
         client.store().run(durable_events.record_event("e1", "news", "last words", sent_at))
         assert single.wait_for(run.id, timeout=60).output == "last words"

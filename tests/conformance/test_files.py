@@ -1,4 +1,4 @@
-"""Files beside the runs, on a real server: any size, any interruption, by both APIs, and as every GridFS tool sees them."""
+"""Files of large outputs, on a real server: any size, any interruption, by both APIs, and readable by every GridFS tool."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SIZES = [0, 1, CHUNK_BYTES - OVERHEAD - 1, CHUNK_BYTES - OVERHEAD, CHUNK_BYTES -
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_was_put_is_loaded_by_both_apis_and_by_the_drivers_bucket(app: Streamline, size: int) -> None:
-    """A chunk too few at a boundary, and the output of a finished step is gone."""
+    """If one chunk were missing at a size boundary, the output of a finished step would be lost."""
     value = bytes(n % 251 for n in range(1000)) * (size // 1000 + 1)
     value = value[:size]
     content = encode_payload(value, "x", 2**30)
@@ -80,7 +80,7 @@ def test_what_was_put_is_loaded_by_both_apis_and_by_the_drivers_bucket(app: Stre
 
 
 def test_a_file_that_the_drivers_bucket_wrote_is_loaded(app: Streamline) -> None:
-    """Whoever restores files with the tools they know must find them accepted."""
+    """An operator who restores files with other tools must find them accepted."""
     bucket = gridfs.GridFSBucket(app.client[app.where.database], "workflow_files")
     content = encode_payload(BULK, "x")
     bucket.upload_from_stream_with_id("f", "r", content, metadata={"runId": "r"})
@@ -92,8 +92,8 @@ def test_a_file_that_the_drivers_bucket_wrote_is_loaded(app: Streamline) -> None
 
 @pytest.mark.parametrize("count", range(6))
 def test_a_put_that_was_interrupted_is_completed_by_a_repeat(app: Streamline, count: int) -> None:
-    """The driver's own upload fails for ever under an id that a crash has begun."""
-    content = encode_payload(b"x" * (64 * CHUNK_BYTES + 5), "x", 2**30)  # three commands' worth
+    """After a crash, the driver's own upload would fail for ever under the same id."""
+    content = encode_payload(b"x" * (64 * CHUNK_BYTES + 5), "x", 2**30)  # as much as three commands
     begun = putting_file("f", content, "r")
     answer: Any = None
     for _ in range(count):
@@ -107,7 +107,7 @@ def test_a_put_that_was_interrupted_is_completed_by_a_repeat(app: Streamline, co
 
 @pytest.mark.parametrize("kind", ["lost", "unknown"])
 def test_a_put_survives_a_fault_in_each_of_its_operations(app: Streamline, kind: str) -> None:
-    """A write of unknown outcome is repeated by the store; what had landed must not be an error then."""
+    """The store repeats a write of unknown outcome; a chunk that was already stored must not be an error."""
 
     class Faulty(Store):
         seen, strike = 0, 0
@@ -132,8 +132,8 @@ def test_a_put_survives_a_fault_in_each_of_its_operations(app: Streamline, kind:
     raise AssertionError("a put of twenty operations")
 
 
-def test_two_that_put_the_same_file_at_once_make_one(app: Streamline) -> None:
-    """A first attempt of unknown outcome may still be writing when the second begins."""
+def test_the_same_file_put_by_two_at_once_is_stored_once(app: Streamline) -> None:
+    """The first attempt, whose outcome is unknown, may still write when the second begins."""
     content = encode_payload(b"x" * 3_000_000, "x")
     writers = [threading.Thread(target=put, args=(app, "f", b"x" * 3_000_000)) for _ in range(4)]
     for writer in writers:
@@ -146,7 +146,7 @@ def test_two_that_put_the_same_file_at_once_make_one(app: Streamline) -> None:
 
 @pytest.mark.slow
 def test_processes_that_put_the_first_files_at_once_all_succeed(app: Streamline, mongodb_uri: str, database: str) -> None:
-    """Each finds no file yet and creates the indexes."""
+    """Each process finds no file yet and creates the indexes."""
     code = (
         "import sys; from streamline_pool import Streamline; from streamline_pool.storage.files import putting_file;"
         "from streamline_pool.protocol.codec import encode_payload; app = Streamline(sys.argv[1], database=sys.argv[2]);"
@@ -160,7 +160,7 @@ def test_processes_that_put_the_first_files_at_once_all_succeed(app: Streamline,
 
 
 def test_a_missing_or_damaged_file_is_a_corruption_that_names_it(app: Streamline) -> None:
-    """A truncated output taken for a whole one would be worked on as if nothing had happened."""
+    """A truncated output must not be taken for a complete one by the next step."""
     put(app, "f", b"x" * 1_000_000)
     chunks = app.store().collection("files.chunks")
     with pytest.raises(DataCorruptionError, match=r"run r: output of step a is in file g, and there is no such file of this run") as caught:
@@ -178,7 +178,7 @@ def test_a_missing_or_damaged_file_is_a_corruption_that_names_it(app: Streamline
 
 
 def test_a_forged_marker_opens_no_file_of_another_run(app: Streamline) -> None:
-    """An answer from outside could hold the marker of somebody else's output."""
+    """The answer of a person or a webhook could contain the marker of another run's output."""
     put(app, "f", "secret", run_id="theirs")
     assert load(app, "f", run_id="theirs") == "secret"
     with pytest.raises(DataCorruptionError, match="there is no such file of this run"):
@@ -196,8 +196,8 @@ def test_dropping_is_idempotent_and_leaves_the_rest(app: Streamline) -> None:
     assert app.store().collection("files.chunks").distinct("files_id") == ["h"]
 
 
-def test_a_drop_that_was_interrupted_leaves_the_record_to_find_the_rest_by(app: Streamline) -> None:
-    """Chunks without a record would be found by nobody, for ever."""
+def test_an_interrupted_drop_keeps_the_record_until_the_chunks_are_gone(app: Streamline) -> None:
+    """Chunks without a record would never be found again."""
     put(app, "f", BULK)
     begun = dropping_files(["f"])
     app.store().run(operation(next(begun)))
@@ -208,7 +208,7 @@ def test_a_drop_that_was_interrupted_leaves_the_record_to_find_the_rest_by(app: 
 
 
 def test_the_time_of_upload_is_the_servers(app: Streamline) -> None:
-    """Orphans are told by their age; a wrong clock of one host must not make a new file an old one."""
+    """Orphans are recognised by their age; a wrong clock on one host must not make a new file look old."""
     put(app, "f", BULK)
     uploaded = app.store().collection("files.files").find_one()["uploadDate"]
     app.store().drive(app.store().syncing_clock())
@@ -217,7 +217,7 @@ def test_the_time_of_upload_is_the_servers(app: Streamline) -> None:
     assert app.store().collection("files.files").find_one()["uploadDate"] == uploaded, "a repeat changes nothing"
 
 
-def test_who_writes_no_file_pays_nothing(app: Streamline) -> None:
+def test_an_application_without_large_outputs_creates_no_file_collections(app: Streamline) -> None:
     flow = app.workflow("flow", steps={"a": lambda ctx: "small"})
     run = flow.execute(flow.start().id)
     assert run.output == "small"
@@ -231,7 +231,7 @@ def test_a_document_without_markers_is_loaded_without_any_operation() -> None:
 
 
 def test_a_marker_passes_a_holders_write(app: Streamline) -> None:
-    """MongoDB is particular about field names with a dollar in updates."""
+    """MongoDB restricts field names with a dollar sign in updates."""
     flow = app.workflow("flow", steps={"a": lambda ctx: 1})
     run = flow.start()
     marker = split_output("x" * 300_000, "output", "f").stored
@@ -246,8 +246,8 @@ def test_a_marker_passes_a_holders_write(app: Streamline) -> None:
     assert app.store().drive(loading_outputs(document))["steps"][0]["output"] == "x" * 300_000
 
 
-def test_readwrite_is_right_enough(guarded: str) -> None:
-    """The driver creates GridFS's indexes at the first write; so do we, and a pool's user holds no more than readWrite."""
+def test_the_role_readwrite_is_sufficient(guarded: str) -> None:
+    """The indexes are created at the first write, as by the driver, and a pool's user has only the role readWrite."""
     with Streamline(f"mongodb://writer:s3cret@{guarded}/shop", collection_prefix="rights_") as app:
         put(app, "f", BULK)
         assert load(app, "f") == BULK
@@ -261,4 +261,4 @@ def test_prefixes_do_not_mix(make_app: Any) -> None:
     put(one, "f", BULK)
     with pytest.raises(DataCorruptionError):
         load(other, "f")
-    assert CHUNK_BYTES == 261_120, "as drivers choose it, so that their tools show nothing odd"
+    assert CHUNK_BYTES == 261_120, "the drivers' own chunk size, which their tools expect"

@@ -1,4 +1,4 @@
-"""Hooks: a secret that answers one wait, once, from anywhere; every other token changes nothing at all."""
+"""Hooks: a secret token that answers one wait, once, from any process; every other token changes nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from support import eventually, present
 
 
 class Offering:
-    """A workflow whose first step makes a hook and waits, and the tokens it has made."""
+    """A workflow whose first step creates a hook and waits. `tokens` are those of its hooks, oldest first."""
 
     def __init__(self, app: Streamline, *, name: str = "offering", expires_in: Any = None, timeout: Any = None) -> None:
         self.tokens: list[str] = []
@@ -53,7 +53,7 @@ class Offering:
 
 
 def refused(app: Streamline, token: Any) -> None:
-    """The token is no good, and nothing in the database has changed."""
+    """The token must be refused, and nothing in the database may change."""
     before = list(app.runs.find().sort("_id", 1))
     with pytest.raises(HookTokenError) as caught:
         app.resume_hook(token, "from a stranger")
@@ -87,7 +87,7 @@ def test_an_async_handler_makes_a_hook_without_await(app: Streamline) -> None:
 
 @pytest.mark.parametrize("run_id", ["plain", "order.5/ключ ~?#%", "\U0001f600" * 25, "x" * 100])
 def test_what_is_stored_of_a_token_does_not_answer_anything(app: Streamline, run_id: str) -> None:
-    """Who reads the database, a dump or a log must not be able to approve with what he finds."""
+    """A reader of the database, of a dump or of a log must not be able to answer a wait with what is stored."""
     offering = Offering(app)
     run, token = offering.begin(run_id=run_id)
     secret = token.rpartition(".")[2]
@@ -98,7 +98,7 @@ def test_what_is_stored_of_a_token_does_not_answer_anything(app: Streamline, run
     assert app.resume_hook(token, 1).run_id == run_id
 
 
-def test_a_token_is_good_once(app: Streamline) -> None:
+def test_a_token_is_accepted_once(app: Streamline) -> None:
     offering = Offering(app)
     run, token = offering.begin()
     app.resume_hook(token, "first")
@@ -134,7 +134,7 @@ def test_an_expired_token_is_refused_by_the_servers_clock_and_the_wait_goes_on(a
 
 
 def test_the_databases_own_filter_holds_hash_generation_and_expiry(app: Streamline) -> None:
-    """Between a look at the run and the answer everything may have changed; what the look has shown decides nothing."""
+    """The run may change between the read and the write of an answer, so the write's own filter must decide."""
     offering = Offering(app)
     run, token = offering.begin()
     before = stored(app, run)
@@ -148,7 +148,7 @@ def test_the_databases_own_filter_holds_hash_generation_and_expiry(app: Streamli
     assert app.store().run(answer_hook(run.id, "offer", gen, good, None, "mine", 100, "answer"))["steps"][0]["output"] == "mine"
 
 
-def test_a_token_expires_while_nobody_looks(app: Streamline) -> None:
+def test_a_token_expires_although_no_process_checks_it(app: Streamline) -> None:
     offering = Offering(app, expires_in=0.3)
     _, early = offering.begin()
     app.resume_hook(early, "in time")
@@ -159,7 +159,7 @@ def test_a_token_expires_while_nobody_looks(app: Streamline) -> None:
 
 
 def test_a_token_of_a_wait_that_is_over_does_not_answer_the_next_one(app: Streamline) -> None:
-    """Two signatures in one run: the first one's link must not sign the second."""
+    """With two signatures in one run, the link of the first must not answer the second."""
     first, second = [], []
 
     def one(ctx: Any) -> None:
@@ -181,8 +181,8 @@ def test_a_token_of_a_wait_that_is_over_does_not_answer_the_next_one(app: Stream
     assert present(workflow.get(run.id)).output == "signed"
 
 
-def test_a_rewind_kills_the_hooks_of_the_steps_it_takes_back(app: Streamline) -> None:
-    """The link in the old mail must not sign the new version."""
+def test_a_rewind_invalidates_the_hooks_of_the_steps_that_it_resets(app: Streamline) -> None:
+    """A link in a mail from before the rewind must not answer the new wait."""
     offering = Offering(app)
     run, old = offering.begin()
     offering.workflow.rewind_to(run.id, "offer")
@@ -205,7 +205,7 @@ def test_a_cancelled_and_an_answered_run_have_no_open_hooks(app: Streamline) -> 
 
 @pytest.mark.parametrize("ending", ["sleep", "wait_for", "return"])
 def test_a_hook_answers_nothing_but_a_wait(app: Streamline, ending: str) -> None:
-    """It belongs to the step's next `wait`; a sleep or an event wait that a stranger could end would be neither."""
+    """A hook belongs to the step's next `wait`; its bearer must not be able to end a sleep or a wait for an event."""
     tokens: list[str] = []
 
     def offer(ctx: Any) -> None:
@@ -225,7 +225,7 @@ def test_a_hook_answers_nothing_but_a_wait(app: Streamline, ending: str) -> None
 
 
 def test_an_answer_before_the_wait_is_kept_for_it(app: Streamline) -> None:
-    """The receiver of the link may be faster than the handler that sent it."""
+    """The receiver of a link may answer before the handler that sent it has begun its wait."""
 
     def offer(ctx: Any) -> None:
         token = create_hook(ctx, "sign here").token
@@ -237,11 +237,13 @@ def test_an_answer_before_the_wait_is_kept_for_it(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"offer": offer, "use": lambda ctx: ctx.get_output("offer"), "next": lambda ctx: ctx.wait("next?")})
     run = workflow.execute(workflow.start().id)
     assert (run.step("offer").output, run.step("use").output) == ({"$early": True}, {"$early": True})
-    assert (run.document["waitGen"], run.document["inbox"]) == (2, []), "the wait that never was counts, and its answer is used up"
+    assert (run.document["waitGen"], run.document["inbox"]) == (2, []), (
+        "the wait was answered without being stored: it is counted, and its answer is used up"
+    )
 
 
-def test_an_early_answer_outlives_the_attempt_and_tokens_of_all_attempts_are_good(app: Streamline) -> None:
-    """The mail with the first attempt's link is out; the attempt's failure does not call it back."""
+def test_an_early_answer_outlives_the_attempt_and_tokens_of_all_attempts_are_valid(app: Streamline) -> None:
+    """The mail with the first attempt's link is sent already, and the attempt's failure cannot undo that."""
     tokens: list[str] = []
 
     def offer(ctx: Any) -> None:
@@ -303,7 +305,7 @@ def test_a_step_has_one_open_hook(app: Streamline) -> None:
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_a_worker_that_has_lost_the_run_gets_no_token(app: Streamline, kind: str) -> None:
-    """Its token would be sent to somebody, and never be good."""
+    """The handler would send its token to a person, and the token would never be accepted."""
     caught: list[str] = []
 
     def offer(ctx: Any) -> None:
@@ -350,10 +352,10 @@ def test_a_paused_run_takes_the_answer_and_goes_on_when_it_is_resumed(app: Strea
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
+def test_of_two_bearers_of_one_token_in_two_processes_one_is_accepted(
     client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """The token comes out before the wait is stored, so answers come early, in the middle of it, and late; by a pool at work."""
+    """The token is known before the wait is stored, so answers from two processes arrive before, during and after that write."""
     chance = random.Random(3)
     hooked = client.workflows["hooked"]
     with (
@@ -380,7 +382,7 @@ def test_of_two_bearers_of_one_token_in_two_processes_one_is_heard(
 
 
 @pytest.mark.timeout(120)
-def test_a_token_is_good_after_every_process_that_knew_it_is_gone(
+def test_a_token_is_accepted_after_every_process_that_knew_it_has_ended(
     client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
     hooked = client.workflows["hooked"]

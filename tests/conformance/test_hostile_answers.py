@@ -27,7 +27,7 @@ NASTY: list[Any] = [
     "",
     0,
 ]
-"""Values that mean something to an update pipeline, or that are as good as nothing to careless code."""
+"""Values that an update pipeline would interpret, or that careless code takes for no value."""
 
 
 @pytest.mark.parametrize("way", ["resume", "hook", "event", "to all", "early event", "look"])
@@ -61,15 +61,15 @@ def test_what_a_caller_sends_is_data_and_never_an_expression(app: Streamline, wa
         assert not {"_item", "_hit"} & set(run.to_dict())
 
 
-def test_acts_reasons_are_text_and_never_expressions(app: Streamline, waiting: Waiting) -> None:
+def test_the_reasons_of_control_operations_are_text_and_never_expressions(app: Streamline, waiting: Waiting) -> None:
     run_id = waiting.parked("human", run_id="$$NOW")
     assert waiting.workflow.pause(run_id, reason="$$NOW").to_dict()["pauseReason"] == "$$NOW"
     assert waiting.workflow.rewind_to(run_id, "first").paused
     assert waiting.workflow.cancel(run_id, reason="$status").to_dict()["cancelReason"] == "$status"
 
 
-def test_a_hook_takes_as_large_an_answer_as_a_person_may_give(app: Streamline, waiting: Waiting) -> None:
-    """A command ends at 16 MiB: an answer that is sent in it twice would be refused from 8 MiB on."""
+def test_a_hook_accepts_an_answer_as_large_as_resume_accepts(app: Streamline, waiting: Waiting) -> None:
+    """A command may have 16 MiB: if it contained the answer twice, answers above 8 MiB would be refused."""
     large = "x" * (11 * 1024 * 1024)
     waiting.parked("hook")
     assert app.resume_hook(waiting.tokens[-1], large).run.step("first").output == large
@@ -77,7 +77,7 @@ def test_a_hook_takes_as_large_an_answer_as_a_person_may_give(app: Streamline, w
 
 @pytest.mark.parametrize("how", ["hook, then sleep", "hook, then event"])
 def test_a_hook_ends_no_sleep_and_no_wait_for_an_event(app: Streamline, waiting: Waiting, how: str) -> None:
-    """Its token belongs to a `ctx.wait` that never came; used all the same, a step would be done before its time."""
+    """The token belongs to a `ctx.wait` that the handler did not call; if it were accepted, the step would end too early."""
     run_id = waiting.parked(how)
     with pytest.raises(HookTokenError):
         app.resume_hook(waiting.tokens[-1], "too soon")
@@ -105,7 +105,7 @@ def test_an_expired_hook_is_refused_and_its_wait_goes_on(app: Streamline, early:
 
 
 def test_one_hook_is_answered_once_early_or_not(app: Streamline) -> None:
-    """The first answer is kept; a second one would be refused after the wait began, so it is before, too."""
+    """The first answer is kept. A second answer is refused after the wait has begun, so it must be refused before it as well."""
     tokens: list[str] = []
 
     def asks(ctx: Context) -> None:
@@ -120,15 +120,15 @@ def test_one_hook_is_answered_once_early_or_not(app: Streamline) -> None:
     assert (run.status, run.output, run.to_dict()["inbox"]) == ("done", "first", [])
 
 
-def test_an_event_is_sent_where_nobody_has_made_the_indexes(app: Streamline) -> None:
-    """A program that only sends, on a database in which other programs have made the runs' collection: hints need their index."""
-    app.runs.insert_one({"_id": "somebody's"})
-    app.runs.delete_one({"_id": "somebody's"})
+def test_an_event_can_be_sent_to_a_database_without_our_indexes(app: Streamline) -> None:
+    """Another program may have created the runs' collection without indexes, and a query with a hint fails without its index."""
+    app.runs.insert_one({"_id": "foreign"})
+    app.runs.delete_one({"_id": "foreign"})
     assert app.send_event("go") == 0
 
 
 def test_a_nested_event_for_a_busy_run_is_not_refused_for_its_depth(app: Streamline, waiting: Waiting) -> None:
-    """A payload as deep as payloads may be lies some levels deeper in the inbox; that it is there must not make others unsendable."""
+    """A payload of the greatest legal depth lies some levels deeper in the inbox; it must not make later events impossible to store."""
     deep: Any = 1
     for _ in range(99):
         deep = [deep]
@@ -141,8 +141,8 @@ def test_a_nested_event_for_a_busy_run_is_not_refused_for_its_depth(app: Streaml
         app.send_event("other", large, run_id=run_id)
 
 
-def test_an_event_is_forgotten_when_no_run_is_left_that_is_older(app: Streamline, waiting: Waiting) -> None:
-    """Told by the starter's clock, a run that is still to wait for it might seem to be the younger of the two."""
+def test_an_event_is_deleted_when_no_older_run_is_left(app: Streamline, waiting: Waiting) -> None:
+    """By the clock of its starter, a run that may still wait for the event could seem younger than the event."""
     run = waiting.workflow.start("event")
     app.send_event("$go.now", 1)
     events = app.store().collection("events")

@@ -20,8 +20,8 @@ from streamline_pool.protocol.operations import Fence
 from support import present, shown
 
 
-def test_a_damaged_waiter_keeps_an_event_from_nobody_else(app: Streamline, waiting: Waiting) -> None:
-    """The danger: one run whose steps or counters another program has spoilt ends the sender, for all who wait behind it."""
+def test_a_damaged_waiting_run_keeps_an_event_from_no_other_run(app: Streamline, waiting: Waiting) -> None:
+    """One run whose steps or counters another program has damaged must not stop the delivery to the runs after it."""
     run_ids = sorted(waiting.parked("event") for _ in range(4))
     app.runs.update_one({"_id": run_ids[0]}, {"$unset": {"waitGen": ""}, "$set": {"steps": {"stepId": "first"}}})
     app.runs.update_one({"_id": run_ids[1]}, {"$set": {"steps": ["garbage", 5, None]}})
@@ -31,8 +31,8 @@ def test_a_damaged_waiter_keeps_an_event_from_nobody_else(app: Streamline, waiti
     assert waiting.workflow.execute(run_ids[3]).status == "done"
 
 
-def test_a_run_whose_step_does_not_wait_is_not_resolved_by_a_leftover(app: Streamline, waiting: Waiting) -> None:
-    """`awaits` is an index's field; that a step waits is what its step says. A handler at work must not be overtaken."""
+def test_a_leftover_awaits_field_does_not_resolve_a_step_that_does_not_wait(app: Streamline, waiting: Waiting) -> None:
+    """`awaits` only serves the index; the step itself says whether it waits. An event must not end a step whose handler works."""
     run = waiting.workflow.start("human")
     app.runs.update_one({"_id": run.id}, {"$set": {"awaits": "$go.now"}})
     assert app.send_event("$go.now", 1) == 0
@@ -66,8 +66,8 @@ DAMAGE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("how", ["hook", "event"])
-def test_damage_by_another_program_is_told_and_breaks_nothing(app: Streamline, waiting: Waiting, how: str) -> None:
-    """Every call from outside either works or raises an error of ours; whatever it stores, the run's neighbours go on."""
+def test_damage_by_another_program_is_reported_and_affects_no_other_run(app: Streamline, waiting: Waiting, how: str) -> None:
+    """Every client call on a damaged run must work or raise an error of ours, and the other runs must continue."""
     neighbour = waiting.parked("human")
     for damage in DAMAGE:
         run_id = waiting.parked(how)
@@ -103,8 +103,8 @@ def test_an_answer_to_a_damaged_wait_says_what_is_wrong(app: Streamline, waiting
         app.resume_hook(waiting.tokens[-1], 1)
 
 
-def test_a_damaged_event_holds_up_no_other_and_no_steward(app: Streamline, waiting: Waiting) -> None:
-    """A steward that stumbles over one stored event would finish none of those that come after it, ever."""
+def test_a_damaged_event_stops_no_other_event_and_no_steward(app: Streamline, waiting: Waiting) -> None:
+    """A steward that fails at one stored event would never finish the events after it."""
     events = app.store().collection("events")
     long_ago = datetime(2020, 1, 1, tzinfo=UTC)
     run_id = waiting.parked("event")
@@ -115,8 +115,8 @@ def test_a_damaged_event_holds_up_no_other_and_no_steward(app: Streamline, waiti
         [
             {"_id": "no name", "at": long_ago, "pending": True, "data": 1},
             {"_id": "odd name", "at": long_ago, "pending": True, "data": 1, "name": {"$gt": ""}},
-            {"_id": "no data", "at": long_ago, "pending": True, "name": "nobody waits for it"},
-            {"_id": "deep", "at": long_ago, "pending": True, "name": "nor for this", "data": deep},
+            {"_id": "no data", "at": long_ago, "pending": True, "name": "no run waits for it"},
+            {"_id": "deep", "at": long_ago, "pending": True, "name": "nor for this one", "data": deep},
             {"_id": 5, "at": "no date", "pending": True, "name": "$go.now"},
         ]
     )
@@ -126,8 +126,8 @@ def test_a_damaged_event_holds_up_no_other_and_no_steward(app: Streamline, waiti
     assert waiting.workflow.execute(run_id).output == ["passed on", 1]
 
 
-def test_a_look_finds_an_event_without_data(app: Streamline, waiting: Waiting) -> None:
-    """A driver that stumbles over it loses the run's lease, again and again, until its worker is convicted of killing it."""
+def test_the_search_for_events_accepts_an_event_without_data(app: Streamline, waiting: Waiting) -> None:
+    """A worker that fails at such an event would lose the run's lease again and again, until the run fails as WORKER_CRASHED."""
     run = waiting.workflow.start("event")
     app.store().collection("events").insert_one(
         {"_id": "e", "name": "$go.now", "at": run.created_at, "bornAt": SERVER_TICK, "pending": False}
@@ -135,8 +135,8 @@ def test_a_look_finds_an_event_without_data(app: Streamline, waiting: Waiting) -
     assert waiting.workflow.execute(run.id).output == ["passed on", None]
 
 
-def test_a_run_that_ends_for_want_of_room_awaits_nothing(app: Streamline, waiting: Waiting) -> None:
-    """Its entry in the index of those who wait would be found by every sender from then on."""
+def test_a_run_that_fails_because_its_document_is_full_awaits_nothing(app: Streamline, waiting: Waiting) -> None:
+    """Its entry in the index of waiting runs would be found by every later sender."""
     run_id = waiting.parked("event")
     fence = Fence(run_id, "lease", 1, 1)
     app.runs.update_one({"_id": run_id}, {"$set": {"lease": {"id": "lease"}, "rev": 1}, "$unset": {"wakeAt": ""}})

@@ -1,4 +1,4 @@
-"""One document that the server refuses to update, or that Python cannot read, is nobody else's trouble."""
+"""One document that the server refuses to update, or that Python cannot read, affects no other run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FULL_BYTES = 16 * 1024 * 1024
 
 
 def fill(app: Streamline, run_id: str, *, room: int) -> None:
-    """Leave so many bytes of MongoDB's 16 MiB to a stored run."""
+    """Enlarge a stored run until only `left` bytes remain of MongoDB's 16 MiB."""
     left = FULL_BYTES - room - len(bson.encode(app.runs.find_one({"_id": run_id}))) - 4 * len(b".pad0....")
-    for place in range(4):  # a server with a small cache takes no larger writes
+    for place in range(4):  # a server with a small cache accepts no larger writes
         app.runs.update_one({"_id": run_id}, {"$set": {f"pad{place}": b"x" * (left // 4)}})
 
 
@@ -46,8 +46,8 @@ def one_step(app: Streamline) -> Any:
 
 
 def test_a_run_too_full_to_be_claimed_fails_and_its_batch_is_claimed(app: Streamline) -> None:
-    """The danger: the server ends a multi-update at the first refusal and reports 0, so what it had claimed before is
-    never read back, expires as if a worker had died, and is convicted for that at the third time."""
+    """The server ends a multi-update at the first refusal and reports 0. The runs that it had claimed before would never be
+    read back, their leases would expire as if a worker had died, and at the third time the runs would fail."""
     workflow = one_step(app)
     workflow.start_many(range(5))
     full = workflow.start(99, priority=5)
@@ -61,7 +61,7 @@ def test_a_run_too_full_to_be_claimed_fails_and_its_batch_is_claimed(app: Stream
 
 @pytest.mark.slow
 def test_a_refused_run_at_the_head_of_the_queue_does_not_hide_those_behind_it(make_app: Callable[..., Streamline]) -> None:
-    """The danger: a worker with room for one run looks, finds the refused one, and looks again, for ever and without a pause."""
+    """A worker with capacity for one run must not poll again and again without a pause because it finds only the refused run."""
     app = make_app(concurrency=1)
     workflow = one_step(app)
     workflow.start(0, priority=5)
@@ -71,12 +71,12 @@ def test_a_refused_run_at_the_head_of_the_queue_does_not_hide_those_behind_it(ma
         run_until_idle(app, timeout=2)
     assert [workflow.get(run.id).status for run in others] == ["done"] * 4
     looks = int(str(stopped.value).split("ops_ok=")[1].split(",")[0])
-    assert looks < 400, "a look per ring, of which this test's steward sends a hundred a second, and none in between"
+    assert looks < 400, "one poll per wake-up, of which this test's steward sends a hundred per second, and none in between"
 
 
 @pytest.mark.slow
 def test_a_run_that_an_operators_validator_refuses_keeps_no_other_from_being_claimed(app: Streamline) -> None:
-    """As above, with a document that cannot even be failed: it stays as it is until the rule or the run is mended."""
+    """As above, with a document that cannot even be failed: it stays unchanged until an operator corrects the validator or the run."""
     workflow = one_step(app)
     refused, *others = workflow.start_many([0, 1, 2, 3, 4])
     app.client[app.runs.database.name].command("collMod", app.runs.name, validator={"input": {"$ne": 0}})
@@ -88,12 +88,12 @@ def test_a_run_that_an_operators_validator_refuses_keeps_no_other_from_being_cla
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["release", "expire"])
-def test_leases_of_the_dead_come_back_beside_one_that_cannot(app: Streamline, how: str) -> None:
-    """The danger: recovery stops at the full document, at every sweep and on every host, and every lease behind it is held for ever."""
+def test_leases_of_a_dead_worker_are_recovered_although_one_cannot_be(app: Streamline, how: str) -> None:
+    """Recovery must not stop at the full document: every lease after it would be held for ever."""
     workflow = one_step(app)
     runs = workflow.start_many(range(5))
     app.store().run(claims.claim_runs([run.id for run in runs], None, "claim", "dead:1:x", 0.05))
-    app.runs.update_one({"_id": runs[0].id}, {"$set": {"crashes": 2}})  # its conviction is what has no room
+    app.runs.update_one({"_id": runs[0].id}, {"$set": {"crashes": 2}})  # the record of its failure does not fit
     fill(app, runs[0].id, room=50)
     time.sleep(0.1)
     recover = recovery.release_owner("dead:1:x", 3, {"signal": "SIGKILL"}) if how == "release" else recovery.recover_expired(3)
@@ -104,8 +104,8 @@ def test_leases_of_the_dead_come_back_beside_one_that_cannot(app: Streamline, ho
     assert statuses(app) == {"running": 4, "failed": 1}
 
 
-def test_leases_are_renewed_beside_one_that_cannot_be(app: Streamline) -> None:
-    """The danger: the renewal stops midway, a read then shows every lease in place, and all count as renewed that are not."""
+def test_leases_are_renewed_although_one_cannot_be(app: Streamline) -> None:
+    """The renewal may stop midway; a read then shows every lease in place, and leases that were not renewed must not count as renewed."""
     workflow = one_step(app)
     runs = workflow.start_many(range(5))
     ids = [run.id for run in runs]
@@ -120,7 +120,7 @@ def test_leases_are_renewed_beside_one_that_cannot_be(app: Streamline) -> None:
 
 @pytest.mark.parametrize("value", [DatetimeMS(2**60), bson.raw_bson.RawBSONDocument(b"\x10\0\0\0\x02t\0\x04\0\0\0a\xffb\0\0")])
 def test_a_value_that_python_cannot_read_stops_no_worker(app: Streamline, value: Any) -> None:
-    """The danger: decoding fails for the whole batch, every worker dies of it in turn, and the pool uses up its restarts."""
+    """If decoding failed for the whole batch, each worker would die of it in turn and use up the pool's restarts."""
     workflow = one_step(app)
     odd, *_ = workflow.start_many(range(5))
     app.runs.update_one({"_id": odd.id}, {"$set": {"context.odd": value}})

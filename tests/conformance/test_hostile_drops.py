@@ -1,4 +1,4 @@
-"""Somebody drops a collection under a running pool: it heals what is gone, and hears again."""
+"""A collection is dropped while a pool runs: the pool creates it again with its indexes, and receives signals again."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ wf = app.workflow("w", steps={"one": lambda ctx: 1})
 @pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_pool_outlives_its_dropped_collections(mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """The danger: alive but deaf. Without its index no claim succeeds until somebody restarts the pool; signals that are
-    written into an ordinary collection wake nobody, and fill the disk."""
+    """Without its index no claim succeeds until an operator restarts the pool. Signals in an ordinary collection wake no
+    worker, and fill the disk."""
     app = Streamline(mongodb_uri, database=database)
     workflow = app.workflow("w", steps={"one": lambda ctx: 1})
     with running(tmp_path, APP, mongodb_uri, "--workers", "2", "--lease", "5", database=database) as pool, app:
         pool.ready()
-        workflow.wait_for(workflow.start().id, timeout=10)  # from here on this client makes no collections either
+        workflow.wait_for(workflow.start().id, timeout=10)  # from here on this client creates no collections either
         for name in ("runs", "signals"):
             app.runs.database.drop_collection(f"workflow_{name}")
         workflow.start_many([None] * 20)

@@ -1,4 +1,4 @@
-"""What user code may do to its worker and to its own run: as little as possible."""
+"""User code that changes shared objects, raises odd exceptions or uses its own event loop: it affects only its own attempt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import present
 
 
 def test_a_checkpoint_changed_in_memory_and_not_stored_is_not_stored_by_the_retry(app: Streamline) -> None:
-    """The danger: the item noted as done just before the attempt failed on it is skipped by the next one, so it is never done."""
+    """An item that the failed attempt marked as done in memory must not be skipped by the next attempt: it would never be done."""
     seen: list[list[str]] = []
 
     def work(ctx: Any) -> None:
@@ -31,15 +31,15 @@ def test_a_checkpoint_changed_in_memory_and_not_stored_is_not_stored_by_the_retr
     assert seen == [[], ["a"]]
 
 
-def test_what_a_handler_does_to_what_ctx_shows_is_seen_by_no_later_step(app: Streamline) -> None:
-    """The danger: it is seen here and not after a crash; and what BSON cannot hold fails the writes of every run in the batch."""
+def test_changes_to_the_objects_that_ctx_returns_are_not_visible_to_later_steps(app: Streamline) -> None:
+    """A change would be visible here and not after a crash, and a value that BSON cannot hold would fail the writes of the whole batch."""
     seen: list[Any] = []
 
     def first(ctx: Any) -> dict[str, Any]:
         ctx.set("set", {})
         for shown in (ctx.input["nested"], ctx.context["nested"], ctx.context["set"]):
             shown["object"] = object()
-        ctx.set("dotted.key", 1)  # the context is then stored as a whole
+        ctx.set("dotted.key", 1)  # then the context is stored as a whole
         return {}
 
     def second(ctx: Any) -> None:
@@ -64,8 +64,8 @@ class RaisesInRepr:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_an_exception_that_cannot_be_told_fails_its_own_attempt_only(app: Streamline, is_async: bool) -> None:
-    """The danger: the worker ends by it, thrice, and each time with it every run in flight."""
+def test_an_exception_that_cannot_be_printed_fails_only_its_own_attempt(app: Streamline, is_async: bool) -> None:
+    """Such an exception must not end the worker and with it every run that the worker holds."""
     raised = [RaisesInStr(), SystemExit(RaisesInRepr()), ValidationError("\ud800"), NonRetriableError("\ud800"), KeyboardInterrupt()]
 
     def work(ctx: Any) -> None:
@@ -83,8 +83,8 @@ def test_an_exception_that_cannot_be_told_fails_its_own_attempt_only(app: Stream
     assert app.runs.count_documents({"crashes": {"$gt": 0}}) == 0
 
 
-def test_a_signal_awaited_in_a_loop_of_the_handlers_own_fires_there_and_hurts_nobody_once_that_loop_is_closed(app: Streamline) -> None:
-    """The danger: firing raises, so the attempt never ends, its lease is renewed for ever, and nothing fences the other runs."""
+def test_a_signal_awaited_in_the_handlers_own_loop_fires_there_and_is_harmless_after_that_loop_was_closed(app: Streamline) -> None:
+    """If firing raised an error, the attempt would never end, its lease would be renewed for ever, and no other run would be fenced."""
     heard: list[str] = []
 
     def listens(ctx: Any) -> None:

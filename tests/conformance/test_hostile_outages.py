@@ -1,4 +1,4 @@
-"""What the database may do to a worker: be away for hours, or refuse what it should not."""
+"""A database that is unreachable for hours, or that refuses single writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATEMENT = Statement(Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True
 
 
 class Scripted:
-    """A store that answers writes as told."""
+    """A store that answers each write as the test's script says."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         self._answer = answer
@@ -31,7 +31,7 @@ class Scripted:
 
 
 def outcome(answer: Callable[[], Any], slept: list[float]) -> WriteOutcome:
-    """Of one statement, in a world in which pauses take no time."""
+    """The outcome of one statement, with back-offs that take no time."""
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
@@ -47,8 +47,8 @@ def outcome(answer: Callable[[], Any], slept: list[float]) -> WriteOutcome:
     return asyncio.run(write())
 
 
-def test_a_write_refused_for_a_reason_that_nobody_has_thought_of_holds_up_the_others_for_moments_only() -> None:
-    """The danger: one such write in each of the two pumps, repeated for ever, and no run of the worker goes on (code 388 is one)."""
+def test_a_write_refused_for_an_unknown_reason_delays_the_others_only_briefly() -> None:
+    """Such writes, repeated for ever in both senders, would stop every run of the worker (code 388 is an example)."""
     slept: list[float] = []
     with pytest.raises(ValidationError, match="too large") as raised:
         outcome(lambda: {"n": 0, "writeErrors": [{"index": 0, "code": 388, "errmsg": "transaction is too large"}]}, slept)
@@ -57,7 +57,7 @@ def test_a_write_refused_for_a_reason_that_nobody_has_thought_of_holds_up_the_ot
 
 
 def test_a_write_is_repeated_through_an_outage_of_hours() -> None:
-    """The danger: a back-off that doubles without end is too large for a float after a thousand tries, and the write is dropped."""
+    """A back-off that doubles without a limit is too large for a float after a thousand attempts, and the write would be lost."""
     tries = 0
 
     def answer() -> Any:
@@ -74,7 +74,7 @@ def test_a_write_is_repeated_through_an_outage_of_hours() -> None:
 
 
 def test_a_worker_that_has_failed_thousands_of_times_still_claims(app: Streamline) -> None:
-    """The danger: as above, in the claim loop, whose end is the worker's."""
+    """As above, in the claim loop: if it ended, the worker would end."""
     app.workflow("w", steps={"one": lambda ctx: None})
     worker = Worker(app, Settings(), owner="test:1:x", index=0, total=1)
     for _ in range(3_000):

@@ -20,9 +20,9 @@ from streamline_pool.storage.procedures import Procedure
 from support import present
 
 
-def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, waiting: Waiting) -> None:
-    """A sender that stops at the first batch of which nobody was woken would count the event as delivered, and those
-    behind it would wait for ever. Here the batch is as small as it gets, and all of it has gone on before the delivery."""
+def test_every_waiting_run_gets_an_event_although_some_have_gone_on(app: Streamline, waiting: Waiting) -> None:
+    """A sender that stopped at the first batch without a woken run would count the event as delivered, and the runs after
+    it would wait for ever. Here the batch holds two runs, and both have continued before the delivery."""
     run_ids = sorted(waiting.parked("event") for _ in range(6))
     app.store().run(durable_events.record_event("e1", "$go.now", 7, app.store().now()))
     (event,) = app.store().run(durable_events.read_event("e1"))
@@ -51,8 +51,10 @@ def test_everybody_gets_an_event_though_some_cannot_take_it(app: Streamline, wai
 
 
 @pytest.mark.parametrize("others", [1, 2, 3, 6])
-def test_an_act_is_done_though_others_act_between_its_look_and_its_write(app: Streamline, waiting: Waiting, others: int) -> None:
-    """Told that the run was rewound, while two other acts had kept the write from matching, a caller would rely on what never was."""
+def test_an_operation_is_applied_although_others_come_between_its_read_and_its_write(
+    app: Streamline, waiting: Waiting, others: int
+) -> None:
+    """If other operations kept the write from matching, the caller must not get the result of a rewind that never happened."""
     run_id = waiting.parked("human")
 
     def act() -> None:
@@ -66,8 +68,10 @@ def test_an_act_is_done_though_others_act_between_its_look_and_its_write(app: St
 
 
 @pytest.mark.parametrize("others", [0, 1, 2, 5])
-def test_an_act_whose_reply_was_lost_is_known_by_its_id_whatever_others_did_since(app: Streamline, waiting: Waiting, others: int) -> None:
-    """Repeated with a new decision, a rewind would throw away the results that came after the first."""
+def test_an_operation_whose_reply_was_lost_is_recognised_by_its_id_after_any_number_of_others(
+    app: Streamline, waiting: Waiting, others: int
+) -> None:
+    """If a rewind were decided and applied again, it would discard the results that came after the first."""
     run_id = waiting.parked("human")
     landed: list[Any] = []
 
@@ -84,7 +88,7 @@ def test_an_act_whose_reply_was_lost_is_known_by_its_id_whatever_others_did_sinc
             effect = next(procedure)
             while True:
                 if getattr(effect, "name", None) == "rewind_run" and not landed:
-                    yield effect  # the reply of this one is lost, and the caller sends it again
+                    yield effect  # this reply is lost, and the caller sends the operation again
                     land_and_act()
                 effect = procedure.send((yield effect))
         except StopIteration as stop:
@@ -97,8 +101,10 @@ def test_an_act_whose_reply_was_lost_is_known_by_its_id_whatever_others_did_sinc
 
 @pytest.mark.parametrize("wrong_s", [-30.0, 30.0])
 @pytest.mark.parametrize("way", ["waits now", "waits later"])
-def test_who_existed_when_an_event_was_sent_is_no_question_of_clocks(app: Streamline, waiting: Waiting, wrong_s: float, way: str) -> None:
-    """A starter whose idea of the time is ahead would make runs that events sent after them pass by, and they wait for ever."""
+def test_whether_a_run_existed_when_an_event_was_sent_does_not_depend_on_clocks(
+    app: Streamline, waiting: Waiting, wrong_s: float, way: str
+) -> None:
+    """If a starter's clock is ahead, later events must still reach the runs that it started; else these would wait for ever."""
     app.store().syncing_clock()
     old = waiting.workflow.start("event")
     clock = app.store().clock
@@ -117,7 +123,7 @@ def test_who_existed_when_an_event_was_sent_is_no_question_of_clocks(app: Stream
 
 
 def test_of_two_answers_that_meet_only_one_is_reported_as_accepted(app: Streamline, waiting: Waiting) -> None:
-    """Both have read that the run waits; who is told that his answer counts must be the one whose answer it is."""
+    """Both callers have read that the run waits; only the caller whose answer was stored may get a success."""
     run_id = waiting.parked("human")
     second = resuming_run(app, None, run_id, "second")
     with pytest.raises(InvalidStateError, match="another answer"):
@@ -130,7 +136,7 @@ def test_of_two_answers_that_meet_only_one_is_reported_as_accepted(app: Streamli
 
 
 def test_a_resume_that_has_read_a_pause_never_answers(app: Streamline, waiting: Waiting) -> None:
-    """Somebody else un-pauses the run between the two: decided anew, the call would answer a wait that nobody has answered."""
+    """Another client resumes the run between the read and the write. If the call were decided again, it would answer the wait."""
     run_id = waiting.parked("human")
     waiting.workflow.pause(run_id)
     run = interrupted(app, resuming_run(app, None, run_id, None), "unpause_run", lambda: waiting.workflow.resume(run_id))
@@ -140,7 +146,7 @@ def test_a_resume_that_has_read_a_pause_never_answers(app: Streamline, waiting: 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_an_event_that_comes_between_the_handler_and_its_wait_is_taken(app: Streamline, last: bool) -> None:
-    """The holder's copy of the run does not have it yet: a wait that is stored all the same waits for what it has."""
+    """The holder's copy of the run lacks the event. If the wait were stored, the run would wait for an event that it already has."""
 
     def asks(ctx: Context) -> None:
         assert app.send_event("go", {"$n": 1}, run_id=ctx.run_id) == 0
@@ -157,7 +163,7 @@ def test_an_event_that_comes_between_the_handler_and_its_wait_is_taken(app: Stre
 
 @pytest.mark.parametrize("last", [False, True])
 def test_an_event_taken_from_the_inbox_under_pause_is_stored_once(app: Streamline, last: bool) -> None:
-    """Two twists at once: the wait's answer is there already, and the run was paused: the result is stored, and nothing starts."""
+    """The event has arrived already, and the run was paused: the result must be stored once, and no step may start."""
     entered: list[str] = []
 
     def asks(ctx: Context) -> None:
@@ -176,7 +182,7 @@ def test_an_event_taken_from_the_inbox_under_pause_is_stored_once(app: Streamlin
 
 
 def test_an_entry_that_a_pause_has_prevented_is_not_counted(app: Streamline) -> None:
-    """`attempts` counts entries into the handler. A step whose condition has been decided when the pause is found is not entered."""
+    """`attempts` counts entries into the handler. A step whose entry a pause prevents after its condition was decided must not count."""
     paused: list[Any] = []
 
     def pause_once(ctx: Context) -> bool:
@@ -195,7 +201,7 @@ def test_an_entry_that_a_pause_has_prevented_is_not_counted(app: Streamline) -> 
 
 
 def test_an_answer_to_an_older_wait_answers_no_newer_one(app: Streamline, waiting: Waiting) -> None:
-    """Who has read the run before it was rewound answers a question that was taken back."""
+    """A caller that read the run before its rewind must not answer the new wait."""
     run_id = waiting.parked("human")
 
     def rewind_and_wait_again() -> None:
@@ -228,7 +234,7 @@ LATE: dict[str, tuple[str, Callable[[Streamline, str, str], Procedure[Any]], tup
 
 @pytest.mark.parametrize("name", LATE)
 def test_a_late_copy_of_a_call_that_is_over_changes_nothing(app: Streamline, waiting: Waiting, name: str) -> None:
-    """A network that delivers a write twice must not pause a run that was resumed, or answer a question that was not asked yet."""
+    """If a network delivers a write again, it must not pause a resumed run again, and must not answer a later wait."""
     how, call, then = LATE[name]
     run_id = waiting.parked(how)
     if name == "resume":

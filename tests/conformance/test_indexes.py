@@ -1,4 +1,4 @@
-"""`setup_indexes` on a real server: what it makes, that it may be called by everybody, and what it does about what is there."""
+"""`setup_indexes` on a real server: which indexes it creates, calls by several processes, and indexes that exist already."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_it_makes_what_it_says_and_returns_every_name(app: Streamline) -> None:
 
 
 def test_without_arguments_there_is_no_tenant_and_no_ttl(app: Streamline) -> None:
-    """An index that nobody asked for is paid for at every step."""
+    """Each index costs time at every step, so none is created without a request."""
     assert app.setup_indexes() == [*ENGINE, "streamline_workflow_status", "streamline_status_updated", "streamline_user_userId"]
     assert all("expireAfterSeconds" not in index for index in indexes(app).values())
 
 
-def test_the_asyncio_twin_does_the_same(app: Streamline) -> None:
+def test_the_asyncio_function_does_the_same(app: Streamline) -> None:
     async def both() -> tuple[list[str], list[str]]:
         async with app:
             return await app.setup_indexes_async(user_field="meta.owner"), await app.setup_indexes_async(user_field="meta.owner")
@@ -88,7 +88,7 @@ def test_users_queries_are_answered_from_the_indexes(app: Streamline) -> None:
 
 
 def test_another_ttl_changes_the_index_in_place_and_none_leaves_it(app: Streamline) -> None:
-    """Dropping and building it anew would take an hour on a large collection, and leave it without one meanwhile."""
+    """Building the index again would take an hour on a large collection, and there would be no TTL meanwhile."""
     built: list[str] = []
 
     class Watched(Store):
@@ -112,7 +112,7 @@ def test_another_ttl_changes_the_index_in_place_and_none_leaves_it(app: Streamli
 
 
 def test_the_ttl_holds_no_run_that_has_not_ended(app: Streamline) -> None:
-    """A TTL that deletes a sleeping run loses work without a word (a defect of the seed)."""
+    """A TTL that deletes a sleeping run loses work silently (a defect of the library before this one)."""
     app.setup_indexes(auto_cleanup_days=0)
     flow = app.workflow("flow", steps={"nap": lambda ctx: ctx.sleep(3600)})
     sleeping = flow.execute(flow.start().id)
@@ -132,7 +132,7 @@ def test_the_ttl_holds_no_run_that_has_not_ended(app: Streamline) -> None:
 
 @pytest.mark.slow
 def test_processes_that_set_up_at_once_all_succeed(app: Streamline, mongodb_uri: str, database: str) -> None:
-    """Every worker calls it at its start; one that loses the race must not fail to boot. The last TTL counts."""
+    """Every worker calls it at its start, and a worker that loses the race must still start. The last TTL counts."""
     code = (
         "import sys; from streamline_pool import Streamline; app = Streamline(sys.argv[1], database=sys.argv[2]);"
         "[print(app.setup_indexes(tenant_field='context.t', auto_cleanup_days=int(sys.argv[3]) + i, context_fields=['a', 'b']))"
@@ -148,7 +148,7 @@ def test_processes_that_set_up_at_once_all_succeed(app: Streamline, mongodb_uri:
 
 
 def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
-    """Between the look and the write another process may have made it, with another TTL."""
+    """Between the read and the write another process may have created the index with another TTL."""
     other = Streamline(app.mongodb_uri, database=app.database)
 
     class Overtaken(Store):
@@ -177,8 +177,8 @@ def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
         pytest.param({"keys": [("x", 1)], "name": "streamline_status_updated"}, "its keys are {'x': 1}", id="our name"),
     ],
 )
-def test_a_hand_made_index_in_the_way_is_told_in_words(app: Streamline, made: dict[str, Any], told: str) -> None:
-    """MongoDB's own words are an error number and two specifications."""
+def test_a_conflicting_hand_made_index_is_reported_in_plain_words(app: Streamline, made: dict[str, Any], told: str) -> None:
+    """MongoDB's own message is an error number and two index specifications."""
     app.runs.create_index(**made)
     before = indexes(app)
     with pytest.raises(ValidationError, match="setup_indexes: the collection has an index") as caught:
@@ -186,13 +186,13 @@ def test_a_hand_made_index_in_the_way_is_told_in_words(app: Streamline, made: di
     assert told in caught.value.message
     name = next(name for name in before if name != "_id_")
     assert f"app.runs.drop_index({name!r})" in caught.value.message
-    assert not {"streamline_user_userId", "streamline_ttl"} & set(indexes(app)), "nothing of it was made"
+    assert not {"streamline_user_userId", "streamline_ttl"} & set(indexes(app)), "nothing was created"
     app.runs.drop_index(name)
     assert app.setup_indexes(auto_cleanup_days=10, context_fields=["orderId"])
 
 
 def test_a_hand_made_index_that_does_the_same_is_used(app: Streamline) -> None:
-    """The name is no reason to build an index twice."""
+    """An index under another name must not be built a second time."""
     app.runs.create_index([("context.orderId", 1)], name="mine")
     ended = {"status": {"$in": ["failed", "done", "cancelled"]}}
     app.runs.create_index([("endedAt", 1)], name="old", expireAfterSeconds=5, partialFilterExpression=ended)
@@ -204,7 +204,7 @@ def test_a_hand_made_index_that_does_the_same_is_used(app: Streamline) -> None:
 
 @pytest.mark.parametrize("field", ["", ".", "a.", ".a", "a..b", "$a", "a.$b", "a\0b", "x" * 201, "\ud800", 7, None, ["a"]], ids=shown)
 @pytest.mark.parametrize("argument", ["tenant_field", "user_field", "context_fields"])
-def test_what_can_be_no_field_is_refused(app: Streamline, argument: str, field: Any) -> None:
+def test_an_invalid_field_name_is_refused(app: Streamline, argument: str, field: Any) -> None:
     if field is None and argument != "context_fields":
         return
     options: dict[str, Any] = {argument: [field] if argument == "context_fields" else field}
@@ -213,7 +213,7 @@ def test_what_can_be_no_field_is_refused(app: Streamline, argument: str, field: 
 
 
 @pytest.mark.parametrize("days", [-1, -0.001, float("nan"), float("inf"), "30", True, 25_000, timedelta(days=-1)], ids=shown)
-def test_what_can_be_no_ttl_is_refused(app: Streamline, days: Any) -> None:
+def test_an_invalid_ttl_is_refused(app: Streamline, days: Any) -> None:
     with pytest.raises(ValidationError, match="setup_indexes: auto_cleanup_days"):
         app.setup_indexes(auto_cleanup_days=days)
 
@@ -221,7 +221,7 @@ def test_what_can_be_no_ttl_is_refused(app: Streamline, days: Any) -> None:
 @pytest.mark.parametrize(
     "arguments", [{"context_fields": "orderId"}, {"context_fields": 7}, {"tenant_field": "status"}, {"user_field": "createdAt"}], ids=shown
 )
-def test_other_nonsense_is_refused(app: Streamline, arguments: dict[str, Any]) -> None:
+def test_other_invalid_arguments_are_refused(app: Streamline, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="setup_indexes: "):
         app.setup_indexes(**arguments)
 
@@ -234,8 +234,8 @@ def test_prefixes_have_their_own_indexes(make_app: Callable[..., Streamline]) ->
     assert "streamline_ttl" not in indexes(other)
 
 
-def test_readwrite_is_right_enough_but_for_another_ttl(guarded: str) -> None:
-    """A pool's user holds no more; what that does not suffice for must be told in words."""
+def test_the_role_readwrite_is_sufficient_except_for_changing_a_ttl(guarded: str) -> None:
+    """A pool's user has no other role; an operation that needs more rights must say so in plain words."""
     with Streamline(f"mongodb://writer:s3cret@{guarded}/shop", collection_prefix="ix_") as app:
         app.setup_indexes(auto_cleanup_days=1)
         app.setup_indexes(auto_cleanup_days=1)

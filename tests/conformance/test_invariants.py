@@ -1,6 +1,6 @@
-"""The invariants of DESIGN, section 5, after random interleavings: several workers, lost ones, random cancels and sweeps.
+"""The invariants of a stored run (docs/architecture.md) after random interleavings: several workers, lost workers, cancels, sweeps.
 
-Each seed is printed and is the test's id; a seed that fails becomes a case of its own.
+Each seed is part of the test's id. A seed that fails becomes a test case of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed > 3 else []) for se
 
 
 class Scripted:
-    """Handlers that do, by chance, whatever handlers do; and a record of what came of it."""
+    """Handlers that randomly return, fail or sleep, and a record of their entries."""
 
     def __init__(self, app: Streamline, chance: random.Random) -> None:
         self.app = app
@@ -67,7 +67,7 @@ class Scripted:
 
 
 async def disturb(app: Streamline, runs: list[str], chance: random.Random, cancelled: set[str]) -> None:
-    """Outside acts, and leases that are taken away, at random moments."""
+    """Cancel runs, let leases expire and recover them, at random moments."""
     store = app.store_async()
     for _ in range(60):
         await asyncio.sleep(chance.random() / 50)
@@ -77,7 +77,7 @@ async def disturb(app: Streamline, runs: list[str], chance: random.Random, cance
                 if (await app.cancel_run_async(run_id)).status == "cancelled":
                     cancelled.add(run_id)
             case 1:
-                # As if its worker had been silent for too long: the holder finds out at its next write.
+                # As if its worker had not renewed in time: the lease holder learns it at its next write.
                 query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
                 await store.run(operations.update_matching("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}]))
             case 2:
@@ -87,7 +87,7 @@ async def disturb(app: Streamline, runs: list[str], chance: random.Random, cance
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_happens_each_run_ends_once_and_none_is_wedged(make_app: Callable[..., Streamline], seed: int) -> None:
+def test_each_run_ends_once_and_none_is_wedged_after_random_interleavings(make_app: Callable[..., Streamline], seed: int) -> None:
     print(f"seed {seed}")
     chance = random.Random(seed)
     app = make_app(lease_s=2.0, max_crashes=1_000, concurrency=chance.choice([1, 5, 50]))

@@ -1,8 +1,8 @@
-"""The invariants of DESIGN, section 5, after random interleavings of waits, answers, events, pauses, rewinds and lost workers.
+"""The invariants of a stored run (docs/architecture.md) after random interleavings of waits, answers, events, pauses and lost workers.
 
-As test_invariants.py, for runs that others act on: handlers wait by chance for people, hooks and events, while clients
-answer, send, pause, resume, rewind and cancel, leases run out and senders die. After the storm everything is answered, and
-every run ends.
+As test_invariants.py, for runs that clients answer and control: handlers wait randomly for people, hooks and events, while
+clients answer, send, pause, resume, rewind and cancel, leases expire and senders die. In the end everything is answered,
+and every run ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed > 2 else []) for se
 
 
 class Scripted:
-    """Handlers that end, by chance, in whatever way handlers end."""
+    """Handlers that end randomly in every way a handler can end."""
 
     def __init__(self, app: Streamline, chance: random.Random) -> None:
         self.app = app
@@ -76,7 +76,7 @@ class Scripted:
             try:
                 self.app.resume_hook(token, {"early": token})
             except HookTokenError:
-                return  # rewound meanwhile, or somebody else was quicker
+                return  # the run was rewound meanwhile, or another client has answered first
 
     def step(self, ctx: Context) -> Any:
         what = self.enter(ctx)
@@ -94,7 +94,7 @@ class Scripted:
         return self.act(ctx, "hook" if what == "hook early" else what)
 
     def witness(self, documents: list[dict[str, Any]]) -> None:
-        """Check a snapshot, and keep which step of a run has got which event."""
+        """Check a snapshot, and record which step of a run took which event."""
         check_invariants(documents)
         for document in documents:
             run_id, ended = document["_id"], True
@@ -107,10 +107,10 @@ class Scripted:
                     ended = False
                 assert (step["status"] in ("done", "skipped")) is ended or document["status"] == "failed", f"order: {document}"
                 if step["status"] == "waiting":
-                    # What has come already is not waited for: nobody would ever look into the inbox again.
+                    # A run must not wait for an event in its inbox: nothing would read the inbox again.
                     wanted = {"event": step["waitingFor"].get("eventName")}.get(step["waitingFor"]["type"])
                     unread = [item for item in document.get("inbox", []) if item.get("name") == wanted is not None]
-                    if step["waitingFor"]["type"] in ("human", "webhook"):  # a hook has no say in a sleep, nor in a wait for an event
+                    if step["waitingFor"]["type"] in ("human", "webhook"):  # a hook ends neither a sleep nor a wait for an event
                         unread += [item for item in document.get("inbox", []) if item.get("gen") == step["gen"]]
                     assert not unread, f"{run_id} waits for what it has: {document}"
                 if step["stepId"] != document["currentStepId"]:
@@ -120,7 +120,7 @@ class Scripted:
 
 
 async def client(scripted: Scripted, runs: list[str], chance: random.Random, record: dict[str, Any]) -> None:
-    """One client among several, who does whatever clients and bad luck do."""
+    """One of several clients. It makes random calls and simulates random losses."""
     app, workflow, store = scripted.app, scripted.workflow, scripted.app.store_async()
     for number in range(ACTS_EACH):
         await asyncio.sleep(chance.random() / 30)
@@ -134,26 +134,26 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
                     await workflow.resume_async(run_id)
                 case 4 | 5:
                     run = await workflow.resume_async(run_id, payload)
-                    assert payload in [step.output for step in run.steps], f"acknowledged, and not there: {run.to_dict()}"
+                    assert payload in [step.output for step in run.steps], f"acknowledged, but not stored: {run.to_dict()}"
                 case 6 | 7:
                     if scripted.tokens:
                         token = chance.choice(scripted.tokens[-20:])
                         await app.resume_hook_async(token, {"token": token})
-                        assert token not in record["used"], f"a token was good twice: {token}"
+                        assert token not in record["used"], f"a token was accepted twice: {token}"
                         record["used"].add(token)
                 case 8:
                     await app.send_event_async(chance.choice(NAMES), {"event": app.env.new_id()}, run_id=run_id)
                 case 9:
                     await app.send_event_async(chance.choice(NAMES), {"event": app.env.new_id()})
                 case 10:
-                    # A sender that dies once its event is stored.
+                    # A sender that dies after its event was stored.
                     event_id = app.env.new_id()
                     await store.run(durable_events.record_event(event_id, chance.choice(NAMES), {"event": event_id}, store.now()))
                 case 11:
                     await workflow.rewind_to_async(run_id, chance.choice(STEPS))
                     record["rewinds"][run_id] += 1
                 case 12:
-                    # As if its worker had been silent for too long: the holder finds out at its next write.
+                    # As if its worker had not renewed in time: the lease holder learns it at its next write.
                     query = {"_id": run_id, "lease.expiresAt": {"$exists": True}}
                     await store.run(
                         operations.update_matching("expire", query, [{"$set": {"lease.expiresAt": {"$subtract": ["$$NOW", 1]}}}])
@@ -169,13 +169,13 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
 
 
 def finishing(app: Streamline) -> Procedure[None]:
-    """A steward's finishing of broadcasts, without its wait for their senders."""
-    for event in (yield durable_events.find_pending_events(app.services.now(), 100)):
-        yield from broadcasting(app.services, event)
+    """The steward's duty to finish broadcasts, without its waiting time for their senders."""
+    for event in (yield durable_events.find_pending_events(app._server_now(), 100)):
+        yield from _broadcasting(app, event)
 
 
 async def answer_everything(scripted: Scripted) -> None:
-    """Until every run has ended: resume what is paused, answer what waits."""
+    """Resume paused runs and answer waiting runs until every run has ended."""
     app, workflow = scripted.app, scripted.workflow
     deadline = asyncio.get_running_loop().time() + 45
     while live := await asyncio.to_thread(lambda: list(app.runs.find({"endedAt": None}))):
@@ -198,8 +198,8 @@ async def answer_everything(scripted: Scripted) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_others_do_to_them_runs_end_once_everything_is_answered(make_app: Callable[..., Streamline], seed: int) -> None:
-    """Answers, events, pauses and rewinds meet workers at every instant of a step; one that falls between two writes wedges a run."""
+def test_runs_end_after_everything_is_answered_whatever_clients_did_before(make_app: Callable[..., Streamline], seed: int) -> None:
+    """Client calls meet workers at every moment of a step; one that gets lost between two writes would wedge a run."""
     print(f"seed {seed}")
     chance = random.Random(seed)
     app = make_app(lease_s=2.0, max_crashes=1_000, concurrency=chance.choice([1, 5, 50]))

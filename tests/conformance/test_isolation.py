@@ -1,6 +1,6 @@
-"""Several `Streamline`s in one process, several prefixes, databases, versions and pools: none sees or disturbs another.
+"""Several applications: in one process, by prefix, database, version and pool. None sees or disturbs another.
 
-test_engine_isolation.py has what concerns one process and its callers; here are acts, events and real pools.
+test_engine_isolation.py covers one process and its callers; this file covers control operations, events and real pools.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def other_database(mongodb_uri: str) -> Iterator[str]:
 
 
 def waiting(app: Streamline, run_id: str = "same") -> tuple[Any, list[str]]:
-    """A run that waits by a hook, then for an event; the same id in every application. The tokens as well."""
+    """The workflow of a run that waits for a hook and then for an event, and its tokens. The run has the same id in every application."""
     tokens: list[str] = []
 
     def offer(ctx: Any) -> None:
@@ -43,10 +43,10 @@ def waiting(app: Streamline, run_id: str = "same") -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize("apart_by", ["prefix", "database"])
-def test_no_act_crosses_from_one_application_to_another(
+def test_no_operation_reaches_another_applications_run(
     make_app: Callable[..., Streamline], mongodb_uri: str, other_database: str, apart_by: str
 ) -> None:
-    """The ids are the same on both sides, and so are workflows, steps, events and keys; only the place differs."""
+    """Ids, workflows, steps, events and keys are the same on both sides; only the prefix or the database differs."""
     one = make_app()
     if apart_by == "prefix":
         other = make_app(collection_prefix="other_")
@@ -98,7 +98,7 @@ def test_several_applications_in_one_process_share_no_subscribers_and_no_registr
 
 
 def test_one_object_cancels_what_another_executes_in_the_same_process(make_app: Callable[..., Streamline]) -> None:
-    """Objects are apart, what they store is not: two of them on one database are one application."""
+    """Two objects on one database are one application: a cancel through one must reach the handler of the other."""
     one, other = make_app(lease_s=3.0), make_app()
     reasons: list[Any] = []
 
@@ -113,7 +113,7 @@ def test_one_object_cancels_what_another_executes_in_the_same_process(make_app: 
     assert reasons[0] in ("cancelled", "lease-lost")
 
 
-def test_another_workflows_run_is_as_if_it_did_not_exist(app: Streamline) -> None:
+def test_another_workflows_run_does_not_exist_for_control_operations(app: Streamline) -> None:
     (mine, _), other = waiting(app), app.workflow("other", steps={"offer": lambda ctx: ctx.wait("?")})
     before = mine.get("same").document
     acts = (other.resume, other.pause, other.cancel, lambda run_id: other.rewind_to(run_id, "offer"), other.execute)
@@ -139,7 +139,7 @@ def pool_text(mark: str, *, workflows: tuple[str, ...] = ("w",), version: str = 
 
 
 def client(uri: str, database: str, *, workflows: tuple[str, ...] = ("w",), version: str = "1", prefix: str = "workflow_") -> Streamline:
-    """An application that only starts and looks."""
+    """An application that only starts and reads runs."""
     app = Streamline(uri, database=database, collection_prefix=prefix)
     for name in workflows:
         app.workflow(name, version=version, steps={"ask": lambda ctx: None, "act": lambda ctx: None})
@@ -149,7 +149,7 @@ def client(uri: str, database: str, *, workflows: tuple[str, ...] = ("w",), vers
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("apart_by", ["workflow", "version", "prefix"])
 def test_two_pools_on_one_database_run_each_its_own(mongodb_uri: str, database: str, tmp_path: Path, apart_by: str) -> None:
-    """Two applications on one database: each worker is idle half of the time, and must not help itself to the other's runs."""
+    """Two applications share a database: an idle worker of one must not claim the runs of the other."""
     left: dict[str, Any] = {}
     rights: dict[str, dict[str, Any]] = {
         "workflow": {"workflows": ("v",)}, "version": {"version": "2"}, "prefix": {"prefix": "other_"},
@@ -178,7 +178,7 @@ def test_two_pools_on_one_database_run_each_its_own(mongodb_uri: str, database: 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_run_of_a_version_or_workflow_that_no_pool_has_waits_for_one(mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """A deployment is half through: nobody may fail, guess at or even touch what he does not have."""
+    """In the middle of a deployment no pool may fail or change a run whose version it does not have."""
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
     with (
@@ -193,9 +193,9 @@ def test_a_run_of_a_version_or_workflow_that_no_pool_has_waits_for_one(mongodb_u
             for run in waiting:
                 found = app.runs.find_one({"_id": run.id})
                 del found["bornAt"]  # the server's addition
-                assert found == run.document, "touched by a pool that does not have it"
+                assert found == run.document, "changed by a pool that does not have its version"
             with other_program(mongodb_uri, database) as other:
-                assert other.call("pause_run", waiting[0].id)["paused"] is True, "acts need no workflow"
+                assert other.call("pause_run", waiting[0].id)["paused"] is True, "control operations need no workflow"
                 assert other.call("resume_run", waiting[0].id)["paused"] is False
         with running(
             tmp_path / "new",
@@ -208,7 +208,7 @@ def test_a_run_of_a_version_or_workflow_that_no_pool_has_waits_for_one(mongodb_u
                 workflow = app.workflows[run.workflow_id]
                 workflow.resume(run.id, "yes")
                 assert workflow.wait_for(run.id, timeout=20).output == ["new", "yes"]
-            # The old version's run is answered, and is nobody's until its own pool is back.
+            # The old version's run is answered, and no worker claims it until a pool of its version is back.
             assert old_app.workflows["w"].resume(known.id, "yes").status == "running"
         with running(tmp_path / "old", pool_text("old"), mongodb_uri, "--workers", "1", database=database) as old:
             assert old_app.workflows["w"].wait_for(known.id, timeout=30).output == ["old", "yes"]

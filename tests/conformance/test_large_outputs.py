@@ -1,4 +1,4 @@
-"""Outputs that do not fit into a run's document: kept beside it, given back as if they were in it, limited at 64 MiB."""
+"""Outputs that do not fit into a run's document: stored as files, returned like any other output, limited to 64 MiB."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def marker(stored: Any) -> bool:
     return isinstance(stored, dict) and list(stored) == ["$external"]
 
 
-def test_a_large_output_is_beside_the_run_and_handlers_and_programs_get_the_value(app: Streamline) -> None:
-    """A document of many megabytes is rewritten at every step, and ends at sixteen."""
+def test_a_large_output_is_stored_as_a_file_and_readers_get_its_value(app: Streamline) -> None:
+    """A document of many megabytes would be rewritten at every step, and cannot be larger than 16 MiB."""
     seen: list[Any] = []
     flow = app.workflow(
         "flow",
@@ -48,7 +48,7 @@ def test_a_large_output_is_beside_the_run_and_handlers_and_programs_get_the_valu
 
 
 def test_another_worker_loads_what_the_first_has_stored(app: Streamline) -> None:
-    """After a sleep, a crash or a wait the value is in nobody's memory."""
+    """After a sleep, a crash or a wait no process has the value in memory."""
     flow = app.workflow(
         "flow",
         steps={
@@ -64,7 +64,7 @@ def test_another_worker_loads_what_the_first_has_stored(app: Streamline) -> None
 
 
 def test_the_limit_is_64_mib_and_beyond_it_the_step_fails_at_once(app: Streamline) -> None:
-    """Made once: a second attempt would give the same."""
+    """The step must not be retried, because a second attempt would return the same."""
     calls: list[int] = []
 
     def make(ctx: Any) -> bytes:
@@ -110,13 +110,13 @@ def test_a_payload_above_the_limit_is_refused_and_nothing_is_stored(app: Streaml
 
 
 def test_an_output_that_looks_like_a_marker_comes_back_as_it_was(app: Streamline) -> None:
-    """Else a handler could have the engine read any file, or fail for one that does not exist."""
+    """Otherwise a handler could make the engine read any file, or make it fail for a file that does not exist."""
     odd = {"$external": "of my own"}
     flow = app.workflow("flow", steps={"make": lambda ctx: odd, "end": lambda ctx: [ctx.get_output("make")]})
     assert flow.execute(flow.start().id).output == [odd]
 
 
-def test_a_lost_file_fails_its_run_alone_and_says_which(app: Streamline) -> None:
+def test_a_lost_file_fails_only_its_run_and_is_named(app: Streamline) -> None:
     flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "end": lambda ctx: 1})
     run = flow.execute(flow.start().id)
     app.store().collection("files.files").delete_many({})
@@ -130,7 +130,7 @@ def test_a_lost_file_fails_its_run_alone_and_says_which(app: Streamline) -> None
     assert flow.rewind_to(run.id, "make").status == "running"
 
 
-def test_subscribers_are_told_the_value(app: Streamline) -> None:
+def test_subscribers_get_the_value(app: Streamline) -> None:
     heard: dict[str, Any] = {}
     app.events.on("*", lambda event: heard.update({event.name: event.data}))
     flow = app.workflow("flow", steps={"make": lambda ctx: LARGE})
@@ -159,7 +159,7 @@ flow.execute(sys.argv[4])
 def test_a_crash_between_file_and_commit_loses_nothing(
     make_app: Callable[..., Streamline], mongodb_uri: str, database: str, operation: str
 ) -> None:
-    """The step is done again and its file is written again; what the dead process has left goes with the run."""
+    """The step and its file are repeated, and the file of the dead process must be deleted with the run."""
     app = make_app(lease_s=0.5)
     flow = app.workflow("flow", steps={"make": lambda ctx: b"y" * 300_000})
     run = flow.start()

@@ -1,4 +1,4 @@
-"""Steps that are longer than their worker's lease, by far: renewed without their doing, run once, and resumed from checkpoints."""
+"""Steps that last much longer than the lease: the worker renews it, they run once, and continue from their checkpoints."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ for handler in (blocked, asleep, busy, counting, counting_async):
 
 @contextmanager
 def pool_of(app: Streamline, folder: Path, *options: str) -> Iterator[PoolProcess]:
-    """A pool of APP on the database of `app`, which can start its runs and look at them from then on."""
+    """A pool of APP on the database of `app`. Afterwards `app` can start its runs and read them."""
     for name in ("blocked", "asleep", "busy", "counting", "counting_async"):
         app.workflow(name, steps={"long": lambda ctx: None, "next": lambda ctx: None})
     with running(folder, APP, app.where.uri, "--workers", "2", *options, database=app.where.database) as pool:
@@ -80,14 +80,14 @@ def pool_of(app: Streamline, folder: Path, *options: str) -> Iterator[PoolProces
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Path) -> None:
-    """A thread that blocks, a coroutine, and one that leaves the interpreter to nobody: their worker renews beside them."""
+    """A blocking thread, a coroutine and a thread that keeps the interpreter busy: their worker must renew the leases meanwhile."""
     with pool_of(app, tmp_path, "--lease", "0.5") as pool:
         runs = [app.workflows[name].start(5.5) for name in ("blocked", "asleep", "busy")]
         done = [app.workflows[run.workflow_id].wait_for(run.id, timeout=40) for run in runs]
         assert not pool.logged("run_fenced") + pool.logged("run_lost")
     assert [run.output for run in done] == ["blocked", "asleep", "busy"]
     for run in done:
-        assert (run.step("long").attempts, run.document["crashes"], run.document["token"]) == (1, 0, 1), "claimed once, by one"
+        assert (run.step("long").attempts, run.document["crashes"], run.document["token"]) == (1, 0, 1), "claimed once"
         assert present(run.step("long").duration) >= 5.5
         assert len(evidence(app, "entered", run=run.id)) == 1
     check_invariants([run.to_dict() for run in done])
@@ -95,7 +95,7 @@ def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Pat
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["counting", "counting_async"])
-def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(app: Streamline, tmp_path: Path, name: str) -> None:
+def test_a_long_step_whose_worker_is_killed_continues_from_its_checkpoint(app: Streamline, tmp_path: Path, name: str) -> None:
     with pool_of(app, tmp_path):
         run = app.workflows[name].start()
         (at_four,) = eventually(lambda: evidence(app, "at four", run=run.id), timeout=20)
@@ -110,8 +110,8 @@ def test_a_long_step_whose_worker_is_killed_goes_on_from_its_checkpoint(app: Str
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and_its_result(app: Streamline, tmp_path: Path) -> None:
-    """A worker that is stopped does not renew: another takes over, and the first one's result is refused when it wakes."""
+def test_a_worker_that_is_suspended_for_longer_than_its_lease_loses_the_step_and_its_result(app: Streamline, tmp_path: Path) -> None:
+    """A suspended worker does not renew: another worker takes over, and the first worker's result must be refused."""
     with pool_of(app, tmp_path, "--lease", "1", "--stall-timeout", "30") as pool:
         run = app.workflows["asleep"].start(2.0)
         (first,) = eventually(lambda: evidence(app, "entered", run=run.id), timeout=20)
@@ -128,7 +128,7 @@ def test_a_worker_that_stands_still_for_longer_than_its_lease_loses_the_step_and
     assert present(done.ended_at) > stopped_at
 
 
-def test_a_heartbeat_is_allowed_and_needed_by_nobody(app: Streamline) -> None:
+def test_a_heartbeat_is_allowed_and_never_needed(app: Streamline) -> None:
     def beat(ctx: Any) -> str:
         for _ in range(3):
             ctx.heartbeat()

@@ -1,4 +1,4 @@
-"""Parallel work in steps on the real server: in handlers of both kinds, ended by a cancel from another process; the example."""
+"""Parallel tasks in steps on the real server: in handlers of both kinds, ended by a cancel from another process; the example."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ app.workflow("def", steps={"a": on_a_thread})
 
 
 def handler_of(kind: str, tasks: Callable[[Any], list[Any]], **options: Any) -> Callable[[Any], Any]:
-    """A handler of either kind that does `tasks(ctx)` at once."""
+    """A handler of that kind that runs `tasks(ctx)` in parallel."""
 
     async def work(ctx: Any) -> Any:
         return await execute_parallel(tasks(ctx), **options)
@@ -58,7 +58,7 @@ def handler_of(kind: str, tasks: Callable[[Any], list[Any]], **options: Any) -> 
 
 
 @pytest.mark.parametrize("kind", ["async def", "def"])
-def test_handlers_do_several_things_at_once(app: Streamline, kind: str) -> None:
+def test_handlers_run_several_tasks_at_once(app: Streamline, kind: str) -> None:
     async def double(ctx: Any) -> int:
         ctx.set("seen", True)
         return int(ctx.input) * 2
@@ -96,7 +96,7 @@ def test_a_failed_task_fails_the_attempt_and_a_timeout_says_which(app: Streamlin
 @pytest.mark.parametrize("mode", ["all", "all_settled", "race", "any"])
 @pytest.mark.parametrize("kind", ["async def", "def"])
 def test_a_sleep_in_a_task_ends_the_handler_and_stops_the_others(app: Streamline, kind: str, mode: str) -> None:
-    """Taken for a failure, it would be retried or settled, and the run would not sleep."""
+    """If the sleep were taken for a failed task, the step would be retried and the run would not sleep."""
     stopped: list[int] = []
 
     async def other() -> None:
@@ -117,7 +117,7 @@ def test_a_sleep_in_a_task_ends_the_handler_and_stops_the_others(app: Streamline
 
 @pytest.mark.parametrize("kind", ["async def", "def"])
 def test_a_step_that_runs_out_of_time_stops_its_tasks(app: Streamline, kind: str) -> None:
-    """Otherwise they would work beside the next attempt."""
+    """Otherwise the tasks would still work during the next attempt."""
     stopped: list[int] = []
 
     async def work() -> None:
@@ -138,8 +138,8 @@ def test_a_step_that_runs_out_of_time_stops_its_tasks(app: Streamline, kind: str
     assert present(present(workflow.get(started.id)).error)["code"] == "STEP_TIMEOUT"
 
 
-def test_a_stubborn_task_does_not_cost_the_worker_of_a_cancelled_run(app: Streamline, caplog: pytest.LogCaptureFixture) -> None:
-    """It is left behind before the handler itself would count as stuck, for which whole workers are replaced."""
+def test_a_stubborn_task_of_a_cancelled_run_does_not_end_its_worker(app: Streamline, caplog: pytest.LogCaptureFixture) -> None:
+    """The task must be abandoned before its handler counts as stuck, because a stuck handler replaces the whole worker."""
     entered, released = asyncio.Event(), asyncio.Event()
 
     async def stubborn() -> None:
@@ -170,7 +170,7 @@ def test_a_stubborn_task_does_not_cost_the_worker_of_a_cancelled_run(app: Stream
 def test_a_cancel_from_another_process_stops_the_tasks_of_handlers_of_both_kinds(
     make_app: Callable[..., Streamline], mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """A run that was cancelled must not go on spending money in the background."""
+    """A cancelled run must not continue to spend money in the background."""
     marks = tmp_path / "marks"
     marks.mkdir()
     app = make_app()
@@ -179,15 +179,15 @@ def test_a_cancel_from_another_process_stops_the_tasks_of_handlers_of_both_kinds
     def marked(what: str) -> set[str]:
         return {path.name.removesuffix(f"-{what}") for path in marks.glob(f"*-{what}")}
 
-    everybody = {"async-0", "async-1", "def-0", "def-1"}
+    all_tasks = {"async-0", "async-1", "def-0", "def-1"}
     environ = {"MARKS": str(marks)}
     with running(tmp_path, POOL_APP, mongodb_uri, "--workers", "2", database=database, environ=environ) as pool:
         pool.ready()
         runs = [workflow.start() for workflow in workflows]
-        eventually(lambda: marked("entered") == everybody)
+        eventually(lambda: marked("entered") == all_tasks)
         for workflow, started in zip(workflows, runs, strict=True):
             workflow.cancel(started.id)
-        eventually(lambda: marked("stopped") == everybody)
+        eventually(lambda: marked("stopped") == all_tasks)
         assert pool.logged("parallel_task_left_behind") == pool.logged("handler_stuck") == []
     assert [present(workflow.get(started.id)).status for workflow, started in zip(workflows, runs, strict=True)] == ["cancelled"] * 2
 

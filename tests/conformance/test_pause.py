@@ -38,10 +38,10 @@ def fail(ctx: Any) -> str:
     ],
     ids=["done", "retry", "failed", "sleep", "wait with timeout", "wait", "event"],
 )
-def test_whatever_a_handler_does_during_a_pause_is_stored_and_nothing_is_started(
+def test_a_handlers_result_during_a_pause_is_stored_and_nothing_is_started(
     app: Streamline, ending: Callable[[Any], Any], options: dict[str, Any], step: str, status: str
 ) -> None:
-    """The work is done and must not be done again; but nothing else happens to the run, however long the pause is."""
+    """The finished work must not be repeated, and nothing else may happen to the run, however long the pause is."""
     workflow, run, go, thread = held(app, ending, **options)
     workflow.pause(run.id)
     go.set()
@@ -54,14 +54,14 @@ def test_whatever_a_handler_does_during_a_pause_is_stored_and_nothing_is_started
     if due is not None:
         eventually(lambda: datetime.now(UTC) > due + timedelta(milliseconds=50))
     run_until_idle(app)
-    assert stored(app, run) == document, "a paused run has been touched"
+    assert stored(app, run) == document, "a paused run was changed"
     if status != "failed":
         workflow.resume(run.id)
         run_until_idle(app)
         assert workflow.get(run.id).status == ("waiting" if due is None else "done")
 
 
-def test_a_pause_that_is_taken_back_while_the_handler_works_costs_nothing(app: Streamline) -> None:
+def test_a_pause_that_is_ended_while_the_handler_works_changes_nothing(app: Streamline) -> None:
     workflow, run, go, thread = held(app, lambda ctx: "worked")
     workflow.pause(run.id)
     assert workflow.resume(run.id).paused is False
@@ -95,7 +95,7 @@ def test_the_last_steps_result_during_a_pause_ends_the_run_only_after_it(app: St
 
 
 def test_a_checkpoint_and_a_hook_can_be_stored_during_a_pause(app: Streamline) -> None:
-    """The step in progress is finished; a handler that is refused in its middle would not be."""
+    """The step in progress must be able to finish, and a refused call would fail its handler."""
 
     def ending(ctx: Any) -> str:
         ctx.checkpoint("here")
@@ -126,7 +126,7 @@ def test_a_pause_from_another_process_stops_a_run_after_the_step_in_progress(mon
         assert (document["steps"][0]["output"], document["paused"], "lease" in document) == ("worked", True, False)
         (left,) = evidence(app, "left", run=run.id)
         assert left["reason"] is None, "the handler was not disturbed"
-        # While this run stands still, others go through the same pool.
+        # While this run is paused, the pool executes other runs.
         for another in [slow.start() for _ in range(3)]:
             app.store().collection("go").insert_one({"_id": another.id})
             assert slow.wait_for(another.id, timeout=20).output == "rested"

@@ -1,4 +1,4 @@
-"""The progress helpers on runs that the engine itself has stored: what they say must be what the engine then does."""
+"""The progress helpers on runs that the engine has stored: they must describe what the engine then does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from streamline_pool import (
 
 
 def middle(ctx: Context) -> Any:
-    """Does what the run's input says."""
+    """A handler that ends in the way that the run's input names."""
     match ctx.input:
         case "sleep":
             ctx.sleep(3600)
@@ -61,7 +61,7 @@ def flow(app: Streamline) -> Workflow:
 
 
 def arrive(flow: Workflow, at: str) -> Run:
-    """A run that has come to where `at` says, as it is stored."""
+    """A stored run in the state `at`."""
     if at == "draft":
         return flow.start(at, start_at=3600)
     run = flow.start(at)
@@ -82,7 +82,7 @@ STATES = ["draft", "started", "paused", "cancelled", "done", "fail", "retry", "s
 
 @pytest.mark.parametrize("at", STATES)
 def test_rewind_accepts_exactly_the_steps_that_can_be_rewound_to(flow: Workflow, at: str) -> None:
-    """A button that is offered and then refused, or one that is missing although the call would work."""
+    """A user interface must neither offer a rewind that is refused nor hide one that would work."""
     for step_id in flow.steps:
         run = arrive(flow, at)
         if can_rewind_to(run, step_id):
@@ -108,8 +108,8 @@ def test_rewind_accepts_exactly_the_steps_that_can_be_rewound_to(flow: Workflow,
         ("event", 50, "done skipped waiting pending", "event"),
     ],
 )
-def test_every_state_a_run_can_be_in_is_told(flow: Workflow, at: str, percent: int, shown: str, wait: str | None) -> None:
-    """A state that the helpers were not made for shows as an empty place in somebody's interface."""
+def test_every_state_of_a_run_is_described(flow: Workflow, at: str, percent: int, shown: str, wait: str | None) -> None:
+    """A state without a description would be an empty place in a user interface."""
     run = arrive(flow, at)
     assert get_workflow_progress(run).percent == percent
     assert " ".join(state.shown for state in get_step_ui_states(run)) == shown
@@ -120,20 +120,20 @@ def test_every_state_a_run_can_be_in_is_told(flow: Workflow, at: str, percent: i
         assert (info.expires_at is not None) == (wait == "human")
 
 
-def test_what_a_handler_said_of_its_wait_is_told(flow: Workflow) -> None:
+def test_the_reason_and_data_of_a_wait_are_shown(flow: Workflow) -> None:
     human, event, retry = (get_waiting_info(arrive(flow, at)) for at in ("human", "event", "retry"))
     assert human is not None and (human.step_id, human.reason, human.data) == ("middle", "please approve", {"total": 5})
     assert event is not None and event.event_name == "paid"
     assert retry is not None and retry.reason == "not yet"
 
 
-def test_an_answer_moves_the_run_on_for_the_helpers_too(flow: Workflow) -> None:
+def test_after_an_answer_the_helpers_show_the_next_step(flow: Workflow) -> None:
     run = flow.execute(flow.resume(arrive(flow, "human").id, "yes").id)
     assert (get_workflow_progress(run).percent, get_waiting_info(run)) == (100, None)
     assert get_execution_path(run) == ("first", "middle", "last")
 
 
-def test_a_cancelled_sleeper_neither_waits_nor_ticks(flow: Workflow) -> None:
+def test_a_cancelled_sleep_shows_no_wait_and_no_growing_duration(flow: Workflow) -> None:
     run = flow.cancel(arrive(flow, "sleep").id)
     assert get_waiting_info(run) is None
     assert [line.duration for line in get_step_timeline(run, now=datetime.now(UTC))][2:] == [None, None]

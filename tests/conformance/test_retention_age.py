@@ -15,7 +15,7 @@ from support import shown
 
 
 def test_only_runs_that_ended_long_enough_ago_are_deleted(app: Streamline) -> None:
-    """A sleep of a year is no old run; a run that was started a year ago and ended yesterday is not old."""
+    """A run that sleeps for a year is not old, and neither is a run that started a year ago and ended yesterday."""
     old = {put_run(app, f"old-{status}", status=status) for status in ("done", "failed", "cancelled")}
     kept = {put_run(app, f"live-{status}", status=status) for status in ("draft", "running", "waiting")}
     kept |= {put_run(app, "young", days=29.9), put_run(app, "no-date", endedAt=None), put_run(app, "text", endedAt="2001-01-01")}
@@ -38,8 +38,8 @@ def test_days_may_be_zero_fractional_and_a_timedelta(app: Streamline) -> None:
 
 
 @pytest.mark.parametrize("days", [-1, -0.1, float("nan"), float("inf"), "30", None, True, timedelta(days=-1)], ids=shown)
-def test_what_can_be_no_age_is_refused(app: Streamline, days: Any) -> None:
-    """A negative age would be every run that ends in the future, and so all of them."""
+def test_an_invalid_age_is_refused(app: Streamline, days: Any) -> None:
+    """A negative age would mean every run that ends before a future date, and so all of them."""
     put_run(app, "run")
     for call in (app.cleanup_old_runs, app.archive_old_runs):
         with pytest.raises(ValidationError, match="days: a finite number of days, at least 0"):
@@ -85,27 +85,27 @@ def test_expired_runs_are_those_that_ended_and_whose_own_date_has_passed(app: St
 
 
 def test_one_tenants_runs_only(app: Streamline) -> None:
-    """One tenant's request to forget must not be answered with another's runs."""
+    """A clean-up for one tenant must not delete another tenant's runs."""
     for tenant in ("a", "b", "", None):
         put_run(app, f"run-of-{tenant}", context={"tenantId": tenant})
-    put_run(app, "run-of-nobody", context={})
+    put_run(app, "run-without-tenant", context={})
     put_run(app, "live-of-a", days=None, status="waiting", context={"tenantId": "a"})
     assert app.cleanup_old_runs(30, tenant_id="a", dry_run=True) == 1
     assert app.cleanup_old_runs(30, tenant_id="a") == 1
     assert app.cleanup_old_runs(30, tenant_id={"$ne": "x"}) == 0, "a tenant is a value, not a query"
     assert app.cleanup_old_runs(30, tenant_id="") == 1
-    assert ids(app.runs) == {"run-of-b", "run-of-None", "run-of-nobody", "live-of-a"}
+    assert ids(app.runs) == {"run-of-b", "run-of-None", "run-without-tenant", "live-of-a"}
 
 
 def test_the_tenants_field_is_the_one_of_setup_indexes_also_in_another_process(
     app: Streamline, make_app: Callable[..., Streamline]
 ) -> None:
-    """The command that cleans up at night has never called setup_indexes."""
+    """The command that cleans up at night runs in a process that never calls setup_indexes."""
     put_run(app, "run-1", meta={"tenant": "a"}, context={"tenantId": "b"})
     put_run(app, "run-2", meta={"tenant": "b"}, context={"tenantId": "a"})
     put_run(app, "run-3", meta={"tenant": "a"}, context={"tenantId": "c"})
     nightly = make_app()
-    assert nightly.cleanup_old_runs(tenant_id="c", dry_run=True) == 1, "context.tenantId until somebody says otherwise"
+    assert nightly.cleanup_old_runs(tenant_id="c", dry_run=True) == 1, "context.tenantId is the default"
     app.setup_indexes(tenant_field="meta.tenant")
     assert app.cleanup_old_runs(tenant_id="a", dry_run=True) == 2
     assert nightly.cleanup_old_runs(tenant_id="a", dry_run=True) == 2
@@ -121,7 +121,7 @@ def test_a_database_without_collections_has_nothing_to_clean(app: Streamline) ->
     assert app.client[app.where.database].list_collection_names() == []
 
 
-def test_the_asyncio_twins_do_the_same(app: Streamline) -> None:
+def test_the_asyncio_functions_do_the_same(app: Streamline) -> None:
     for number in range(3):
         put_run(app, f"run-{number}", days=40 * number, context={"expireAt": datetime(2001, 1, 1, tzinfo=UTC)} if number == 0 else {})
 

@@ -1,4 +1,4 @@
-"""Files of deleted and archived runs: orphans are deleted after a day, and files of put_run runs stay."""
+"""Files of deleted and archived runs: orphans are deleted after a day, and files of stored runs stay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streamline_pool import Streamline
 
 
 def test_orphans_go_after_a_day_and_nothing_else_does(app: Streamline) -> None:
-    """A crash between the file and the commit, or the TTL, leaves files that nobody would ever look for."""
+    """A crash between file and commit, or the TTL, leaves files that no other code would ever delete."""
     put_run(app, "live", days=None, status="running")
     put_run(app, "done", days=1)
     put_run(app, "archived")
@@ -39,7 +39,7 @@ def test_orphans_go_after_a_day_and_nothing_else_does(app: Streamline) -> None:
 
 
 def test_deleting_a_run_that_the_archive_holds_as_well_keeps_its_files(app: Streamline, mongodb_uri: str, database: str) -> None:
-    """After an archiver's crash the run is in both collections; the files belong to the copy that stays."""
+    """After an archiver's crash the run is in both collections, and the files belong to the copy that stays."""
     put_run(app, "run")
     put_file(app, "f", "run", days=50)
     killed_at("copy_runs", "after", "archive_old_runs(30)", mongodb_uri, database)
@@ -47,8 +47,8 @@ def test_deleting_a_run_that_the_archive_holds_as_well_keeps_its_files(app: Stre
     assert (ids(app.runs), ids(archive(app)), file_ids(app)) == (set(), {"run"}, {"f"})
 
 
-def test_a_run_started_anew_under_a_deleted_id_keeps_its_files(app: Streamline) -> None:
-    """Between the delete and the look for its files, the id may be another run's."""
+def test_a_new_run_under_a_deleted_id_keeps_its_files(app: Streamline) -> None:
+    """Between the delete of a run and the search for its files, a new run may use the id."""
     put_run(app, "run")
     put_file(app, "f-old", "run")
 

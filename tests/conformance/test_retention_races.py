@@ -21,7 +21,7 @@ from support import REPOSITORY
 
 @pytest.mark.parametrize("ended_again", [False, True])
 def test_a_run_that_was_revived_before_the_delete_stays(app: Streamline, ended_again: bool) -> None:
-    """Found as old, rewound, and deleted while a worker has it: work would vanish in progress."""
+    """If a run were found as old, rewound and then deleted, work in progress would be lost."""
     for number in range(5):
         put_run(app, f"run-{number}")
         put_file(app, f"f-{number}", f"run-{number}")
@@ -35,15 +35,15 @@ def test_a_run_that_was_revived_before_the_delete_stays(app: Streamline, ended_a
 @pytest.mark.parametrize("before", ["copy_runs", "identify_runs", "delete_same_runs"])
 @pytest.mark.parametrize("ended_again", [False, True])
 def test_a_run_that_was_revived_stays_and_leaves_no_copy(app: Streamline, before: str, ended_again: bool) -> None:
-    """A run in the archive is taken for ended; what is deleted must be what was copied."""
+    """Readers of the archive take its runs for ended, so the deleted document must be exactly the copied one."""
     for number in range(5):
         put_run(app, f"run-{number}")
-    # Ended again in the very same millisecond, and old: only `acts` and `rev` tell.
+    # Ended again in the same millisecond, and so old again: only `acts` and `rev` differ.
     more = {"status": "done", "endedAt": app.runs.find_one({"_id": "run-1"})["endedAt"], "output": "new"} if ended_again else {}
     meddling(app, before, lambda: revive(app, "run-1", **more))
     moved = app.archive_old_runs(30)
     if before == "copy_runs" and ended_again:
-        assert moved == 5, "it was old again when it was copied"
+        assert moved == 5, "it was old again before it was copied"
         assert archive(app).find_one({"_id": "run-1"})["output"] == "new"
         return
     assert moved == 4
@@ -54,8 +54,8 @@ def test_a_run_that_was_revived_stays_and_leaves_no_copy(app: Streamline, before
         assert archive(app).find_one({"_id": "run-1"})["output"] == "new"
 
 
-def test_more_runs_than_one_look_sees(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The looks must neither skip runs at their borders nor count one twice."""
+def test_more_runs_than_one_query_returns(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queries must neither skip a run at their borders nor count one twice."""
     monkeypatch.setattr(retention, "SLICE", 7)
     for number in range(50):
         put_run(app, f"run-{number:02}", days=LONG_AGO_DAYS if number % 3 else 1)
@@ -66,7 +66,7 @@ def test_more_runs_than_one_look_sees(app: Streamline, monkeypatch: pytest.Monke
 
 
 def test_thousands_take_few_commands(app: Streamline) -> None:
-    """One round trip for each run would make a million take an hour."""
+    """With one round trip per run, a million runs would take an hour."""
     names: Counter[str] = Counter()
 
     class Counting(Store):
@@ -81,12 +81,12 @@ def test_thousands_take_few_commands(app: Streamline) -> None:
     assert sum(names.values()) == 6 + 25 * 3, names
     names.clear()
     assert app.cleanup_old_runs(30) == 0
-    assert sum(names.values()) == 4, names  # two looks, and two for events that nobody can want any more
+    assert sum(names.values()) == 4, names  # two queries for runs, and two for events that no run can need any more
 
 
 @pytest.mark.slow
 def test_cleaners_at_once_delete_each_run_once_and_count_it_once(app: Streamline, mongodb_uri: str, database: str) -> None:
-    """The nightly job runs on every host."""
+    """The nightly job may run on every host at the same time."""
     app.runs.insert_many(
         {"_id": f"run-{n:04}", "status": "done", "endedAt": datetime.now(UTC) - timedelta(days=50), "createdAt": datetime.now(UTC)}
         for n in range(3_000)
@@ -112,7 +112,7 @@ def test_cleaners_at_once_delete_each_run_once_and_count_it_once(app: Streamline
 def test_a_killed_archiver_loses_nothing_and_the_next_one_finishes(
     app: Streamline, mongodb_uri: str, database: str, to: str | None
 ) -> None:
-    """Deleted before it was copied, a run would be in neither collection."""
+    """If a run were deleted before it was copied, it would be in neither collection."""
     into = app.client[database][to or "workflow_runs_archive"]
     whole = {put_run(app, f"run-{number}", input={"n": number, "$odd.key": 1}): number for number in range(6)}
     put_file(app, "f-0", "run-0", days=9)
@@ -139,8 +139,10 @@ def test_a_killed_archiver_is_finished_by_a_second_call(app: Streamline, mongodb
     assert (len(ids(app.runs)), len(ids(archive(app)))) == (0, 4)
 
 
-def test_a_cleaner_that_dies_leaves_orphans_and_never_a_run_without_its_files(app: Streamline, mongodb_uri: str, database: str) -> None:
-    """Files first, and a run whose clean-up died half-way can be read no more."""
+def test_a_cleaner_that_dies_leaves_orphaned_files_and_never_a_run_without_its_files(
+    app: Streamline, mongodb_uri: str, database: str
+) -> None:
+    """If the files were deleted first, a run whose clean-up died midway could not be read any more."""
     put_run(app, "run-1")
     put_file(app, "f-1", "run-1", days=2)
     killed_at("delete_runs", "before", "cleanup_old_runs(30)", mongodb_uri, database)
@@ -184,4 +186,4 @@ def test_a_fault_in_any_operation_loses_nothing(make_app: Callable[..., Streamli
         if store.seen < number:
             assert number > 4
             return
-    raise AssertionError("an endless procedure")
+    raise AssertionError("the procedure does not end")

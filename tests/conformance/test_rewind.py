@@ -12,8 +12,8 @@ from streamline_pool import StepNotFoundError, Streamline, WorkflowNotFoundError
 from support import present
 
 
-def test_a_rewind_overtakes_the_attempt_under_way(app: Streamline) -> None:
-    """Its handler may still be at work in some process: nothing it returns is stored, and another attempt is made at once."""
+def test_a_rewind_discards_the_attempt_in_progress(app: Streamline) -> None:
+    """Its handler may still work in some process: nothing that it returns may be stored, and the next attempt may begin at once."""
     outputs = iter(["overtaken", "second"])
     workflow, run, go, thread = held(app, lambda ctx: next(outputs))
     rewound = workflow.rewind_to(run.id, "work")
@@ -41,11 +41,11 @@ def test_a_rewind_keeps_what_lies_before_it_and_the_context(app: Streamline) -> 
     (first, second) = seen
     assert first[:4] == (1, "one", {"x": 1}, None)
     assert second[:4] == (1, "one", {"x": 1, "two": 1}, None), "the context is kept, the checkpoint is not"
-    assert first[4] != second[4], "what was paid in the first pass must not be taken for paid in the second"
+    assert first[4] != second[4], "a payment of the first pass must not count for the second"
     assert (done.step("one").attempts, done.output) == (1, 2)
 
 
-def test_a_failed_run_is_mended_by_a_rewind(app: Streamline) -> None:
+def test_a_rewind_revives_a_failed_run(app: Streamline) -> None:
     broken = [True]
 
     def two(ctx: Any) -> str:
@@ -63,7 +63,7 @@ def test_a_failed_run_is_mended_by_a_rewind(app: Streamline) -> None:
 
 
 @pytest.mark.parametrize("act", ["rewind_to", "rewind_run"])
-def test_a_rewind_that_cannot_be_says_why_and_changes_nothing(app: Streamline, act: str) -> None:
+def test_an_impossible_rewind_says_why_and_changes_nothing(app: Streamline, act: str) -> None:
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?"), "two": lambda ctx: 2})
     run = workflow.execute(workflow.start().id)
     rewind = workflow.rewind_to if act == "rewind_to" else app.rewind_run

@@ -1,19 +1,19 @@
-"""What the library that this one follows did wrong, and must not happen here: a test for each of its known defects.
+"""The known defects of the library that this one replaces (streamline.js), and for each of them a test that it does not occur here.
 
-Those that other files test already are only referred to (in this folder, unless it says otherwise), and
-`test_every_reference_names_a_test_that_exists` keeps the table true.
+The table names the test if another file contains it (in this folder, or under tests/ as given).
+`test_every_reference_names_a_test_that_exists` checks the table.
 
 | defect | test |
 |---|---|
 | a crash between "step done" and "advance" wedges the run | unit/test_transitions.py::test_done_and_advance_are_one_write |
 | | chaos/test_kills.py::test_a_crash_or_a_freeze_at_a_named_point_wedges_nothing |
 | a run that died mid-step is never taken over | test_supervisor.py::test_the_runs_of_a_killed_worker_restart_at_once |
-| | test_engine_leases.py::test_an_expired_lease_is_taken_back_and_counted_once_by_any_number_of_sweeps |
+| | test_engine_leases.py::test_an_expired_lease_is_recovered_and_counted_once_by_any_number_of_sweeps |
 | answering a run twice | test_waits.py::test_of_two_answers_from_two_processes_exactly_one_counts |
 | an old token answers a newer wait | test_hooks.py::test_a_token_of_a_wait_that_is_over_does_not_answer_the_next_one |
 | resume of a paused run answers its wait | here |
 | resume does not refresh the lease, so an approved run is recovered as stale | here |
-| cancel relabels a finished run | test_engine_cancel.py::test_cancelling_what_has_ended_changes_nothing_and_tells_nobody |
+| cancel relabels a finished run | test_engine_cancel.py::test_cancelling_an_ended_run_changes_nothing_and_publishes_nothing |
 | resume revives a cancelled run | here |
 | whole-document writes overwrite concurrent progress | here |
 | waitFor hangs on a stale cache | here |
@@ -24,13 +24,13 @@ Those that other files test already are only referred to (in this folder, unless
 | a future start never fires in an idle process | here |
 | failed runs lack endedAt and a reason, so the TTL never removes them | here |
 | TTL deletes sleeping runs | test_indexes.py::test_the_ttl_holds_no_run_that_has_not_ended |
-| a raced idempotent start returns a phantom | test_engine_starting.py::test_of_twenty_threads_with_one_key_one_wins_and_all_hear_of_it |
+| a raced idempotent start returns a phantom | test_engine_starting.py::test_of_twenty_threads_with_one_key_one_wins_and_all_get_its_run |
 | | test_engine_starting.py::test_of_four_processes_with_one_key_on_a_new_database_one_wins |
 | the same key in two workflows returns the wrong run | test_engine_starting.py::test_an_idempotency_key_belongs_to_one_workflow |
 | two applications with the same database disturb each other | test_isolation.py::test_two_pools_on_one_database_run_each_its_own |
 | long timers overflow | here |
 | a handler raising None-like or string-like things breaks failure handling | here |
-| | test_engine_retries.py::test_whatever_a_handler_does_is_its_runs_failure_alone |
+| | test_engine_retries.py::test_a_misbehaving_handler_fails_only_its_own_run |
 | keys with dots or $ change shape | here |
 | clean-up of listeners or timers leaks after shutdown | here |
 | timed-out attempts keep running beside their retry | here |
@@ -76,7 +76,7 @@ def test_every_reference_names_a_test_that_exists() -> None:
 
 @pytest.mark.parametrize("kind", ["human", "webhook", "event"])
 def test_resuming_a_paused_run_never_answers_its_wait(app: Streamline, kind: str) -> None:
-    """Somebody takes back the pause, and the invoice is approved by it."""
+    """A person who resumes a paused run must not approve the invoice by it."""
 
     def ask(ctx: Any) -> None:
         if kind == "event":
@@ -97,7 +97,7 @@ def test_resuming_a_paused_run_never_answers_its_wait(app: Streamline, kind: str
 
 
 def test_a_run_that_was_just_answered_is_not_taken_for_lost(app: Streamline) -> None:
-    """The answer came long after the last sign of life; a sweep at that moment must not count a lost worker, or enter a step twice."""
+    """The answer comes long after the last renewal; a sweep at that moment must neither count a lost worker nor enter a step twice."""
     entered: list[int] = []
     workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "act": lambda ctx: entered.append(ctx.attempt)})
     run = workflow.execute(workflow.start().id)
@@ -108,7 +108,7 @@ def test_a_run_that_was_just_answered_is_not_taken_for_lost(app: Streamline) -> 
     assert app.store().run(recovery.recover_expired(3)) == 0
     assert stored(app, run) == before
     app.store().run(claims.claim_run(run.id, None, "claim", "worker", 60.0))
-    assert app.store().run(recovery.recover_expired(3)) == 0, "and whoever takes it up has a lease of his own"
+    assert app.store().run(recovery.recover_expired(3)) == 0, "the worker that claims it has its own lease"
     document = stored(app, run)
     assert (document["crashes"], document["lease"]["owner"], entered) == (0, "worker", [])
 
@@ -131,8 +131,8 @@ def test_a_cancelled_run_is_revived_by_nothing(app: Streamline, paused: bool, pa
     assert stored(app, run) == before
 
 
-def test_what_others_write_into_a_run_at_work_is_not_overwritten(app: Streamline) -> None:
-    """Every write of the holder names the fields it changes; a program's own fields and what arrives meanwhile stay."""
+def test_the_lease_holder_does_not_overwrite_what_others_write_into_its_run(app: Streamline) -> None:
+    """The holder's writes change only the fields that they name; fields of other programs, and answers that arrive meanwhile, must stay."""
     entered, go = threading.Event(), threading.Event()
 
     def work(ctx: Any) -> str:
@@ -162,10 +162,10 @@ def test_what_others_write_into_a_run_at_work_is_not_overwritten(app: Streamline
     assert [item["data"] for item in document["inbox"]] == ["kept"]
 
 
-def test_what_one_program_knows_of_a_run_is_never_held_against_the_database(
+def test_a_programs_older_copy_of_a_run_never_overrules_the_database(
     make_app: Callable[..., Streamline], mongodb_uri: str, database: str
 ) -> None:
-    """Status from a stale copy; `wait_for` on a stale cache: this program has seen, driven and cached the run before."""
+    """The program has read, driven and cached the run before; its status and `wait_for` must still come from the database."""
     app = make_app()
     entered: list[str] = []
     workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "act": lambda ctx: entered.append(ctx.run_id)})
@@ -196,11 +196,11 @@ def started_at(app: Streamline, run: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """Nothing else happens: no other run, no signal at that time, no traffic; only the timer can know."""
+    """No other run, signal or request occurs at that time: only the timer can start the run."""
     with waiting_app(mongodb_uri, database) as app, waiting_pool(tmp_path, mongodb_uri, database):
         approval = app.workflows["approval"]
         late_s = []
-        runs = [approval.start(start_at=delay_s) for delay_s in (0.5, 1.5, 8.0)]  # the last: longer than a sweep looks ahead
+        runs = [approval.start(start_at=delay_s) for delay_s in (0.5, 1.5, 8.0)]  # the last is longer than the sweep's horizon
         assert {run.status for run in runs} == {"draft"}
         for run in runs:
             begun = eventually(partial(started_at, app, run), timeout=20)
@@ -208,7 +208,7 @@ def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, t
     print([f"{late * 1000:.0f} ms" for late in late_s])
     assert min(late_s) >= 0
     assert min(late_s) < 0.1
-    assert max(late_s) < 2.0, "a sweep that found it by accident would come only every six seconds"
+    assert max(late_s) < 2.0, "a sweep would find it only every six seconds"
 
 
 def _worker_lost(app: Streamline, run_id: str) -> None:
@@ -242,8 +242,8 @@ def _paused(app: Streamline, run_id: str) -> None:
     ],
     ids=["raised", "unstorable", "timed out", "lost workers", "corrupted", "misplaced"],
 )
-def test_whatever_a_run_fails_of_it_says_so_and_when(app: Streamline, handler: Any, meanwhile: Any, code: str) -> None:
-    """A TTL on `endedAt` removes what has it, and nothing else."""
+def test_a_failed_run_has_its_error_and_the_time_of_its_end(app: Streamline, handler: Any, meanwhile: Any, code: str) -> None:
+    """A TTL on `endedAt` deletes only runs that have this field."""
     workflow = app.workflow("w", steps={"a": (handler, {"retries": 2, "retry_delay": 0, "timeout": 0.1})})
     run = workflow.start()
     meanwhile(app, run.id)
@@ -257,7 +257,7 @@ def test_whatever_a_run_fails_of_it_says_so_and_when(app: Streamline, handler: A
 
 @pytest.mark.parametrize("days", [25, 60, 365, 36_000])
 def test_no_timer_is_too_long(app: Streamline, days: int) -> None:
-    """2^31 milliseconds are 24.8 days: where that overflows, a timer fires at once."""
+    """2^31 milliseconds are 24.8 days; a timer that overflows fires at once."""
     delay = timedelta(days=days)
     workflow = app.workflow(
         "w",
@@ -279,14 +279,14 @@ def test_no_timer_is_too_long(app: Streamline, days: int) -> None:
 
 
 class Empty(Exception):
-    """An exception that has nothing to say."""
+    """An exception with an empty text."""
 
     def __str__(self) -> str:
         return ""
 
 
 class Nothing(BaseException):
-    """No `Exception`, false, and silent."""
+    """Not an `Exception`, false as a bool, and with an empty text."""
 
     def __bool__(self) -> bool:
         return False
@@ -296,10 +296,10 @@ class Nothing(BaseException):
 
 
 class Odd(Exception):
-    """Its name and text are not what anybody expects."""
+    """An exception whose text, code and message are invalid."""
 
     def __str__(self) -> Any:
-        return None  # noqa: PLE0307 -- that is the point
+        return None  # noqa: PLE0307 -- the test needs an invalid __str__
 
     code = "NO_SUCH_CODE"
     message = None
@@ -316,8 +316,8 @@ def _raise(value: Any) -> Callable[[Any], None]:
     "value", [None, "text", 5, ValueError(), ValueError(None), ValueError(""), Empty(), Empty, Nothing(), Odd(), {"code": "X"}], ids=repr
 )
 @pytest.mark.parametrize("retries", [1, 2])
-def test_whatever_is_raised_ends_in_a_failure_that_can_be_read(app: Streamline, value: Any, retries: int) -> None:
-    """`raise None`, `raise "text"` and exceptions that are false or silent are what careless programs do."""
+def test_every_raised_object_becomes_a_readable_failure(app: Streamline, value: Any, retries: int) -> None:
+    """Careless programs raise None, text, and exceptions that are false or have no text."""
     workflow = app.workflow("w", steps={"a": (_raise(value), {"retries": retries, "retry_delay": 0})})
     run = workflow.start()
     run_until_idle(app)
@@ -334,7 +334,7 @@ def test_whatever_is_raised_ends_in_a_failure_that_can_be_read(app: Streamline, 
 ODD = {"a.b": 1, "$inc": {"$set": 2, "": 3}, "x.$[].y": [{"..": None}], "$$NOW": "$$REMOVE", ".": {"$ref": 1}, " ": 4, "é.": 5}
 
 
-def test_keys_with_dots_and_dollars_keep_their_shape_on_every_way(app: Streamline) -> None:
+def test_keys_with_dots_and_dollars_are_kept_on_every_path(app: Streamline) -> None:
     tokens: list[str] = []
 
     def work(ctx: Any) -> Any:
@@ -388,7 +388,7 @@ def test_keys_with_dots_and_dollars_keep_their_shape_on_every_way(app: Streamlin
 
 
 def test_an_app_that_is_closed_leaves_nothing_behind(make_app: Callable[..., Streamline]) -> None:
-    """Opened and closed for hours, as a web application's workers or a test suite do, it must not collect threads, sockets or timers."""
+    """An application that is opened and closed for hours, as test suites do, must not collect threads, sockets or timers."""
     process = psutil.Process()
 
     def use() -> None:
@@ -431,7 +431,7 @@ def test_an_app_used_in_an_event_loop_leaves_no_task_in_it(make_app: Callable[..
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
 def test_a_timed_out_attempt_does_not_write_beside_its_retry(app: Streamline, kind: str) -> None:
-    """A coroutine is cancelled and has ended before the next attempt begins; of a thread nothing counts any more."""
+    """A coroutine must have ended before the next attempt begins, and nothing that a thread does may be stored any more."""
     alive: list[str] = []
     late: list[str] = []
     over = threading.Event()
@@ -440,7 +440,7 @@ def test_a_timed_out_attempt_does_not_write_beside_its_retry(app: Streamline, ki
         if ctx.attempt == 2:
             return "second"
         ctx.signal.wait(20)
-        time.sleep(0.2)  # a thread goes on, whatever it is told; this is what it does then
+        time.sleep(0.2)  # a thread cannot be stopped; this is what it does afterwards
         for act in (
             lambda: ctx.set("late", 1),
             lambda: ctx.checkpoint("late"),
@@ -449,13 +449,13 @@ def test_a_timed_out_attempt_does_not_write_beside_its_retry(app: Streamline, ki
         ):
             try:
                 act()
-            except BaseException as exc:  # noqa: BLE001 -- a wait is no Exception
+            except BaseException as exc:  # noqa: BLE001 -- a wait raises a BaseException
                 late.append(type(exc).__name__)
         over.set()
         return "first"
 
     async def obedient(ctx: Any) -> str:
-        assert alive == [], "the attempt before is still at work"
+        assert alive == [], "the previous attempt still works"
         if ctx.attempt == 2:
             over.set()
             return "second"

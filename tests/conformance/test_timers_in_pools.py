@@ -1,4 +1,4 @@
-"""Timers in real pools: on time, across restarts, behind a backlog, and however far away."""
+"""Timers in real pools: on time, across restarts, while many other runs are due, and far in the future."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def hold_def(ctx):
 """
 
 Start = Callable[..., AbstractContextManager[PoolProcess]]
-NO_SWEEP = ("--sweep-interval", "60")  # beyond the test's patience: whatever is on time, no sweep has found it
-ON_TIME_S = 0.7  # measured 0.02 s; ample for a busy machine, and less than any of the waits that a defect brings
+NO_SWEEP = ("--sweep-interval", "60")  # longer than the test: a run that is on time was not found by a sweep
+ON_TIME_S = 0.7  # measured 0.02 s; sufficient on a busy machine, and less than the delay that a defect causes
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def app(mongodb_uri: str, database: str) -> Iterator[Streamline]:
 
 @pytest.fixture
 def start(mongodb_uri: str, database: str, tmp_path: Path) -> Start:
-    """`with start(name, *options) as pool:` a pool of APP on this test's database; each name is a host of its own."""
+    """`with start(name, *options) as pool:` a pool of APP on this test's database. Each name is a separate host."""
 
     def make(name: str, *options: str) -> AbstractContextManager[PoolProcess]:
         folder = tmp_path / name
@@ -97,7 +97,7 @@ def finish(app: Streamline, run: Run, timeout: float = 20.0) -> Run:
 
 
 def asleep(app: Streamline, run: Run) -> dict[str, Any]:
-    """The run as it is stored once it sleeps."""
+    """The stored run, as soon as it sleeps."""
     eventually(lambda: stored(app, run)["status"] == "waiting")
     return stored(app, run)
 
@@ -108,7 +108,7 @@ def text_of(path: Path) -> str:
 
 
 def late_s(run: Run) -> float:
-    """By how much the handler after a nap was entered later than was asked for."""
+    """The delay of the handler after a nap: seconds between the due time and its entry."""
     return float(run.output - run.context["due_at"])
 
 
@@ -117,23 +117,23 @@ def late_s(run: Run) -> float:
 
 @pytest.mark.slow
 def test_a_sleep_of_a_century_is_stored_as_such_and_fires_nothing(app: Streamline, start: Start) -> None:
-    """The seed's long timers overflowed 32 bits of milliseconds (25 days), and fired at once."""
+    """In streamline.js long timers overflowed 32 bits of milliseconds (25 days) and fired at once."""
     with start("host", "--workers", "1", "--sweep-interval", "0.2") as pool:
         pool.ready()
         century_s = 100 * 365 * 86_400
         long = [app.workflows["napping"].start({"seconds": seconds}) for seconds in (2**31 / 1000 + 60, 366 * 86_400, century_s)]
         days = [(asleep(app, run)["wakeAt"] - datetime.now(UTC)) / timedelta(days=1) for run in long]
         assert days == pytest.approx([2**31 / 86_400_000, 366, 36_500], abs=0.01)
-        # The steward's nearest instants are years away, and then one is not: its alarm must still go off.
+        # The steward's nearest timers are years away, and then one is near: it must still fire.
         short = finish(app, app.workflows["napping"].start({"seconds": 0.3}))
         assert 0 <= late_s(short) < ON_TIME_S
         pool.signal(signal.SIGTERM)
         assert pool.exit_code() == 0
     with start("later", "--workers", "1", "--burst") as pool:
-        assert pool.exit_code() == 0, "a timer that is years away keeps no burst from its end"
+        assert pool.exit_code() == 0, "a timer that is years away does not keep a burst from ending"
     for run in long:
         document = stored(app, run)
-        assert (document["status"], document["rev"], document["crashes"]) == ("waiting", 1, 0), "nobody has touched it since"
+        assert (document["status"], document["rev"], document["crashes"]) == ("waiting", 1, 0), "no process has changed it since"
 
 
 def test_a_start_in_years_is_stored_as_such_and_starts_nothing(app: Streamline, start: Start) -> None:
@@ -151,7 +151,7 @@ def test_a_start_in_years_is_stored_as_such_and_starts_nothing(app: Streamline, 
 
 @pytest.mark.slow
 def test_a_start_at_fires_in_an_idle_pool(app: Streamline, start: Start) -> None:
-    """In the seed a future start never fired in an idle process: nobody looked."""
+    """In streamline.js a future start never fired in an idle process, because nothing polled."""
     with start("host", "--workers", "2", *NO_SWEEP) as pool:
         pool.ready()
         due_at = datetime.now(UTC) + timedelta(seconds=1)
@@ -162,7 +162,7 @@ def test_a_start_at_fires_in_an_idle_pool(app: Streamline, start: Start) -> None
 
 @pytest.mark.slow
 def test_a_sleep_ends_on_time_behind_a_backlog(app: Streamline, start: Start) -> None:
-    """Everything that fell due meanwhile is older in the queue, and every worker is full: it would be the backlog's last."""
+    """The other due runs are older in the queue and every worker is full: without a timer the sleeper would be the last."""
     with start("host", "--workers", "1", "--concurrency", "8", *NO_SWEEP) as pool:
         pool.ready()
         run = app.workflows["napping"].start({"seconds": 2.0})
@@ -196,7 +196,7 @@ def test_a_sleep_that_ended_while_no_pool_was_there_ends_when_one_is(app: Stream
 
 @pytest.mark.slow
 def test_a_sleep_from_before_a_restart_ends_on_time_behind_a_backlog_that_fills_the_sweep(app: Streamline, start: Start) -> None:
-    """The worker that knew the instant is gone. Only the new steward's first sweep can find it, beside a thousand runs that are due."""
+    """The worker that knew the due time has ended. Only the new steward's first sweep can find the run, beside a thousand due runs."""
     with start("before", "--workers", "1", "--concurrency", "8") as pool:
         pool.ready()
         run = app.workflows["napping"].start({"seconds": 6.0})
@@ -214,12 +214,12 @@ def test_a_sleep_from_before_a_restart_ends_on_time_behind_a_backlog_that_fills_
 
 @pytest.mark.parametrize("workflow_id", ["held", "held-def"])
 def test_a_cancel_reaches_a_handler_on_another_host_at_once(app: Streamline, start: Start, tmp_path: Path, workflow_id: str) -> None:
-    """Without the hint a handler would go on until its lease is renewed: ten seconds here."""
+    """Without the signal a handler would continue until its lease is renewed: ten seconds here."""
     with start("one", "--workers", "1", "--concurrency", "1") as one, start("two", "--workers", "1", "--concurrency", "1") as two:
         one.ready()
         two.ready()
         fired, runs = [tmp_path / "fired0", tmp_path / "fired1"], []
-        for number in (0, 1):  # each host has place for one
+        for number in (0, 1):  # each host has capacity for one
             entered = tmp_path / f"entered{number}"
             runs.append(app.workflows[workflow_id].start({"entered": str(entered), "fired": str(fired[number])}))
             eventually(partial(text_of, entered))

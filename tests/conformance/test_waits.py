@@ -1,4 +1,4 @@
-"""Waiting for people: one answer counts, it is the step's output, and nothing that dies in between loses it."""
+"""Waiting for people: one answer counts, it becomes the step's output, and no process that dies loses it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support import eventually, present
 
 
 def asking(app: Streamline, kind: str = "def", **options: Any) -> Workflow:
-    """A workflow that asks, and returns the answer."""
+    """A workflow whose first step waits for a person, and whose second returns the answer."""
 
     async def ask_async(ctx: Any) -> None:
         ctx.wait("approve?", {"amount": 5}, **options)
@@ -37,7 +37,7 @@ def asking(app: Streamline, kind: str = "def", **options: Any) -> Workflow:
 
 
 def begun(workflow: Workflow) -> Run:
-    """A run that waits."""
+    """A run of the workflow that waits."""
     run = workflow.execute(workflow.start().id)
     assert (run.status, run.steps[0].status) == ("waiting", "waiting")
     return run
@@ -63,7 +63,7 @@ def test_the_answer_is_the_steps_output_and_its_handler_is_not_called_again(app:
     check_invariants([done.to_dict()])
 
 
-def test_a_waiting_run_shows_what_it_waits_for_and_is_nobodys(app: Streamline) -> None:
+def test_a_waiting_run_shows_what_it_waits_for_and_has_no_lease(app: Streamline) -> None:
     run = begun(asking(app, timeout=3600))
     document = run.to_dict()
     step = run.step("ask")
@@ -72,7 +72,7 @@ def test_a_waiting_run_shows_what_it_waits_for_and_is_nobodys(app: Streamline) -
     assert "lease" not in document
     forever = app.workflow("forever", steps={"a": lambda ctx: ctx.wait("?")})
     document = begun(forever).to_dict()
-    assert "wakeAt" not in document, "nobody is to look at a run that only a person can move"
+    assert "wakeAt" not in document, "no worker may poll a run that only a person can continue"
     assert "expiresAt" not in document["steps"][0]["waitingFor"]
 
 
@@ -94,7 +94,7 @@ def test_what_a_step_has_set_before_it_waits_is_kept(app: Streamline) -> None:
      datetime(2026, 1, 1, tzinfo=UTC), "$$REMOVE", {"$cond": [True, 1, 2]}, {"nested": [{"$date": "x"}]}],
 )  # fmt: skip
 def test_an_answer_is_data_and_never_an_expression(app: Streamline, payload: Any) -> None:
-    """It is written by an update pipeline, where "$name" is a field and {"$op": …} is a computation."""
+    """An update pipeline writes the answer, and in it "$name" is a field and {"$op": …} is a computation."""
     workflow = asking(app)
     run = begun(workflow)
     assert workflow.resume(run.id, payload).step("ask").output == payload
@@ -111,7 +111,7 @@ def test_an_answer_that_cannot_be_stored_is_refused_and_the_wait_goes_on(app: St
     assert stored(app, run) == before
 
 
-def test_the_twin_answers_too(app: Streamline) -> None:
+def test_the_asyncio_function_answers_too(app: Streamline) -> None:
     workflow = asking(app)
     run = begun(workflow)
 
@@ -134,7 +134,7 @@ def test_the_last_step_may_wait_and_its_answer_is_the_runs_output(app: Streamlin
 
 
 def test_an_old_answer_does_not_answer_a_newer_wait(app: Streamline) -> None:
-    """A copy of a request that was under way for long must not approve what nobody has seen."""
+    """A delayed copy of a request must not answer a wait that its sender has never seen."""
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("first?"), "two": lambda ctx: ctx.wait("second?")})
     run = begun(workflow)
     workflow.resume(run.id, "to the first")
@@ -146,7 +146,7 @@ def test_an_old_answer_does_not_answer_a_newer_wait(app: Streamline) -> None:
     assert workflow.resume(run.id, "to the second").step("two").output == "to the second"
 
 
-def test_a_rewound_step_waits_anew_and_no_answer_to_its_first_wait_counts(app: Streamline) -> None:
+def test_a_rewound_step_waits_again_and_no_answer_to_its_first_wait_counts(app: Streamline) -> None:
     workflow = asking(app)
     run = begun(workflow)
     gen = stored(app, run)["waitGen"]
@@ -157,21 +157,21 @@ def test_a_rewound_step_waits_anew_and_no_answer_to_its_first_wait_counts(app: S
     assert workflow.resume(run.id, "new").step("ask").output == "new"
 
 
-def test_an_answer_takes_the_run_from_a_worker_that_holds_it_for_its_deadline(app: Streamline) -> None:
-    """The worker has the run and is about to time the wait out; the answer must not wait for a lease, nor lose to it."""
+def test_an_answer_removes_the_lease_of_a_worker_that_holds_the_run_for_its_deadline(app: Streamline) -> None:
+    """The worker is about to time out the wait; the answer must neither wait for the lease nor lose against it."""
     workflow = asking(app, timeout=3600)
     run = begun(workflow)
     app.runs.update_one({"_id": run.id}, {"$set": {"wakeAt": datetime.now(UTC)}})
     claimed = app.store().run(claims.claim_run(run.id, None, "claim", "somebody", 60.0))
     answered = workflow.resume(run.id, "in time").to_dict()
     assert ("lease" in answered, answered["token"], answered["steps"][0]["output"]) == (False, claimed["token"] + 1, "in time")
-    assert workflow.execute(run.id).output == "in time", "and it goes on at once, not when that lease has run out"
+    assert workflow.execute(run.id).output == "in time", "the run continues at once, not when that lease has expired"
 
 
 # --- timeouts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_wait_that_nobody_answers_ends_by_its_timeout_and_the_run_goes_on(app: Streamline) -> None:
+def test_a_wait_without_an_answer_ends_by_its_timeout_and_the_run_continues(app: Streamline) -> None:
     workflow = asking(app, timeout=0.2)
     run = begun(workflow)
     run_until_idle(app)
@@ -185,7 +185,7 @@ def test_a_wait_that_nobody_answers_ends_by_its_timeout_and_the_run_goes_on(app:
 
 
 def test_a_run_claimed_before_its_deadline_is_parked_with_it(app: Streamline) -> None:
-    """A worker whose clock is wrong, or that was sent there by mistake, must neither end the wait nor lose its deadline."""
+    """A worker that claims too early, for example by a wrong clock, must neither end the wait nor lose its deadline."""
     workflow = asking(app, timeout=3600)
     run = begun(workflow)
     wake_at = stored(app, run)["wakeAt"]
@@ -198,7 +198,7 @@ def test_a_run_claimed_before_its_deadline_is_parked_with_it(app: Streamline) ->
 
 @pytest.mark.slow
 def test_an_answer_that_races_the_deadline_counts_or_is_refused(app: Streamline) -> None:
-    """Accepted and timed out at once would tell the person yes and the run no."""
+    """If an answer were accepted and timed out, the person would get a success and the run a timeout."""
     chance = random.Random(11)
     steps = {"ask": lambda ctx: ctx.wait("?", timeout=0.3 + ctx.input / 50), "use": lambda ctx: ctx.get_output("ask")}
     workflow = app.workflow("asking", steps=steps)
@@ -242,7 +242,7 @@ def test_an_answer_that_races_the_deadline_counts_or_is_refused(app: Streamline)
 
 @pytest.mark.timeout(120)
 def test_of_two_answers_from_two_processes_exactly_one_counts(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """Two people press the button at the same moment, and a pool is at work on the run meanwhile."""
+    """Two people answer at the same moment while a pool works on the run; only one answer may count."""
     approval = client.workflows["approval"]
     wins = {"left": 0, "right": 0}
     with (
@@ -271,7 +271,7 @@ def test_of_two_answers_from_two_processes_exactly_one_counts(client: Streamline
 def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
     client: Streamline, mongodb_uri: str, database: str, tmp_path: Path
 ) -> None:
-    """Nothing but the ring of the answer can make it so: no run here is due, and sweeps are far between."""
+    """Only the answer's own wake-up can be this fast: no run is due, and sweeps are rare."""
     approval = client.workflows["approval"]
     took_s = []
     with waiting_pool(tmp_path, mongodb_uri, database), other_program(mongodb_uri, database) as other:
@@ -291,7 +291,7 @@ def test_an_answer_from_another_process_is_taken_up_by_the_pool_at_once(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_wait_outlives_every_process_and_so_does_its_answer(client: Streamline, mongodb_uri: str, database: str, tmp_path: Path) -> None:
-    """The pool is killed while the run waits, the answer comes while there is no pool, and the next pool goes on."""
+    """The pool is killed while the run waits, the answer arrives while no pool exists, and the next pool must continue the run."""
     approval = client.workflows["approval"]
     with waiting_pool(tmp_path / "first", mongodb_uri, database) as pool:
         answered, unanswered = approval.start(), approval.start({"timeout": 1.0})
@@ -301,9 +301,9 @@ def test_a_wait_outlives_every_process_and_so_does_its_answer(client: Streamline
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
     with other_program(mongodb_uri, database) as other:
-        assert other.call("resume_run", answered.id, "while nobody was there")["status"] == "running"
+        assert other.call("resume_run", answered.id, "while no pool was there")["status"] == "running"
     with waiting_pool(tmp_path / "second", mongodb_uri, database):
-        assert approval.wait_for(answered.id, timeout=20).output == "while nobody was there"
+        assert approval.wait_for(answered.id, timeout=20).output == "while no pool was there"
         assert approval.wait_for(unanswered.id, timeout=20).output == "no answer", "a deadline is kept across restarts, too"
     assert [entry["run"] for entry in evidence(client, "entered", step="ask")].count(answered.id) == 1
 
@@ -328,6 +328,6 @@ def test_a_wait_ends_the_handler_wherever_it_is_raised_and_caught(app: Streamlin
 
 
 @pytest.mark.parametrize("act", [Streamline.resume_run, Streamline.pause_run, Streamline.cancel_run])
-def test_acts_on_runs_that_do_not_exist_say_so(app: Streamline, act: Callable[..., Any]) -> None:
+def test_control_operations_on_unknown_runs_say_so(app: Streamline, act: Callable[..., Any]) -> None:
     with pytest.raises(Exception, match="WORKFLOW_NOT_FOUND"):
         act(app, "unknown")

@@ -122,7 +122,7 @@ def test_the_path_and_the_skipped_steps_are_all_before_the_current_one(run: Run)
 
 @given(any_runs)
 def test_a_run_can_be_rewound_to_every_step_it_has_come_to_unless_cancelled(run: Run) -> None:
-    """A button that is offered and then refused, or one that is missing although the call would work."""
+    """A user interface must neither offer a rewind that is refused nor hide one that would work."""
     for place, step in enumerate(run.steps):
         come_to = all(before.status in COMPLETED for before in run.steps[:place])
         assert can_rewind_to(run, step.step_id) == (come_to and run.status != "cancelled")

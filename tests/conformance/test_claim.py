@@ -32,7 +32,7 @@ def claimed(flow: Workflow, run: Run, lease_id: str) -> tuple[object, int]:
 
 
 def test_a_leased_run_cannot_be_claimed(flow: Workflow) -> None:
-    """Two workers may find the same run due. In an expression a missing `wakeAt` sorts before every date, so the second claim could match."""
+    """Two workers may find the same run due. A missing `wakeAt` sorts before every date, so the second claim could match."""
     run = flow.start()
     assert flow.app.store().run(claims.claim_runs([run.id], None, "first", "w1", LEASE_S)) == 1
     assert claimed(flow, run, "second") == (None, 0)

@@ -1,4 +1,4 @@
-"""Control operations, answers and events that meet the lease holder of the run immediately before its write (docs/architecture.md, sections 4 and 5).
+"""Control operations, answers and events that meet the lease holder of the run immediately before its write.
 
 The test plays the lease holder, or it stops the real engine by a probe immediately before its write.
 """

@@ -22,7 +22,7 @@ def step(status: str) -> StepDocument:
 @pytest.mark.parametrize("new", RunStatus)
 @pytest.mark.parametrize("old", RunStatus)
 def test_a_run_changes_its_status_only_as_the_table_allows(old: RunStatus, new: RunStatus) -> None:
-    """A wrong status is stored for ever: the place where it is made is the last at which it can be refused."""
+    """A wrong status would be stored for ever: a change can only be refused where it is made."""
 
     def make() -> Any:
         return make_change(run(old.value), ChangeKind.ADVANCE, {"status": new.value}, {})

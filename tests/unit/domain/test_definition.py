@@ -1,4 +1,4 @@
-"""Definitions: what a workflow may be, and that everything else is refused where it is written."""
+"""Definitions: which workflows are legal, and that every other definition is refused where it is written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_decorated_function_stays_itself_and_names_its_step(offline: Streamlin
     [(step, False), (async_step, True), (functools.partial(async_step), True), (Callable(), True), (print, False), (lambda ctx: 1, False)],
 )
 def test_async_handlers_are_recognised_in_every_form(handler: Any, is_async: bool) -> None:
-    """An `async def` that is run on a thread would only make a coroutine that nobody awaits."""
+    """An `async def` handler that is called on a thread would only return a coroutine that is never awaited."""
     assert make_step("w", "a", handler, {}).is_async is is_async
 
 
@@ -106,7 +106,7 @@ def test_a_version_is_text(offline: Streamline, version: Any) -> None:
 
 @pytest.mark.parametrize("queue", ["", "a/b", "a b", 5, "x" * 101])
 def test_a_queue_name_cannot_hold_a_slash(offline: Streamline, queue: Any) -> None:
-    """A lane is queue/workflow/version: with a slash in one part, two lanes could be one."""
+    """A lane is queue/workflow/version: with a slash in one part, two lanes could be equal."""
     with pytest.raises(ValidationError, match="queue"):
         offline.workflow("w", queue=queue)
 
@@ -117,7 +117,7 @@ def test_two_workflows_with_one_id_are_refused(offline: Streamline) -> None:
         ValidationError, match="VALIDATION_ERROR: workflow 'w' is defined twice in this app; give one of the two another id"
     ):
         offline.workflow("w")
-    Streamline("mongodb://127.0.0.1:1").workflow("w")  # another app is another registry
+    Streamline("mongodb://127.0.0.1:1").workflow("w")  # each app has its own registry
 
 
 def test_two_steps_with_one_id_are_refused(offline: Streamline) -> None:
@@ -155,7 +155,7 @@ def test_a_definition_lists_its_steps_when_asked_for_another() -> None:
         definition.step("b")
 
 
-def test_the_registry_cannot_be_changed_from_outside(offline: Streamline) -> None:
+def test_the_registry_is_read_only(offline: Streamline) -> None:
     offline.workflow("w")
     with pytest.raises(TypeError):
         offline.workflows["x"] = offline.workflows["w"]  # type: ignore[index]

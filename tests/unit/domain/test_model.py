@@ -18,7 +18,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def test_every_status_has_a_row_in_its_table() -> None:
-    """A status that a table forgets would have no filter, and so escape it."""
+    """A status without a row in the table would be missing from every filter that is derived from it."""
     assert set(RUN_MOVES) == set(RunStatus)
     assert set(STEP_MOVES) == set(StepStatus)
     assert set(RunStatus) == TERMINAL | NON_TERMINAL
@@ -36,13 +36,13 @@ def test_done_and_failed_are_left_by_rewind_only() -> None:
 
 
 def test_the_sets_that_filters_use_are_those_of_the_tables() -> None:
-    """A status that escapes a filter is a run that no worker, no clean-up and no recovery ever finds."""
+    """If a filter misses a status, no worker, no clean-up and no recovery finds its runs."""
     assert {RunStatus.DONE, RunStatus.FAILED, RunStatus.CANCELLED} == TERMINAL
     assert {StepStatus.DONE, StepStatus.FAILED, StepStatus.SKIPPED} == ENDED_STEPS
 
 
 def test_every_live_status_can_be_cancelled_and_can_fail() -> None:
-    """A state without a way to fail could only wedge."""
+    """A state that cannot fail would wedge its runs."""
     for status in NON_TERMINAL:
         assert {RunStatus.CANCELLED, RunStatus.FAILED} <= RUN_MOVES[status]
 
@@ -65,7 +65,7 @@ def test_anything_else_is_refused_by_name(value: Any) -> None:
         seconds(value, "step w.a: timeout")
 
 
-def test_zero_is_a_duration_where_it_makes_sense() -> None:
+def test_zero_is_a_duration_where_it_has_a_meaning() -> None:
     assert seconds(0, "x", zero_ok=True) == 0
     with pytest.raises(ValidationError):
         seconds(-1, "x", zero_ok=True)
@@ -77,7 +77,7 @@ def test_zero_is_a_duration_where_it_makes_sense() -> None:
 @pytest.mark.parametrize(
     ("backoff", "delays"), [("exponential", [1, 2, 4, 8]), ("linear", [1, 2, 3, 4]), ("fixed", [1, 1, 1, 1]), (3, [1, 3, 9, 27])]
 )
-def test_each_backoff_grows_as_the_contract_says(backoff: str | float, delays: list[float]) -> None:
+def test_each_backoff_grows_as_documented(backoff: str | float, delays: list[float]) -> None:
     policy = RetryPolicy(delay_s=1.0, backoff=backoff)
     assert [policy.delay_after(attempt, 0.5) for attempt in range(1, 5)] == pytest.approx(delays)
 
@@ -96,7 +96,7 @@ def test_the_cap_comes_before_the_jitter() -> None:
     chance=st.floats(0, 1, exclude_max=True),
 )
 def test_no_policy_can_make_a_delay_that_is_not_finite(delay_s: float, backoff: str | float, attempt: int, chance: float) -> None:
-    """An overflow here would be a crash of the engine between a failure and its being stored."""
+    """An overflow would crash the engine between a failure and the write that stores it."""
     assert 0 <= RetryPolicy(delay_s=delay_s, backoff=backoff).delay_after(attempt, chance) <= 60 * 1.3 + 1e-9
 
 

@@ -1,4 +1,4 @@
-"""What a user interface is told of a run: progress, time line, waits, where it can be rewound to."""
+"""What a user interface shows of a run: progress, time line, waits, and the steps to which it can be rewound."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPLETED = ("done", "skipped")
 
 
 def a_run(*steps: str | dict[str, Any], status: str = "running", **fields: Any) -> Run:
-    """A run whose steps are named s0, s1, …, each given by its status or by more of its fields. The current one is the first not ended."""
+    """A run with steps s0, s1, …, each given by its status or by more of its fields. The first step that has not ended is the current one."""
     made = []
     for place, step in enumerate(steps):
         made.append({"stepId": f"s{place}", "attempts": 0, **({"status": step} if isinstance(step, str) else step)})
@@ -47,7 +47,7 @@ def a_run(*steps: str | dict[str, Any], status: str = "running", **fields: Any) 
 
 @st.composite
 def possible_runs(draw: st.DrawFn) -> Run:
-    """Runs as the engine leaves them: some steps completed, one that the run is at, the others not reached."""
+    """Runs as the engine stores them: some steps completed, one current step, the others not reached."""
     completed = draw(st.lists(st.sampled_from(COMPLETED), max_size=12))
     rest = draw(st.integers(0 if completed else 1, 12))
     if not rest:
@@ -74,7 +74,7 @@ any_runs = possible_runs() | st.builds(
 
 @given(any_runs)
 def test_progress_is_a_percentage_and_100_only_at_the_end(run: Run) -> None:
-    """Rounding up would show 100 % of a run that is at the last of 200 steps."""
+    """Rounding up would show 100 % for a run at the last of 200 steps."""
     progress = get_workflow_progress(run)
     assert 0 <= progress.percent <= 100
     assert 0 <= progress.completed <= progress.total == len(run.steps)
@@ -86,7 +86,7 @@ def test_199_of_200_steps_are_not_100_percent() -> None:
 
 
 def test_a_done_run_with_skipped_steps_is_at_100_percent() -> None:
-    """The seed counted done steps alone, so a run with a skipped one never got there."""
+    """streamline.js counted only done steps, so a run with a skipped step never reached 100 %."""
     progress = get_workflow_progress(a_run("done", "skipped", "done", status="done"))
     assert (progress.completed, progress.total, progress.percent) == (3, 3, 100)
 
@@ -96,7 +96,7 @@ def test_a_failed_run_stays_below_100_percent_even_at_its_last_step() -> None:
 
 
 @given(any_runs, st.data())
-def test_completing_a_step_never_lessens_progress(run: Run, data: st.DataObject) -> None:
+def test_completing_a_step_never_reduces_progress(run: Run, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(run.steps) - 1))
     completed = dataclasses.replace(run.steps[place], status=StepStatus(data.draw(st.sampled_from(COMPLETED))))
     after = dataclasses.replace(run, steps=(*run.steps[:place], completed, *run.steps[place + 1 :]))
@@ -121,15 +121,15 @@ def test_the_path_and_the_skipped_steps_are_all_before_the_current_one(run: Run)
 
 
 @given(any_runs)
-def test_a_run_can_be_rewound_to_every_step_it_has_come_to_unless_cancelled(run: Run) -> None:
+def test_a_run_can_be_rewound_to_every_step_it_has_reached_unless_cancelled(run: Run) -> None:
     """A user interface must neither offer a rewind that is refused nor hide one that would work."""
     for place, step in enumerate(run.steps):
         come_to = all(before.status in COMPLETED for before in run.steps[:place])
         assert can_rewind_to(run, step.step_id) == (come_to and run.status != "cancelled")
 
 
-def test_rewinding_to_an_unknown_step_is_asked_for_by_mistake() -> None:
-    """False would hide a misspelt id, for good: the button just never appears."""
+def test_asking_for_a_rewind_to_an_unknown_step_is_an_error() -> None:
+    """The answer False would hide a misspelt id: the button would just never appear."""
     for status in ("running", "cancelled"):
         with pytest.raises(StepNotFoundError, match="'nope'; its steps are s0, s1"):
             can_rewind_to(a_run("done", "running", status=status), "nope")
@@ -150,7 +150,7 @@ def test_every_step_is_past_current_or_future_and_in_that_order(run: Run) -> Non
 
 
 def test_all_steps_of_a_done_run_are_past() -> None:
-    """The seed took the place of no step for one before the first, so a done run had only future steps."""
+    """streamline.js treated a run without a current step as one before its first step, so a done run had only future steps."""
     assert all(state.is_past for state in get_step_ui_states(a_run("done", "skipped", status="done")))
 
 
@@ -178,15 +178,15 @@ ASLEEP = {"status": "waiting", "attempts": 1, "startedAt": NOW, "waitingFor": {"
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else f"{value.status}{' paused' if value.paused else ''}",
 )
-def test_a_step_is_shown_as_what_it_means_for_the_run(run: Run, shown: list[str]) -> None:
-    """A cancelled run's step is stored as running, and would be drawn so for ever."""
+def test_the_shown_state_of_a_step_depends_on_its_run(run: Run, shown: list[str]) -> None:
+    """The step of a cancelled run is stored as running, and would be shown as running for ever."""
     assert [state.shown for state in get_step_ui_states(run)] == shown
 
 
 # --- time line ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_time_line_tells_seconds() -> None:
+def test_a_time_line_gives_seconds() -> None:
     done = {"status": "done", "attempts": 3, "startedAt": NOW, "endedAt": LATER, "durationMs": 1500}
     [line] = get_step_timeline(a_run(done, status="done"))
     assert dataclasses.asdict(line) == {
@@ -200,7 +200,7 @@ def test_a_duration_that_was_not_stored_is_the_time_between_start_and_end() -> N
 
 
 def test_a_skipped_or_unreached_step_has_no_duration() -> None:
-    """0 would look as if it had run."""
+    """A duration of 0 would look as if the step had run."""
     run = a_run({"status": "skipped", "endedAt": NOW}, "pending")
     assert [(line.started_at, line.duration) for line in get_step_timeline(run, now=LATER)] == [(None, None)] * 2
 
@@ -215,8 +215,8 @@ def test_a_skipped_or_unreached_step_has_no_duration() -> None:
         (ASLEEP, "cancelled", None),
     ],
 )
-def test_a_step_that_goes_on_lasts_until_now(step: dict[str, Any], status: str, duration: float | None) -> None:
-    """A clock that still ticks beside a cancelled run, or beside a step between two attempts, tells an untruth."""
+def test_a_running_step_lasts_until_now(step: dict[str, Any], status: str, duration: float | None) -> None:
+    """The duration of a cancelled run's step, or of a step between two attempts, must not grow."""
     run = a_run(step, status=status)
     assert get_step_timeline(run, now=LATER)[0].duration == duration
     assert get_step_timeline(run)[0].duration is None
@@ -254,7 +254,7 @@ def waiting(**waiting_for: Any) -> Run:
     ],
     ids=lambda value: value["type"] + value.get("paused", False) * " paused" if isinstance(value, dict) else "",
 )
-def test_a_wait_is_told_with_what_ends_it(run: Run, expected: dict[str, Any]) -> None:
+def test_a_wait_is_shown_with_what_ends_it(run: Run, expected: dict[str, Any]) -> None:
     info = get_waiting_info(run)
     assert info is not None
     absent = {"reason": None, "event_name": None, "data": None, "resume_at": None, "expires_at": None, "paused": False}
@@ -266,7 +266,7 @@ def test_a_wait_is_told_with_what_ends_it(run: Run, expected: dict[str, Any]) ->
     [
         a_run("done", "running", lease=LEASE),
         a_run("done", "pending"),
-        a_run("done", BACKING_OFF, status="running"),  # claimed again, or given back in a drain: it waits for nothing but a worker
+        a_run("done", BACKING_OFF, status="running"),  # claimed again, or released by a drain: the run waits only for a worker
         a_run("done", "pending", paused=True),
         a_run("done", "done", status="done"),
         a_run("done", "failed", status="failed"),
@@ -277,7 +277,7 @@ def test_a_wait_is_told_with_what_ends_it(run: Run, expected: dict[str, Any]) ->
     ids=lambda run: f"{run.status} {run.steps[-1].status}{' paused' if run.paused else ''}",
 )
 def test_a_run_that_waits_for_nothing_says_so(run: Run) -> None:
-    """A cancelled run keeps its step's wait; an interface that showed it would ask somebody for an answer nobody takes."""
+    """A cancelled run keeps its step's wait; an interface that showed it would ask a person for an answer that is refused."""
     assert get_waiting_info(run) is None
 
 
@@ -297,8 +297,8 @@ def test_every_record_becomes_json(run: Run) -> None:
         json.dumps(dataclasses.asdict(record), default=datetime.isoformat)
 
 
-def test_a_current_step_that_is_none_of_the_steps_is_survived() -> None:
-    """A list of runs must not fail to be shown because another program has written to one of them."""
+def test_a_current_step_that_does_not_exist_raises_no_error() -> None:
+    """A list of runs must be shown although another program has changed one of them."""
     run = a_run("done", "pending", currentStepId="gone")
     assert get_waiting_info(run) is None
     assert all(state.is_past for state in get_step_ui_states(run))

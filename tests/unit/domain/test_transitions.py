@@ -1,10 +1,10 @@
-"""Every transition, as data: what it stores, and that invariant 4 holds where it is made."""
+"""Every transition, as data: what it stores, and that no run is left wedged (docs/architecture.md, section 5)."""
 
 from __future__ import annotations
 
 import copy
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -12,6 +12,7 @@ from streamline_pool import is_timeout
 from streamline_pool.domain import transitions, waits
 from streamline_pool.domain.change import Change, apply
 from streamline_pool.domain.definition import Definition, make_step
+from streamline_pool.domain.document import RunDocument, WaitDocument
 from streamline_pool.domain.errors import ErrorCode
 from streamline_pool.domain.model import RUN_MOVES, STEP_MOVES, RunStatus, StepStatus
 from streamline_pool.domain.transitions import Failure
@@ -30,52 +31,59 @@ STEP_A, STEP_B = DEFINITION.steps
 FAILURE = Failure(ErrorCode.STEP_FAILED, "why", "ValueError", "trace", True)
 
 
-def held(current: str = "a", **changes: Any) -> dict[str, Any]:
-    """The document of a run whose current step has been granted."""
+def held(current: str = "a", **changes: Any) -> RunDocument:
+    """The document of a run whose current step was granted."""
     running = {"status": "running", "attempts": 1, "startedAt": NOW - timedelta(seconds=2), "decided": True, "checkpoint": 7}
     steps = [
         {"stepId": "a", **(running if current == "a" else {"status": "done", "attempts": 1, "output": "A"})},
         {"stepId": "b", **(running if current == "b" else {"status": "pending", "attempts": 0})},
     ]
-    return {
+    document = {
         "_id": "r", "workflowId": "w", "version": "1", "status": "running", "steps": steps, "currentStepId": current, "context": {"old": 1},
         "lane": "q/w/1", "rev": 4, "token": 1, "crashes": 1, "failures": 0, "waitGen": 0, "createdAt": NOW - timedelta(hours=1), **changes,
     }  # fmt: skip
+    return cast(RunDocument, document)  # as far as transitions read it
 
 
-def waiting(waiting_for: dict[str, Any] | None = None, current: str = "a", **changes: Any) -> dict[str, Any]:
-    """A run whose current step waits, as somebody who has just claimed it finds it."""
+def waiting(waiting_for: WaitDocument | None = None, current: str = "a", **changes: Any) -> RunDocument:
+    """A run whose current step waits, as a worker that has just claimed it reads it."""
     document = held(current, status="waiting", waitGen=3, **changes)
     step = next(step for step in document["steps"] if step["stepId"] == current)
-    step.update(status="waiting", waitingFor=waiting_for or TIMER, gen=3)
+    step.update({"status": "waiting", "waitingFor": waiting_for or TIMER, "gen": 3})
     return document
 
 
-def hooked(current: str = "a", **changes: Any) -> dict[str, Any]:
-    """A run whose handler at work has made a hook, by which nobody has answered yet."""
+def hooked(current: str = "a", **changes: Any) -> RunDocument:
+    """A run whose handler works and has created a hook that is not answered yet."""
     document = held(current, **changes)
-    next(step for step in document["steps"] if step["stepId"] == current)["hooks"] = [{"hash": b"h", "gen": document["waitGen"] + 1}]
+    next(step for step in document["steps"] if step["stepId"] == current)["hooks"] = [
+        {"hash": b"h", "gen": document["waitGen"] + 1, "reason": "approve?"}
+    ]
     return document
 
 
-TIMER = {"type": "timer", "reason": "sleep", "resumeAt": LATER}
-HUMAN = {"type": "human", "reason": "approve?"}
-WEBHOOK = {"type": "webhook", "reason": "approve?"}
-EVENT = {"type": "event", "reason": "event paid", "eventName": "paid"}
-BY_LATER = {"expiresAt": LATER}
+TIMER: WaitDocument = {"type": "timer", "reason": "sleep", "resumeAt": LATER}
+HUMAN: WaitDocument = {"type": "human", "reason": "approve?"}
+WEBHOOK: WaitDocument = {"type": "webhook", "reason": "approve?"}
+EVENT: WaitDocument = {"type": "event", "reason": "event paid", "eventName": "paid"}
 PAID = {"id": "e1", "name": "paid", "data": 7}
 ANSWER = {"id": "x1", "stepId": "a", "gen": 1, "data": "yes"}
 
 
-def taken(document: dict[str, Any], place: int, waiting_for: dict[str, Any]) -> Change:
-    """What becomes of a wait whose answer is in the inbox already."""
+def until_later(waiting_for: WaitDocument) -> WaitDocument:
+    """The same wait with a deadline."""
+    return {**waiting_for, "expiresAt": LATER}
+
+
+def taken(document: RunDocument, place: int, waiting_for: WaitDocument) -> Change:
+    """The change by which a wait takes an answer that is in the inbox already."""
     begin = waits.await_event if waiting_for["type"] == "event" else waits.wait
     change = waits.take(document, begin(document, place, waiting_for, {"k": 1}), NOW)
     assert change is not None
     return change
 
 
-CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
+CHANGES: dict[str, tuple[RunDocument, Change]] = {
     "advance": (held(), transitions.advance(held(), 0, "out", {"k": 1}, NOW)),
     "finish": (held("b"), transitions.advance(held("b"), 1, "out", {}, NOW)),
     "skip": (held(), transitions.skip(held(), 0, {}, NOW)),
@@ -85,11 +93,11 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "wake": (waiting(), waits.wake(waiting(), 0, LATER)),
     "park": (waiting(), waits.park(waiting(), 0)),
     "wait": (held(), waits.wait(held(), 0, HUMAN, {"k": 1})),
-    "wait until": (held(), waits.wait(held(), 0, HUMAN | BY_LATER, {})),
+    "wait until": (held(), waits.wait(held(), 0, until_later(HUMAN), {})),
     "wait with a hook": (hooked(), waits.wait(hooked(), 0, WEBHOOK, {})),
     "wait at the last": (held("b"), waits.wait(held("b"), 1, HUMAN, {})),
     "await": (held(), waits.await_event(held(), 0, EVENT, {"k": 1})),
-    "await until": (held(), waits.await_event(held(), 0, EVENT | BY_LATER, {})),
+    "await until": (held(), waits.await_event(held(), 0, until_later(EVENT), {})),
     "take an event": (held(inbox=[PAID]), taken(held(inbox=[PAID]), 0, EVENT)),
     "take an answer": (hooked(inbox=[ANSWER]), taken(hooked(inbox=[ANSWER]), 0, WEBHOOK)),
     "take at the last": (held("b", inbox=[PAID]), taken(held("b", inbox=[PAID]), 1, EVENT)),
@@ -105,17 +113,17 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
         waiting(EVENT, "b", awaits="paid", inbox=[PAID]),
         waits.wait_answered(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), 1, PAID, NOW),
     ),
-    "time out": (waiting(HUMAN | BY_LATER), waits.time_out(waiting(HUMAN | BY_LATER), 0, LATER)),
+    "time out": (waiting(until_later(HUMAN)), waits.time_out(waiting(until_later(HUMAN)), 0, LATER)),
     "time out an event": (
-        waiting(EVENT | BY_LATER, awaits="paid"),
-        waits.time_out(waiting(EVENT | BY_LATER, awaits="paid"), 0, LATER),
+        waiting(until_later(EVENT), awaits="paid"),
+        waits.time_out(waiting(until_later(EVENT), awaits="paid"), 0, LATER),
     ),
     "park a wait": (waiting(HUMAN), waits.park(waiting(HUMAN), 0)),
-    "park a wait until": (waiting(WEBHOOK | BY_LATER), waits.park(waiting(WEBHOOK | BY_LATER), 0)),
+    "park a wait until": (waiting(until_later(WEBHOOK)), waits.park(waiting(until_later(WEBHOOK)), 0)),
     "park an event": (waiting(EVENT, awaits="paid"), waits.park(waiting(EVENT, awaits="paid"), 0)),
     "park an event until": (
-        waiting(EVENT | BY_LATER, awaits="paid"),
-        waits.park(waiting(EVENT | BY_LATER, awaits="paid"), 0),
+        waiting(until_later(EVENT), awaits="paid"),
+        waits.park(waiting(until_later(EVENT), awaits="paid"), 0),
     ),
     "advance with a hook": (hooked(), transitions.advance(hooked(), 0, "out", {}, NOW)),
     "retry with a hook": (hooked(), transitions.step_failed(hooked(), STEP_A, 0, FAILURE, NOW, LATER)),
@@ -132,32 +140,32 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
 every = pytest.mark.parametrize("name", CHANGES)
 
 
-def applied(name: str) -> tuple[dict[str, Any], Change, dict[str, Any]]:
+def applied(name: str) -> tuple[RunDocument, Change, RunDocument]:
     before, change = CHANGES[name]
     after = copy.deepcopy(before)
     apply(after, change)
     return before, change, after
 
 
-def waits_for_an_outside_act(document: dict[str, Any]) -> bool:
+def waits_for_a_client(document: dict[str, Any]) -> bool:
     step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), None)
     return step is not None and step["status"] == "waiting" and step["waitingFor"]["type"] in ("human", "webhook", "event")
 
 
 @every
-def test_a_run_is_left_leased_or_due_or_ended_or_waits_for_an_outside_act(name: str) -> None:
-    """The one place where a run could be wedged is where its next state is made. A deadline makes a wait due."""
+def test_a_run_is_left_leased_or_due_or_ended_or_waiting_for_a_client(name: str) -> None:
+    """A run can only be wedged where its next state is made. A wait with a deadline has a due time."""
     _, change, after = applied(name)
     ended = after["status"] in ("done", "failed", "cancelled")
-    nobodys = change.releases and change.wake_at is None and not ended
-    assert (not change.releases) + (change.wake_at is not None) + ended + nobodys == 1
-    assert not nobodys or waits_for_an_outside_act(after)
+    without_owner = change.releases and change.wake_at is None and not ended
+    assert (not change.releases) + (change.wake_at is not None) + ended + without_owner == 1
+    assert not without_owner or waits_for_a_client(after)
     assert not ended or after["endedAt"] is not None
 
 
 @every
 def test_events_find_a_run_exactly_while_it_waits_for_one(name: str) -> None:
-    """`awaits` is what an event is delivered by: without it the run is missed, with it too long it is hit in the wrong place."""
+    """Events are delivered by `awaits`: without it they miss the run, and if it stays too long they end the wrong step."""
     _, _, after = applied(name)
     step: dict[str, Any] = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), {})
     waits = after["status"] == "waiting" and step.get("waitingFor", {}).get("type") == "event"
@@ -176,7 +184,7 @@ def test_a_waiting_step_says_which_wait_it_is_and_no_other_step_does(name: str) 
 
 
 @every
-def test_a_change_goes_only_where_the_tables_lead(name: str) -> None:
+def test_a_change_makes_only_moves_that_the_tables_allow(name: str) -> None:
     before, _, after = applied(name)
     if before["status"] != after["status"]:
         assert RunStatus(after["status"]) in RUN_MOVES[RunStatus(before["status"])]
@@ -196,19 +204,19 @@ def test_a_live_run_stays_sound(name: str) -> None:
 def test_a_change_counts_one_write_and_leaves_its_argument_alone(name: str) -> None:
     before, change, after = applied(name)
     assert after["rev"] == before["rev"] + 1
-    assert "rev" not in change.fields, "the write's own fence says it"
+    assert "rev" not in change.fields, "the write's own fence states it"
 
 
 @every
 def test_under_pause_nothing_is_started_or_ended(name: str) -> None:
-    """The same result, but for a run that nobody may go on with; what is left goes to `pausedWakeAt`."""
+    """The same result for a run that no worker may continue; its due time is stored as `pausedWakeAt`."""
     before, change = CHANGES[name]
     paused = transitions.under_pause(before, change, NOW)
     after = copy.deepcopy(before)
     apply(after, paused)
     assert paused.releases
     assert after["status"] != "done"
-    assert after["status"] == "failed" or paused.wake_at is not None or waits_for_an_outside_act(after)
+    assert after["status"] == "failed" or paused.wake_at is not None or waits_for_a_client(after)
     started = [step for old, step in zip(before["steps"], after["steps"], strict=True) if step["attempts"] > old["attempts"]]
     assert not started
     if before["status"] == "waiting":
@@ -217,8 +225,8 @@ def test_under_pause_nothing_is_started_or_ended(name: str) -> None:
         assert after.get("awaits") == before.get("awaits")
 
 
-def test_under_pause_a_wait_keeps_its_deadline_and_an_event_wait_its_look() -> None:
-    """An event that was sent to all before is found only by who looks for it; parked without a look it would wait for ever."""
+def test_under_pause_a_wait_keeps_its_deadline_and_an_event_wait_its_search() -> None:
+    """An event that was sent to all before is found only by a search; a run parked without it would wait for ever."""
     instants = {name: transitions.under_pause(*CHANGES[name], LATER).wake_at for name in ("wait", "wait until", "await", "await until")}
     assert instants == {"wait": None, "wait until": LATER, "await": LATER, "await until": LATER}
 
@@ -234,8 +242,8 @@ def test_done_and_advance_are_one_write() -> None:
     assert (after["currentStepId"], after["context"], after["crashes"]) == ("b", {"old": 1, "k": 1}, 0)
 
 
-def test_context_keys_that_are_no_path_are_stored_with_the_whole_context() -> None:
-    """`context.a.b` would be read as a key b within a."""
+def test_context_keys_that_cannot_be_paths_are_stored_with_the_whole_context() -> None:
+    """MongoDB would read `context.a.b` as the key b within a."""
     for key in ("a.b", "$inc", "x.$y"):
         change = transitions.advance(held(), 0, 1, {key: 5}, NOW)
         assert change.fields["context"] == {"old": 1, key: 5}
@@ -261,11 +269,11 @@ def test_an_attempt_that_did_not_take_place_is_not_counted() -> None:
     assert applied("release entered")[2]["steps"][0]["attempts"] == 1
 
 
-def test_a_run_given_back_keeps_its_place_in_the_queue() -> None:
+def test_a_released_run_keeps_its_place_in_the_queue() -> None:
     assert CHANGES["release"][1].wake_at == NOW - timedelta(hours=1)
 
 
-def test_without_a_grant_the_next_step_is_left_to_the_next_holder() -> None:
+def test_without_a_grant_the_next_step_is_left_to_the_next_lease_holder() -> None:
     before, change = CHANGES["advance"]
     lone = transitions.without_next_start(before, change, NOW)
     after = copy.deepcopy(before)
@@ -279,15 +287,15 @@ def test_a_sleep_is_ended_only_by_the_servers_clock() -> None:
     assert CHANGES["park"][1].wake_at == LATER
 
 
-def test_a_wait_is_not_begun_if_its_answer_has_come() -> None:
-    """Between the hook and the wait somebody may answer; only the write itself can tell whether anybody has."""
+def test_a_wait_is_not_begun_if_its_answer_has_arrived() -> None:
+    """A client may answer between the hook and the wait; only the write itself can detect it."""
     assert CHANGES["wait with a hook"][1].unless_arrived == {"stepId": "a", "gen": 1}
     assert CHANGES["await"][1].unless_arrived == {"name": "paid"}
-    assert CHANGES["wait"][1].unless_arrived is None, "nobody can answer a wait without a hook before it is there"
+    assert CHANGES["wait"][1].unless_arrived is None, "a wait without a hook cannot be answered before it is stored"
 
 
-def test_awaiting_keeps_the_lease_until_broadcasts_were_looked_for() -> None:
-    """Given up before the look, the run would miss an event that was sent while it was on its way to wait."""
+def test_awaiting_keeps_the_lease_until_stored_events_were_searched() -> None:
+    """If the lease were released before the search, the run would miss an event that was sent before its wait was stored."""
     assert not CHANGES["await"][1].releases
     assert CHANGES["wait"][1].releases
 
@@ -299,7 +307,7 @@ def test_what_has_arrived_is_the_output_and_counts_as_a_wait(name: str) -> None:
     step, item = after["steps"][place], before["inbox"][0]
     assert (step["status"], step["output"], step["answer"]) == ("done", item["data"], item["id"])
     assert (after["waitGen"], after["context"], after["inbox"]) == (1, {"old": 1, "k": 1}, [])
-    assert "step:waiting" not in [event for event, _, _ in change.events], "it has not waited"
+    assert "step:waiting" not in [event for event, _, _ in change.events], "the run has not waited"
     assert after["output" if place else "currentStepId"] == (7 if place else "b")
 
 
@@ -311,7 +319,7 @@ def test_only_what_is_waited_for_is_taken() -> None:
     document = held(inbox=[*others, PAID, later])
     change = taken(document, 0, EVENT)
     apply(document, change)
-    assert (document["steps"][0]["output"], document["inbox"]) == (7, [*others, later]), "the oldest, and no other"
+    assert (document["steps"][0]["output"], document["inbox"]) == (7, [*others, later]), "only the oldest"
 
 
 def test_a_broadcast_that_was_taken_is_remembered_and_one_from_the_inbox_leaves_it() -> None:
@@ -322,7 +330,7 @@ def test_a_broadcast_that_was_taken_is_remembered_and_one_from_the_inbox_leaves_
 
 
 @pytest.mark.parametrize("name", ["look, inbox", "look, broadcast", "look at the last", "time out", "time out an event", "wake"])
-def test_the_end_of_a_wait_is_told_in_order(name: str) -> None:
+def test_the_end_of_a_wait_is_published_in_order(name: str) -> None:
     told = [event for event, _, _ in CHANGES[name][1].events]
     assert told[:2] == ["step:completed", "workflow:resumed"]
     assert told[2:] == (["workflow:completed"] if name == "look at the last" else [])
@@ -340,17 +348,17 @@ def test_a_wait_times_out_only_by_the_servers_clock_and_says_so(name: str) -> No
     ("name", "instant"),
     [("park", LATER), ("park a wait", None), ("park a wait until", LATER), ("park an event", None), ("park an event until", LATER)],
 )
-def test_a_parked_run_has_the_instant_of_its_own_wait(name: str, instant: datetime | None) -> None:
+def test_a_parked_run_has_the_due_time_of_its_own_wait(name: str, instant: datetime | None) -> None:
     before, change, after = applied(name)
     assert change.wake_at == instant
     assert (after["steps"], after["waitGen"], after.get("awaits")) == (before["steps"], before["waitGen"], before.get("awaits"))
 
 
 def test_hooks_live_through_a_retry_and_die_with_their_step() -> None:
-    """Somebody may hold the token of the attempt that failed; nobody may answer a step that is over."""
+    """A person may hold the token of the failed attempt; a step that has ended must not be answered."""
     assert applied("retry with a hook")[2]["steps"][0]["hooks"] == [{"hash": b"h", "gen": 1}]
     assert "hooks" not in applied("advance with a hook")[2]["steps"][0]
-    assert CHANGES["advance with a hook"][1].takes == {"stepId": "a"}, "an answer that nobody waited for goes, too"
+    assert CHANGES["advance with a hook"][1].takes == {"stepId": "a"}, "an answer without a wait is removed, too"
 
 
 def test_a_wait_and_its_end_reset_the_counts_of_failures_and_lost_workers() -> None:

@@ -1,4 +1,4 @@
-"""What follows every outcome of a write: every decision of `after_write`, as values."""
+"""What follows each outcome of a write: every decision of `after_write`, as values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def held(*, stopping: bool = False, current: str = "a", **changes: Any) -> Held:
 
 def sleeping() -> Held:
     one = held(status="waiting")
-    one.document["steps"][0].update(status="waiting", waitingFor={"type": "timer", "resumeAt": LATER}, gen=1)
+    one.document["steps"][0].update({"status": "waiting", "waitingFor": {"type": "timer", "resumeAt": LATER}, "gen": 1})
     return one
 
 
@@ -74,7 +74,7 @@ def test_a_committed_write_is_applied_from_memory() -> None:
 
 
 def test_a_write_known_from_a_read_is_read_again_unless_it_released_the_run() -> None:
-    """After a lost reply only the document says where the run is; a run that was released is not this worker's to read."""
+    """After a lost reply only the document shows the state of the run. A run that was released must not be read, because another worker may hold it."""
     assert decide(WriteOutcome.COMMITTED_BY_READ, advanced(held()), held()) == Committed(reread=True)
     finish = advanced(held(current="b"))
     assert decide(WriteOutcome.COMMITTED_BY_READ, finish, held(current="b")) == Committed(reread=False)
@@ -85,7 +85,7 @@ def test_a_fenced_writer_writes_nothing_more() -> None:
 
 
 def test_a_pause_sends_the_form_for_paused_runs_and_a_resume_sends_the_decision_again() -> None:
-    """The form is always made from the decision: made from an earlier form, a result would lose the start of the next step."""
+    """Each form must be derived from the decision. Derived from an earlier form, a result would lose the start of the next step."""
     one, change = held(), advanced(held())
     paused = decide(WriteOutcome.PAUSED, change, one)
     assert paused == Send(Write(change, transitions.under_pause(one.document, change, NOW), under_pause=True))
@@ -94,7 +94,7 @@ def test_a_pause_sends_the_form_for_paused_runs_and_a_resume_sends_the_decision_
     assert after_write(WriteOutcome.RESUMED, paused.write, one, AT) == Send(Write(change, change))
 
 
-def test_a_timer_that_fired_too_early_goes_back_to_its_wait() -> None:
+def test_a_timer_that_fired_too_early_returns_the_run_to_its_wait() -> None:
     one = sleeping()
     action = decide(WriteOutcome.NOT_YET, waits.wake(one.document, 0, NOW), one)
     assert action == Send(Write(waits.park(one.document, 0), waits.park(one.document, 0)))
@@ -106,12 +106,12 @@ def test_what_arrived_before_the_wait_is_read_and_becomes_the_result() -> None:
     assert decide(WriteOutcome.ARRIVED, waiting, one) == ReadFirst()
     write = after_reading(Write(waiting, waiting), held(inbox=[PAID]), NOW)
     assert (write.change.kind, write.change.steps[0]["output"]) == (ChangeKind.ADVANCE, 7)
-    assert after_reading(Write(waiting, waiting), held(), NOW).change == waiting, "it was taken away again: wait as decided"
+    assert after_reading(Write(waiting, waiting), held(), NOW).change == waiting, "the answer was removed again: wait as decided"
     stopping = after_reading(Write(waiting, waiting), held(inbox=[PAID], stopping=True), NOW)
-    assert (list(stopping.change.steps), stopping.change.releases) == ([0], True), "a holder that stops starts no step"
+    assert (list(stopping.change.steps), stopping.change.releases) == ([0], True), "a lease holder that stops starts no step"
 
 
-def test_what_the_server_can_never_store_is_a_failed_attempt_also_under_a_pause() -> None:
+def test_a_result_that_the_server_can_never_store_is_a_failed_attempt_also_under_a_pause() -> None:
     for under_pause in (False, True):
         action = decide(TOO_LARGE, advanced(held()), held(), under_pause=under_pause)
         assert isinstance(action, Send)
@@ -120,7 +120,7 @@ def test_what_the_server_can_never_store_is_a_failed_attempt_also_under_a_pause(
 
 
 def test_a_failure_that_cannot_be_stored_is_stored_in_few_bytes() -> None:
-    """Without this the run would be written again and again, and never end."""
+    """Otherwise the write would be repeated for ever, and the run would never end."""
     one = held()
     action = decide(TOO_LARGE, advanced(one), one)
     assert isinstance(action, Send)
@@ -128,7 +128,7 @@ def test_a_failure_that_cannot_be_stored_is_stored_in_few_bytes() -> None:
 
 
 @pytest.mark.parametrize("stopping", [False, True])
-def test_a_holder_that_stops_leaves_the_next_step_to_the_next_holder(stopping: bool) -> None:
+def test_a_lease_holder_that_stops_leaves_the_next_step_to_the_next_one(stopping: bool) -> None:
     write = first_write(advanced(held()), held(stopping=stopping), NOW)
     assert write.change.releases is stopping
     assert list(write.change.steps) == ([0] if stopping else [0, 1])
@@ -136,7 +136,7 @@ def test_a_holder_that_stops_leaves_the_next_step_to_the_next_holder(stopping: b
 
 @pytest.mark.parametrize("under_pause", [False, True])
 @pytest.mark.parametrize("result", [*WriteOutcome, TOO_LARGE], ids=str)
-def test_every_outcome_leads_somewhere(result: WriteOutcome | ValidationError, under_pause: bool) -> None:
-    """An outcome without an action would leave the driver, and with it the run, in the loop for ever."""
+def test_every_outcome_has_an_action(result: WriteOutcome | ValidationError, under_pause: bool) -> None:
+    """An outcome without an action would keep the task, and with it the run, in its loop for ever."""
     one = sleeping() if result is WriteOutcome.NOT_YET else held()
     assert isinstance(decide(result, advanced(held()), one, under_pause=under_pause), Action)

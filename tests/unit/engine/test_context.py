@@ -1,4 +1,4 @@
-"""`ctx` by itself: what a handler may ask, and the abort signal in threads and tasks."""
+"""`ctx` without an engine: what a handler may call, and the abort signal in threads and tasks."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_a_sleep_is_no_exception_that_handlers_catch() -> None:
 
 
 @pytest.mark.parametrize("delay", [-1, "5", None, float("nan"), float("inf"), 10**12])
-def test_a_sleep_that_cannot_be_is_refused(delay: Any) -> None:
+def test_an_invalid_sleep_is_refused(delay: Any) -> None:
     with pytest.raises(ValidationError, match=r"ctx\.sleep"):
         made()[0].sleep(delay)
 
 
 @pytest.mark.parametrize("name", ["", "*", 5, None, "workflow:completed", "engine:error"])
-def test_only_names_of_ones_own_can_be_emitted(name: Any) -> None:
+def test_only_the_users_own_names_can_be_emitted(name: Any) -> None:
     ctx, port = made()
     with pytest.raises(ValidationError):
         ctx.emit(name)
@@ -115,11 +115,11 @@ def test_after_its_end_ctx_does_nothing() -> None:
 def ended(act: Any) -> WaitSuspension:
     with pytest.raises(WaitSuspension) as caught:
         act()
-    assert not isinstance(caught.value, Exception), "`except Exception` in a handler lets it pass"
+    assert not isinstance(caught.value, Exception), "`except Exception` in a handler does not catch it"
     return caught.value
 
 
-def test_a_wait_says_for_whom_for_what_and_how_long() -> None:
+def test_a_wait_records_its_type_reason_data_and_timeout() -> None:
     plain = ended(lambda: made()[0].wait("approve?"))
     assert (plain.waiting_for, plain.timeout_s) == ({"type": "human", "reason": "approve?"}, None)
     full = ended(lambda: made()[0].wait("approve?", {"a": (1, 2)}, timeout=timedelta(minutes=1)))
@@ -149,8 +149,8 @@ def test_a_wait_and_a_hook_need_a_reason_that_can_be_shown(reason: Any) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0, -1, "5", True, float("nan"), float("inf"), 10**12, timedelta(0), timedelta(days=-1)])
-def test_a_timeout_that_cannot_be_is_refused(timeout: Any) -> None:
-    """Refused, it fails the attempt at once with the argument's name; taken, it would end at once, or never."""
+def test_an_invalid_timeout_is_refused(timeout: Any) -> None:
+    """An invalid timeout must fail the attempt at once and name the argument; if it were accepted, the wait would end at once or never."""
     ctx, port = made()
     calls: list[Callable[[], Any]] = [
         lambda: ctx.wait("why", timeout=timeout),
@@ -184,9 +184,9 @@ def test_a_hook_is_registered_with_its_reason_and_its_expiry_and_one_is_open_at_
 
 
 def test_the_wait_of_a_step_with_a_hook_is_a_webhook_wait() -> None:
-    """Also in a later attempt: the token of the first one may be with somebody."""
+    """This holds in a later attempt, too: a person may hold the token of the first attempt."""
     ctx, _ = made()
-    ctx._document["steps"][1]["hooks"] = [{"hash": b"h", "gen": 1}]
+    ctx._document["steps"][1]["hooks"] = [{"hash": b"h", "gen": 1, "reason": "why"}]
     assert ended(lambda: ctx.wait("why")).waiting_for["type"] == "webhook"
 
 
@@ -232,8 +232,8 @@ def test_waiting_threads_and_tasks_are_woken() -> None:
     assert asyncio.run(work()) == [True, "shutdown", "shutdown", "shutdown"]
 
 
-def test_a_signal_that_fires_while_somebody_begins_to_wait_is_not_missed() -> None:
-    """A `def` handler waits on a thread of its own, and the signal fires in another: between its look and its place in the list."""
+def test_a_signal_that_fires_while_a_handler_begins_to_wait_is_not_missed() -> None:
+    """A `def` handler waits on its own thread; the signal may fire on another thread between its check and its registration."""
     signal = AbortSignal()
 
     class Firing(list[Any]):

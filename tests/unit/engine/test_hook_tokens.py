@@ -1,4 +1,4 @@
-"""Hook tokens: their form for every run id there can be, and what is stored of them."""
+"""Hook tokens: their form for every possible run id, and what is stored of them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ run_ids = st.text(min_size=1, max_size=100).filter(lambda text: "\0" not in text
 def test_a_token_names_its_run_and_can_stand_in_an_address(run_id: str) -> None:
     token = make_token(run_id, SECRET)
     assert run_id_of(token) == run_id
-    assert re.fullmatch(r"[A-Za-z0-9_.~-]+", token), "these are the characters that no address changes (RFC 3986)"
+    assert re.fullmatch(r"[A-Za-z0-9_.~-]+", token), "the characters that a URL never encodes (RFC 3986)"
 
 
 @given(run_ids)
-def test_whatever_the_run_is_called_its_token_leads_back_to_it(run_id: str) -> None:
+def test_a_token_yields_its_run_id_for_every_run_id(run_id: str) -> None:
     assert run_id_of(make_token(run_id, SECRET)) == run_id
 
 
 @given(run_ids, run_ids)
 def test_two_runs_never_share_a_token(one: str, other: str) -> None:
-    """A plain name and the encoded name of another run could look alike."""
+    """A plain run id and the encoded id of another run could be equal."""
     assert one == other or make_token(one, SECRET) != make_token(other, SECRET)
 
 
@@ -48,7 +48,7 @@ def test_two_runs_never_share_a_token(one: str, other: str) -> None:
         f"run.{'s' * 101}", f"ключ.{SECRET}", f"run.{SECRET}\0", f"$where.{SECRET}", {"$ne": None},
     ],
 )  # fmt: skip
-def test_what_is_no_token_is_refused_without_being_looked_up(token: Any) -> None:
+def test_malformed_text_is_refused_without_a_query(token: Any) -> None:
     with pytest.raises(HookTokenError) as caught:
         run_id_of(token)
     assert (caught.value.code, caught.value.http_status) == ("HOOK_TOKEN_INVALID", 401)
@@ -56,8 +56,8 @@ def test_what_is_no_token_is_refused_without_being_looked_up(token: Any) -> None
 
 
 @given(st.text(max_size=1000) | st.binary(max_size=50) | st.none() | st.integers())
-def test_whatever_is_brought_is_a_token_or_a_hook_token_error(token: Any) -> None:
-    """Anybody may send anything to the address of a hook; nothing of it may be another error."""
+def test_every_text_is_a_token_or_a_hook_token_error(token: Any) -> None:
+    """Strangers may send any text to the URL of a hook; it must never cause another error."""
     with contextlib.suppress(HookTokenError):
         assert isinstance(run_id_of(token), str)
 
@@ -69,7 +69,7 @@ def test_a_secret_has_at_least_128_random_bits_and_is_never_the_same() -> None:
 
 
 def test_the_whole_token_is_hashed() -> None:
-    """A secret that was good for another run too would be good for a run that somebody else has named."""
+    """If only the secret were hashed, it would also be accepted for another run that a stranger names."""
     hashes = {hash_token(make_token(run_id, secret)) for run_id in ("a", "b") for secret in (SECRET, "t" * 32)}
     assert len(hashes) == 4
     assert all(len(value) == 32 and SECRET.encode() not in value for value in hashes)

@@ -74,7 +74,7 @@ GONE = {"lease": None}
     ],
 )
 def test_a_document_shows_the_outcome_of_a_write(kind: str, paused: bool, changes: dict[str, Any], outcome: WriteOutcome | None) -> None:
-    """A wrong outcome repeats a write that was stored, or goes on from one that was not."""
+    """A wrong outcome repeats a write that was stored, or continues after one that was not."""
     assert resolve_write(statement(kind, paused=paused), run(**changes)) is outcome
 
 

@@ -1,4 +1,4 @@
-"""The run cache: bounded, least recently used out first, counted."""
+"""The run cache: bounded, counted, and without the least recently used run when it is full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamline_pool.engine.run_cache import RunCache, RunNote
 NOTE = RunNote("1.0.0", 1, 0.0, True)
 
 
-def test_the_run_used_longest_ago_is_forgotten() -> None:
+def test_the_least_recently_used_run_is_evicted() -> None:
     cache = RunCache(2)
     cache.put("a", NOTE)
     cache.put("b", NOTE)
@@ -22,7 +22,7 @@ def test_the_run_used_longest_ago_is_forgotten() -> None:
     assert cache.counters() == {"size": 2, "capacity": 2, "hits": 3, "misses": 1, "evictions": 1}
 
 
-def test_a_note_put_again_replaces_the_old_one_and_evicts_nobody() -> None:
+def test_an_entry_put_again_replaces_the_old_one_and_evicts_no_other() -> None:
     cache = RunCache(2)
     cache.put("a", NOTE)
     cache.put("b", NOTE)
@@ -31,7 +31,7 @@ def test_a_note_put_again_replaces_the_old_one_and_evicts_nobody() -> None:
     assert (cache.get("a"), cache.get("b"), len(cache), cache.evictions) == (newer, NOTE, 2, 0)
 
 
-def test_forgetting_what_is_not_there_does_nothing() -> None:
+def test_removing_a_missing_entry_does_nothing() -> None:
     cache = RunCache(2)
     cache.put("a", NOTE)
     cache.forget("a")
@@ -40,8 +40,8 @@ def test_forgetting_what_is_not_there_does_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("pgf"), st.integers(0, 9))), st.integers(1, 5))
-def test_it_never_outgrows_its_bound_and_counts_every_look(acts: list[tuple[str, int]], capacity: int) -> None:
-    """A cache without a bound is a leak that takes weeks to show."""
+def test_it_never_exceeds_its_bound_and_counts_every_lookup(acts: list[tuple[str, int]], capacity: int) -> None:
+    """A cache without a bound is a leak that shows only after weeks."""
     cache = RunCache(capacity)
     for act, key in acts:
         {"p": lambda k: cache.put(k, NOTE), "g": cache.get, "f": cache.forget}[act](str(key))

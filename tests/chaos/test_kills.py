@@ -112,15 +112,15 @@ def kill_one_worker(app: Streamline) -> list[float]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("act", ["kill", "stop"])
+@pytest.mark.parametrize("action", ["kill", "stop"])
 @pytest.mark.parametrize("point", PROBE_POINTS)
 def test_a_crash_or_a_freeze_at_a_named_point_wedges_nothing(
-    app: Streamline, mongodb_uri: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, act: str
+    app: Streamline, mongodb_uri: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, action: str
 ) -> None:
     """A process may die, or be suspended for longer than its lease, between any two instructions of the commit path."""
     once = tmp_path / "happened"
     options = ("--workers", "2", "--concurrency", "5", "--lease", "2", "--stall-timeout", "6")
-    with running(tmp_path, APP, mongodb_uri, *options, database=database, environ={"STREAMLINE_PROBE": f"{point}={act}@{once}"}) as pool:
+    with running(tmp_path, APP, mongodb_uri, *options, database=database, environ={"STREAMLINE_PROBE": f"{point}={action}@{once}"}) as pool:
         pool.ready()
         with acceptances(app) as accepted:
             runs = [run.id for run in app.workflows["busy"].start_many([{"seconds": 0.02}] * 20)]

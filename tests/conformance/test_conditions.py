@@ -37,16 +37,16 @@ def test_a_skipped_step_is_stored_as_such_and_the_run_goes_on(app: Streamline, n
         "maybe": (lambda ctx: entered.append("maybe"), {name: asked([False], name, [])}),
         "end": lambda ctx: [ctx.get_output("one"), ctx.get_output("maybe")],
     }
-    heard: list[tuple[str, str | None]] = []
-    app.events.on("*", lambda event: heard.append((event.name, event.step_id)))
+    received: list[tuple[str, str | None]] = []
+    app.events.on("*", lambda event: received.append((event.name, event.step_id)))
     workflow = app.workflow("w", steps=steps)
     done = workflow.execute(workflow.start().id)
     app.events.close()
     step = done.step("maybe")
     assert (done.status, done.output, entered) == ("done", ["one", None], [])
     assert (step.status, step.attempts, step.output, step.ended_at is not None) == ("skipped", 0, None, True)
-    assert ("step:skipped", "maybe") in heard
-    assert ("step:started", "maybe") not in heard
+    assert ("step:skipped", "maybe") in received
+    assert ("step:started", "maybe") not in received
 
 
 def test_a_run_whose_last_step_or_every_step_is_skipped_is_done(app: Streamline) -> None:
@@ -64,20 +64,20 @@ def test_a_run_whose_last_step_or_every_step_is_skipped_is_done(app: Streamline)
 def test_predicates_see_the_run_as_it_is_and_may_be_async(app: Streamline, name: str, kind: str) -> None:
     seen: list[Any] = []
 
-    def look(ctx: Any, *run: Any) -> bool:
+    def predicate(ctx: Any, *run: Any) -> bool:
         known = [(one.id == ctx.run_id, one.status) for one in run]
         seen.append((ctx.step_id, ctx.get_output("one"), ctx.context, ctx.input, known))
         return name != "skip_if"
 
-    async def look_async(ctx: Any, *run: Any) -> bool:
+    async def predicate_async(ctx: Any, *run: Any) -> bool:
         await asyncio.sleep(0)
-        return look(ctx, *run)
+        return predicate(ctx, *run)
 
     def one(ctx: Any) -> str:
         ctx.set("k", "set by one")
         return "one"
 
-    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", {name: look if kind == "def" else look_async})})
+    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", {name: predicate if kind == "def" else predicate_async})})
     assert workflow.execute(workflow.start({"i": 1}).id).output == "two"
     known = [(True, "running")] if name == "condition" else []
     assert seen == [("two", "one", {"i": 1, "k": "set by one"}, {"i": 1}, known)]
@@ -143,17 +143,17 @@ def test_a_decision_to_skip_is_not_repeated_but_a_rewind_discards_it(app: Stream
 
 
 @pytest.mark.parametrize("name", CONDITIONS)
-@pytest.mark.parametrize("act", ["wait", "wait_for", "create_hook"])
-def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str, act: str) -> None:
+@pytest.mark.parametrize("call", ["wait", "wait_for", "create_hook"])
+def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str, call: str) -> None:
     """The step has not been entered, so there is nothing that could wait; the run must fail with the reason and not stop."""
 
     def predicate(ctx: Any, *run: Any) -> bool:
-        create_hook(ctx, "?") if act == "create_hook" else getattr(ctx, act)("why")
+        create_hook(ctx, "?") if call == "create_hook" else getattr(ctx, call)("why")
         return True
 
     workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 1})})
     failed = workflow.execute(workflow.start().id)
-    code = "STEP_FAILED" if act == "create_hook" else "VALIDATION_ERROR"
+    code = "STEP_FAILED" if call == "create_hook" else "VALIDATION_ERROR"
     assert (failed.status, present(failed.error)["code"], failed.document["waitGen"]) == ("failed", code, 0)
     assert "hooks" not in failed.document["steps"][0]
 
@@ -164,20 +164,20 @@ from streamline_pool import Streamline
 
 app = Streamline()
 
-def told(ctx, what):
+def times(ctx, what):
     evidence = app.store().collection("evidence")
     evidence.insert_one({"run": ctx.run_id, "what": what, "pid": os.getpid()})
     return evidence.count_documents({"run": ctx.run_id, "what": what})
 
 def die_once(ctx):
-    if told(ctx, "entered") == 1:
+    if times(ctx, "entered") == 1:
         os.kill(os.getpid(), 9)
     return "entered"
 
 app.workflow("flipping", steps={
-    "yes": (die_once, {"run_if": lambda ctx: told(ctx, "asked yes") == 1}),
-    "no": (die_once, {"skip_if": lambda ctx: told(ctx, "asked no") == 1}),
-    "kill": lambda ctx: os.kill(os.getpid(), 9) if told(ctx, "killed") == 1 else ctx.get_output("no"),
+    "yes": (die_once, {"run_if": lambda ctx: times(ctx, "asked yes") == 1}),
+    "no": (die_once, {"skip_if": lambda ctx: times(ctx, "asked no") == 1}),
+    "kill": lambda ctx: os.kill(os.getpid(), 9) if times(ctx, "killed") == 1 else ctx.get_output("no"),
 })
 """
 
@@ -191,8 +191,8 @@ def test_a_decision_survives_the_death_of_its_worker(app: Streamline, mongodb_ur
         done = flipping.wait_for(flipping.start().id, timeout=40)
     assert [step.status for step in done.steps] == ["done", "skipped", "done"]
     assert [step.attempts for step in done.steps] == [2, 0, 2]
-    told = [entry["what"] for entry in app.store().collection("evidence").find()]
-    assert {what: told.count(what) for what in ("asked yes", "asked no", "entered", "killed")} == {
+    entries = [entry["what"] for entry in app.store().collection("evidence").find()]
+    assert {what: entries.count(what) for what in ("asked yes", "asked no", "entered", "killed")} == {
         "asked yes": 1, "asked no": 1, "entered": 2, "killed": 2,
     }  # fmt: skip
     assert stored(app, done)["status"] == "done"

@@ -37,7 +37,7 @@ class Scene:
         self.token: str | None = None
         self.entered, self.go = threading.Event(), threading.Event()
         self.tame = False  # True: from now on the step succeeds
-        self.heard: list[str] = []
+        self.received: list[str] = []
         self.workflow = app.workflow(
             name,
             steps={
@@ -50,7 +50,7 @@ class Scene:
         self.run = self.bring()
         if pause:
             self.workflow.pause(self.run.id, reason="the test says so")
-        app.events.on("*", lambda event: self.heard.append(event.name))
+        app.events.on("*", lambda event: self.received.append(event.name))
 
     def act(self, ctx: Any) -> str:
         if self.tame:
@@ -113,7 +113,7 @@ class Scene:
         return self.document()
 
 
-ACTS: dict[str, Callable[[Scene], Any]] = {
+OPERATIONS: dict[str, Callable[[Scene], Any]] = {
     "pause": lambda scene: scene.workflow.pause(scene.run.id, reason="why"),
     "resume": lambda scene: scene.workflow.resume(scene.run.id),
     "resume with a payload": lambda scene: scene.workflow.resume(scene.run.id, "yes"),
@@ -126,19 +126,19 @@ ACTS: dict[str, Callable[[Scene], Any]] = {
 
 # state: pause, resume, resume with a payload, rewind, cancel, send, broadcast
 _CELLS: dict[str, str] = {
-    "draft": "paused refused refused rewound cancelled kept nobody",
-    "ready": "paused refused refused rewound cancelled kept nobody",
-    "held": "paused refused refused rewound cancelled kept nobody",
-    "backing off": "paused refused refused rewound cancelled kept nobody",
-    "sleeping": "paused refused refused rewound cancelled kept nobody",
-    "human": "paused answered answered rewound cancelled kept nobody",
-    "webhook": "paused answered answered rewound cancelled kept nobody",
+    "draft": "paused refused refused rewound cancelled kept unwoken",
+    "ready": "paused refused refused rewound cancelled kept unwoken",
+    "held": "paused refused refused rewound cancelled kept unwoken",
+    "backing off": "paused refused refused rewound cancelled kept unwoken",
+    "sleeping": "paused refused refused rewound cancelled kept unwoken",
+    "human": "paused answered answered rewound cancelled kept unwoken",
+    "webhook": "paused answered answered rewound cancelled kept unwoken",
     "event": "paused refused refused rewound cancelled woken woken",
-    "done": "same refused refused rewound same nobody nobody",
-    "failed": "same refused refused rewound same nobody nobody",
-    "cancelled": "same refused refused refused same nobody nobody",
+    "done": "same refused refused rewound same unwoken unwoken",
+    "failed": "same refused refused rewound same unwoken unwoken",
+    "cancelled": "same refused refused refused same unwoken unwoken",
     **{
-        f"{state}, paused": f"same unpaused refused rewound cancelled {'woken woken' if state == 'event' else 'kept nobody'}"
+        f"{state}, paused": f"same unpaused refused rewound cancelled {'woken woken' if state == 'event' else 'kept unwoken'}"
         for state in STATES
     },
 }
@@ -149,22 +149,22 @@ SCHEDULE = ("wakeAt", "pausedWakeAt", "lease", "awaits")
 
 def test_the_matrix_has_every_state_and_operation() -> None:
     assert set(_CELLS) == {*STATES, *ENDED, *PAUSED}
-    assert {len(cells.split()) for cells in _CELLS.values()} == {len(ACTS)}
+    assert {len(cells.split()) for cells in _CELLS.values()} == {len(OPERATIONS)}
 
 
 @pytest.mark.parametrize("state", _CELLS)
 def test_every_control_operation_in_every_state_has_its_documented_outcome(app: Streamline, state: str) -> None:
-    for number, (act, outcome) in enumerate(zip(ACTS, _CELLS[state].split(), strict=True)):
-        print(f"{act}: {state}: {outcome}")
-        check_cell(Scene(app, state, f"w{number}"), act, outcome)
+    for number, (operation, outcome) in enumerate(zip(OPERATIONS, _CELLS[state].split(), strict=True)):
+        print(f"{operation}: {state}: {outcome}")
+        check_cell(Scene(app, state, f"w{number}"), operation, outcome)
 
 
-def check_cell(scene: Scene, act: str, outcome: str) -> None:
+def check_cell(scene: Scene, operation: str, outcome: str) -> None:
     """Check one cell of the matrix, and that the run then ends with the right status."""
     state = scene.state
     before = scene.document()
     try:
-        result: Any = ACTS[act](scene)
+        result: Any = OPERATIONS[operation](scene)
     except WorkflowError as exc:
         result = exc.code
     after = scene.document()
@@ -178,7 +178,7 @@ def check_cell(scene: Scene, act: str, outcome: str) -> None:
             assert after == before
         case "same":
             assert (result.status, after) == (before["status"], before)
-        case "nobody":
+        case "unwoken":
             assert result == 0
             assert after == before
         case "paused":
@@ -192,7 +192,7 @@ def check_cell(scene: Scene, act: str, outcome: str) -> None:
             assert "pausedWakeAt" not in after
             assert "pauseReason" not in after
         case "answered" | "woken":
-            expected = None if act == "resume" else "yes"
+            expected = None if operation == "resume" else "yes"
             assert (step["status"], step["output"], step["attempts"], was["status"]) == ("done", expected, was["attempts"], "waiting")
             assert (after["currentStepId"], after["status"], after["paused"]) == ("end", "running", paused_before)
             assert after["token"] == before["token"] + 1
@@ -229,13 +229,13 @@ def test_only_changes_that_happened_are_published(app: Streamline, state: str) -
     """`cancel` and `pause` of an ended run, and refused operations, must publish nothing."""
     expected = {"paused": ["workflow:paused"], "unpaused": ["workflow:resumed"], "cancelled": ["workflow:cancelled"]}
     expected["answered"] = ["step:completed", "workflow:resumed"]
-    act = {"done": "cancel", "failed": "pause", "cancelled": "cancel"}.get(state, "resume")
-    outcome = dict(zip(ACTS, _CELLS[state].split(), strict=True))[act]
+    operation = {"done": "cancel", "failed": "pause", "cancelled": "cancel"}.get(state, "resume")
+    outcome = dict(zip(OPERATIONS, _CELLS[state].split(), strict=True))[operation]
     scene = Scene(app, state)
     with contextlib.suppress(WorkflowError):
-        ACTS[act](scene)
-    app.events.on("mark", lambda event: scene.heard.append("end of what was published"))
+        OPERATIONS[operation](scene)
+    app.events.on("mark", lambda event: scene.received.append("end of what was published"))
     scene.app._publish(scene.document(), "mark", None)
-    eventually(lambda: "end of what was published" in scene.heard)
-    assert [name for name in scene.heard if name not in ("mark", "end of what was published")] == expected.get(outcome, [])
+    eventually(lambda: "end of what was published" in scene.received)
+    assert [name for name in scene.received if name not in ("mark", "end of what was published")] == expected.get(outcome, [])
     scene.finish()

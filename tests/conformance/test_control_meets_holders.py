@@ -27,7 +27,7 @@ from streamline_pool.protocol.commits import (
 from streamline_pool.protocol.operations import Fence
 from support import present
 
-Act = Callable[[Streamline, str], Any]
+ClientCall = Callable[[Streamline, str], Any]
 
 
 class Held:
@@ -42,7 +42,7 @@ class Held:
         self.run_id = self.workflow.start(how).id
         self.workflow.execute(self.run_id)
         app.runs.update_one({"_id": self.run_id}, [{"$set": {"wakeAt": "$$NOW"}}])
-        self.document = app.store().run(claims.claim_run(self.run_id, None, "claim", "somebody", 30.0))
+        self.document = app.store().run(claims.claim_run(self.run_id, None, "claim", "test:0:holder", 30.0))
         assert self.document["lease"]["id"] == "claim"
 
     def first(self, ctx: Context) -> None:
@@ -84,14 +84,14 @@ TAKING: dict[str, tuple[str, Callable[[Held], Any]]] = {
 @pytest.mark.parametrize("name", TAKING)
 def test_an_operation_that_changes_the_run_removes_the_lease_of_its_holder(app: Streamline, name: str, paused: bool) -> None:
     """With its lease the holder could time out a wait that was answered, or continue a run that was cancelled."""
-    how, act = TAKING[name]
+    how, operation = TAKING[name]
     held = Held(app, how)
     token = held.document["token"]
     if paused:
         held.workflow.pause(held.run_id)
     if paused and name == "answer":
         return  # a paused run is not answered by `resume`
-    act(held)
+    operation(held)
     stored = held.stored()
     assert "lease" not in stored
     assert stored["token"] == token + 1
@@ -123,8 +123,8 @@ def test_pause_and_resume_leave_a_live_lease_alone(app: Streamline) -> None:
     assert held.stored()["steps"][1]["status"] == "done"
 
 
-def stopped_before_commit(make_app: Callable[..., Streamline], act: Callable[[Streamline], Any], change: int = 1) -> Streamline:
-    """An application whose engine is stopped once, immediately before commit number `change`, while another application calls `act`."""
+def stopped_before_commit(make_app: Callable[..., Streamline], operation: Callable[[Streamline], Any], change: int = 1) -> Streamline:
+    """An application whose engine stops once, immediately before commit number `change`, while another calls `operation`."""
     other = make_app()
     commits: list[str] = []
 
@@ -132,7 +132,7 @@ def stopped_before_commit(make_app: Callable[..., Streamline], act: Callable[[St
         if point == "commit.before":
             commits.append(point)
             if len(commits) == change:
-                act(other)
+                operation(other)
 
     return make_app(env=replace(system_env(), probe=probe))
 
@@ -144,13 +144,13 @@ ENDINGS: dict[str, Callable[[Context], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", [*ENDINGS, "look"])
+@pytest.mark.parametrize("way", [*ENDINGS, "search"])
 def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], way: str) -> None:
     """The holder has claimed the run because a sleep or deadline is over, or has found an event; then the run is paused."""
     run_ids: list[str] = []
     engine = stopped_before_commit(make_app, lambda other: other.pause_run(run_ids[0]))
     app = make_app()
-    steps = {"one": ENDINGS["event" if way == "look" else way], "two": lambda ctx: "entered"}
+    steps = {"one": ENDINGS["event" if way == "search" else way], "two": lambda ctx: "entered"}
     for each in (app, engine):
         each.workflow("w", steps=steps)
     run_ids.append(app.workflows["w"].execute(app.workflows["w"].start().id).id)
@@ -161,7 +161,7 @@ def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], 
         {},
     ]}]}}}}  # fmt: skip
     app.runs.update_one({}, [{"$set": sets}])
-    if way == "look":
+    if way == "search":
         app.store().run(durable_events.record_event("e1", "e", "found", app.store().now()))
     run = engine.workflows["w"].execute(run_ids[0])
     check_invariants([run.to_dict()])
@@ -171,7 +171,7 @@ def test_a_holder_ends_nothing_under_pause(make_app: Callable[..., Streamline], 
     app.workflows["w"].resume(run.id)
     run = app.workflows["w"].execute(run.id)
     assert (run.status, run.output) == ("done", "entered")
-    assert run.step("one").output == "found" if way == "look" else run.step("one").output != "found"
+    assert run.step("one").output == "found" if way == "search" else run.step("one").output != "found"
 
 
 def test_the_last_result_is_stored_under_pause_and_the_run_ends_when_resumed(make_app: Callable[..., Streamline]) -> None:
@@ -186,16 +186,16 @@ def test_the_last_result_is_stored_under_pause_and_the_run_ends_when_resumed(mak
     assert (workflow.execute(run.id).status, present(workflow.get(run.id)).output) == ("done", "result")
 
 
-@pytest.mark.parametrize("act", ["pause", "pause, resume", "pause, resume, pause"])
+@pytest.mark.parametrize("operation", ["pause", "pause, resume", "pause, resume, pause"])
 @pytest.mark.parametrize("way", [*ENDINGS, "return", "fail"])
 def test_a_handlers_result_is_stored_however_often_the_run_is_paused_meanwhile(
-    make_app: Callable[..., Streamline], way: str, act: str
+    make_app: Callable[..., Streamline], way: str, operation: str
 ) -> None:
     """The holder alternates between its normal write and its write under pause; both must store the same, and exactly one is committed."""
     run_ids: list[str] = []
 
     def disturb(other: Streamline) -> None:
-        for name in act.split(", "):
+        for name in operation.split(", "):
             other.pause_run(run_ids[0]) if name == "pause" else other.resume_run(run_ids[0])
 
     engine = stopped_before_commit(make_app, disturb)
@@ -210,7 +210,7 @@ def test_a_handlers_result_is_stored_however_often_the_run_is_paused_meanwhile(
     run_ids.append(workflow.start().id)
     run = workflow.execute(run_ids[0])
     check_invariants([run.to_dict()])
-    paused = act.endswith("pause")
+    paused = operation.endswith("pause")
     assert run.paused is paused
     assert run.step("one").status == {"return": "done", "fail": "pending"}.get(way, "waiting")
     assert run.step("one").attempts == 1

@@ -55,15 +55,15 @@ def test_every_control_operation_has_an_asyncio_function_that_does_the_same(app:
 def test_the_same_operation_twice_at_once_is_applied_once(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?"), "two": lambda ctx: 2})
     run = workflow.execute(workflow.start().id)
-    for act, check in ((workflow.pause, True), (workflow.resume, False)):
-        acts_before = stored(app, run)["acts"]
-        threads = [threading.Thread(target=act, args=(run.id,)) for _ in range(2)]
+    for operation, check in ((workflow.pause, True), (workflow.resume, False)):
+        count_before = stored(app, run)["acts"]
+        threads = [threading.Thread(target=operation, args=(run.id,)) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(20)
         document = stored(app, run)
-        assert (document["paused"], document["acts"]) == (check, acts_before + 1)
+        assert (document["paused"], document["acts"]) == (check, count_before + 1)
         if check is False:
             # If the second resume came after the first, the run was not paused any more, and it answered the wait.
             assert document["steps"][0]["status"] in ("waiting", "done")

@@ -44,7 +44,7 @@ app.send_event("go", "sent")
 def test_a_pool_finishes_the_event_of_a_sender_that_was_killed(
     app: Streamline, mongodb_uri: str, database: str, tmp_path: Path, dies_before: str
 ) -> None:
-    """The sender may have been told of success as soon as the event is stored, so the pool must deliver it to every waiting run."""
+    """The sender may have reported success as soon as the event is stored, so the pool must deliver it to every waiting run."""
 
     def first(ctx: Context) -> None:
         ctx.wait_for("go")

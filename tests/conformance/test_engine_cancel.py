@@ -133,8 +133,8 @@ def test_cancel_reads_dollar_signs_as_text(app: Streamline) -> None:
 
 
 def test_the_process_that_cancels_publishes_the_event(app: Streamline) -> None:
-    heard: list[Any] = []
-    app.events.on("workflow:cancelled", lambda event: heard.append((event.run_id, event.data)))
+    received: list[Any] = []
+    app.events.on("workflow:cancelled", lambda event: received.append((event.run_id, event.data)))
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     run = workflow.cancel(workflow.start().id, reason="why")
-    eventually(lambda: heard == [(run.id, "why")])
+    eventually(lambda: received == [(run.id, "why")])

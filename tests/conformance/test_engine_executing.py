@@ -44,15 +44,15 @@ def test_a_handler_that_returns_nothing_has_the_output_none(app: Streamline) -> 
 def test_ctx_shows_the_run(app: Streamline, kind: str) -> None:
     seen: dict[str, Any] = {}
 
-    def look(ctx: Any) -> None:
+    def read(ctx: Any) -> None:
         for name in ("run_id", "workflow_id", "step_id", "attempt", "input", "context", "idempotency_key"):
             seen[name] = getattr(ctx, name)
         seen["aborted"], seen["reason"], seen["unknown"] = ctx.signal.aborted, ctx.signal.reason, ctx.get_output("nope")
 
-    async def look_async(ctx: Any) -> None:
-        look(ctx)
+    async def read_async(ctx: Any) -> None:
+        read(ctx)
 
-    workflow = app.workflow("w", steps={"a": look if kind == "def" else look_async})
+    workflow = app.workflow("w", steps={"a": read if kind == "def" else read_async})
     run = workflow.execute(workflow.start({"x": 1}).id)
     assert seen == {
         "run_id": run.id, "workflow_id": "w", "step_id": "a", "attempt": 1, "input": {"x": 1}, "context": {"x": 1},
@@ -265,30 +265,30 @@ def test_a_condition_cannot_sleep(app: Streamline) -> None:
 
 
 def test_events_report_only_what_is_durable(app: Streamline) -> None:
-    heard: list[tuple[str, Any]] = []
+    received: list[tuple[str, Any]] = []
 
-    def look(event: Any) -> None:
+    def record(event: Any) -> None:
         stored = app.runs.find_one({"_id": event.run_id}) or {}
-        heard.append((event.name, [step["status"] for step in stored.get("steps", [])]))
+        received.append((event.name, [step["status"] for step in stored.get("steps", [])]))
 
-    app.events.on("*", look)
+    app.events.on("*", record)
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.emit("mine", {"x": 1}), "b": lambda ctx: time.sleep(0.2)})
     workflow.execute(workflow.start().id)
     app.close()
-    assert [name for name, _ in heard] == [
+    assert [name for name, _ in received] == [
         "workflow:started", "step:started", "mine", "step:completed", "step:started", "step:completed", "workflow:completed",
     ]  # fmt: skip
-    assert dict(heard[3:4]) == {"step:completed": ["done", "running"]}
-    assert heard[-1] == ("workflow:completed", ["done", "done"])
+    assert dict(received[3:4]) == {"step:completed": ["done", "running"]}
+    assert received[-1] == ("workflow:completed", ["done", "done"])
 
 
 def test_the_global_bus_gets_the_events_of_every_app_and_a_raising_subscriber_disturbs_no_other(
     make_app: Callable[..., Streamline], caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard: list[str] = []
+    received: list[str] = []
 
     def raising(event: Any) -> None:
-        heard.append(event.workflow_id)
+        received.append(event.workflow_id)
         raise ValueError("a subscriber of this test")
 
     global_event_bus.on("workflow:completed", raising)
@@ -296,7 +296,7 @@ def test_the_global_bus_gets_the_events_of_every_app_and_a_raising_subscriber_di
         for name in ("one", "two"):
             workflow = make_app(collection_prefix=f"{name}_").workflow(name, steps={"a": lambda ctx: 1})
             assert workflow.execute(workflow.start().id).status == "done"
-        eventually(lambda: heard == ["one", "two"])
+        eventually(lambda: received == ["one", "two"])
     finally:
         global_event_bus.off("workflow:completed", raising)
 

@@ -14,13 +14,13 @@ from support import present
 
 def test_apps_share_only_what_is_stored(make_app: Callable[..., Streamline]) -> None:
     one, two = make_app(), make_app()
-    heard: list[str] = []
-    one.events.on("*", lambda event: heard.append(event.name))
+    received: list[str] = []
+    one.events.on("*", lambda event: received.append(event.name))
     workflow = two.workflow("w", steps={"a": lambda ctx: 1})
     assert "w" not in one.workflows
     assert workflow.execute(workflow.start().id).status == "done"
     one.close()
-    assert heard == []
+    assert received == []
     assert one.get_run(workflow.start().id) is not None
 
 

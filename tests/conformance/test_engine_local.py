@@ -36,17 +36,17 @@ def test_another_workflows_run_does_not_exist(app: Streamline) -> None:
     mine, other = app.workflow("mine", steps={"a": lambda ctx: 1}), app.workflow("other", steps={"a": lambda ctx: 1})
     run = other.start()
     assert mine.get(run.id) is None
-    for act in (mine.execute, mine.cancel, mine.wait_for):
+    for call in (mine.execute, mine.cancel, mine.wait_for):
         with pytest.raises(WorkflowNotFoundError, match="WORKFLOW_NOT_FOUND"):
-            act(run.id)
+            call(run.id)
     assert present(other.get(run.id)).status == "running"
 
 
 def test_an_unknown_run_is_not_found(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
-    for act in (workflow.execute, workflow.cancel, workflow.wait_for, app.cancel_run):
+    for call in (workflow.execute, workflow.cancel, workflow.wait_for, app.cancel_run):
         with pytest.raises(WorkflowNotFoundError) as caught:
-            act("unknown")
+            call("unknown")
         assert (caught.value.http_status, caught.value.context["run_id"]) == (404, "unknown")
 
 

@@ -130,27 +130,27 @@ def test_an_async_handler_that_outlives_its_timeout_is_cancelled(app: Streamline
 
 
 def test_the_signal_can_be_awaited_and_waited_for(app: Streamline) -> None:
-    heard: list[Any] = []
+    received: list[Any] = []
 
     async def listen(ctx: Any) -> None:
         try:
-            heard.append(await ctx.signal)
+            received.append(await ctx.signal)
         except asyncio.CancelledError:
-            heard.append(ctx.signal.wait(0))
+            received.append(ctx.signal.wait(0))
             raise
 
     def listen_sync(ctx: Any) -> None:
-        heard.append(ctx.signal.wait(0))
-        heard.append(ctx.signal.wait(5))
-        heard.append(ctx.signal.reason)
+        received.append(ctx.signal.wait(0))
+        received.append(ctx.signal.wait(5))
+        received.append(ctx.signal.reason)
 
     options = {"retries": 1, "timeout": 0.1}
     for name, handler in (("a", listen), ("b", listen_sync)):
         workflow = app.workflow(name, steps={"listen": (handler, options)})
         assert present(workflow.execute(workflow.start().id).error)["code"] == "STEP_TIMEOUT"
-    while len(heard) < 4:
+    while len(received) < 4:
         time.sleep(0.001)
-    assert heard in ([True, False, True, "timeout"], ["timeout", False, True, "timeout"])
+    assert received in ([True, False, True, "timeout"], ["timeout", False, True, "timeout"])
 
 
 @pytest.mark.slow

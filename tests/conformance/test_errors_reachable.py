@@ -46,10 +46,10 @@ STATUSES = {
 """The documented HTTP statuses."""
 
 
-def raised(kind: type[WorkflowError], act: Callable[[], Any]) -> WorkflowError:
+def raised(kind: type[WorkflowError], call: Callable[[], Any]) -> WorkflowError:
     """The error that the call raises. It must have that type, the code's status, and a text that begins with the code."""
     with pytest.raises(kind) as caught:
-        act()
+        call()
     error = caught.value
     assert type(error) is kind
     assert error.http_status == STATUSES[error.code]
@@ -83,11 +83,11 @@ def test_workflow_not_found(app: Streamline) -> None:
     workflow, other = (app.workflow(name, steps={"a": lambda ctx: ctx.wait("?")}) for name in ("w", "other"))
     theirs = other.execute(other.start().id)
     calls: list[Callable[[], Any]] = [
-        *(lambda act=act, run_id=run_id: act(run_id)
-          for act in (workflow.cancel, workflow.pause, workflow.resume, workflow.execute, workflow.wait_for)
+        *(lambda call=call, run_id=run_id: call(run_id)
+          for call in (workflow.cancel, workflow.pause, workflow.resume, workflow.execute, workflow.wait_for)
           for run_id in ("unknown", theirs.id)),
         lambda: workflow.rewind_to(theirs.id, "a"),
-        *(lambda act=act: act("unknown") for act in (app.cancel_run, app.pause_run, app.resume_run)),
+        *(lambda call=call: call("unknown") for call in (app.cancel_run, app.pause_run, app.resume_run)),
         lambda: app.rewind_run("unknown", "a"),
         lambda: app.send_event("news", run_id="unknown"),
     ]  # fmt: skip
@@ -101,8 +101,8 @@ def test_workflow_not_found(app: Streamline) -> None:
 def test_step_not_found(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     run = workflow.execute(workflow.start().id)
-    for act in (lambda: workflow.rewind_to(run.id, "b"), lambda: run.step("b"), lambda: workflow.definition.step("b")):
-        error = raised(StepNotFoundError, act)
+    for call in (lambda: workflow.rewind_to(run.id, "b"), lambda: run.step("b"), lambda: workflow.definition.step("b")):
+        error = raised(StepNotFoundError, call)
         assert (error.code, error.context["step_id"]) == ("STEP_NOT_FOUND", "b")
 
 
@@ -136,12 +136,12 @@ def test_payload_too_large(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.wait_for("news")})
     run = workflow.execute(workflow.start().id)
     bulk = b"x" * (65 * 1024 * 1024)
-    for act in (
+    for call in (
         lambda: workflow.start(bulk),
         lambda: app.send_event("news", bulk, run_id=run.id),
         lambda: app.send_event("news", bulk),
     ):
-        assert raised(PayloadTooLargeError, act).code == "PAYLOAD_TOO_LARGE"
+        assert raised(PayloadTooLargeError, call).code == "PAYLOAD_TOO_LARGE"
     assert workflow.get(run.id) == run
     run_error, step_error = failure(app, lambda ctx: bulk, retries=5)
     assert (run_error["code"], step_error["code"]) == ("PAYLOAD_TOO_LARGE", "PAYLOAD_TOO_LARGE"), "and is not retried"
@@ -189,8 +189,8 @@ def test_store_unavailable() -> None:
     env = replace(system_env(), clock=Hasty(), sleep=lambda s: None)
     with Streamline("mongodb://127.0.0.1:1/nothing?serverSelectionTimeoutMS=200", env=env) as app:
         workflow = app.workflow("w", steps={"a": lambda ctx: 1})
-        for act in (workflow.start, lambda: workflow.get("run"), lambda: workflow.cancel("run"), lambda: app.send_event("news")):
-            assert raised(StoreUnavailableError, act).code == "STORE_UNAVAILABLE"
+        for call in (workflow.start, lambda: workflow.get("run"), lambda: workflow.cancel("run"), lambda: app.send_event("news")):
+            assert raised(StoreUnavailableError, call).code == "STORE_UNAVAILABLE"
 
 
 # --- raised within handlers -----------------------------------------------------------------------------------------

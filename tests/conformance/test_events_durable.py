@@ -26,7 +26,7 @@ from support import eventually, present
 
 def listening(app: Streamline, times: int = 1, *, name: str = "listening", **options: Any) -> Workflow:
     """A workflow that waits for "news" `times` times, and returns the data that it received."""
-    steps: dict[str, Any] = {f"hear{number}": lambda ctx: ctx.wait_for("news", **options) for number in range(times)}
+    steps: dict[str, Any] = {f"receive{number}": lambda ctx: ctx.wait_for("news", **options) for number in range(times)}
     steps["end"] = lambda ctx: [ctx.get_output(step_id) for step_id in steps if step_id != "end"]
     return app.workflow(name, steps=steps)
 
@@ -53,12 +53,12 @@ def test_an_event_reaches_a_run_whenever_it_is_sent(app: Streamline, moment: str
     def send() -> int:
         return app.send_event("news", {"n": 1}, run_id=run.id if target == "one" else None)
 
-    def hear(ctx: Any) -> None:
+    def receive(ctx: Any) -> None:
         if moment == "during":
             assert send() == 0, "no run waits for it yet"
         ctx.wait_for("news")
 
-    workflow = app.workflow("w", steps={"hear": hear, "end": lambda ctx: ctx.get_output("hear")})
+    workflow = app.workflow("w", steps={"receive": receive, "end": lambda ctx: ctx.get_output("receive")})
     if moment == "before the start":
         assert app.send_event("news", "old") == 0
     run = workflow.start()
@@ -69,7 +69,7 @@ def test_an_event_reaches_a_run_whenever_it_is_sent(app: Streamline, moment: str
         assert run.status == "waiting", "an event that was sent before the run existed must not reach it"
         assert send() == 1
         run = workflow.execute(run.id)
-    assert (run.status, run.output, run.step("hear").attempts) == ("done", {"n": 1}, 1)
+    assert (run.status, run.output, run.step("receive").attempts) == ("done", {"n": 1}, 1)
     check_invariants([run.to_dict()])
 
 
@@ -150,9 +150,9 @@ def test_a_name_that_cannot_be_waited_for_cannot_be_sent(app: Streamline, name: 
 
 def test_what_ctx_emits_answers_no_wait(app: Streamline) -> None:
     """Emitted events go to subscribers and are lost with the process; an event that a run waits for must be durable."""
-    workflow = app.workflow("w", steps={"emit": lambda ctx: ctx.emit("news", 1), "hear": lambda ctx: ctx.wait_for("news")})
+    workflow = app.workflow("w", steps={"emit": lambda ctx: ctx.emit("news", 1), "receive": lambda ctx: ctx.wait_for("news")})
     run = workflow.execute(workflow.start().id)
-    assert (run.status, run.step("hear").status) == ("waiting", "waiting")
+    assert (run.status, run.step("receive").status) == ("waiting", "waiting")
 
 
 # --- events that cannot be delivered ---------------------------------------------------------------------------------
@@ -184,14 +184,14 @@ def test_a_full_inbox_refuses_an_event_with_an_error_and_drops_nothing(app: Stre
 
 
 def test_an_inbox_is_bounded_in_bytes_too_but_a_wait_takes_its_event_even_then(app: Streamline) -> None:
-    workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "hear": lambda ctx: ctx.wait_for("news")})
+    workflow = app.workflow("w", steps={"ask": lambda ctx: ctx.wait("?"), "receive": lambda ctx: ctx.wait_for("news")})
     run = workflow.execute(workflow.start().id)
     for _ in range(8):
         app.send_event("other", b"x" * 250_000, run_id=run.id)
     with pytest.raises(PayloadTooLargeError, match="bytes are the limit"):
         app.send_event("other", b"x" * 250_000, run_id=run.id)
     workflow.resume(run.id)
-    assert workflow.execute(run.id).step("hear").status == "waiting"
+    assert workflow.execute(run.id).step("receive").status == "waiting"
     assert app.send_event("news", b"y" * 250_000, run_id=run.id) == 1, "it ends the wait and needs no space in the inbox"
     assert workflow.execute(run.id).output == b"y" * 250_000
 
@@ -227,12 +227,12 @@ def test_a_run_that_is_paused_before_its_wait_still_finds_the_event_that_was_sen
     """The write under pause releases the run before the stored events were searched; the search must happen after the resume."""
     entered, go = threading.Event(), threading.Event()
 
-    def hear(ctx: Any) -> None:
+    def receive(ctx: Any) -> None:
         entered.set()
         assert go.wait(10)
         ctx.wait_for("news")
 
-    workflow = app.workflow("w", steps={"hear": hear})
+    workflow = app.workflow("w", steps={"receive": receive})
     run = workflow.start()
     executing = threading.Thread(target=workflow.execute, args=(run.id,))
     executing.start()
@@ -400,16 +400,16 @@ def test_an_event_wait_outlives_every_process(client: Streamline, mongodb_uri: s
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("act", ["kill", "stop"])
+@pytest.mark.parametrize("action", ["kill", "stop"])
 def test_a_worker_lost_between_its_wait_and_its_search_for_events_loses_no_event(
-    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path, act: str
+    client: Streamline, mongodb_uri: str, database: str, tmp_path: Path, action: str
 ) -> None:
     """The event was sent before the wait was stored, so its sender does not deliver it: only the search of stored events finds it."""
     single = client.workflows["single"]
     run = single.start()
     assert client.send_event("news", "before the wait") == 0
     once = tmp_path / "happened"
-    probe = {"STREAMLINE_PROBE": f"commit.after={act}@{once}"}
+    probe = {"STREAMLINE_PROBE": f"commit.after={action}@{once}"}
     options = ("--lease", "2", "--stall-timeout", "6")
     with waiting_pool(tmp_path / "pool", mongodb_uri, database, *options, environ=probe):
         assert single.wait_for(run.id, timeout=40).output == "before the wait"

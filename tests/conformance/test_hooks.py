@@ -114,7 +114,7 @@ def test_a_token_that_is_not_exactly_it_changes_nothing(app: Streamline) -> None
     flipped = "B" if secret[-1] == "A" else "A"
     wrong: list[Any] = [
         f"{name}.{secret[:-1]}{flipped}", f"{name}.{secret}A", f"{name}.{secret[:-1]}", f"{name}.{others.rpartition('.')[2]}",
-        f"{other.id}.{secret}", f"nobody.{secret}", token.swapcase(), f"~{token}", f"{token} ", f"/hooks/{token}", name, "", None, 5,
+        f"{other.id}.{secret}", f"unknown.{secret}", token.swapcase(), f"~{token}", f"{token} ", f"/hooks/{token}", name, "", None, 5,
         {"$ne": None}, "x" * 10_000,
     ]  # fmt: skip
     for bad in wrong:
@@ -366,12 +366,12 @@ def test_of_two_bearers_of_one_token_in_two_processes_one_is_accepted(
         kinds = {"early": 0, "waiting": 0}
         for _ in range(40):
             run = hooked.start()
-            (told,) = eventually(partial(evidence, client, "token", run=run.id))
+            (entry,) = eventually(partial(evidence, client, "token", run=run.id))
             if chance.random() < 0.3:
                 until_step(client, run, "offer", "waiting")
             kinds["waiting" if stored(client, run)["steps"][0]["status"] == "waiting" else "early"] += 1
-            left.ask("resume_hook", told["token"], "left")
-            right.ask("resume_hook", told["token"], "right")
+            left.ask("resume_hook", entry["token"], "left")
+            right.ask("resume_hook", entry["token"], "right")
             answers = {"left": left.answer(), "right": right.answer()}
             winners = [who for who, answer in answers.items() if "error" not in answer]
             losers = [answer for answer in answers.values() if "error" in answer]
@@ -390,15 +390,15 @@ def test_a_token_is_accepted_after_every_process_that_knew_it_has_ended(
         runs = hooked.start_many([None] * 2)
         for run in runs:
             until_step(client, run, "offer", "waiting")
-        tokens = {told["run"]: told["token"] for told in evidence(client, "token")}
+        tokens = {entry["run"]: entry["token"] for entry in evidence(client, "token")}
         for child in pool.children():
             child.kill()
         os.kill(pool.pid, signal.SIGKILL)
     with other_program(mongodb_uri, database) as other:
         without_a_pool, with_another = runs
-        assert other.call("resume_hook", tokens[without_a_pool.id], "to nobody")["id"] == without_a_pool.id
+        assert other.call("resume_hook", tokens[without_a_pool.id], "without a pool")["id"] == without_a_pool.id
         with waiting_pool(tmp_path / "second", mongodb_uri, database):
             assert other.call("resume_hook", tokens[with_another.id], "to the next")["id"] == with_another.id
-            assert hooked.wait_for(without_a_pool.id, timeout=20).output == "to nobody"
+            assert hooked.wait_for(without_a_pool.id, timeout=20).output == "without a pool"
             assert hooked.wait_for(with_another.id, timeout=20).output == "to the next"
         assert other.call("resume_hook", tokens[with_another.id], "again") == {"error": "HOOK_TOKEN_INVALID"}

@@ -30,7 +30,7 @@ NASTY: list[Any] = [
 """Values that an update pipeline would interpret, or that careless code takes for no value."""
 
 
-@pytest.mark.parametrize("way", ["resume", "hook", "event", "to all", "early event", "look"])
+@pytest.mark.parametrize("way", ["resume", "hook", "event", "to all", "early event", "broadcast before the wait"])
 def test_what_a_caller_sends_is_data_and_never_an_expression(app: Streamline, waiting: Waiting, way: str) -> None:
     """Answers and events pass through update pipelines, in which text that begins with `$` is a field of the run."""
     for number, data in enumerate(NASTY):
@@ -51,7 +51,7 @@ def test_what_a_caller_sends_is_data_and_never_an_expression(app: Streamline, wa
             case "early event":
                 waiting.workflow.start("event", run_id=run_id)
                 assert app.send_event("$go.now", data, run_id=run_id) == 0
-            case "look":
+            case "broadcast before the wait":
                 waiting.workflow.start("event", run_id=run_id)
                 assert app.send_event("$go.now", data) == 0
         run = waiting.workflow.execute(run_id)

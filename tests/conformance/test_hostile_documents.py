@@ -33,12 +33,12 @@ def statuses(app: Streamline) -> dict[str, int]:
 
 
 def updated(app: Streamline, op: Command) -> Updated:
-    async def act() -> Updated:
+    async def run() -> Updated:
         async with app:
             store = app.store_async()
             return await update_many(store.run, op, store.now)
 
-    return asyncio.run(act())
+    return asyncio.run(run())
 
 
 def one_step(app: Streamline) -> Any:
@@ -70,8 +70,8 @@ def test_a_refused_run_at_the_head_of_the_queue_does_not_hide_those_behind_it(ma
     with pytest.raises(AssertionError, match="not idle") as stopped:
         run_until_idle(app, timeout=2)
     assert [workflow.get(run.id).status for run in others] == ["done"] * 4
-    looks = int(str(stopped.value).split("ops_ok=")[1].split(",")[0])
-    assert looks < 400, "one poll per wake-up, of which this test's steward sends a hundred per second, and none in between"
+    polls = int(str(stopped.value).split("ops_ok=")[1].split(",")[0])
+    assert polls < 400, "one poll per wake-up, of which this test's steward sends a hundred per second, and none in between"
 
 
 @pytest.mark.slow

@@ -85,11 +85,11 @@ def test_an_exception_that_cannot_be_printed_fails_only_its_own_attempt(app: Str
 
 def test_a_signal_awaited_in_the_handlers_own_loop_fires_there_and_is_harmless_after_that_loop_was_closed(app: Streamline) -> None:
     """If firing raised an error, the attempt would never end, its lease would be renewed for ever, and no other run would be fenced."""
-    heard: list[str] = []
+    received: list[str] = []
 
     def listens(ctx: Any) -> None:
         async def wait() -> None:
-            heard.append(await ctx.signal)
+            received.append(await ctx.signal)
 
         asyncio.run(asyncio.wait_for(wait(), 5))
 
@@ -108,4 +108,4 @@ def test_a_signal_awaited_in_the_handlers_own_loop_fires_there_and_is_harmless_a
     runs = [app.workflow(name, steps={"s": (work, options)}).start() for name, work in (("listens", listens), ("leaves", leaves))]
     run_until_idle(app)
     assert [present(present(app.get_run(run.id)).error)["code"] for run in runs] == ["STEP_TIMEOUT", "STEP_TIMEOUT"]
-    assert heard == ["timeout"]
+    assert received == ["timeout"]

@@ -57,11 +57,11 @@ def test_an_operation_is_applied_although_others_come_between_its_read_and_its_w
     """If other operations kept the write from matching, the caller must not get the result of a rewind that never happened."""
     run_id = waiting.parked("human")
 
-    def act() -> None:
+    def interfere() -> None:
         for number in range(others):
             waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
 
-    run = interrupted(app, rewinding_run(app, None, run_id, "first"), "rewind_run", act)
+    run = interrupted(app, rewinding_run(app, None, run_id, "first"), "rewind_run", interfere)
     assert run.step("first").status == "pending"
     assert run.to_dict()["rewinds"] == 1
     assert run.to_dict()["acts"] == others + 1
@@ -73,11 +73,11 @@ def test_an_operation_whose_reply_was_lost_is_recognised_by_its_id_after_any_num
 ) -> None:
     """If a rewind were decided and applied again, it would discard the results that came after the first."""
     run_id = waiting.parked("human")
-    landed: list[Any] = []
+    committed: list[Any] = []
 
-    def land_and_act() -> None:
+    def rewound_and_changed() -> None:
         waiting.workflow.execute(run_id)
-        landed.append(present(waiting.workflow.get(run_id)).to_dict())
+        committed.append(present(waiting.workflow.get(run_id)).to_dict())
         for number in range(others):
             waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
 
@@ -87,9 +87,9 @@ def test_an_operation_whose_reply_was_lost_is_recognised_by_its_id_after_any_num
         try:
             effect = next(procedure)
             while True:
-                if getattr(effect, "name", None) == "rewind_run" and not landed:
+                if getattr(effect, "name", None) == "rewind_run" and not committed:
                     yield effect  # this reply is lost, and the caller sends the operation again
-                    land_and_act()
+                    rewound_and_changed()
                 effect = procedure.send((yield effect))
         except StopIteration as stop:
             return stop.value
@@ -240,8 +240,8 @@ def test_a_late_copy_of_a_call_that_is_over_changes_nothing(app: Streamline, wai
     if name == "resume":
         waiting.workflow.pause(run_id)
     sent = recorded(app, call(app, run_id, waiting.tokens[-1] if waiting.tokens else ""))
-    for act in then:
-        match act:
+    for operation in then:
+        match operation:
             case "pause":
                 waiting.workflow.pause(run_id)
             case "resume":

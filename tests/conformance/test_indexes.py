@@ -167,7 +167,7 @@ def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "message"),
     [
         pytest.param({"keys": [("endedAt", 1)]}, "it lacks expireAfterSeconds 864000", id="no TTL"),
         pytest.param({"keys": [("endedAt", 1)], "expireAfterSeconds": 60}, "it lacks partialFilterExpression", id="TTL of everything"),
@@ -177,13 +177,13 @@ def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
         pytest.param({"keys": [("x", 1)], "name": "streamline_status_updated"}, "its keys are {'x': 1}", id="our name"),
     ],
 )
-def test_a_conflicting_hand_made_index_is_reported_in_plain_words(app: Streamline, made: dict[str, Any], told: str) -> None:
+def test_a_conflicting_hand_made_index_is_reported_in_plain_words(app: Streamline, made: dict[str, Any], message: str) -> None:
     """MongoDB's own message is an error number and two index specifications."""
     app.runs.create_index(**made)
     before = indexes(app)
     with pytest.raises(ValidationError, match="setup_indexes: the collection has an index") as caught:
         app.setup_indexes(auto_cleanup_days=10, context_fields=["orderId"])
-    assert told in caught.value.message
+    assert message in caught.value.message
     name = next(name for name in before if name != "_id_")
     assert f"app.runs.drop_index({name!r})" in caught.value.message
     assert not {"streamline_user_userId", "streamline_ttl"} & set(indexes(app)), "nothing was created"

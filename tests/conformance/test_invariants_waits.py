@@ -61,16 +61,16 @@ class Scripted:
             case "sleep":
                 ctx.sleep(self.chance.random() / 50)
             case "human":
-                ctx.wait("anybody?", timeout=timeout)
+                ctx.wait("please answer", timeout=timeout)
             case "hook":
-                self.tokens.append(create_hook(ctx, "anybody?").token)
-                ctx.wait("anybody?", timeout=timeout)
+                self.tokens.append(create_hook(ctx, "please answer").token)
+                ctx.wait("please answer", timeout=timeout)
             case "event":
                 ctx.wait_for(self.chance.choice(NAMES), timeout=timeout)
         return ctx.step_id
 
     def early(self, ctx: Context) -> None:
-        token = create_hook(ctx, "anybody?").token
+        token = create_hook(ctx, "please answer").token
         self.tokens.append(token)
         if self.chance.random() < 0.5:
             try:
@@ -84,7 +84,7 @@ class Scripted:
             ctx.signal.wait(0.02)
         if what == "hook early":
             self.early(ctx)
-            ctx.wait("anybody?")
+            ctx.wait("please answer")
         return self.act(ctx, what)
 
     async def step_async(self, ctx: Context) -> Any:

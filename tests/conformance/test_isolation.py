@@ -37,7 +37,7 @@ def waiting(app: Streamline, run_id: str = "same") -> tuple[Any, list[str]]:
         tokens.append(create_hook(ctx, "?").token)
         ctx.wait("?")
 
-    workflow = app.workflow("w", steps={"offer": offer, "hear": lambda ctx: ctx.wait_for("news")})
+    workflow = app.workflow("w", steps={"offer": offer, "receive": lambda ctx: ctx.wait_for("news")})
     workflow.execute(workflow.start(run_id=run_id).id)
     return workflow, tokens
 
@@ -69,7 +69,7 @@ def test_no_operation_reaches_another_applications_run(
         assert mine.start(idempotency_key="key").id != theirs.start(idempotency_key="key").id
         assert theirs.get("same").document == before
         other.resume_hook(their_tokens[0], "theirs")
-        assert theirs.execute("same").step("hear").status == "waiting", "the event was not for them"
+        assert theirs.execute("same").step("receive").status == "waiting", "the event was not for them"
 
 
 def test_several_applications_in_one_process_share_no_subscribers_and_no_registry(make_app: Callable[..., Streamline]) -> None:
@@ -116,10 +116,16 @@ def test_one_object_cancels_what_another_executes_in_the_same_process(make_app: 
 def test_another_workflows_run_does_not_exist_for_control_operations(app: Streamline) -> None:
     (mine, _), other = waiting(app), app.workflow("other", steps={"offer": lambda ctx: ctx.wait("?")})
     before = mine.get("same").document
-    acts = (other.resume, other.pause, other.cancel, lambda run_id: other.rewind_to(run_id, "offer"), other.execute)
-    for act in acts:
+    calls: list[Callable[[str], Any]] = [
+        other.resume,
+        other.pause,
+        other.cancel,
+        lambda run_id: other.rewind_to(run_id, "offer"),
+        other.execute,
+    ]
+    for call in calls:
         with pytest.raises(WorkflowNotFoundError):
-            act("same")
+            call("same")
     assert other.get("same") is None
     assert mine.get("same").document == before
 

@@ -131,12 +131,12 @@ def test_a_lost_file_fails_only_its_run_and_is_named(app: Streamline) -> None:
 
 
 def test_subscribers_get_the_value(app: Streamline) -> None:
-    heard: dict[str, Any] = {}
-    app.events.on("*", lambda event: heard.update({event.name: event.data}))
+    received: dict[str, Any] = {}
+    app.events.on("*", lambda event: received.update({event.name: event.data}))
     flow = app.workflow("flow", steps={"make": lambda ctx: LARGE})
     flow.execute(flow.start().id)
     app.events.flush()
-    assert heard["step:completed"] == heard["workflow:completed"] == LARGE
+    assert received["step:completed"] == received["workflow:completed"] == LARGE
 
 
 CRASHING = """

@@ -52,11 +52,11 @@ def test_a_new_run_under_a_deleted_id_keeps_its_files(app: Streamline) -> None:
     put_run(app, "run")
     put_file(app, "f-old", "run")
 
-    def anew() -> None:
+    def start_again() -> None:
         put_run(app, "run", days=None, status="running")
         put_file(app, "f-new", "run")
 
-    meddling(app, "existing_runs", anew)
+    meddling(app, "existing_runs", start_again)
     assert app.cleanup_old_runs(30) == 1
     assert "f-new" in file_ids(app)
 

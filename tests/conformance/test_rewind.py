@@ -62,11 +62,11 @@ def test_a_rewind_revives_a_failed_run(app: Streamline) -> None:
     assert workflow.execute(run.id).output == "mended"
 
 
-@pytest.mark.parametrize("act", ["rewind_to", "rewind_run"])
-def test_an_impossible_rewind_says_why_and_changes_nothing(app: Streamline, act: str) -> None:
+@pytest.mark.parametrize("method", ["rewind_to", "rewind_run"])
+def test_an_impossible_rewind_says_why_and_changes_nothing(app: Streamline, method: str) -> None:
     workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?"), "two": lambda ctx: 2})
     run = workflow.execute(workflow.start().id)
-    rewind = workflow.rewind_to if act == "rewind_to" else app.rewind_run
+    rewind = workflow.rewind_to if method == "rewind_to" else app.rewind_run
     before = stored(app, run)
     with pytest.raises(StepNotFoundError, match="its steps are one, two"):
         rewind(run.id, "three")

@@ -143,7 +143,7 @@ def test_the_lease_holder_does_not_overwrite_what_others_write_into_its_run(app:
         ctx.checkpoint("three quarters")
         return "worked"
 
-    workflow = app.workflow("w", steps={"work": work, "hear": lambda ctx: ctx.wait_for("news"), "end": lambda ctx: 1}, context=dict)
+    workflow = app.workflow("w", steps={"work": work, "receive": lambda ctx: ctx.wait_for("news"), "end": lambda ctx: 1}, context=dict)
     run = workflow.start({"theirs": {"kept": 1}}, {"note": "old"})
     thread = threading.Thread(target=workflow.execute, args=(run.id,))
     thread.start()
@@ -264,9 +264,9 @@ def test_no_timer_is_too_long(app: Streamline, days: int) -> None:
         steps={"nap": lambda ctx: ctx.sleep(delay), "after": lambda ctx: 1},
     )
     asking = app.workflow("asking", steps={"ask": lambda ctx: ctx.wait("?", timeout=delay), "after": lambda ctx: 1})
-    hearing = app.workflow("hearing", steps={"hear": lambda ctx: ctx.wait_for("news", timeout=delay), "after": lambda ctx: 1})
+    receiving = app.workflow("receiving", steps={"receive": lambda ctx: ctx.wait_for("news", timeout=delay), "after": lambda ctx: 1})
     hooked = app.workflow("hooked", steps={"ask": lambda ctx: create_hook(ctx, "?", expires_in=delay) and ctx.wait("?")})
-    runs = [flow.start() for flow in (workflow, asking, hearing, hooked)] + [workflow.start(start_at=delay)]
+    runs = [flow.start() for flow in (workflow, asking, receiving, hooked)] + [workflow.start(start_at=delay)]
     run_until_idle(app)
     for run in runs[:3]:
         document = stored(app, run)
@@ -356,15 +356,15 @@ def test_keys_with_dots_and_dollars_are_kept_on_every_path(app: Streamline) -> N
         tokens.append(create_hook(ctx, "?").token)
         ctx.wait("?")
 
-    names = ["work", "ask", "offer", "hear", "hear_all"]
+    names = ["work", "ask", "offer", "receive", "receive_all"]
     workflow = app.workflow(
         "w",
         steps={
             "work": (work, {"retry_delay": 0}),
             "ask": ask,
             "offer": offer,
-            "hear": lambda ctx: ctx.wait_for("a.$b"),
-            "hear_all": lambda ctx: ctx.wait_for("a.$b"),
+            "receive": lambda ctx: ctx.wait_for("a.$b"),
+            "receive_all": lambda ctx: ctx.wait_for("a.$b"),
             "end": lambda ctx: [ctx.get_output(step) for step in names],
         },
     )
@@ -441,14 +441,14 @@ def test_a_timed_out_attempt_does_not_write_beside_its_retry(app: Streamline, ki
             return "second"
         ctx.signal.wait(20)
         time.sleep(0.2)  # a thread cannot be stopped; this is what it does afterwards
-        for act in (
+        for call in (
             lambda: ctx.set("late", 1),
             lambda: ctx.checkpoint("late"),
             lambda: ctx.wait("late?"),
             lambda: create_hook(ctx, "late"),
         ):
             try:
-                act()
+                call()
             except BaseException as exc:  # noqa: BLE001 -- a wait raises a BaseException
                 late.append(type(exc).__name__)
         over.set()

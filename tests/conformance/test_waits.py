@@ -162,7 +162,7 @@ def test_an_answer_removes_the_lease_of_a_worker_that_holds_the_run_for_its_dead
     workflow = asking(app, timeout=3600)
     run = begun(workflow)
     app.runs.update_one({"_id": run.id}, {"$set": {"wakeAt": datetime.now(UTC)}})
-    claimed = app.store().run(claims.claim_run(run.id, None, "claim", "somebody", 60.0))
+    claimed = app.store().run(claims.claim_run(run.id, None, "claim", "test:0:holder", 60.0))
     answered = workflow.resume(run.id, "in time").to_dict()
     assert ("lease" in answered, answered["token"], answered["steps"][0]["output"]) == (False, claimed["token"] + 1, "in time")
     assert workflow.execute(run.id).output == "in time", "the run continues at once, not when that lease has expired"
@@ -327,7 +327,7 @@ def test_a_wait_ends_the_handler_wherever_it_is_raised_and_caught(app: Streamlin
         assert workflow.resume(run.id, "answer").step("ask").output == "answer"
 
 
-@pytest.mark.parametrize("act", [Streamline.resume_run, Streamline.pause_run, Streamline.cancel_run])
-def test_control_operations_on_unknown_runs_say_so(app: Streamline, act: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("operation", [Streamline.resume_run, Streamline.pause_run, Streamline.cancel_run])
+def test_control_operations_on_unknown_runs_say_so(app: Streamline, operation: Callable[..., Any]) -> None:
     with pytest.raises(Exception, match="WORKFLOW_NOT_FOUND"):
-        act(app, "unknown")
+        operation(app, "unknown")

@@ -33,7 +33,7 @@ COMPLETED = ("done", "skipped")
 
 
 def a_run(*steps: str | dict[str, Any], status: str = "running", **fields: Any) -> Run:
-    """A run with steps s0, s1, …, each given by its status or by more of its fields. The first step that has not ended is the current one."""
+    """A run with steps s0, s1, …, each given by its status or by its fields. The first step that has not ended is the current one."""
     made = []
     for place, step in enumerate(steps):
         made.append({"stepId": f"s{place}", "attempts": 0, **({"status": step} if isinstance(step, str) else step)})

@@ -17,6 +17,7 @@ from streamline_pool.domain.errors import ErrorCode
 from streamline_pool.domain.model import RUN_MOVES, STEP_MOVES, RunStatus, StepStatus
 from streamline_pool.domain.transitions import Failure
 from streamline_pool.protocol.run_document import validate_run_document
+from support import present
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = NOW + timedelta(seconds=60)
@@ -101,15 +102,15 @@ CHANGES: dict[str, tuple[RunDocument, Change]] = {
     "take an event": (held(inbox=[PAID]), taken(held(inbox=[PAID]), 0, EVENT)),
     "take an answer": (hooked(inbox=[ANSWER]), taken(hooked(inbox=[ANSWER]), 0, WEBHOOK)),
     "take at the last": (held("b", inbox=[PAID]), taken(held("b", inbox=[PAID]), 1, EVENT)),
-    "look, inbox": (
+    "search, inbox": (
         waiting(EVENT, awaits="paid", inbox=[PAID]),
         waits.wait_answered(waiting(EVENT, awaits="paid", inbox=[PAID]), 0, PAID, NOW),
     ),
-    "look, broadcast": (
+    "search, broadcast": (
         waiting(EVENT, awaits="paid"),
         waits.wait_answered(waiting(EVENT, awaits="paid"), 0, {"_id": "e2", "name": "paid", "data": 8}, NOW),
     ),
-    "look at the last": (
+    "search at the last": (
         waiting(EVENT, "b", awaits="paid", inbox=[PAID]),
         waits.wait_answered(waiting(EVENT, "b", awaits="paid", inbox=[PAID]), 1, PAID, NOW),
     ),
@@ -147,7 +148,7 @@ def applied(name: str) -> tuple[RunDocument, Change, RunDocument]:
     return before, change, after
 
 
-def waits_for_a_client(document: dict[str, Any]) -> bool:
+def waits_for_a_client(document: RunDocument) -> bool:
     step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), None)
     return step is not None and step["status"] == "waiting" and step["waitingFor"]["type"] in ("human", "webhook", "event")
 
@@ -167,8 +168,8 @@ def test_a_run_is_left_leased_or_due_or_ended_or_waiting_for_a_client(name: str)
 def test_events_find_a_run_exactly_while_it_waits_for_one(name: str) -> None:
     """Events are delivered by `awaits`: without it they miss the run, and if it stays too long they end the wrong step."""
     _, _, after = applied(name)
-    step: dict[str, Any] = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), {})
-    waits = after["status"] == "waiting" and step.get("waitingFor", {}).get("type") == "event"
+    step = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), None)
+    waits = after["status"] == "waiting" and step is not None and step["waitingFor"]["type"] == "event"
     assert after.get("awaits") == ("paid" if waits else None)
 
 
@@ -258,9 +259,10 @@ def test_a_retry_keeps_the_checkpoint_and_a_result_drops_it() -> None:
 
 def test_the_last_failure_ends_the_run_with_both_codes() -> None:
     _, change, after = applied("fail")
-    assert (after["error"]["code"], after["steps"][0]["error"]["code"]) == ("MAX_RETRIES_EXCEEDED", "STEP_FAILED")
-    assert after["error"]["message"].startswith("step a failed 2 times, the last time with STEP_FAILED: ")
-    assert after["error"]["message"].endswith("why")
+    error = present(after["error"])
+    assert (error["code"], after["steps"][0]["error"]["code"]) == ("MAX_RETRIES_EXCEEDED", "STEP_FAILED")
+    assert error["message"].startswith("step a failed 2 times, the last time with STEP_FAILED: ")
+    assert error["message"].endswith("why")
     assert [name for name, _, _ in change.events] == ["step:failed", "workflow:failed"]
 
 
@@ -323,17 +325,17 @@ def test_only_what_is_waited_for_is_taken() -> None:
 
 
 def test_a_broadcast_that_was_taken_is_remembered_and_one_from_the_inbox_leaves_it() -> None:
-    assert (CHANGES["look, broadcast"][1].seen, CHANGES["look, broadcast"][1].takes) == ("e2", None)
-    assert (CHANGES["look, inbox"][1].seen, applied("look, inbox")[2]["inbox"]) == (None, [])
-    for name, answer in (("look, broadcast", "e2"), ("look, inbox", "e1")):
+    assert (CHANGES["search, broadcast"][1].seen, CHANGES["search, broadcast"][1].takes) == ("e2", None)
+    assert (CHANGES["search, inbox"][1].seen, applied("search, inbox")[2]["inbox"]) == (None, [])
+    for name, answer in (("search, broadcast", "e2"), ("search, inbox", "e1")):
         assert applied(name)[2]["steps"][0]["answer"] == answer
 
 
-@pytest.mark.parametrize("name", ["look, inbox", "look, broadcast", "look at the last", "time out", "time out an event", "wake"])
+@pytest.mark.parametrize("name", ["search, inbox", "search, broadcast", "search at the last", "time out", "time out an event", "wake"])
 def test_the_end_of_a_wait_is_published_in_order(name: str) -> None:
-    told = [event for event, _, _ in CHANGES[name][1].events]
-    assert told[:2] == ["step:completed", "workflow:resumed"]
-    assert told[2:] == (["workflow:completed"] if name == "look at the last" else [])
+    published = [event for event, _, _ in CHANGES[name][1].events]
+    assert published[:2] == ["step:completed", "workflow:resumed"]
+    assert published[2:] == (["workflow:completed"] if name == "search at the last" else [])
 
 
 @pytest.mark.parametrize("name", ["time out", "time out an event"])
@@ -345,23 +347,23 @@ def test_a_wait_times_out_only_by_the_servers_clock_and_says_so(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "instant"),
+    ("name", "due_at"),
     [("park", LATER), ("park a wait", None), ("park a wait until", LATER), ("park an event", None), ("park an event until", LATER)],
 )
-def test_a_parked_run_has_the_due_time_of_its_own_wait(name: str, instant: datetime | None) -> None:
+def test_a_parked_run_has_the_due_time_of_its_own_wait(name: str, due_at: datetime | None) -> None:
     before, change, after = applied(name)
-    assert change.wake_at == instant
+    assert change.wake_at == due_at
     assert (after["steps"], after["waitGen"], after.get("awaits")) == (before["steps"], before["waitGen"], before.get("awaits"))
 
 
 def test_hooks_live_through_a_retry_and_die_with_their_step() -> None:
     """A person may hold the token of the failed attempt; a step that has ended must not be answered."""
-    assert applied("retry with a hook")[2]["steps"][0]["hooks"] == [{"hash": b"h", "gen": 1}]
+    assert applied("retry with a hook")[2]["steps"][0]["hooks"] == hooked()["steps"][0]["hooks"]
     assert "hooks" not in applied("advance with a hook")[2]["steps"][0]
     assert CHANGES["advance with a hook"][1].takes == {"stepId": "a"}, "an answer without a wait is removed, too"
 
 
 def test_a_wait_and_its_end_reset_the_counts_of_failures_and_lost_workers() -> None:
-    for name in ("wait", "await", "take an event", "look, inbox", "time out"):
+    for name in ("wait", "await", "take an event", "search, inbox", "time out"):
         _, _, after = applied(name)
         assert (after["crashes"], after["failures"]) == (0, 0), name

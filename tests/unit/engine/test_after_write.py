@@ -74,7 +74,7 @@ def test_a_committed_write_is_applied_from_memory() -> None:
 
 
 def test_a_write_known_from_a_read_is_read_again_unless_it_released_the_run() -> None:
-    """After a lost reply only the document shows the state of the run. A run that was released must not be read, because another worker may hold it."""
+    """After a lost reply only the document shows the state; a released run must not be read, as another worker may hold it."""
     assert decide(WriteOutcome.COMMITTED_BY_READ, advanced(held()), held()) == Committed(reread=True)
     finish = advanced(held(current="b"))
     assert decide(WriteOutcome.COMMITTED_BY_READ, finish, held(current="b")) == Committed(reread=False)

@@ -112,9 +112,9 @@ def test_after_its_end_ctx_does_nothing() -> None:
 # --- waiting --------------------------------------------------------------------------------------------------------
 
 
-def ended(act: Any) -> WaitSuspension:
+def ended(call: Any) -> WaitSuspension:
     with pytest.raises(WaitSuspension) as caught:
-        act()
+        call()
     assert not isinstance(caught.value, Exception), "`except Exception` in a handler does not catch it"
     return caught.value
 

@@ -40,14 +40,14 @@ def test_removing_a_missing_entry_does_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("pgf"), st.integers(0, 9))), st.integers(1, 5))
-def test_it_never_exceeds_its_bound_and_counts_every_lookup(acts: list[tuple[str, int]], capacity: int) -> None:
+def test_it_never_exceeds_its_bound_and_counts_every_lookup(calls: list[tuple[str, int]], capacity: int) -> None:
     """A cache without a bound is a leak that shows only after weeks."""
     cache = RunCache(capacity)
-    for act, key in acts:
-        {"p": lambda k: cache.put(k, NOTE), "g": cache.get, "f": cache.forget}[act](str(key))
+    for call, key in calls:
+        {"p": lambda k: cache.put(k, NOTE), "g": cache.get, "f": cache.forget}[call](str(key))
         assert len(cache) <= capacity
     counted = cache.counters()
-    assert counted["hits"] + counted["misses"] == sum(act == "g" for act, _ in acts)
+    assert counted["hits"] + counted["misses"] == sum(call == "g" for call, _ in calls)
 
 
 def test_threads_may_share_it() -> None:

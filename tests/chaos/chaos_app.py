@@ -28,7 +28,7 @@ def evidence():
 
 
 def enter(ctx):
-    """One document per entry into a handler, with when it began and, if it came so far, when it ended."""
+    """One document per entry into a handler, with the times of its begin and of its end, if it has ended."""
     key = f"{ctx.run_id}/{ctx.step_id}/{ctx.attempt}/{os.getpid()}"
     evidence().insert_one({"_id": key, "run": ctx.run_id, "step": ctx.step_id, "pid": os.getpid(), "entered": time.monotonic()})
     return key

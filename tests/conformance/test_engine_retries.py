@@ -132,21 +132,21 @@ def test_an_async_handler_that_outlives_its_timeout_is_cancelled(app: Streamline
 def test_the_signal_can_be_awaited_and_waited_for(app: Streamline) -> None:
     received: list[Any] = []
 
-    async def listen(ctx: Any) -> None:
+    async def await_signal(ctx: Any) -> None:
         try:
             received.append(await ctx.signal)
         except asyncio.CancelledError:
             received.append(ctx.signal.wait(0))
             raise
 
-    def listen_sync(ctx: Any) -> None:
+    def wait_for_signal(ctx: Any) -> None:
         received.append(ctx.signal.wait(0))
         received.append(ctx.signal.wait(5))
         received.append(ctx.signal.reason)
 
     options = {"retries": 1, "timeout": 0.1}
-    for name, handler in (("a", listen), ("b", listen_sync)):
-        workflow = app.workflow(name, steps={"listen": (handler, options)})
+    for name, handler in (("a", await_signal), ("b", wait_for_signal)):
+        workflow = app.workflow(name, steps={"wait": (handler, options)})
         assert present(workflow.execute(workflow.start().id).error)["code"] == "STEP_TIMEOUT"
     while len(received) < 4:
         time.sleep(0.001)

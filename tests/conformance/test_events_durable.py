@@ -24,7 +24,7 @@ from streamline_pool.protocol import durable_events, inbox
 from support import eventually, present
 
 
-def listening(app: Streamline, times: int = 1, *, name: str = "listening", **options: Any) -> Workflow:
+def receiving(app: Streamline, times: int = 1, *, name: str = "receiving", **options: Any) -> Workflow:
     """A workflow that waits for "news" `times` times, and returns the data that it received."""
     steps: dict[str, Any] = {f"receive{number}": lambda ctx: ctx.wait_for("news", **options) for number in range(times)}
     steps["end"] = lambda ctx: [ctx.get_output(step_id) for step_id in steps if step_id != "end"]
@@ -75,7 +75,7 @@ def test_an_event_reaches_a_run_whenever_it_is_sent(app: Streamline, moment: str
 
 @pytest.mark.parametrize("target", ["one", "all"])
 def test_each_event_ends_one_wait_in_the_order_of_sending(app: Streamline, target: str) -> None:
-    workflow = listening(app, times=3)
+    workflow = receiving(app, times=3)
     run = workflow.start()
     for number in (1, 2):
         app.send_event("news", number, run_id=run.id if target == "one" else None)
@@ -88,7 +88,7 @@ def test_each_event_ends_one_wait_in_the_order_of_sending(app: Streamline, targe
 
 def test_one_broadcast_ends_one_wait_of_each_run(app: Streamline) -> None:
     """A run that waits again for the same name must not get the same event again."""
-    workflow = listening(app, times=2)
+    workflow = receiving(app, times=2)
     runs = [begun(workflow) for _ in range(5)]
     assert app.send_event("news", "first") == 5
     for run in runs:
@@ -99,7 +99,7 @@ def test_one_broadcast_ends_one_wait_of_each_run(app: Streamline) -> None:
 
 
 def test_an_event_reaches_only_the_run_that_it_names(app: Streamline) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     one, other = begun(workflow), begun(workflow)
     before = stored(app, other)
     assert app.send_event("news", 1, run_id=one.id) == 1
@@ -109,7 +109,7 @@ def test_an_event_reaches_only_the_run_that_it_names(app: Streamline) -> None:
 
 
 def test_more_runs_than_one_command_takes_are_all_woken(app: Streamline) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     first = begun(workflow)
     template = stored(app, first)
     app.runs.insert_many([{**template, "_id": f"r{number}"} for number in range(1, 1234)])
@@ -121,7 +121,7 @@ def test_more_runs_than_one_command_takes_are_all_woken(app: Streamline) -> None
 @pytest.mark.parametrize("target", ["one", "all"])
 @pytest.mark.parametrize("data", [None, "$status", {"$inc": {"a": 1}, "a.b": "$$NOW"}, [["$steps"]], b"\x00", {"$ref": 1}])
 def test_the_data_of_an_event_is_never_an_expression(app: Streamline, data: Any, target: str) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     waiting, later = begun(workflow), workflow.start()
     if target == "one":
         for run in (waiting, later):
@@ -159,7 +159,7 @@ def test_what_ctx_emits_answers_no_wait(app: Streamline) -> None:
 
 
 def test_an_unknown_run_is_named_and_an_ended_one_is_not_woken(app: Streamline) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     with pytest.raises(WorkflowNotFoundError):
         app.send_event("news", 1, run_id="unknown")
     run = begun(workflow)
@@ -170,7 +170,7 @@ def test_an_unknown_run_is_named_and_an_ended_one_is_not_woken(app: Streamline) 
 
 
 def test_a_full_inbox_refuses_an_event_with_an_error_and_drops_nothing(app: Streamline) -> None:
-    workflow = listening(app, times=2)
+    workflow = receiving(app, times=2)
     run = workflow.start()
     for number in range(inbox.INBOX_MAX):
         assert app.send_event("news" if number % 2 else "other", number, run_id=run.id) == 0
@@ -197,7 +197,7 @@ def test_an_inbox_is_bounded_in_bytes_too_but_a_wait_takes_its_event_even_then(a
 
 
 def test_an_event_above_its_limit_is_refused_and_not_stored(app: Streamline) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     run = begun(workflow)
     before = stored(app, run)
     for run_id in (None, run.id):
@@ -212,7 +212,7 @@ def test_an_event_above_its_limit_is_refused_and_not_stored(app: Streamline) -> 
 @pytest.mark.parametrize("target", ["one", "all"])
 @pytest.mark.parametrize("when", ["before the wait", "during the wait"])
 def test_an_event_sent_during_a_pause_is_not_lost(app: Streamline, when: str, target: str) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     run = workflow.start() if when == "before the wait" else begun(workflow)
     workflow.pause(run.id)
     app.send_event("news", "in the pause", run_id=run.id if target == "one" else None)
@@ -249,7 +249,7 @@ def test_a_run_that_is_paused_before_its_wait_still_finds_the_event_that_was_sen
 
 
 def test_an_event_wait_without_an_event_ends_by_its_timeout(app: Streamline) -> None:
-    workflow = listening(app, timeout=0.2)
+    workflow = receiving(app, timeout=0.2)
     run = begun(workflow)
     run_until_idle(app)
     done = present(workflow.get(run.id))
@@ -261,7 +261,7 @@ def test_an_event_wait_without_an_event_ends_by_its_timeout(app: Streamline) -> 
 
 def test_an_event_stored_before_the_deadline_counts_although_it_was_not_delivered(app: Streamline) -> None:
     """The sender died after storing the event; the worker that claims the run at its deadline must search the stored events first."""
-    workflow = listening(app, timeout=0.2)
+    workflow = receiving(app, timeout=0.2)
     run = begun(workflow)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     run_until_idle(app)
@@ -269,7 +269,7 @@ def test_an_event_stored_before_the_deadline_counts_although_it_was_not_delivere
 
 
 def test_a_rewound_wait_does_not_get_the_same_event_again(app: Streamline) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     run = begun(workflow)
     app.send_event("news", "old")
     workflow.execute(run.id)
@@ -281,7 +281,7 @@ def test_a_rewound_wait_does_not_get_the_same_event_again(app: Streamline) -> No
 
 def test_a_steward_finishes_the_broadcast_of_a_sender_that_died(app: Streamline) -> None:
     """The event is stored and not delivered: the steward must deliver it once, to the runs that existed when it was sent."""
-    workflow = listening(app)
+    workflow = receiving(app)
     run = begun(workflow)
     sent_at = datetime.now(UTC) - timedelta(seconds=60)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
@@ -296,7 +296,7 @@ def test_a_steward_finishes_the_broadcast_of_a_sender_that_died(app: Streamline)
 
 def test_a_delivery_that_is_repeated_counts_once(app: Streamline) -> None:
     """After a lost reply the same delivery is sent again, and a late copy of it may arrive."""
-    workflow = listening(app, times=2)
+    workflow = receiving(app, times=2)
     run = begun(workflow)
     deliver = durable_events.deliver_event(run.id, "e1", "news", "once", 100)
     assert app.store().run(deliver) is not None
@@ -307,7 +307,7 @@ def test_a_delivery_that_is_repeated_counts_once(app: Streamline) -> None:
 
 
 def test_the_asyncio_function_sends_too(app: Streamline) -> None:
-    workflow = listening(app)
+    workflow = receiving(app)
     run = begun(workflow)
 
     async def send() -> int:
@@ -322,7 +322,7 @@ def test_the_asyncio_function_sends_too(app: Streamline) -> None:
 def test_every_way_to_wait_and_to_send_at_once_delivers_each_event_once(app: Streamline) -> None:
     """Workers begin waits while events are sent; many random events meet the inbox, the search of stored events and the delivery."""
     chance = random.Random(5)
-    workflow = listening(app, times=4)
+    workflow = receiving(app, times=4)
     runs = workflow.start_many([None] * 30)
     sent: dict[str, set[str]] = {run.id: set() for run in runs}
 

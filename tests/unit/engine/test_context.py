@@ -219,10 +219,10 @@ def test_waiting_threads_and_tasks_are_woken() -> None:
             waiting.set()
             return signal.wait(10)
 
-        async def listen() -> str:
+        async def await_signal() -> str:
             return await signal
 
-        tasks = [asyncio.create_task(listen()) for _ in range(2)]
+        tasks = [asyncio.create_task(await_signal()) for _ in range(2)]
         thread = asyncio.create_task(asyncio.to_thread(wait))
         while not waiting.is_set():
             await asyncio.sleep(0)

@@ -87,7 +87,7 @@ def test_a_signal_awaited_in_the_handlers_own_loop_fires_there_and_is_harmless_a
     """If firing raised an error, the attempt would never end, its lease would be renewed for ever, and no other run would be fenced."""
     received: list[str] = []
 
-    def awaits_signal(ctx: Any) -> None:
+    def waits(ctx: Any) -> None:
         async def wait() -> None:
             received.append(await ctx.signal)
 
@@ -105,9 +105,7 @@ def test_a_signal_awaited_in_the_handlers_own_loop_fires_there_and_is_harmless_a
 
     left: list[Any] = []
     options = {"timeout": 0.3, "retries": 1}
-    runs = [
-        app.workflow(name, steps={"s": (work, options)}).start() for name, work in (("awaits_signal", awaits_signal), ("leaves", leaves))
-    ]
+    runs = [app.workflow(name, steps={"s": (work, options)}).start() for name, work in (("waits", waits), ("leaves", leaves))]
     run_until_idle(app)
     assert [present(present(app.get_run(run.id)).error)["code"] for run in runs] == ["STEP_TIMEOUT", "STEP_TIMEOUT"]
     assert received == ["timeout"]

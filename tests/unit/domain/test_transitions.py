@@ -169,7 +169,8 @@ def test_events_find_a_run_exactly_while_it_waits_for_one(name: str) -> None:
     """Events are delivered by `awaits`: without it they miss the run, and if it stays too long they end the wrong step."""
     _, _, after = applied(name)
     step = next((step for step in after["steps"] if step["stepId"] == after["currentStepId"]), None)
-    waits = after["status"] == "waiting" and step is not None and step["waitingFor"]["type"] == "event"
+    waiting_for = step.get("waitingFor") if step is not None else None
+    waits = after["status"] == "waiting" and waiting_for is not None and waiting_for["type"] == "event"
     assert after.get("awaits") == ("paid" if waits else None)
 
 

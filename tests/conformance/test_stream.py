@@ -21,7 +21,7 @@ from streamline_pool import Event, InvalidStateError, Streamline, ValidationErro
 from streamline_pool.events import mailbox
 from streamline_pool.events.publisher import EVENT_DATA_BYTES_MAX
 from streamline_pool.events.stream import EventStream
-from support import eventually
+from support import eventually, present
 
 # --- programs -------------------------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def test_a_local_execution_in_progress_begins_to_publish(
     thread = threading.Thread(target=workflow.execute, args=(run.id,))
     thread.start()
     try:
-        eventually(lambda: app.get_run(run.id).step("a").status == "running")
+        eventually(lambda: present(app.get_run(run.id)).step("a").status == "running")
         with app.events.stream() as stream:
             read_until(stream, "tick")
             go.set()
@@ -126,7 +126,7 @@ def test_a_worker_started_later_in_this_process_publishes(app: Streamline) -> No
 
     async def work() -> None:
         async with Pool(app) as pool:
-            await pool.until(lambda: app.get_run(run.id).status == "done")
+            await pool.until(lambda: present(app.get_run(run.id)).status == "done")
 
     other = Streamline(app.mongodb_uri, database=app.database)
     with other, other.events.stream() as stream:

@@ -17,6 +17,7 @@ from kit_workflows import DAY, NOWHERE, fine, nap
 from streamline_pool import Context, InvalidStateError, Streamline, ValidationError
 from streamline_pool.protocol import claims
 from streamline_pool.testing import TestKit
+from support import present
 
 
 @pytest.fixture
@@ -40,10 +41,10 @@ def test_thirty_days_of_sleep_take_moments(kit: TestKit, app: Streamline) -> Non
     began = time.monotonic()
     kit.jump(30 * DAY)
     assert time.monotonic() - began < 5
-    run = flow.get(run.id)
+    run = present(flow.get(run.id))
     assert (run.status, run.output) == ("done", "fine")
-    assert 30 * DAY <= run.ended_at - run.started_at < 30 * DAY + timedelta(minutes=1)
-    assert run.step("nap").duration >= 30 * 86400
+    assert 30 * DAY <= present(run.ended_at) - present(run.started_at) < 30 * DAY + timedelta(minutes=1)
+    assert present(run.step("nap").duration) >= 30 * 86400
 
 
 def test_nothing_happens_before_its_time(kit: TestKit, app: Streamline) -> None:
@@ -51,9 +52,9 @@ def test_nothing_happens_before_its_time(kit: TestKit, app: Streamline) -> None:
     flow = app.workflow("flow", steps={"nap": nap(30 * DAY), "after": fine})
     run = kit.run(flow)
     kit.jump(30 * DAY - timedelta(minutes=1))
-    assert flow.get(run.id).status == "waiting"
+    assert present(flow.get(run.id)).status == "waiting"
     kit.jump(60)
-    assert flow.get(run.id).status == "done"
+    assert present(flow.get(run.id)).status == "done"
 
 
 def test_what_becomes_due_in_a_jump_happens_in_its_order_and_at_its_time(kit: TestKit, app: Streamline) -> None:
@@ -101,9 +102,9 @@ def test_a_start_in_a_year_comes_in_a_year(kit: TestKit, app: Streamline, as_ins
     run = kit.run(flow, start_at=at if as_instant else 365 * DAY)
     assert run.status == "draft"
     kit.jump_to(at - timedelta(hours=1))
-    assert flow.get(run.id).status == "draft"
+    assert present(flow.get(run.id)).status == "draft"
     kit.jump_to(at + timedelta(minutes=1))
-    assert flow.get(run.id).status == "done"
+    assert present(flow.get(run.id)).status == "done"
 
 
 def test_all_stored_instants_are_of_the_kits_time(kit: TestKit, app: Streamline) -> None:
@@ -117,7 +118,7 @@ def test_all_stored_instants_are_of_the_kits_time(kit: TestKit, app: Streamline)
     instants = [run.created_at, run.started_at, run.updated_at, run.ended_at, cancelled.updated_at, cancelled.ended_at]
     instants += [step.started_at for step in run.steps] + [step.ended_at for step in run.steps]
     instants += [event.at for event in kit.events()]
-    assert all(since <= at <= until for at in instants)
+    assert all(since <= present(at) <= until for at in instants)
 
 
 def test_a_users_text_that_looks_like_the_time_stays_unchanged(kit: TestKit, app: Streamline) -> None:
@@ -157,7 +158,7 @@ def test_a_jump_waits_for_the_handler_that_runs(kit: TestKit, app: Streamline) -
         go_on.set()
         jump.join(10)
         assert kit.now() - before >= DAY
-    stored = flow.get(run.id).to_dict()
+    stored = present(flow.get(run.id)).to_dict()
     assert (stored["status"], stored["token"], stored["crashes"], stored["steps"][0]["attempts"]) == ("done", 1, 0, 1)
 
 
@@ -167,9 +168,9 @@ def test_leases_end_at_the_kits_time(kit: TestKit, app: Streamline) -> None:
     run = flow.start()
     app.store().run(claims.claim_run(run.id, None, "another", "another:1:1", 60.0))
     kit.jump(59)
-    assert flow.get(run.id).status == "running"
+    assert present(flow.get(run.id)).status == "running"
     kit.jump(2)
-    run = flow.get(run.id)
+    run = present(flow.get(run.id))
     assert (run.status, run.step("only").attempts) == ("done", 2)
 
 
@@ -244,7 +245,7 @@ def test_a_call_that_takes_too_long_names_the_running_step(kit: TestKit, app: St
         kit.settle(timeout=0.2)
     go_on.set()
     kit.settle()
-    assert flow.get(run.id).status == "done"
+    assert present(flow.get(run.id)).status == "done"
 
 
 def test_finish_says_why_a_run_does_not_end(kit: TestKit, app: Streamline) -> None:
@@ -289,13 +290,13 @@ def test_the_async_forms_do_not_block_the_loop_of_the_test(kit: TestKit, app: St
         run = await kit.run_async(flow)
         assert (run.status, run.step("ask").output) == ("waiting", "from the test's loop")
         await kit.jump_async(DAY)
-        assert (await flow.get_async(run.id)).current_step_id == "more"
+        assert (present(await flow.get_async(run.id))).current_step_id == "more"
         assert (await kit.finish_async(run)).status == "done"
         second = await flow.start_async(start_at=DAY)
         await kit.settle_async()
-        assert (await flow.get_async(second.id)).status == "draft"
+        assert (present(await flow.get_async(second.id))).status == "draft"
         await kit.jump_to_async(kit.now() + DAY)
-        assert (await flow.get_async(second.id)).current_step_id == "nap"
+        assert (present(await flow.get_async(second.id))).current_step_id == "nap"
 
     asyncio.run(scenario())
     gc.collect()  # anything left open would cause a warning here, and many users of pytest make warnings errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from kit_workflows import DAY, NOWHERE, fine, nap
@@ -14,6 +15,7 @@ from streamline_pool import Context, InvalidStateError, Settings, Streamline, Va
 from streamline_pool.client.connections import PYMONGO_STORES
 from streamline_pool.storage.store import Store
 from streamline_pool.testing import TestKit
+from support import present
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_a_run_whose_workers_keep_dying_fails(kit: TestKit, app: Streamline) -> 
     kit.crash_after("deadly", times=3)
     run = kit.run(flow)
     assert run.status == "failed"
-    assert run.error["code"] == "WORKER_CRASHED" and "signal SIGKILL" in run.error["message"]
+    assert present(run.error)["code"] == "WORKER_CRASHED" and "signal SIGKILL" in present(run.error)["message"]
 
 
 def test_a_crash_after_an_unknown_step_is_refused(kit: TestKit, app: Streamline) -> None:
@@ -106,10 +108,10 @@ def test_the_application_is_released_as_it_was(mongodb_uri: str, make_app: Calla
         assert tested.status == "done" and app.settings.concurrency == 7
     kit.close()
     assert (app.settings, app.mongodb_uri, app.database, app.where.database) == before
-    assert flow.get(tested.id) is None and flow.get(own.id).status == "running"
+    assert flow.get(tested.id) is None and present(flow.get(own.id)).status == "running"
     assert isinstance(app.store(), Store) and not app.events.active
     assert flow.start().created_at - own.created_at < timedelta(hours=1), "it is at the real time again"
-    with MongoClient(mongodb_uri) as client:
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
         assert database not in client.list_database_names()
     with TestKit(mongodb_uri) as kit:
         kit.use(app)  # another kit can use it
@@ -126,7 +128,7 @@ def test_an_event_loop_that_outlives_the_test_keeps_nothing_of_it(mongodb_uri: s
                 kit.use(app)
                 run = loop.run_until_complete(flow.start_async(run_id="the same"))
                 kit.settle()
-                assert loop.run_until_complete(flow.get_async(run.id)).status == "done"
+                assert present(loop.run_until_complete(flow.get_async(run.id))).status == "done"
                 kit.jump(DAY)
             assert not app.connections.open_loops()
     finally:
@@ -140,9 +142,9 @@ def test_two_kits_at_once_do_not_disturb_each_other(mongodb_uri: str) -> None:
         runs = [kit.run(flow, run_id="the same") for kit, flow in zip((one, other), flows, strict=True)]
         one.jump(DAY)
         assert other.now() - one.now() < timedelta(hours=-23)
-        assert flows[0].get(runs[0].id).status == "done"
+        assert present(flows[0].get(runs[0].id)).status == "done"
         other.settle()
-        assert flows[1].get(runs[1].id).status == "waiting"
+        assert present(flows[1].get(runs[1].id)).status == "waiting"
         one.events(), other.events()
         assert {event.name for event in other.events()}.isdisjoint({"workflow:completed"})
         with pytest.raises(InvalidStateError, match="has this app already"):
@@ -159,7 +161,7 @@ def test_apps_share_a_database_in_the_kit_if_they_do_in_production(kit: TestKit)
     bank = other.workflow("bank", steps={"only": fine})
     shop = one.workflow("shop", steps={"only": lambda ctx: bank.start(run_id="from the shop").id})
     assert kit.run(shop).status == "done"
-    assert bank.get("from the shop").status == "done", "`settle` goes on until all apps are idle"
+    assert present(bank.get("from the shop")).status == "done", "`settle` goes on until all apps are idle"
 
 
 def test_a_server_that_cannot_be_reached_is_named_at_once(kit: TestKit) -> None:

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pymongo import MongoClient
 
 from streamline_pool.testing import SERVER_VARIABLE
-from support import eventually
+from support import eventually, present
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,7 +43,7 @@ def test_the_project_of_the_documentation_passes_on_a_private_server_and_leaves_
     done = run_pytest(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout
-    port = int(re.search(r":(\d+)/", (folder / "uri").read_text())[1])
+    port = int(present(re.search(r":(\d+)/", (folder / "uri").read_text()))[1])
 
     def is_gone() -> bool:
         with socket.socket() as probe:
@@ -53,7 +54,7 @@ def test_the_project_of_the_documentation_passes_on_a_private_server_and_leaves_
 
 @pytest.mark.slow
 def test_processes_of_xdist_share_the_named_server_and_leave_no_database(tmp_path: Path, mongodb_uri: str) -> None:
-    with MongoClient(mongodb_uri) as client:
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
         before = set(client.list_database_names())
         done = run_pytest(project(tmp_path), "-n", "2", **{SERVER_VARIABLE: mongodb_uri})
         assert done.returncode == 0, done.stdout + done.stderr

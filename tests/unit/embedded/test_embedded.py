@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,12 +86,12 @@ def an_owner(data_dir: Path | None, then: str = "wait") -> Iterator[Owner]:
 
 
 def insert(server: embedded.EmbeddedServer, value: int) -> None:
-    with MongoClient(server.uri) as client:
+    with MongoClient[dict[str, Any]](server.uri) as client:
         client.kept.values.insert_one({"_id": value})
 
 
 def stored(server: embedded.EmbeddedServer) -> list[int]:
-    with MongoClient(server.uri) as client:
+    with MongoClient[dict[str, Any]](server.uri) as client:
         return sorted(document["_id"] for document in client.kept.values.find())
 
 
@@ -128,7 +129,10 @@ def test_two_servers_run_side_by_side() -> None:
 
 
 def test_a_server_that_is_not_initiated_answers_without_a_replica_set() -> None:
-    with embedded.start(None, initiate=False) as server, MongoClient("127.0.0.1", server.port, directConnection=True) as client:
+    with (
+        embedded.start(None, initiate=False) as server,
+        MongoClient[dict[str, Any]]("127.0.0.1", server.port, directConnection=True) as client,
+    ):
         assert client.admin.command("hello").get("setName") is None
 
 
@@ -251,7 +255,7 @@ def test_acknowledged_data_survives_a_kill_of_watcher_and_mongod(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("outage", ["halt", "kill"])
 def test_restart_keeps_port_and_data(outage: str, tmp_path: Path) -> None:
-    with embedded.start(tmp_path) as server, MongoClient(server.uri) as client:
+    with embedded.start(tmp_path) as server, MongoClient[dict[str, Any]](server.uri) as client:
         port, pid = server.port, server.pid
         client.kept.values.insert_one({"_id": 1})
         getattr(server, outage)()
@@ -293,7 +297,7 @@ def test_a_folder_served_by_a_mongod_started_by_hand_is_refused(tmp_path: Path) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [embedded.find_mongod(), "--dbpath", tmp_path, "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
+    command = [str(embedded.find_mongod()), "--dbpath", str(tmp_path), "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as by_hand:
         try:
             lock = tmp_path / "mongod.lock"

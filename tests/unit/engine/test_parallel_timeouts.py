@@ -190,11 +190,12 @@ def test_an_abandoned_task_is_not_garbage_collected() -> None:
     """An event loop holds its tasks weakly. A task that waits for a future which only the task refers to would vanish."""
 
     async def main() -> None:
-        ended, waits = asyncio.Event(), []
+        ended = asyncio.Event()
+        waits: list[weakref.ref[asyncio.Future[None]]] = []
 
         async def stubborn() -> None:
             while not ended.is_set():
-                future = asyncio.get_running_loop().create_future()
+                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 waits[:] = [weakref.ref(future)]
                 with contextlib.suppress(asyncio.CancelledError):
                     await future

@@ -18,12 +18,19 @@ def command(verb: str, **body: object) -> Command:
     return Command(name="any", collection="runs", verb=verb, body=body)
 
 
+def shifted_command(op: Command) -> Command:
+    """`op` in the later time. It must stay a command."""
+    made = shifted(op, DAY_MS)
+    assert isinstance(made, Command)
+    return made
+
+
 def test_a_pipeline_update_reads_the_later_time() -> None:
     update = [{"$set": {"at": "$$NOW", "deep": {"$cond": [True, ["$$NOW", "$x"], {"$dateAdd": {"startDate": "$$NOW"}}]}}}]
     wanted = [{"$set": {"at": LATER, "deep": {"$cond": [True, [LATER, "$x"], {"$dateAdd": {"startDate": LATER}}]}}}]
-    made = shifted(command("update", updates=[{"q": {"_id": "r"}, "u": update, "multi": True}]), DAY_MS)
+    made = shifted_command(command("update", updates=[{"q": {"_id": "r"}, "u": update, "multi": True}]))
     assert made.body == {"updates": [{"q": {"_id": "r"}, "u": wanted, "multi": True}]}
-    made = shifted(command("findAndModify", query={"_id": "r"}, update=update, new=True), DAY_MS)
+    made = shifted_command(command("findAndModify", query={"_id": "r"}, update=update, new=True))
     assert made.body == {"query": {"_id": "r"}, "update": wanted, "new": True}
     assert update[0]["$set"]["at"] == "$$NOW", "an operation is a value; that of the caller is not changed"
 
@@ -31,11 +38,13 @@ def test_a_pipeline_update_reads_the_later_time() -> None:
 def test_filters_read_the_later_time_in_expressions() -> None:
     query = {"x": "$$NOW", "$expr": {"$lte": ["$a", "$$NOW"]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": ["$$NOW", "$b"]}}]}]}
     wanted = {"x": "$$NOW", "$expr": {"$lte": ["$a", LATER]}, "$or": [{"y": "$$NOW"}, {"$and": [{"$expr": {"$gt": [LATER, "$b"]}}]}]}
-    assert shifted(Find(name="any", collection="runs", filter=query), DAY_MS).filter == wanted
-    assert shifted(command("delete", deletes=[{"q": query, "limit": 0}]), DAY_MS).body == {"deletes": [{"q": wanted, "limit": 0}]}
-    assert shifted(command("update", updates=[{"q": query, "u": {}}]), DAY_MS).body["updates"][0]["q"] == wanted
-    assert shifted(command("count", query=query), DAY_MS).body["query"] == wanted
-    made = shifted(command("aggregate", pipeline=[{"$match": query}, {"$set": {"at": "$$NOW"}}], cursor={}), DAY_MS)
+    found = shifted(Find(name="any", collection="runs", filter=query), DAY_MS)
+    assert isinstance(found, Find)
+    assert found.filter == wanted
+    assert shifted_command(command("delete", deletes=[{"q": query, "limit": 0}])).body == {"deletes": [{"q": wanted, "limit": 0}]}
+    assert shifted_command(command("update", updates=[{"q": query, "u": {}}])).body["updates"][0]["q"] == wanted
+    assert shifted_command(command("count", query=query)).body["query"] == wanted
+    made = shifted_command(command("aggregate", pipeline=[{"$match": query}, {"$set": {"at": "$$NOW"}}], cursor={}))
     assert made.body == {"pipeline": [{"$match": wanted}, {"$set": {"at": LATER}}], "cursor": {}}
 
 

@@ -13,7 +13,8 @@ FOREVER_S = 30.0  # far more than any of these tests may take, and too short to 
 
 
 def abandoned_in_log(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    return [(record.place, record.kind) for record in caplog.records if record.getMessage() == "parallel_task_left_behind"]
+    entries = [record.__dict__ for record in caplog.records if record.getMessage() == "parallel_task_left_behind"]
+    return [(entry["place"], entry["kind"]) for entry in entries]
 
 
 async def value_of(value: Any) -> Any:

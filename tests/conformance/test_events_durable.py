@@ -273,8 +273,8 @@ def test_a_rewound_wait_does_not_get_the_same_event_again(app: Streamline) -> No
     run = begun(workflow)
     app.send_event("news", "old")
     workflow.execute(run.id)
-    workflow.rewind_to(run.id, "hear0")
-    assert workflow.execute(run.id).step("hear0").status == "waiting"
+    workflow.rewind_to(run.id, "receive0")
+    assert workflow.execute(run.id).step("receive0").status == "waiting"
     assert app.send_event("news", "new") == 1
     assert workflow.execute(run.id).output == ["new"]
 

@@ -129,7 +129,8 @@ def check_invariants(documents: Sequence[Mapping[str, Any]]) -> None:
                 assert document["error"]["message"], f"{run_id}: failed without a reason"
             continue
         where = f"{run_id}: wedged or doubly scheduled: {document}"
-        step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), {"status": "none"})
+        none: dict[str, Any] = {"status": "none"}
+        step = next((step for step in document["steps"] if step["stepId"] == document["currentStepId"]), none)
         waits_for = step["waitingFor"]["type"] if step["status"] == "waiting" else None
         # A step that waits without a deadline goes on when it is answered. Every other run has a lease or a `wakeAt`.
         on_its_own = waits_for in ("human", "webhook", "event") and step["waitingFor"].get("expiresAt") is None

@@ -21,7 +21,7 @@ class JumpingClock:
 
     def __init__(self, real: Any) -> None:
         self.now = real.now
-        self.at = real.monotonic()
+        self.at: float = real.monotonic()
         self.cost_s = 0.0
 
     def monotonic(self) -> float:

@@ -9,7 +9,7 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 
 def test_a_task_that_loses_its_first_cancellation_is_ended_nevertheless() -> None:
     """A driver turned the cancellation into an error. The task took that for an outage and continued, so `close` never returned."""
-    losses = []
+    losses: list[str] = []
 
     async def stubborn() -> None:
         while True:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from streamline_pool.domain import transitions
 from streamline_pool.domain.definition import Definition, make_step
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.engine_indexes import RUN_INDEXES
 from streamline_pool.protocol.operations import Fence
@@ -18,11 +19,12 @@ STEPS = tuple(make_step("w", name, lambda ctx: 1, {}) for name in ("a", "b"))
 DEFINITION = Definition(workflow_id="w", version="1", queue="q", steps=STEPS, make_context=None)
 
 
-def held(place: int) -> dict[str, Any]:
-    steps = [{"stepId": name, "status": "pending", "attempts": 0} for name in ("a", "b")]
+def held(place: int) -> RunDocument:
+    steps: list[dict[str, Any]] = [{"stepId": name, "status": "pending", "attempts": 0} for name in ("a", "b")]
     steps[place] = {"stepId": "ab"[place], "status": "running", "attempts": 1, "startedAt": NOW}
     run = {"_id": "r", "status": "running", "steps": steps, "currentStepId": "ab"[place], "context": {}, "waitGen": 3, "acts": 2}
-    return {**run, "rev": 4, "token": 1, "crashes": 0, "failures": 0, "inbox": [{"id": "e", "name": "n"}], "seen": ["e"]}
+    counts = {"rev": 4, "token": 1, "crashes": 0, "failures": 0, "inbox": [{"id": "e", "name": "n"}], "seen": ["e"]}
+    return cast(RunDocument, {**run, **counts})  # as far as transitions read it
 
 
 @pytest.mark.parametrize("place", [0, 1])

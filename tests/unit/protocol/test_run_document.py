@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import bson
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from streamline_pool import DataCorruptionError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.definition import Definition, make_step
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol.codec import CODEC, PAYLOAD_BYTES_MAX, PAYLOAD_DEPTH_MAX, as_payload, check_payload
 from streamline_pool.protocol.run_document import as_stored, make_context, new_run, parse_run, validate_run_document
 from support import shown
@@ -178,9 +179,9 @@ def test_a_run_that_is_due_later_is_a_draft() -> None:
 
 def test_a_run_that_could_not_grow_is_not_started() -> None:
     """A document filled to the brim has no room for a lease, and a claim of many runs would fail for it."""
-    assert as_stored(a_document(input="x" * (12 * 2**20)))[1] > 12 * 2**20
+    assert as_stored(cast(RunDocument, a_document(input="x" * (12 * 2**20))))[1] > 12 * 2**20
     with pytest.raises(PayloadTooLargeError, match="start: the run would take"):
-        as_stored(a_document(input="x" * (16 * 2**20 - 1000)))
+        as_stored(cast(RunDocument, a_document(input="x" * (16 * 2**20 - 1000))))
 
 
 STEP = {"stepId": "a", "status": "pending", "attempts": 0}

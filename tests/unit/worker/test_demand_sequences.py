@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -131,7 +132,8 @@ class AnyWorker(RuleBasedStateMachine):
         if isinstance(claim, ClaimNamed):
             self.bring_named(claim.run_ids, claim.crashes_below, data)
         else:
-            rows = [{"_id": run_id, "crashes": crashes} for run_id, crashes in self.due(data, claim.limit).items()]
+            due = self.due(data, claim.limit)
+            rows: list[dict[str, Any]] = [{"_id": run_id, "crashes": crashes} for run_id, crashes in due.items()]
             rows = [row for row in rows if claim.crashes_below is None or row["crashes"] < claim.crashes_below]
             chosen = at_most_one_suspect(rows, self.demand.suspect_from)
             skipped = len(chosen) < len(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
@@ -11,11 +10,12 @@ from typing import Any
 
 import psutil
 from pool_process import PoolProcess, running
+from stored_runs import stored
 
 from streamline_pool import Run, Streamline
 from support import eventually
 
-__all__ = ["APP", "Start", "begin", "client_of", "finish", "gone", "held_by", "pool_starter", "stored"]
+__all__ = ["APP", "Start", "begin", "finish", "gone", "held_by", "pool_starter"]
 
 APP = '''
 import asyncio, os, subprocess, time
@@ -97,19 +97,6 @@ Start = Callable[..., AbstractContextManager[PoolProcess]]
 """`with start(*options) as pool:` a pool of APP on the test's database."""
 
 
-def client_of(mongodb_uri: str, database: str, folder: Path) -> Streamline:
-    """The same application in the test's own process, as a client."""
-    (folder / "client_app.py").write_text(APP)
-    spec = importlib.util.spec_from_file_location("client_app", folder / "client_app.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    app: Streamline = module.app
-    app.mongodb_uri, app.database = mongodb_uri, database
-    return app
-
-
 def pool_starter(mongodb_uri: str, database: str, folder: Path) -> Start:
     return lambda *options: running(folder, APP, mongodb_uri, *options, database=database)
 
@@ -120,11 +107,6 @@ def begin(app: Streamline, workflow: str, **given: Any) -> Run:
 
 def finish(app: Streamline, run: Run, timeout: float = 20.0) -> Run:
     return app.workflows[run.workflow_id].wait_for(run.id, timeout=timeout)
-
-
-def stored(app: Streamline, run: Run) -> dict[str, Any]:
-    document: dict[str, Any] = app.runs.find_one({"_id": run.id})
-    return document
 
 
 ENTERED_AFTER = timedelta(seconds=0.3)  # a reply takes milliseconds; every step that tests wait for takes longer

@@ -82,9 +82,12 @@ async def well_behaved(actor: Actor) -> int:
 async def does_not_read(actor: Actor) -> int:
     """Worker 0 stops reading after its first heartbeat; the steward causes more wake-ups than fit into a pipe."""
     if actor.spec.role == "steward":
-        asyncio.get_running_loop().call_later(
-            0.3, lambda: [actor.channel.send(WorkDue(lane="l", run_id="r", count=1)) for _ in range(FLOOD)]
-        )
+
+        def flood() -> None:
+            for _ in range(FLOOD):
+                actor.channel.send(WorkDue(lane="l", run_id="r", count=1))
+
+        asyncio.get_running_loop().call_later(0.3, flood)
     elif actor.spec.index == 0 and actor.spec.first:
         actor.channel.send(IDLE)
         os.kill(os.getpid(), signal.SIGSTOP)

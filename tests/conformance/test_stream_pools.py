@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from pool_client import loaded_app
 from pool_process import PoolProcess, running
 from pymongo.read_concern import ReadConcern
 from stream_reading import read_until
@@ -69,17 +69,9 @@ EVENTS_OF_TWO = [
 
 
 @pytest.fixture
-def app(mongodb_uri: str, database: str, tmp_path: Path) -> Iterator[Streamline]:
+def app(mongodb_uri: str, database: str) -> Iterator[Streamline]:
     """The application of the pools, used as a client in the test's own process."""
-    (tmp_path / "client_app.py").write_text(APP)
-    spec = importlib.util.spec_from_file_location("client_app", tmp_path / "client_app.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    client: Streamline = module.app
-    client.mongodb_uri, client.database = mongodb_uri, database
-    with client:
+    with loaded_app(APP, mongodb_uri, database) as client:
         yield client
 
 

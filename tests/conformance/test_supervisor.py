@@ -10,7 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pool_application import Start, begin, client_of, finish, gone, held_by, pool_starter, stored
+from pool_application import APP, Start, begin, finish, gone, held_by, pool_starter
+from pool_client import loaded_app
+from stored_runs import stored
 
 from streamline_pool import Streamline, embedded
 from support import eventually
@@ -18,7 +20,7 @@ from support import eventually
 
 @pytest.fixture
 def app(mongodb_uri: str, database: str, tmp_path: Path) -> Iterator[Streamline]:
-    with client_of(mongodb_uri, database, tmp_path) as app:
+    with loaded_app(APP, mongodb_uri, database) as app:
         yield app
 
 

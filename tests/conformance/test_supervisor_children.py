@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -85,7 +86,11 @@ def test_children_hold_only_their_own_end_of_their_own_pipe(start: Start) -> Non
         eventually(lambda: len(pool.children()) == 4)
         for child in pool.children():
             # Its own end, and the two of the event loop's self-pipe.
-            eventually(lambda child=child: len(unix_sockets(child)) == 3)
+            eventually(partial(has_three_sockets, child))
+
+
+def has_three_sockets(process: psutil.Process) -> bool:
+    return len(unix_sockets(process)) == 3
 
 
 def unix_sockets(process: psutil.Process) -> list[str]:

@@ -8,11 +8,14 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from pool_application import APP, Start, begin, client_of, finish, gone, held_by, pool_starter, stored
+from pool_application import APP, Start, begin, finish, gone, held_by, pool_starter
+from pool_client import loaded_app
 from pool_process import running
+from stored_runs import stored
 
 from streamline_pool import Streamline
 from support import eventually
@@ -20,7 +23,7 @@ from support import eventually
 
 @pytest.fixture
 def app(mongodb_uri: str, database: str, tmp_path: Path) -> Iterator[Streamline]:
-    with client_of(mongodb_uri, database, tmp_path) as app:
+    with loaded_app(APP, mongodb_uri, database) as app:
         yield app
 
 
@@ -74,9 +77,13 @@ def test_the_third_int_kills(app: Streamline, start: Start) -> None:
         pool.ready()
         held_by(app, begin(app, "stubborn", seconds=60))
         family = [child.pid for child in pool.children()]
+
+        def interrupted(count: int) -> bool:
+            return len(pool.logged("pool_ends")) >= count
+
         for count in (1, 2, 3):
             pool.signal(signal.SIGINT)
-            eventually(lambda count=count: len(pool.logged("pool_ends")) >= count)
+            eventually(partial(interrupted, count))
         assert pool.exit_code(timeout=5) == 137
         assert all(gone(pid) for pid in family)
 

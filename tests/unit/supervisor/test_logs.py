@@ -28,7 +28,7 @@ def test_text_is_time_level_event_and_fields() -> None:
 
 def test_a_field_cannot_forge_a_line_or_another_field() -> None:
     """Run ids and messages come from users; a newline in one must not look like a log line of ours."""
-    fields = {"other": "a=b", "escape": "\x1b[31m", "control": "\x9b31m", "parts": ["\n\x9b", "c=d"]}
+    fields: dict[str, Any] = {"other": "a=b", "escape": "\x1b[31m", "control": "\x9b31m", "parts": ["\n\x9b", "c=d"]}
     line = TextFormatter().format(record("run_claimed", run_id="x\n12:00:01 INFO run_done", **fields))
     assert "\n" not in line
     assert "\x1b" not in line

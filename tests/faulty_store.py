@@ -133,6 +133,4 @@ def hasty_env() -> Env:
 
 def install_faults(app: Streamline) -> FaultyStore:
     """Give the application a blocking store whose `faults` the test sets later."""
-    store = FaultyStore(app.where, app.env)
-    app._store = store
-    return store
+    return app.connections.use(FaultyStore(app.where, app.env))

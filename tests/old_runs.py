@@ -95,8 +95,7 @@ def meddling(app: Streamline, before: str, meddle: Callable[[], object]) -> None
 def use(app: Streamline, store: S) -> S:
     """Close the application's store and give it this one."""
     app.store().close()
-    app._store = store
-    return store
+    return app.connections.use(store)
 
 
 def revive(app: Streamline, *run_ids: str, **more: Any) -> None:
@@ -122,7 +121,7 @@ class Dying(Store):
         return answer
 
 app = Streamline(sys.argv[1], database=sys.argv[2])
-app._store = Dying(app.where, app.env)
+app.connections.use(Dying(app.where, app.env))
 app.{call}
 """
     ended = subprocess.run([sys.executable, "-c", code, uri, database], cwd=REPOSITORY, timeout=50, capture_output=True, text=True)

@@ -235,7 +235,7 @@ def test_only_changes_that_happened_are_published(app: Streamline, state: str) -
     with contextlib.suppress(WorkflowError):
         OPERATIONS[operation](scene)
     app.events.on("mark", lambda event: scene.received.append("end of what was published"))
-    scene.app._publish(scene.document(), "mark", None)
+    scene.app.services.publish(scene.document(), "mark")
     eventually(lambda: "end of what was published" in scene.received)
     assert [name for name in scene.received if name not in ("mark", "end of what was published")] == expected.get(outcome, [])
     scene.finish()

@@ -340,7 +340,6 @@ def test_packages_are_laid_out_as_the_architecture_says() -> None:
     assert inner == list(layers["SUPERVISOR_LAYERS"])
 
 
-<<<<<<< HEAD
 def layers_of_the_code() -> dict[str, list[str]]:
     """The two orders of tests/test_layers.py, read from its source: importing it would collect its tests here."""
     tree = ast.parse(text_of("tests/test_layers.py"))
@@ -352,18 +351,3 @@ def layers_of_the_code() -> dict[str, list[str]]:
         if isinstance(target, ast.Name) and target.id.endswith("LAYERS")
     }
     return {name: list(ast.literal_eval(value)) for name, value in wanted.items()}
-=======
-def imports_of(source: str, package: str) -> set[str]:
-    """Modules of the same package that are imported when the source is; not those that only type checkers see."""
-    prefix = "streamline_pool.supervisor" if package == "supervisor" else "streamline_pool"
-    found: set[str] = set()
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        module = f"{prefix}{'.' if node.module else ''}{node.module or ''}" if node.level else node.module or ""
-        if module == prefix:
-            found.update(alias.name for alias in node.names)
-        elif module.startswith(f"{prefix}."):
-            found.add(module.removeprefix(f"{prefix}.").partition(".")[0])
-    return found
->>>>>>> 71aa010 (Types of the tests of events, kit and embedded server; their shared helpers lie in tests/)

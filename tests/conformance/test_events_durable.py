@@ -286,7 +286,7 @@ def test_a_steward_finishes_the_broadcast_of_a_sender_that_died(app: Streamline)
     sent_at = datetime.now(UTC) - timedelta(seconds=60)
     app.store().run(durable_events.record_event("e1", "news", "from the dead", app.store().now()))
     younger = begun(workflow)
-    assert app.store().drive(finishing_broadcasts(app)) == 0, "the sender may still be at work"
+    assert app.store().drive(finishing_broadcasts(app.services)) == 0, "the sender may still be at work"
     app.store().collection("events").update_one({"_id": "e1"}, {"$set": {"at": sent_at}})
     assert app.store().drive(finishing_broadcasts(app.services)) == 1
     assert app.store().drive(finishing_broadcasts(app.services)) == 0

@@ -121,7 +121,7 @@ def test_a_damaged_event_stops_no_other_event_and_no_steward(app: Streamline, wa
         ]
     )
     assert app.send_event("$go.now", 1) == 1
-    app.store().drive(finishing_broadcasts(app))
+    app.store().drive(finishing_broadcasts(app.services))
     assert events.find_one({"_id": "no data"})["pending"] is False
     assert waiting.workflow.execute(run_id).output == ["passed on", 1]
 

@@ -11,7 +11,7 @@ from parked_runs import Waiting, interrupted, recorded
 from workers import check_invariants
 
 from streamline_pool import Context, Streamline
-from streamline_pool.client.event_delivery import _broadcasting, sending_event
+from streamline_pool.client.event_delivery import broadcasting, sending_event
 from streamline_pool.client.run_control import answering_hook, pausing_run, resuming_run, rewinding_run
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.protocol import durable_events
@@ -29,7 +29,7 @@ def test_every_waiting_run_gets_an_event_although_some_have_gone_on(app: Streaml
     gone_on: list[str] = []
 
     def racing() -> Procedure[int]:
-        procedure = _broadcasting(app, event)
+        procedure = broadcasting(app.services, event)
         effect = next(procedure)
         try:
             while True:
@@ -61,7 +61,7 @@ def test_an_operation_is_applied_although_others_come_between_its_read_and_its_w
         for number in range(others):
             waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
 
-    run = interrupted(app, rewinding_run(app, None, run_id, "first"), "rewind_run", interfere)
+    run = interrupted(app, rewinding_run(app.services, None, run_id, "first"), "rewind_run", interfere)
     assert run.step("first").status == "pending"
     assert run.to_dict()["rewinds"] == 1
     assert run.to_dict()["acts"] == others + 1
@@ -81,7 +81,7 @@ def test_an_operation_whose_reply_was_lost_is_recognised_by_its_id_after_any_num
         for number in range(others):
             waiting.workflow.pause(run_id) if number % 2 == 0 else waiting.workflow.resume(run_id)
 
-    procedure = rewinding_run(app, None, run_id, "first")
+    procedure = rewinding_run(app.services, None, run_id, "first")
 
     def lossy() -> Procedure[Any]:
         try:
@@ -125,13 +125,13 @@ def test_whether_a_run_existed_when_an_event_was_sent_does_not_depend_on_clocks(
 def test_of_two_answers_that_meet_only_one_is_reported_as_accepted(app: Streamline, waiting: Waiting) -> None:
     """Both callers have read that the run waits; only the caller whose answer was stored may get a success."""
     run_id = waiting.parked("human")
-    second = resuming_run(app, None, run_id, "second")
+    second = resuming_run(app.services, None, run_id, "second")
     with pytest.raises(InvalidStateError, match="another answer"):
         interrupted(app, second, "answer_wait", lambda: waiting.workflow.resume(run_id, "first"))
     run_id = waiting.parked("hook")
     token = waiting.tokens[-1]
     with pytest.raises(HookTokenError):
-        interrupted(app, answering_hook(app, token, "second"), "answer_hook", lambda: app.resume_hook(token, "first"))
+        interrupted(app, answering_hook(app.services, token, "second"), "answer_hook", lambda: app.resume_hook(token, "first"))
     assert present(waiting.workflow.get(run_id)).step("first").output == "first"
 
 
@@ -139,7 +139,7 @@ def test_a_resume_that_has_read_a_pause_never_answers(app: Streamline, waiting: 
     """Another client resumes the run between the read and the write. If the call were decided again, it would answer the wait."""
     run_id = waiting.parked("human")
     waiting.workflow.pause(run_id)
-    run = interrupted(app, resuming_run(app, None, run_id, None), "unpause_run", lambda: waiting.workflow.resume(run_id))
+    run = interrupted(app, resuming_run(app.services, None, run_id, None), "unpause_run", lambda: waiting.workflow.resume(run_id))
     assert not run.paused
     assert run.step("first").status == "waiting"
 
@@ -209,25 +209,25 @@ def test_an_answer_to_an_older_wait_answers_no_newer_one(app: Streamline, waitin
         assert waiting.workflow.execute(run_id).step("first").status == "waiting"
 
     with pytest.raises(InvalidStateError):
-        interrupted(app, resuming_run(app, None, run_id, "old"), "answer_wait", rewind_and_wait_again)
+        interrupted(app, resuming_run(app.services, None, run_id, "old"), "answer_wait", rewind_and_wait_again)
     assert present(waiting.workflow.get(run_id)).step("first").status == "waiting"
     run_id = waiting.parked("hook")
     old = waiting.tokens[-1]
     with pytest.raises(HookTokenError):
-        interrupted(app, answering_hook(app, old, "old"), "answer_hook", rewind_and_wait_again)
+        interrupted(app, answering_hook(app.services, old, "old"), "answer_hook", rewind_and_wait_again)
     with pytest.raises(HookTokenError):
         app.resume_hook(old, "old")
     assert present(waiting.workflow.get(run_id)).step("first").status == "waiting"
 
 
 LATE: dict[str, tuple[str, Callable[[Streamline, str, str], Procedure[Any]], tuple[str, ...]]] = {
-    "pause": ("human", lambda app, run_id, token: pausing_run(app, None, run_id, None), ("resume",)),
-    "resume": ("human", lambda app, run_id, token: resuming_run(app, None, run_id, None), ("pause",)),
-    "rewind": ("human", lambda app, run_id, token: rewinding_run(app, None, run_id, "first"), ("execute",)),
-    "answer": ("human", lambda app, run_id, token: resuming_run(app, None, run_id, "late"), ("rewind", "execute")),
-    "hook": ("hook", lambda app, run_id, token: answering_hook(app, token, "late"), ("rewind", "execute")),
-    "event": ("event", lambda app, run_id, token: sending_event(app, "$go.now", "late", run_id), ("rewind", "execute")),
-    "to all": ("event", lambda app, run_id, token: sending_event(app, "$go.now", "late", None), ("rewind", "execute")),
+    "pause": ("human", lambda app, run_id, token: pausing_run(app.services, None, run_id, None), ("resume",)),
+    "resume": ("human", lambda app, run_id, token: resuming_run(app.services, None, run_id, None), ("pause",)),
+    "rewind": ("human", lambda app, run_id, token: rewinding_run(app.services, None, run_id, "first"), ("execute",)),
+    "answer": ("human", lambda app, run_id, token: resuming_run(app.services, None, run_id, "late"), ("rewind", "execute")),
+    "hook": ("hook", lambda app, run_id, token: answering_hook(app.services, token, "late"), ("rewind", "execute")),
+    "event": ("event", lambda app, run_id, token: sending_event(app.services, "$go.now", "late", run_id), ("rewind", "execute")),
+    "to all": ("event", lambda app, run_id, token: sending_event(app.services, "$go.now", "late", None), ("rewind", "execute")),
 }
 """By name: what the run waits for, the call, and what happens to the run before a copy of the call arrives."""
 

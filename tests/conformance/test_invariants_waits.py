@@ -170,8 +170,8 @@ async def client(scripted: Scripted, runs: list[str], chance: random.Random, rec
 
 def finishing(app: Streamline) -> Procedure[None]:
     """The steward's duty to finish broadcasts, without its waiting time for their senders."""
-    for event in (yield durable_events.find_pending_events(app._server_now(), 100)):
-        yield from _broadcasting(app, event)
+    for event in (yield durable_events.find_pending_events(app.services.now(), 100)):
+        yield from broadcasting(app.services, event)
 
 
 async def answer_everything(scripted: Scripted) -> None:

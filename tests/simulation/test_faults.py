@@ -53,7 +53,7 @@ class Retrying(EntryLog):
 
 async def drive(app: Streamline, scenario: Retrying, faults: Faults) -> dict[str, Any]:
     """Start one run and drive it to its end under `faults`. Returns its document."""
-    store = app._async_stores[asyncio.get_running_loop()] = FaultyAsyncStore(app.where, app.env)
+    store = app.connections.use(FaultyAsyncStore(app.where, app.env))
     run = await scenario.workflow.start_async()
     store._ensured = True
     store.faults = faults

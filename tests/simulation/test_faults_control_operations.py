@@ -43,7 +43,7 @@ class Scene:
 
     def published(self, document: dict[str, Any]) -> list[str]:
         """The `workflow:` events that subscribers have received since the last call."""
-        self.app._publish(document, "mark", None)
+        self.app.services.publish(document, "mark")
         eventually(lambda: "mark" in self.received)
         received = [name for name in self.received if name.startswith("workflow:")]
         self.received.clear()

@@ -72,7 +72,7 @@ class Waiter(EntryLog):
 
 async def drive(app: Streamline, client: Streamline, waiter: Waiter, faults: Faults) -> dict[str, Any]:
     """Start one run and drive it to its end under `faults`. Returns its document."""
-    store = app._async_stores[asyncio.get_running_loop()] = FaultyAsyncStore(app.where, app.env)
+    store = app.connections.use(FaultyAsyncStore(app.where, app.env))
     run = await waiter.workflow.start_async()
     await asyncio.to_thread(client.send_event, "one", 1, run_id=run.id)
     await asyncio.to_thread(client.send_event, "all", 2)

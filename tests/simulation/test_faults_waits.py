@@ -341,7 +341,7 @@ QUICK = {(HumanWait, "unknown"), (Targeted, "late"), (Broadcast, "unknown")}
 
 async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, Any]:
     """Start one run and drive it to its end under `faults`, while its clients play their part. Returns its document."""
-    store = app._async_stores[asyncio.get_running_loop()] = FaultyAsyncStore(app.where, app.env)
+    store = app.connections.use(FaultyAsyncStore(app.where, app.env))
     script.go = asyncio.Event()
     script.run_id = (await script.workflow.start_async()).id
     store._ensured = True
@@ -432,7 +432,7 @@ def test_a_broadcast_whose_sender_dies_anywhere_is_finished_by_a_steward(make_ap
         events.update_many({}, [{"$set": {"at": {"$dateSubtract": {"startDate": "$at", "unit": "second", "amount": 16}}}}])
         workflow.execute(run_ids[0])  # this run waits for the second time when the steward finishes the broadcast
         for _ in range(2):
-            store.drive(finishing_broadcasts(app))
+            store.drive(finishing_broadcasts(app.services))
         assert events.count_documents({"pending": True}) == 0
         for run_id in run_ids:
             run = workflow.execute(run_id)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
-from streamline_pool import Run, Streamline
+from streamline_pool import Run, StepOptions, Streamline
 
 __all__ = ["held"]
 
 
-def held(app: Streamline, handler: Callable[[Any], Any], **options: Any) -> tuple[Any, Run, threading.Event, threading.Thread]:
-    """A run whose first handler works until `go` is set, and then does what `handler` does: (workflow, run, go, thread)."""
+def held(
+    app: Streamline, handler: Callable[[Any], Any], **options: Unpack[StepOptions]
+) -> tuple[Any, Run, threading.Event, threading.Thread]:
+    """(workflow, run, go, thread): the run's first handler works until `go` is set, and then does what `handler` does."""
     entered, go = threading.Event(), threading.Event()
 
     def work(ctx: Any) -> Any:

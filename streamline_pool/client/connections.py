@@ -26,7 +26,7 @@ from .inline_runner import InlineRunner, LoopThread
 __all__ = ["PYMONGO_STORES", "Connections", "StoreFactories"]
 
 T = TypeVar("T")
-AnyStore = TypeVar("AnyStore", Store, AsyncStore)
+AnyStore = TypeVar("AnyStore", bound=Store | AsyncStore)
 
 _RUNNER_CLOSE_S = 5.0  # for the steps in progress when an application is closed
 

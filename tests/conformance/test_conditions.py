@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pool_process import running
 from stored_runs import stored
 from workers import check_invariants, run_until_idle
 
-from streamline_pool import Streamline, create_hook
+from streamline_pool import Handler, StepOptions, Streamline, create_hook
 from streamline_pool.protocol import operations, recovery
 from support import present
 
@@ -32,9 +32,10 @@ def asked(answers: list[bool], name: str, log: list[str]) -> Any:
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_a_skipped_step_is_stored_as_such_and_the_run_goes_on(app: Streamline, name: str) -> None:
     entered: list[str] = []
-    steps = {
+    options = cast(StepOptions, {name: asked([False], name, [])})
+    steps: dict[str, Handler | tuple[Handler, StepOptions]] = {
         "one": lambda ctx: "one",
-        "maybe": (lambda ctx: entered.append("maybe"), {name: asked([False], name, [])}),
+        "maybe": (lambda ctx: entered.append("maybe"), options),
         "end": lambda ctx: [ctx.get_output("one"), ctx.get_output("maybe")],
     }
     received: list[tuple[str, str | None]] = []
@@ -50,7 +51,7 @@ def test_a_skipped_step_is_stored_as_such_and_the_run_goes_on(app: Streamline, n
 
 
 def test_a_run_whose_last_step_or_every_step_is_skipped_is_done(app: Streamline) -> None:
-    skip = {"skip_if": lambda ctx: True}
+    skip: StepOptions = {"skip_if": lambda ctx: True}
     last = app.workflow("last", steps={"one": lambda ctx: 1, "two": (lambda ctx: 2, skip)})
     every = app.workflow("every", steps={"one": (lambda ctx: 1, skip), "two": (lambda ctx: 2, skip)})
     for workflow in (last, every):
@@ -77,7 +78,8 @@ def test_predicates_see_the_run_as_it_is_and_may_be_async(app: Streamline, name:
         ctx.set("k", "set by one")
         return "one"
 
-    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", {name: predicate if kind == "def" else predicate_async})})
+    options = cast(StepOptions, {name: predicate if kind == "def" else predicate_async})
+    workflow = app.workflow("w", steps={"one": one, "two": (lambda ctx: "two", options)})
     assert workflow.execute(workflow.start({"i": 1}).id).output == "two"
     known = [(True, "running")] if name == "condition" else []
     assert seen == [("two", "one", {"i": 1, "k": "set by one"}, {"i": 1}, known)]
@@ -86,7 +88,7 @@ def test_predicates_see_the_run_as_it_is_and_may_be_async(app: Streamline, name:
 def test_condition_skip_if_and_run_if_are_evaluated_in_this_order_until_one_says_no(app: Streamline) -> None:
     for says_no, expected in (("condition", CONDITIONS[:1]), ("skip_if", CONDITIONS[:2]), ("run_if", CONDITIONS)):
         log: list[str] = []
-        options = {name: asked([name != says_no], name, log) for name in CONDITIONS}
+        options = cast(StepOptions, {name: asked([name != says_no], name, log) for name in CONDITIONS})
         workflow = app.workflow(f"no-{says_no.replace('_', '-')}", steps={"a": (lambda ctx: 1, options)})
         assert workflow.execute(workflow.start().id).step("a").status == "skipped"
         assert log == expected
@@ -129,8 +131,8 @@ def test_a_decision_to_enter_is_not_repeated(app: Streamline, loss: str) -> None
 
 def test_a_decision_to_skip_is_not_repeated_but_a_rewind_discards_it(app: Streamline) -> None:
     log: list[str] = []
-    steps = {"a": (lambda ctx: "entered", {"run_if": asked([False, True], "run_if", log)}), "b": lambda ctx: ctx.wait("?")}
-    workflow = app.workflow("w", steps=steps)
+    options: StepOptions = {"run_if": asked([False, True], "run_if", log)}
+    workflow = app.workflow("w", steps={"a": (lambda ctx: "entered", options), "b": lambda ctx: ctx.wait("?")})
     run = workflow.execute(workflow.start().id)
     workflow.pause(run.id)
     workflow.resume(run.id)
@@ -151,7 +153,7 @@ def test_a_condition_can_neither_wait_nor_make_a_hook(app: Streamline, name: str
         create_hook(ctx, "?") if call == "create_hook" else getattr(ctx, call)("why")
         return True
 
-    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 1})})
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, cast(StepOptions, {name: predicate, "retries": 1}))})
     failed = workflow.execute(workflow.start().id)
     code = "STEP_FAILED" if call == "create_hook" else "VALIDATION_ERROR"
     assert (failed.status, present(failed.error)["code"], failed.document["waitGen"]) == ("failed", code, 0)

@@ -8,12 +8,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import InvalidStateError, Streamline, ValidationError, global_event_bus
+from streamline_pool import InvalidStateError, StepOptions, Streamline, ValidationError, global_event_bus
 from support import eventually, present
 
 
@@ -197,7 +197,7 @@ async def no_async(ctx: Any) -> bool:
         ({"condition": lambda ctx, run: True, "skip_if": lambda ctx: None, "run_if": lambda ctx: "x"}, True),
     ],
 )  # fmt: skip
-def test_a_step_is_entered_or_skipped_as_its_conditions_say(app: Streamline, options: dict[str, Any], entered: bool) -> None:
+def test_a_step_is_entered_or_skipped_as_its_conditions_say(app: Streamline, options: StepOptions, entered: bool) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: 1, "b": (lambda ctx: "ran", options), "c": lambda ctx: ctx.get_output("b")})
     run = workflow.execute(workflow.start({"free": False}).id)
     step = run.step("b")
@@ -243,7 +243,8 @@ def _divide(*args: Any) -> Any:
 @pytest.mark.parametrize("predicate", [_exit, _interrupt, _cancel, _divide])
 def test_a_raising_condition_is_a_failed_attempt(app: Streamline, name: str, predicate: Callable[..., Any]) -> None:
     """The condition runs in the worker's event loop, and its exception must not end the worker."""
-    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {name: predicate, "retries": 2, "retry_delay": 0})})
+    options = cast(StepOptions, {name: predicate, "retries": 2, "retry_delay": 0})
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, options)})
     run, neighbour = workflow.start(), app.workflow("n", steps={"a": lambda ctx: 1}).start()
     run_until_idle(app)
     run = present(workflow.get(run.id))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import NonRetriableError, Streamline, WorkflowError
+from streamline_pool import NonRetriableError, StepOptions, Streamline, WorkflowError
 from support import REPOSITORY, present
 
 # --- retries --------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_the_signal_can_be_awaited_and_waited_for(app: Streamline) -> None:
         received.append(ctx.signal.wait(5))
         received.append(ctx.signal.reason)
 
-    options = {"retries": 1, "timeout": 0.1}
+    options: StepOptions = {"retries": 1, "timeout": 0.1}
     for name, handler in (("a", await_signal), ("b", wait_for_signal)):
         workflow = app.workflow(name, steps={"wait": (handler, options)})
         assert present(workflow.execute(workflow.start().id).error)["code"] == "STEP_TIMEOUT"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
 from pool_process import running
@@ -27,6 +27,7 @@ from streamline_pool import (
     NonRetriableError,
     PayloadTooLargeError,
     StepNotFoundError,
+    StepOptions,
     StoreUnavailableError,
     Streamline,
     ValidationError,
@@ -58,10 +59,10 @@ def raised(kind: type[WorkflowError], call: Callable[[], Any]) -> WorkflowError:
     return error
 
 
-def failure(app: Streamline, handler: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def failure(app: Streamline, handler: Any, **options: Unpack[StepOptions]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stored errors of a run whose only step fails like that, and of the step. Both must be complete."""
-    options = {"retries": 1, "retry_delay": 0, **options}
-    workflow = app.workflow(f"w{len(app.workflows)}", steps={"work": (handler, options)})
+    all_options: StepOptions = {"retries": 1, "retry_delay": 0, **options}
+    workflow = app.workflow(f"w{len(app.workflows)}", steps={"work": (handler, all_options)})
     run = workflow.start()
     run_until_idle(app)
     document = app.runs.find_one({"_id": run.id})
@@ -285,7 +286,7 @@ def test_version_mismatch(make_app: Callable[..., Streamline]) -> None:
 
 DEADLY = """
 import os
-from streamline_pool import Streamline
+from streamline_pool import Streamline, StepOptions
 app = Streamline()
 app.workflow("deadly", steps={"die": lambda ctx: os._exit(7)})
 """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from workers import run_until_idle
 
-from streamline_pool import Streamline
+from streamline_pool import StepOptions, Streamline
 from streamline_pool.domain.errors import NonRetriableError, ValidationError
 from support import present
 
@@ -104,7 +104,7 @@ def test_a_signal_awaited_in_the_handlers_own_loop_fires_there_and_is_harmless_a
         time.sleep(1)
 
     left: list[Any] = []
-    options = {"timeout": 0.3, "retries": 1}
+    options: StepOptions = {"timeout": 0.3, "retries": 1}
     runs = [app.workflow(name, steps={"s": (work, options)}).start() for name, work in (("waits", waits), ("leaves", leaves))]
     run_until_idle(app)
     assert [present(present(app.get_run(run.id)).error)["code"] for run in runs] == ["STEP_TIMEOUT", "STEP_TIMEOUT"]

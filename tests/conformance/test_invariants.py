@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from workers import Pool, check_invariants
 
-from streamline_pool import Streamline
+from streamline_pool import StepOptions, Streamline
 from streamline_pool.protocol import operations, recovery
 
 RUNS = 40
@@ -29,7 +29,7 @@ class Scripted:
         self.chance = chance
         self.entered_done: list[str] = []
         self.entries: Counter[tuple[str, str]] = Counter()
-        options = {"retries": 20, "retry_delay": 0.005, "timeout": 5}
+        options: StepOptions = {"retries": 20, "retry_delay": 0.005, "timeout": 5}
         handlers = {"one": self.step, "two": self.step_async, "three": self.step}
         self.workflow = app.workflow("scripted", steps={name: (handler, options) for name, handler in handlers.items()})
 

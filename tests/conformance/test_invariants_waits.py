@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from workers import Pool, check_invariants
 
-from streamline_pool import Context, Streamline, create_hook
+from streamline_pool import Context, StepOptions, Streamline, create_hook
 from streamline_pool.client.event_delivery import broadcasting
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.protocol import durable_events, operations, recovery
@@ -40,7 +40,7 @@ class Scripted:
         self.tokens: list[str] = []
         self.entered_done: list[str] = []
         self.outputs_seen: dict[tuple[str, str], set[tuple[str, Any]]] = defaultdict(set)
-        options = {"retries": 20, "retry_delay": 0.005}
+        options: StepOptions = {"retries": 20, "retry_delay": 0.005}
         handlers = {"one": self.step, "two": self.step_async, "three": self.step}
         self.workflow = app.workflow("scripted", steps={name: (handlers[name], options) for name in STEPS})
 

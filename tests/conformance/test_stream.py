@@ -17,7 +17,7 @@ from pool_process import ROOT
 from stream_reading import read_until
 from workers import Pool
 
-from streamline_pool import Event, InvalidStateError, Streamline, ValidationError, global_event_bus
+from streamline_pool import Context, Event, InvalidStateError, Streamline, ValidationError, global_event_bus
 from streamline_pool.events import mailbox
 from streamline_pool.events.publisher import EVENT_DATA_BYTES_MAX
 from streamline_pool.events.stream import EventStream
@@ -211,7 +211,12 @@ def test_a_stream_without_references_ends_by_itself(app: Streamline) -> None:
 
 def test_a_slow_reader_delays_no_other_stream(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailbox, "_EVENTS_MAX", 10)
-    workflow = app.workflow("w", steps={"a": lambda ctx: [ctx.emit("mine", number) for number in range(100)]})
+
+    def emit_many(ctx: Context) -> None:
+        for number in range(100):
+            ctx.emit("mine", number)
+
+    workflow = app.workflow("w", steps={"a": emit_many})
     with app.events.stream() as slow, app.events.stream("workflow:completed") as quick:
         workflow.execute(workflow.start().id)
         read_until(quick, "workflow:completed")

@@ -41,7 +41,7 @@ class PoolProcess:
         return self._log.read_text()
 
     def ready(self) -> PoolProcess:
-        """Wait for the line that docs/operations.md promises."""
+        """Wait for the line that docs/reference/command.md promises."""
         eventually(lambda: self.logged("ready") or self._process.poll() is not None, timeout=30)
         assert self.logged("ready"), self.log_text
         self.children()

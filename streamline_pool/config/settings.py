@@ -203,11 +203,11 @@ class Resolved:
 
         None: the code gives no value. `where` names the application for messages.
         """
-        news = {name: value for name, value in given.items() if value is not None and self.source(name).kind == "default"}
+        changed = {name: value for name, value in given.items() if value is not None and self.source(name).kind == "default"}
         source = Source("code", where)
         return Resolved(
-            settings=_made(self.settings, {name: (value, source) for name, value in news.items()}),
-            sources={**self.sources, **dict.fromkeys(news, source)},
+            settings=_made(self.settings, {name: (value, source) for name, value in changed.items()}),
+            sources={**self.sources, **dict.fromkeys(changed, source)},
         )
 
 

@@ -29,8 +29,8 @@ __all__ = ["GroupCommitter", "refusal"]
 
 log = logging.getLogger("streamline_pool")
 
-_PUMPS = 2  # commands under way at once: one is prepared here while the server works on the other; measured: 3 gain nothing
-_BATCH_MAX = 100  # statements in one; measured: larger ones make the pumps take turns instead of overlapping
+_SENDERS = 2  # commands under way at once: one is prepared here while the server works on the other; measured: 3 gain nothing
+_BATCH_MAX = 100  # statements in one; measured: larger ones make the senders take turns instead of overlapping
 _BATCH_BYTES_MAX = 8 * 1024 * 1024  # MongoDB takes 48 MB in a message; smaller ones keep others from waiting
 _REFUSALS_MAX = 8  # in a row, about three seconds: a statement that the server refused so often must not hold up others
 _BACKOFF = Backoff(base_s=0.02, ceiling_s=1.0)  # so that work resumes within moments of the database's return
@@ -56,34 +56,34 @@ class GroupCommitter:
         self._env = env
         self._on_answer = on_answer  # called for each command: did the database answer?
         self._queue = _Queue()
-        self._express = _Queue()
-        self._pumps: list[asyncio.Task[None]] = []
+        self._urgent = _Queue()
+        self._senders: list[asyncio.Task[None]] = []
         self.commands = 0
         self.statements = 0
 
     def start(self) -> None:
         """Begin to send."""
         loop = self._loop = asyncio.get_running_loop()
-        queues = [*[self._queue] * _PUMPS, self._express]
-        self._pumps = [loop.create_task(self._run(queue), name=f"group-committer-{number}") for number, queue in enumerate(queues)]
+        queues = [*[self._queue] * _SENDERS, self._urgent]
+        self._senders = [loop.create_task(self._run(queue), name=f"group-committer-{number}") for number, queue in enumerate(queues)]
 
     async def close(self) -> None:
         """Stop sending; statements still waiting are cancelled, their outcome unknown."""
-        await end_tasks(self._pumps)
-        for queue in (self._queue, self._express):
+        await end_tasks(self._senders)
+        for queue in (self._queue, self._urgent):
             for _, future in queue.items:
                 future.cancel()
             queue.items.clear()
 
-    def write(self, statement: Statement, *, express: bool = False) -> asyncio.Future[WriteOutcome]:
+    def write(self, statement: Statement, *, urgent: bool = False) -> asyncio.Future[WriteOutcome]:
         """Queue a statement. Its outcome comes when the database has shown it, however long that takes.
 
-        `express` statements do not queue behind the others, and go in commands of their own: for the few that a timer started.
+        `urgent` statements do not queue behind the others, and go in commands of their own: for the few that a timer started.
         The future raises PayloadTooLargeError when the document would outgrow MongoDB's limit, ValidationError when
         the server refuses it for another reason that lies in the document.
         """
         future: asyncio.Future[WriteOutcome] = self._loop.create_future()
-        queue = self._express if express else self._queue
+        queue = self._urgent if urgent else self._queue
         queue.items.append((statement, future))
         queue.filled.set()
         return future
@@ -114,7 +114,7 @@ class GroupCommitter:
                 reply = await self._send([statement for statement, _ in batch])
                 if reply["n"] == len(batch) and not doubtful:
                     # All in one turn of the loop, though it is a long one. If they were resolved a few at a time, the next statements
-                    # would come a few at a time, and the other pump would send them so; measured: a sixth of the throughput.
+                    # would come a few at a time, and the other sender would send them so; measured: a sixth of the throughput.
                     for _, future in batch:
                         _resolve(future, WriteOutcome.COMMITTED)
                     return

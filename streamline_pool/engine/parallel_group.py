@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
     error: BaseException | None = None
 
 
-class _Lane:
+class _ConcurrencyLimit:
     """Jobs that share a limit."""
 
     __slots__ = ("free_places", "waiting")
@@ -76,15 +76,15 @@ class _Lane:
 class _Job:
     """One task of the call, from before its start to its end."""
 
-    __slots__ = ("function", "holds_place", "is_stopping", "lane", "on_thread", "place", "reply", "result", "task", "timed_out", "timers")
+    __slots__ = ("function", "holds_place", "is_stopping", "limit", "on_thread", "place", "reply", "result", "task", "timed_out", "timers")
 
     task: asyncio.Task[Outcome]  # set when it starts
 
-    def __init__(self, place: int, function: Callable[[], Any], lane: _Lane) -> None:
+    def __init__(self, place: int, function: Callable[[], Any], limit: _ConcurrencyLimit) -> None:
         self.place = place  # its index in `tasks`
         self.function = function
-        self.lane = lane
-        self.holds_place = True  # False once its place in the lane is free again
+        self.limit = limit
+        self.holds_place = True  # False once its place in the limit is free again
         self.timed_out = False
         self.is_stopping = False  # it was cancelled, for whatever reason
         self.result: Settled | None = None
@@ -100,13 +100,13 @@ class TaskGroup:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._call = call
-        common = _Lane(call.concurrency or len(call.functions))
-        threads = _Lane(THREADS_MAX) if call.concurrency is None else common
+        common = _ConcurrencyLimit(call.concurrency or len(call.functions))
+        threads = _ConcurrencyLimit(THREADS_MAX) if call.concurrency is None else common
         self._jobs = [
             _Job(place, function, common if is_coroutine_function(function) else threads) for place, function in enumerate(call.functions)
         ]
         for job in self._jobs:
-            job.lane.waiting.append(job)
+            job.limit.waiting.append(job)
         self._unresolved = len(self._jobs)
         self._running: set[_Job] = set()  # started, and neither ended nor abandoned
         self._outcome: asyncio.Future[Outcome] = self._loop.create_future()  # of the call; cancelled if the caller is
@@ -118,8 +118,8 @@ class TaskGroup:
         if not self._jobs:
             return Outcome([])
         cancelled: asyncio.CancelledError | None = None
-        for lane in dict.fromkeys(job.lane for job in self._jobs):
-            self._start_waiting(lane)
+        for limit in dict.fromkeys(job.limit for job in self._jobs):
+            self._start_waiting(limit)
         try:
             await self._outcome
         except asyncio.CancelledError as exc:
@@ -131,11 +131,11 @@ class TaskGroup:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    def _start_waiting(self, lane: _Lane) -> None:
-        """Start jobs while the lane has free places and the call has no outcome."""
-        while lane.waiting and lane.free_places > 0 and not self._outcome.done():
-            lane.free_places -= 1
-            job = lane.waiting.popleft()
+    def _start_waiting(self, limit: _ConcurrencyLimit) -> None:
+        """Start jobs while the limit has free places and the call has no outcome."""
+        while limit.waiting and limit.free_places > 0 and not self._outcome.done():
+            limit.free_places -= 1
+            job = limit.waiting.popleft()
             self._running.add(job)
             # A thread's reply calls this without the caller's context variables.
             context = self._context.copy()
@@ -249,8 +249,8 @@ class TaskGroup:
     def _free_place(self, job: _Job) -> None:
         if job.holds_place:
             job.holds_place = False
-            job.lane.free_places += 1
-            self._start_waiting(job.lane)
+            job.limit.free_places += 1
+            self._start_waiting(job.limit)
 
     # --- ending --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""Publishes what the engine did, once it is durable: to this process, and to the cluster's streams. Owns the making of events."""
+"""Publishes what the engine did, once it is durable: to this process, and to the cluster's streams; logs failures.
+
+Owns the publishing. Which events a change has, and their data, is decided in domain/transitions.py and domain/waits.py.
+"""
 
 from __future__ import annotations
 

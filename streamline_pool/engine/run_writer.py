@@ -118,7 +118,7 @@ class RunWriter:
         self._env.probe("commit.before")
         try:
             statement = make(active.fence(), write.change, self._store.now(), size + STATEMENT_BYTES)
-            outcome = await self._committer.write(statement, express=write.change.kind is ChangeKind.WAKE)
+            outcome = await self._committer.write(statement, urgent=write.change.kind is ChangeKind.WAKE)
         except ValidationError as exc:
             return exc
         self._env.probe("commit.after")

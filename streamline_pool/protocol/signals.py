@@ -34,7 +34,11 @@ def cap_signals() -> Command:
 
 
 def send_signal(kind: str, at: datetime, **fields: Any) -> Signal:
-    """Write one signal: "due" {lane, runId}, "ended" {runs}, "cancel" {runId}. `at` is the server's time."""
+    """Write one signal. `at` is the server's time. Fields by kind:
+
+    "due" {lane, runId, wakeAt, count}: a run can be claimed. "cancel" {runId}: a control operation changed a run that a worker
+    may hold (a cancel, a pause or a rewind). "ended" {runs}. "host" {host}. Those of the event stream are in event_stream.py.
+    """
     return Signal(name=f"signal_{kind}", document={"kind": kind, "at": at, **fields})
 
 

@@ -36,7 +36,7 @@ def slots_of(index: int, total: int) -> tuple[int, ...]:
 
 
 @dataclass(slots=True)
-class _Trail:
+class _ScanStart:
     """What the last full poll has shown of some lanes and slots."""
 
     since: datetime  # everything due before that was claimed, or is of a lower priority than what was found
@@ -47,7 +47,7 @@ class _Trail:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Query:
-    """One find, as far as it does not depend on a trail."""
+    """One find, as far as it does not depend on where the scan starts."""
 
     lanes: Sequence[str]
     slots: Sequence[int] | None  # None: all of them
@@ -72,7 +72,7 @@ class Poller:
         self._lanes = tuple(lanes)
         self._env = env
         self._turn = 0  # rotates the lanes when there are too many for one find
-        self._trails: dict[tuple[str, bool], _Trail] = {}  # by (first lane, whether all slots were polled)
+        self._scan_starts: dict[tuple[str, bool], _ScanStart] = {}  # by (first lane, whether all slots were polled)
         self._skipped: dict[str, float] = {}  # run id -> until when (monotonic)
         self.reslot(index, total)
 
@@ -85,7 +85,7 @@ class Poller:
 
     def forget(self) -> None:
         """Make the next poll a full one: there may be runs that are due since long, and were not a moment ago."""
-        self._trails = {}  # a new one: a poll that is under way still writes its trail to the old one, where it is lost
+        self._scan_starts = {}  # a new one: a poll that is under way writes to the old one, which is dropped
 
     def skip_for_now(self, run_ids: Iterable[str]) -> None:
         """Do not show these runs for a while: they cannot be claimed, and would be found first again and again."""
@@ -135,42 +135,42 @@ class Poller:
     async def _find(
         self, store: AsyncStore, lanes: Sequence[str], slots: Sequence[int] | None, limit: int, crashes_below: int | None
     ) -> list[Mapping[str, Any]]:
-        trails, key = self._trails, (lanes[0], slots is None)
-        trail = trails.get(key)
+        scan_starts, key = self._scan_starts, (lanes[0], slots is None)
+        scan_start = scan_starts.get(key)
         skipped = self._still_skipped()
         asked_at = self._env.clock.monotonic()
         query = _Query(lanes=lanes, slots=slots, now=store.now(), limit=limit, crashes_below=crashes_below, skipped=skipped)
-        if trail is not None and asked_at < trail.full_at and len(lanes) * SLOTS * len(trail.priorities) <= _SCANS_MAX:
-            found = await self._follow(store, query, trail)
+        if scan_start is not None and asked_at < scan_start.full_at and len(lanes) * SLOTS * len(scan_start.priorities) <= _SCANS_MAX:
+            found = await self._follow(store, query, scan_start)
             if found is not None:
                 return found
             asked_at = self._env.clock.monotonic()
         rows = await query.find(store, limit)
         answered_at = self._env.clock.monotonic()
         settled = len(rows) < limit
-        trails[key] = _Trail(
+        scan_starts[key] = _ScanStart(
             since=_start_of_next(query, rows, settled),
             # A priority that is not a whole number was written by another program; full polls find such runs.
             priorities=frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
-            | (trail.priorities if trail is not None else frozenset({0})),
+            | (scan_start.priorities if scan_start is not None else frozenset({0})),
             settled=settled,
             full_at=answered_at + (answered_at - asked_at) / _FULL_SHARE,
         )
         return rows
 
-    async def _follow(self, store: AsyncStore, query: _Query, trail: _Trail) -> list[Mapping[str, Any]] | None:
-        """Poll from where the last poll began. None: the trail ends before the queue may end, so a full poll is needed."""
-        priorities, limit = sorted(trail.priorities), query.limit
-        rows = await query.find(store, limit, since=trail.since, priorities=priorities)
-        if trail.settled and len(rows) < limit:
-            # A trail does not show runs of a priority that was never seen before, and the next full poll may be seconds away.
+    async def _follow(self, store: AsyncStore, query: _Query, scan_start: _ScanStart) -> list[Mapping[str, Any]] | None:
+        """Poll from where the last poll began. None: the scan ends before the queue may end, so a full poll is needed."""
+        priorities, limit = sorted(scan_start.priorities), query.limit
+        rows = await query.find(store, limit, since=scan_start.since, priorities=priorities)
+        if scan_start.settled and len(rows) < limit:
+            # A scan from there does not show runs of a priority that was never seen before, and the next full poll may be seconds away.
             others = await query.find(store, limit - len(rows), priorities=priorities)
-            trail.priorities |= {row["priority"] for row in others}
+            scan_start.priorities |= {row["priority"] for row in others}
             rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
-        if len(rows) < limit and not trail.settled:
+        if len(rows) < limit and not scan_start.settled:
             return None
-        trail.settled = len(rows) < limit
-        trail.since = _start_of_next(query, rows, trail.settled)
+        scan_start.settled = len(rows) < limit
+        scan_start.since = _start_of_next(query, rows, scan_start.settled)
         return rows
 
 

@@ -16,7 +16,7 @@ class WorkerStatus:
     idle: bool  # it has room, and its last poll found nothing more
     in_flight: int  # active runs
     runs_total: int  # runs that were active here and are not any more
-    steps_total: int  # handlers entered
+    steps_total: int  # handlers that have ended
     ops_ok: int  # commands answered by the database
     ops_failed: int
     consecutive_failures: int  # since the last answer

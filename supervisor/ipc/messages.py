@@ -169,7 +169,7 @@ class Beat:
 class BootFailed:
     """This child cannot start, and another try cannot help: the exit code and the error of the whole pool."""
 
-    exit_code: int  # of the command, as in docs/operations.md: 2, 3, 78 or 1
+    exit_code: int  # of the command, as in docs/reference/command.md: 2, 3, 78 or 1
     message: str
 
 

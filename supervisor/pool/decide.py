@@ -76,10 +76,10 @@ def pause_s(state: State) -> float:
 
 
 def decide(state: State, event: Event, now: float) -> Decision:
-    """The one place where the supervisor branches on what happened."""
+    """The decision for one event: what the event itself leads to, then what the rules of upkeep.py lead to."""
     state, actions = _on_event(state, event, now)
     if isinstance(event, Received) and isinstance(event.message, WorkDue | TimersFired | RunChanged):
-        return state, actions  # the hot path: a wake-up changes nothing that the rules read
+        return state, actions  # by far the most frequent: a wake-up changes nothing that the rules read
     state, more = apply_rules(state, now)
     return state, actions + more
 

@@ -15,7 +15,7 @@ __all__ = ["on_signal"]
 
 
 def on_signal(state: State, signum: signal.Signals, now: float) -> Decision:
-    """Apply one signal. docs/operations.md lists what each means."""
+    """Apply one signal. docs/reference/command.md lists what each means."""
     match signum:
         case signal.SIGTERM:
             return begin_shutdown(state, now, 0, "SIGTERM") if state.shutdown is None else (state, [])

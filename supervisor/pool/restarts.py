@@ -50,25 +50,25 @@ def on_forked(state: State, event: Forked, now: float) -> Decision:
     member = Member(pid=event.pid, owner=event.owner, role=event.role, index=event.index, started_at=now, last_message_at=now)
     state, orders = join_shutdown(state.with_members(member), member, now)
     log = Log(level=logging.DEBUG, event="child_started", fields={"pid": event.pid, "role": event.role})
-    news = _news_for_steward(state, event.pid) if event.role == "steward" else _news_for_worker(state, event.pid, now)
-    return (replace(state, facts_at=0.0) if event.role == "steward" else state), [log, *news, *orders]
+    first_orders = _orders_for_new_steward(state, event.pid) if event.role == "steward" else _orders_for_new_worker(state, event.pid, now)
+    return (replace(state, facts_at=0.0) if event.role == "steward" else state), [log, *first_orders, *orders]
 
 
-def _news_for_steward(state: State, pid: int) -> list[Send]:
-    news = [Send(pid=pid, message=died) for died in state.unacknowledged.values()]
-    return [*news, Send(pid=pid, message=Circuit(state=state.breaker.state))] if state.breaker.state != "closed" else news
+def _orders_for_new_steward(state: State, pid: int) -> list[Send]:
+    first_orders = [Send(pid=pid, message=died) for died in state.unacknowledged.values()]
+    return [*first_orders, Send(pid=pid, message=Circuit(state=state.breaker.state))] if state.breaker.state != "closed" else first_orders
 
 
-def _news_for_worker(state: State, pid: int, now: float) -> list[Send]:
-    news = []
+def _orders_for_new_worker(state: State, pid: int, now: float) -> list[Send]:
+    first_orders = []
     if state.held:
-        news.append(Send(pid=pid, message=Hold(held=True)))
+        first_orders.append(Send(pid=pid, message=Hold(held=True)))
     if state.breaker.state != "closed":
-        news.append(Send(pid=pid, message=Gate(state="closed")))
+        first_orders.append(Send(pid=pid, message=Gate(state="closed")))
     if state.subscribers is not None:
         serve = ServeSubscribers(seq=state.subscribers.seq, subscribers=state.subscribers.remaining(now))
-        news.append(Send(pid=pid, message=serve))
-    return news
+        first_orders.append(Send(pid=pid, message=serve))
+    return first_orders
 
 
 def on_fork_failed(state: State, event: ForkFailed, now: float) -> Decision:

@@ -19,7 +19,7 @@ __all__ = ["CANCEL_GRACE_S", "KILL_AFTER_S", "advance_shutdown", "begin_shutdown
 KILL_AFTER_S = 2.0  # from SIGABRT, or the steward's last order, to SIGKILL: time to write stacks
 RELEASE_MARGIN_S = 3.5  # from the end of a grace to SIGKILL; derived: a worker stops trying to release after 3 s
 RELEASE_GRACE_S = 1.0  # after the drain deadline: for abort signals to fire and leases to be released, not for more work
-CANCEL_GRACE_S = 5.0  # what docs/operations.md gives handlers after a second SIGINT
+CANCEL_GRACE_S = 5.0  # what docs/reference/command.md gives handlers after a second SIGINT
 RELEASE_WAIT_S = 3.0  # a guess: ten retries of one update; what is not released by then expires by itself
 
 
@@ -59,10 +59,10 @@ def _unfinished_work(state: State, grace_s: float | None) -> dict[str, Any]:
 
 def kill_all(state: State, reason: str, now: float) -> Decision:
     """End every child at once; the exit code is that of a killed process."""
-    doomed = [replace(m, phase="dying", exit_reason=reason, deadline=now + KILL_AFTER_S) for m in state.members.values()]
+    killed = [replace(m, phase="dying", exit_reason=reason, deadline=now + KILL_AFTER_S) for m in state.members.values()]
     shutdown = Shutdown(stage="close", code=137, reason=reason)
-    kills = [Kill(pid=m.pid, signum=signal.SIGKILL) for m in doomed]
-    return replace(state.with_members(*doomed), shutdown=shutdown, vacancies=()), [*kills]
+    kills = [Kill(pid=m.pid, signum=signal.SIGKILL) for m in killed]
+    return replace(state.with_members(*killed), shutdown=shutdown, vacancies=()), [*kills]
 
 
 def join_shutdown(state: State, member: Member, now: float) -> Decision:
@@ -75,8 +75,8 @@ def join_shutdown(state: State, member: Member, now: float) -> Decision:
     if shutdown is None or (member.role == "steward" and shutdown.stage != "close"):
         return state, []
     if shutdown.stage == "close":
-        doomed = replace(member, phase="dying", exit_reason=shutdown.reason, deadline=now + KILL_AFTER_S)
-        return state.with_members(doomed), [Kill(pid=member.pid, signum=signal.SIGKILL)]
+        killed = replace(member, phase="dying", exit_reason=shutdown.reason, deadline=now + KILL_AFTER_S)
+        return state.with_members(killed), [Kill(pid=member.pid, signum=signal.SIGKILL)]
     ending, order = _ordered_to_end(state, member, shutdown.reason, now, None)
     return state.with_members(ending), [Send(pid=member.pid, message=order)]
 

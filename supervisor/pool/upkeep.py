@@ -48,7 +48,7 @@ def _announce_ready(state: State, _now: float) -> Decision:
     if state.ready or state.vacancies or not state.members or any(m.phase != "ready" for m in state.members.values()):
         return state, []
     fields = {"workers": len(state.active_workers), "pids": [m.pid for m in state.active_workers]}
-    # At least INFO, and shown whatever the log level: this line is a promise of docs/operations.md.
+    # At least INFO, and shown whatever the log level: this line is a promise of docs/reference/command.md.
     return replace(state, ready=True), [Log(level=logging.INFO, event="ready", fields=fields)]
 
 

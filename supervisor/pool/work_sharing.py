@@ -1,7 +1,7 @@
 """Which worker gets a wake-up, and which one gets the runs whose timers fired. Pure.
 
-Owns the choice alone. When there is something to share out is the steward's business (steward/wake_ups.py), and what a
-worker does with a wake-up its own.
+Owns only this choice. The steward decides when there is a wake-up to share (steward/wake_ups.py). The worker decides what it
+does with it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def render_metrics(facts: PoolFacts | None) -> str:
     lines += _metric("streamline_runs_in_flight", "gauge", "Runs a worker is driving now", [(label, w.in_flight) for label, w in each])
     lines += _metric("streamline_worker_rss_bytes", "gauge", "Resident memory", [(label, w.rss_bytes or 0) for label, w in each])
     lines += _metric("streamline_runs_total", "counter", "Runs driven since the pool started", [("", facts.runs_total)])
-    lines += _metric("streamline_steps_total", "counter", "Steps made durable since the pool started", [("", facts.steps_total)])
+    lines += _metric("streamline_steps_total", "counter", "Handlers that have ended since the pool started", [("", facts.steps_total)])
     lines += _metric("streamline_restarts_total", "counter", "Children replaced after a crash", [("", facts.restarts)])
     lines += _metric("streamline_recycled_total", "counter", "Workers replaced on purpose", [("", facts.recycled)])
     lines += _metric("streamline_circuit_state", "gauge", "1 for the state the breaker is in", circuit)

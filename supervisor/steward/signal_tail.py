@@ -1,4 +1,4 @@
-"""Duty: follow the signals, and pass each on to those whom it concerns.
+"""Duty: read the signals, and pass each to the part of the pool that acts on it.
 
 Owns the tailing cursor and its repair. A signal is a hint: it may be lost with a connection, or overwritten in the capped
 collection, and the sweep finds later what it announced.
@@ -45,7 +45,7 @@ class SignalTail:
                 async for signal in store.tail(signals.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
                     failures = 0
                     if signal is not None:
-                        since = max(since, min(signal["at"], store.now()))  # one from the future must not hide the present
+                        since = max(since, min(signal["at"], store.now()))  # not from the future, or the tail would skip others
                         self._on_signal(signal)
             except WorkflowError as exc:
                 failures += 1

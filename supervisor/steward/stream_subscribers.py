@@ -53,9 +53,9 @@ class StreamSubscribers:
         found = await self._tools.run(event_stream.find_subscribers(), READ_TIMEOUT_S)
         now, server_now = self._clock.monotonic(), self._tools.store.now()
         until = {row["_id"]: now + (row["expireAt"] - server_now) / timedelta(seconds=1) for row in found[:_SUBSCRIBERS_MAX]}
-        news = {subscriber: at for subscriber, at in until.items() if at > max(now, self._until.get(subscriber, 0.0) + _SAME_S)}
-        if news:
-            self._until |= news
+        renewed = {subscriber: at for subscriber, at in until.items() if at > max(now, self._until.get(subscriber, 0.0) + _SAME_S)}
+        if renewed:
+            self._until |= renewed
             self._notify(now)
 
     def _notify(self, now: float) -> None:

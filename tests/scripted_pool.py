@@ -31,7 +31,7 @@ from streamline_pool.supervisor.ipc.messages import (
 )
 from streamline_pool.supervisor.logs import setup_logging
 from streamline_pool.supervisor.pool.state import Limits
-from streamline_pool.supervisor.pool.supervisor import ChildSpec, Pool
+from streamline_pool.supervisor.pool.supervisor import ChildSpec, Supervisor
 
 LIMITS = Limits(drain_timeout_s=2.0, stall_timeout_s=1.5, restart_budget=3, max_rss_bytes=None, max_runs_per_worker=None, burst=False)
 FLOOD = 20_000  # messages; their bytes are several times what a socket buffer holds
@@ -134,7 +134,7 @@ def main(script: str) -> int:
         return lambda sock: asyncio.run(run(sock))
 
     setup_logging("json", "debug")
-    return Pool(main_of, LIMITS, 2, system_env(), json_log=True).run()
+    return Supervisor(main_of, LIMITS, 2, system_env(), json_log=True).run()
 
 
 if __name__ == "__main__":

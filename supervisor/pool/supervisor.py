@@ -54,7 +54,7 @@ from streamline_pool.supervisor.pool.state import (
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline
 
-__all__ = ["ChildSpec", "Pool", "limits_of", "run_pool"]
+__all__ = ["ChildSpec", "Supervisor", "limits_of", "run_pool"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -89,7 +89,7 @@ def run_pool(app: Streamline, settings: Settings, env: Env, *, banner: Sequence[
     for line in banner:
         log.info(line)
     app.freeze()
-    pool = Pool(mains_of(app, settings, env), limits_of(settings), settings.workers, env, json_log=settings.log_format == "json")
+    pool = Supervisor(mains_of(app, settings, env), limits_of(settings), settings.workers, env, json_log=settings.log_format == "json")
     gc.collect()
     gc.freeze()  # the collector then writes to no page that the children share with this process
     return pool.run()
@@ -139,7 +139,7 @@ def _warn_of_threads() -> None:
         log.warning("threads_before_fork", extra={"threads": others, "advice": advice})
 
 
-class Pool:
+class Supervisor:
     """The loop, and the children that it holds. All that it knows is in `state`; all that it decides comes from `decide`."""
 
     def __init__(self, main_of: Callable[[ChildSpec], Main], limits: Limits, workers: int, env: Env, *, json_log: bool = False) -> None:

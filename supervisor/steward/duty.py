@@ -26,7 +26,7 @@ from streamline_pool.supervisor.ipc.messages import FromSteward
 if TYPE_CHECKING:
     from streamline_pool.client.app import Streamline
 
-__all__ = ["READ_TIMEOUT_S", "RETRY", "RETRY_MAX_S", "WRITE_TIMEOUT_S", "Duty", "DutyTools", "StewardBoot", "Supervisor"]
+__all__ = ["READ_TIMEOUT_S", "RETRY", "RETRY_MAX_S", "WRITE_TIMEOUT_S", "Duty", "DutyTools", "StewardBoot", "SupervisorLink"]
 
 log = logging.getLogger("streamline_pool")
 
@@ -46,7 +46,7 @@ class Duty(Protocol):
         """Do the duty until cancelled. An exception that leaves this ends the process; the supervisor starts another."""
 
 
-class Supervisor(Protocol):
+class SupervisorLink(Protocol):
     """The channel to the supervisor, as duties use it."""
 
     @property
@@ -70,7 +70,7 @@ class StewardBoot:
 class DutyTools:
     """What a duty gets: the database, the settings, and its ways to wait, to try again, to publish and to report."""
 
-    def __init__(self, app: Streamline, settings: Settings, env: Env, boot: StewardBoot, supervisor: Supervisor) -> None:
+    def __init__(self, app: Streamline, settings: Settings, env: Env, boot: StewardBoot, supervisor: SupervisorLink) -> None:
         self.app = app
         self.settings = settings
         self.env = env

@@ -20,7 +20,7 @@ def test_runs_of_a_priority_never_seen_before_are_found_by_the_next_poll(app: St
             await store.ensure()
             poller = Poller(app.lanes(), 0, 2, app.env)
             assert await poller.poll(store, 10, None) == ([], False)
-            for trail in poller._trails.values():
+            for trail in poller._scan_starts.values():
                 trail.full_at += 3600
             higher = await workflow.start_many_async([None] * 3, priority=7)
             lower = await workflow.start_many_async([None] * 3, priority=-7)

@@ -9,6 +9,8 @@ orders = app.workflow("orders")
 def reserve(ctx): ...
 """
 
+from streamline_pool import errors as errors
+from streamline_pool import settings as settings
 from streamline_pool.client.app import Streamline
 from streamline_pool.client.run_control import HookResult
 from streamline_pool.client.step_options import Handler, StepDefaults, StepOptions

@@ -37,3 +37,7 @@ __all__ = [
     "WorkflowError",
     "WorkflowNotFoundError",
 ]
+
+# Tracebacks and pickles name this path, which is public and stays; that of the module that defines the errors may change.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

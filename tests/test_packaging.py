@@ -125,3 +125,10 @@ def test_the_base_dependencies_are_these_five() -> None:
     """A sixth is a decision (docs/decisions/), not an import."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["dependencies"] == ["pymongo>=4.13", "multiprocess", "psutil", "click", "orjson"]
+
+
+def test_the_public_modules_are_attributes_of_the_package_and_errors_name_their_public_path() -> None:
+    """`except streamline_pool.errors.WorkflowError` after `import streamline_pool` alone is in programs elsewhere."""
+    code = "import streamline_pool as s; print(s.errors.WorkflowError.__module__, s.settings.Settings is s.Settings)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["streamline_pool.errors", "True"]

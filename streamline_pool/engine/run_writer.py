@@ -5,6 +5,7 @@ Files go first, so that no document ever refers to a file that does not exist; e
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from streamline_pool.domain.errors import ValidationError, WorkflowError
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.codec import decode_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
+from streamline_pool.protocol.run_document import validate_run_document
 from streamline_pool.storage.files import putting_file, reading_outputs
 from streamline_pool.storage.procedures import until_answered
 from streamline_pool.storage.store import AsyncStore
@@ -87,11 +89,18 @@ class RunWriter:
     async def store(self, active: ActiveRun, change: Change, size: int = 0) -> bool:
         """Make a change durable. True if this worker still holds the run and goes on with it."""
         await active.saves_done()
-        write = first_write(change, active.held(draining=self._state.draining), self._store.now())
+        write = self._first_write(active, change)
         while True:
             if self._events.wanted:
                 await self._load_event_data(active, write.change)
-            result = await self._send(active, write, size)
+            self._env.probe("commit.before")
+            result: WriteOutcome | ValidationError
+            try:
+                result = await self._send(active, write, size)
+            except ValidationError as exc:
+                result = exc
+            else:
+                self._env.probe("commit.after")
             if result is WriteOutcome.COMMITTED:  # by far the most frequent: nothing to decide
                 return await self._committed(active, write.change, reread=False)
             match after_write(result, write, active.held(draining=self._state.draining), self.moment()):
@@ -113,16 +122,15 @@ class RunWriter:
                 case _ as never:
                     assert_never(never)
 
-    async def _send(self, active: ActiveRun, write: Write, size: int) -> WriteOutcome | ValidationError:
+    def _first_write(self, active: ActiveRun, change: Change) -> Write:
+        if self._state.draining or active.release_requested:
+            return first_write(change, active.held(draining=self._state.draining), self._store.now())
+        return Write(change, change)  # the same, without the holder's view, which costs on every step
+
+    def _send(self, active: ActiveRun, write: Write, size: int) -> asyncio.Future[WriteOutcome]:
         make = commits.commit_under_pause if write.under_pause else commits.commit
-        self._env.probe("commit.before")
-        try:
-            statement = make(active.fence(), write.change, self._store.now(), size + STATEMENT_BYTES)
-            outcome = await self._committer.write(statement, urgent=write.change.kind is ChangeKind.WAKE)
-        except ValidationError as exc:
-            return exc
-        self._env.probe("commit.after")
-        return outcome
+        statement = make(active.fence(), write.change, self._store.now(), size + STATEMENT_BYTES)
+        return self._committer.write(statement, urgent=write.change.kind is ChangeKind.WAKE)
 
     async def _load_event_data(self, active: ActiveRun, change: Change) -> None:
         """Load what subscribers will get and the document only refers to: an answer that is in a file."""
@@ -142,11 +150,12 @@ class RunWriter:
         return not change.releases
 
     async def _reread(self, active: ActiveRun) -> bool:
-        """Replace the holder's copy by what is stored. False: this worker holds the run no more."""
+        """Replace the holder's copy by what is stored. False: this worker holds the run no more, or must not go on with it."""
         found: list[RunDocument] = await until_answered(
             lambda: self._store.run(commits.read_held(active.run_id, active.lease_id)), self._env
         )
-        if not found:
+        # A damaged document is left to the expiry of its lease: the next claim reports it.
+        if not found or validate_run_document(found[0]) is not None:
             active.mark_lost()
             return False
         active.document = found[0]

@@ -114,7 +114,10 @@ def validate_run_document(document: Mapping[str, Any]) -> str | None:
     for name in ("inbox", "seen"):
         if not isinstance(document.get(name, []), list):
             return f"field {name!r} is {document[name]!r}, expected a list"
-    return _validate_steps(steps, document.get("currentStepId"))
+    reason = _validate_steps(steps, document.get("currentStepId"))
+    if reason is None and document["status"] == RunStatus.DRAFT and any(step["status"] != StepStatus.PENDING for step in steps):
+        return "field 'status' is 'draft', but a step has started"  # a claim leaves the status of a run that waits as it is
+    return reason
 
 
 _RELIED_ON: tuple[tuple[str, type], ...] = (

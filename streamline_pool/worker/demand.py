@@ -106,8 +106,8 @@ class Demand:
         """
         if not self._timers or self._phase == "draining":
             return None
-        if self.state != "ready" or self._gate != "open":
-            self._timers.clear()  # once claiming is allowed again, a poll comes first
+        if self.state != "ready" or self._gate != "open" or self._pausing:
+            self._timers.clear()  # once claims are allowed again, or the pause after a failure is over, a poll comes first
             self._backlog = True
             return None
         # Places that are free to all belong to the backlog, if there is one, or to the claim that is under way.
@@ -185,6 +185,8 @@ class Demand:
             else:
                 self._expected[run_id] = tries + 1
                 pauses[run_id] = _EXPECT_FIRST_S * 2.0**tries
+        while len(self._expected) > _NAMED_MAX:  # their announcements were dropped for lack of space, or for a hold
+            del self._expected[next(iter(self._expected))]
         return pauses
 
     def claim_ended(self, claim: Claim | ClaimFired, active_runs: Collection[str], *, failed: bool = False) -> None:

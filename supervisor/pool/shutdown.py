@@ -36,7 +36,7 @@ def begin_shutdown(state: State, now: float, code: int, reason: str, *, grace_s:
         state = state.with_members(ending)
         actions.append(Send(pid=member.pid, message=order))
     kept = tuple(v for v in state.vacancies if v.role == "steward")
-    shutdown = Shutdown(stage="workers", code=code, reason=reason)
+    shutdown = Shutdown(stage="workers", code=code, reason=reason, grace_s=grace_s)
     return replace(state, shutdown=shutdown, vacancies=kept, rolling=frozenset(), burst=None), actions
 
 
@@ -77,7 +77,7 @@ def join_shutdown(state: State, member: Member, now: float) -> Decision:
     if shutdown.stage == "close":
         killed = replace(member, phase="dying", exit_reason=shutdown.reason, deadline=now + KILL_AFTER_S)
         return state.with_members(killed), [Kill(pid=member.pid, signum=signal.SIGKILL)]
-    ending, order = _ordered_to_end(state, member, shutdown.reason, now, None)
+    ending, order = _ordered_to_end(state, member, shutdown.reason, now, shutdown.grace_s)
     return state.with_members(ending), [Send(pid=member.pid, message=order)]
 
 

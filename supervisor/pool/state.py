@@ -138,6 +138,7 @@ class Shutdown:
     stage: Literal["workers", "release", "close"]
     code: int
     reason: str
+    grace_s: float | None = None  # seconds until workers abort their steps; None: they finish them
     deadline: float | None = None  # of stage `release`: leases that are not released by then are left to expire
 
 

@@ -213,6 +213,13 @@ def test_a_field_that_another_program_changed_is_named(field: str, value: Any) -
     assert field in reason or "step" in reason
 
 
+def test_a_draft_whose_step_has_started_is_damaged() -> None:
+    """A claim keeps the status of a run that waits, and no change leads from a draft to a result: it would fail as lost workers."""
+    waiting = {**STEP, "status": "waiting", "waitingFor": {"type": "human"}, "gen": 1}
+    assert "draft" in (validate_run_document(a_document(status="draft", steps=[waiting, OTHER])) or "")
+    assert validate_run_document(a_document(status="draft")) is None
+
+
 @pytest.mark.parametrize(
     "field", ["workflowId", "version", "status", "steps", "currentStepId", "context", "lane", "rev", "token", "crashes"]
 )

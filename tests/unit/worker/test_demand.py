@@ -469,3 +469,25 @@ def test_a_worker_with_fired_timers_to_claim_is_not_idle() -> None:
     assert not demand.is_idle(0), "a claim is under way"
     demand.claim_ended(claim, ())
     assert demand.is_idle(0)
+
+
+def test_a_failure_leaves_fired_timers_to_the_poll_after_the_pause() -> None:
+    """Asked again at once, a database that fails at once would be asked without a pause, name after name."""
+    demand = idle_demand()
+    demand.timers_fired(["r0"])
+    claim = demand.next_timer_claim(())
+    assert claim is not None
+    demand.timers_fired(["r1"])
+    demand.claims_failed()
+    demand.claim_ended(claim, ())
+    assert (demand.next_timer_claim(()), demand.wants_timer_claim()) == (None, False)
+    demand.pause_over()
+    assert isinstance(demand.next_claim(0, False), ClaimDue)
+
+
+def test_announcements_that_are_never_followed_by_a_run_are_forgotten() -> None:
+    """A worker that runs for months must not keep an entry for every announcement whose repetition was dropped."""
+    demand = idle_demand()
+    for number in range(5_000):
+        demand.named_tried([f"r{number}"], {f"r{number}"})
+    assert len(demand._expected) <= 1_000

@@ -166,6 +166,18 @@ def test_a_worker_forked_just_before_term_is_drained_too() -> None:
     assert [pid for pid, _ in script.sent(Drain)] == [102]
 
 
+def test_a_worker_forked_just_before_the_second_int_is_stopped_and_not_drained() -> None:
+    """Drained, it could keep a pool alive for the whole drain timeout after the operator has asked to cancel now."""
+    script = Script(workers=1).started()
+    script.dies(101)
+    script.now += 1.0
+    script.state, _ = decide(script.state, Tick(), script.now)
+    script.signal(signal.SIGINT)
+    script.signal(signal.SIGINT)
+    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0))
+    assert ([pid for pid, _ in script.sent(Stop)], script.sent(Drain)) == ([102], [])
+
+
 def test_a_child_forked_just_before_the_third_int_is_killed_too() -> None:
     script = Script(workers=1).started()
     script.dies(101)

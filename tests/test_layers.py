@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES_MAX = 500
@@ -74,7 +73,23 @@ def _modules() -> Iterator[Module]:
 
 
 MODULES = {module.name: module for module in _modules()}
-modules = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+
+
+def every_module(rule: Callable[[Module], None]) -> Callable[[], None]:
+    """A test of one rule over all modules, which names every offender at once: a thousand small tests would cost ten seconds."""
+
+    @functools.wraps(rule)
+    def test() -> None:
+        complaints = []
+        for module in MODULES.values():
+            try:
+                rule(module)
+            except AssertionError as exc:
+                complaints.append(str(exc).partition("\n")[0])
+        assert not complaints, "\n".join(complaints)
+
+    del test.__wrapped__  # or pytest would read the rule's parameter as a fixture
+    return test
 
 
 def imported(module: Module) -> Iterator[str]:
@@ -104,7 +119,7 @@ def test_every_package_has_its_place_in_the_order() -> None:
     assert {name.split(".")[2] for name in MODULES if name.startswith("streamline_pool.supervisor.")} == set(SUPERVISOR_LAYERS)
 
 
-@modules
+@every_module
 def test_a_module_imports_only_from_packages_below_it(module: Module) -> None:
     """An upward import makes two packages one: neither can be understood, tested or replaced alone."""
     order = list(LAYERS)
@@ -119,7 +134,7 @@ def test_a_module_imports_only_from_packages_below_it(module: Module) -> None:
             assert order.index(layer) <= order.index(module.layer), f"{module.name} imports {name}, which lies above it"
 
 
-@modules
+@every_module
 def test_a_module_of_the_supervisor_imports_only_from_those_below_it(module: Module) -> None:
     """As above, for the packages within `supervisor`."""
     place = _supervisor_place(module.name)
@@ -141,7 +156,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not graph, f"these import each other in circles: {graph}"
 
 
-@modules
+@every_module
 def test_every_package_says_what_it_owns_and_what_it_must_never_do(module: Module) -> None:
     if module.is_package and module.name not in FACADES:
         text = ast.get_docstring(module.tree) or ""
@@ -149,7 +164,7 @@ def test_every_package_says_what_it_owns_and_what_it_must_never_do(module: Modul
         assert "must never" in text, f"{module.name} does not say what it must never do"
 
 
-@modules
+@every_module
 def test_every_module_says_what_is_public(module: Module) -> None:
     if (module.is_package and module.name not in FACADES and len(module.tree.body) == 1) or module.path.name == "__main__.py":
         return  # a package without names of its own; a program
@@ -173,7 +188,7 @@ def _defined(node: ast.AST) -> list[str]:
     return []
 
 
-@modules
+@every_module
 def test_clocks_and_entropy_are_read_by_env_alone(module: Module) -> None:
     """A hidden clock cannot be jumped, hidden chance cannot be repeated."""
     if module.name in ALLOWED_ENTROPY or module.layer == "supervisor":
@@ -184,14 +199,14 @@ def test_clocks_and_entropy_are_read_by_env_alone(module: Module) -> None:
     assert not found, f"{module.name} uses {found}"
 
 
-@modules
+@every_module
 def test_pymongo_is_touched_by_storage_alone(module: Module) -> None:
     """A module that calls the driver has to know the driver's errors, too."""
     found = {name.split(".")[0] for name in imported(module)} & {"pymongo", "bson", "gridfs"}
     assert found <= ALLOWED_DRIVER.get(module.name, set()), f"{module.name} imports {found}"
 
 
-@modules
+@every_module
 def test_no_module_reaches_into_the_private_parts_of_another(module: Module) -> None:
     """A private name that other modules use cannot be changed by the one who owns it."""
     own = {name for node in ast.walk(module.tree) for name in _private_names(node)}
@@ -218,6 +233,7 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-@modules
+@every_module
 def test_no_module_is_longer_than_a_reader_can_hold(module: Module) -> None:
-    assert len(module.path.read_text().splitlines()) <= LINES_MAX
+    lines = len(module.path.read_text().splitlines())
+    assert lines <= LINES_MAX, f"{module.name} has {lines} lines"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
@@ -14,6 +16,18 @@ from streamline_pool import Settings, Streamline, embedded
 from streamline_pool.config.env import Env
 
 SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the hundreds of programs that tests start one cache of compiled modules.
+
+    Where the environment forbids writing it beside the sources, each of them would compile the whole package again.
+    """
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment of this process
+        folder = tempfile.mkdtemp(prefix="streamline-tests-pycache-")
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

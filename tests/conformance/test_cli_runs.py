@@ -96,6 +96,7 @@ def test_start_reads_input_from_anywhere_and_says_what_is_wrong_with_it(shell: S
         assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_answered_paused_resumed_and_rewound_from_the_command(shell: Shell) -> None:
     """Operators have no Python prompt at hand: whatever a program can do to a run, the command can."""
     shell("start", "asking", "--id", "a-1")

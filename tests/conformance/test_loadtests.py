@@ -42,7 +42,8 @@ def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*MODULE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=50)
 
 
-@pytest.mark.parametrize("question", [pytest.param(name, marks=[] if name == "throughput" else [pytest.mark.slow]) for name in TINY])
+@pytest.mark.slow
+@pytest.mark.parametrize("question", TINY)
 def test_each_question_is_answered_in_one_json_document(question: str, mongodb_uri: str) -> None:
     """A figure without its settings, or with a log line that breaks the JSON, would be useless to a script."""
     answer = ask(question, "--json", "--mongodb-uri", mongodb_uri, *TINY[question].split())

@@ -336,7 +336,7 @@ class Rewound(Script):
 
 
 SCRIPTS = [HumanWait, LateHook, EarlyHook, Targeted, Broadcast, BroadcastFound, TimedOut, Paused, PausedEvent, Rewound]
-QUICK = {(HumanWait, "unknown"), (Targeted, "late"), (Broadcast, "unknown")}
+QUICK = {(HumanWait, "unknown"), (Targeted, "late")}  # the others take ten seconds each
 
 
 async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, Any]:

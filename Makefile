@@ -33,10 +33,10 @@ demo: $(STAMP) ## Index the standard library on a private MongoDB, with one work
 test: $(STAMP) ## Run the quick tests (the default target)
 	$(BIN)/python -m pytest -m "not slow and not chaos" $(PYTEST_ARGS)
 
-# Chaos has the machine to itself: it measures how soon the runs of killed workers go on.
+# Chaos has the machine to itself, one test after the other: it measures how soon the runs of killed workers go on.
 test-slow: $(STAMP) ## Run the slow tests, then the chaos tests
 	$(BIN)/python -m pytest -m "slow and not chaos" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m chaos -n 0
 
 test-all: test test-slow ## Run every test
 

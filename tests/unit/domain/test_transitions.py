@@ -368,3 +368,12 @@ def test_a_wait_and_its_end_reset_the_counts_of_failures_and_lost_workers() -> N
     for name in ("wait", "await", "take an event", "search, inbox", "time out"):
         _, _, after = applied(name)
         assert (after["crashes"], after["failures"]) == (0, 0), name
+
+
+def test_a_run_that_fails_after_its_last_step_ended_keeps_that_result() -> None:
+    """Every step has ended, but the stored steps do not fit the version: what was accepted stays readable."""
+    document = held("b")
+    document["steps"][1]["status"], document["steps"][1]["output"] = "done", "B"
+    change = transitions.fail_run(document, 1, FAILURE, NOW, failures=0, code=ErrorCode.VERSION_MISMATCH)
+    assert (change.steps, [name for name, _, _ in change.events]) == ({}, ["workflow:failed"])
+    assert (change.fields["status"], change.fields["error"]["code"]) == ("failed", "VERSION_MISMATCH")

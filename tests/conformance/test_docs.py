@@ -40,7 +40,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", *(page for page in P
 LINKED = (*DOCUMENTS, "CHANGELOG.md", *(page for page in PAGES if page not in DOCUMENTS))
 BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 SUB_COMMANDS = frozenset(main.cli.commands)
-READS_STATE = re.compile(r"streamline-pool .*\b(runs (list|show)|workers)\b")
+READS_STATE = re.compile(r"streamline-pool .*\b(runs (list|show)|workers)\b|curl .*/(readyz|healthz)\b")
 
 
 class Reader:

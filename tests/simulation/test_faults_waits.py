@@ -289,7 +289,8 @@ class PausedEvent(Script):
         assert (await self.workflow.pause_async(self.run_id)).paused
         self.woken.append(await self.app.send_event_async("all", ["$data"]))
         self.go.set()
-        await self.until_parked("first")
+        # Parked, or recovered: a worker that loses its lease under the pause leaves a step that only starts again after resume.
+        await self.until(lambda document: "lease" not in document)
         await self.workflow.resume_async(self.run_id)
 
     def check(self, document: dict[str, Any], outputs: dict[str, Any], where: str) -> None:

@@ -76,7 +76,9 @@ def _figures(times: list[float]) -> dict[str, float]:
 
 def _top_up(app: Streamline) -> None:
     lane = app.workflows[pool_app.noop.id].definition.lane_of("default")
-    missing = _BACKLOG - app.runs.count_documents({"lane": lane, "wakeAt": {"$exists": True}}, hint="streamline_due")
+    missing = _BACKLOG - app.runs.count_documents(
+        {"queue": "default", "lane": lane, "wakeAt": {"$exists": True}}, hint="streamline_claimable"
+    )
     if missing > 0:
         app.workflows[pool_app.noop.id].start_many([None] * (missing + _BACKLOG // 2))
 

@@ -176,7 +176,7 @@ def _unfinished(app: Streamline) -> bool:
     """True if any run is due or held."""
     due = {"lane": {"$in": list(app.lanes())}, "wakeAt": {"$lte": datetime.now(UTC)}}
     held = {"lease.expiresAt": {"$exists": True}}
-    queries = ((due, "streamline_due"), (held, "streamline_lease"))
+    queries = ((due, "streamline_claimable"), (held, "streamline_lease"))
     return any(app.runs.find_one(query, {"_id": 1}, hint=hint) is not None for query, hint in queries)
 
 

@@ -160,7 +160,9 @@ class _Turns:
 
     def _waiting(self, workflow_id: str) -> int:
         lane = self.app.workflows[workflow_id].definition.lane_of("default")
-        waiting: int = self.app.runs.count_documents({"lane": lane, "wakeAt": {"$exists": True}}, hint="streamline_due")
+        waiting: int = self.app.runs.count_documents(
+            {"queue": "default", "lane": lane, "wakeAt": {"$exists": True}}, hint="streamline_claimable"
+        )
         return waiting
 
     def _window(self, pass_time: Callable[[], None]) -> dict[str, Any]:

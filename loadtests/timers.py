@@ -135,7 +135,9 @@ class _Situation:
 
     def _waiting_runs(self) -> int:
         lanes = [workflow.definition.lane_of("default") for workflow in (pool_app.noop, pool_app.busy)]
-        waiting: int = self.app.runs.count_documents({"lane": {"$in": lanes}, "wakeAt": {"$exists": True}}, hint="streamline_due")
+        waiting: int = self.app.runs.count_documents(
+            {"queue": "default", "lane": {"$in": lanes}, "wakeAt": {"$exists": True}}, hint="streamline_claimable"
+        )
         return waiting
 
     def top_up(self, workflow_id: str) -> None:

@@ -111,8 +111,8 @@ class _WorkerProcess:
     def _on_message(self, message: ToWorker) -> None:
         worker = self._worker
         match message:
-            case WakeUp(lane=lane, run_id=run_id):
-                worker.wake_up(lane, run_id)
+            case WakeUp(run_id=run_id, overdue=overdue):
+                worker.wake_up(run_id, overdue=overdue)
             case TimersFired(run_ids=run_ids):
                 worker.timers_fired(run_ids)
             case CheckRun(run_id=run_id):
@@ -183,10 +183,10 @@ class _WorkerProcess:
         )
 
 
-def _nearest(parked: list[tuple[str, datetime, str]]) -> tuple[tuple[str, int, str], ...]:
-    """The parked runs that are due first, as (lane, wakeAt in epoch milliseconds, run id)."""
-    runs = [(lane, round(wake_at.timestamp() * 1000), run_id) for lane, wake_at, run_id in parked]
-    return tuple(sorted(runs, key=lambda run: run[1])[:PARKED_MAX])
+def _nearest(parked: list[tuple[datetime, str]]) -> tuple[tuple[int, str], ...]:
+    """The parked runs that are due first, as (wakeAt in epoch milliseconds, run id)."""
+    runs = [(round(wake_at.timestamp() * 1000), run_id) for wake_at, run_id in parked]
+    return tuple(sorted(runs)[:PARKED_MAX])
 
 
 def _boot_failed(exc: Exception) -> BootFailed:

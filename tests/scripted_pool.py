@@ -85,7 +85,7 @@ async def does_not_read(actor: Actor) -> int:
 
         def flood() -> None:
             for _ in range(FLOOD):
-                actor.channel.send(WorkDue(lane="l", run_id="r", count=1))
+                actor.channel.send(WorkDue(run_id="r", count=1))
 
         asyncio.get_running_loop().call_later(0.3, flood)
     elif actor.spec.index == 0 and actor.spec.first:

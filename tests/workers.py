@@ -64,7 +64,7 @@ class Pool:
                     await store.run(recovery.recover_expired(self.app.settings.max_crashes))
                 if await store.run(claims.find_due_before(self._lanes, store.now(), 1)):
                     for worker in self.workers:
-                        worker.wake_up()
+                        worker.wake_up(overdue=True)
             except StoreUnavailableError:
                 continue
 

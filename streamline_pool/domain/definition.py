@@ -27,6 +27,7 @@ __all__ = [
     "is_coroutine_function",
     "make_step",
     "make_steps",
+    "queue_of",
 ]
 
 Handler = Callable[[Any], Any]
@@ -86,7 +87,7 @@ class Definition:
         return self.lane_of(self.queue)
 
     def lane_of(self, queue: str) -> str:
-        """What a worker must have to claim a run: queue, workflow and version in one indexed value.
+        """What a worker must have to claim a run: queue, workflow and version in one value.
 
         Neither a queue nor a workflow id can hold a slash, so the three parts stay apart.
         """
@@ -230,6 +231,11 @@ def check_id(value: object, what: str) -> str:
     if not isinstance(value, str) or not _ID.fullmatch(value):
         raise ValidationError(f"{what} {value!r}: an id is 1 to 100 of the characters A-Z a-z 0-9 _ -", value=repr(value))
     return value
+
+
+def queue_of(lane: str) -> str:
+    """The queue of a lane; see `Definition.lane_of`."""
+    return lane.partition("/")[0]
 
 
 def check_queue(value: object) -> str:

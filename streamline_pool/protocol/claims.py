@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+from streamline_pool.domain.definition import queue_of
 from streamline_pool.domain.model import RunStatus, StepStatus
 
 from .expressions import (
@@ -23,9 +25,9 @@ from .expressions import (
     some_step,
 )
 from .operations import Command, Expression, Find, Query, changed_document, update_matching
-from .run_document import SLOTS
 
 __all__ = [
+    "SlotShare",
     "claim_run",
     "claim_runs",
     "find_due",
@@ -37,6 +39,14 @@ __all__ = [
 _NOT_ENDED: Query = {"$nin": TERMINAL_TEXTS}  # a `wakeAt` that another program wrote must not revive an ended run
 # In an expression a missing field is less than any date, so the first half keeps leased and ended runs out.
 _DUE: Query = {"wakeAt": {"$type": "date"}, "$expr": {"$lte": ["$wakeAt", "$$NOW"]}}
+_BY_QUEUE = "streamline_claimable"
+
+
+class SlotShare(NamedTuple):
+    """The slots from which one worker claims first: those that leave `remainder` when divided by `divisor`."""
+
+    divisor: int
+    remainder: int
 
 
 def taken_runs(run_ids: Sequence[str]) -> Find:
@@ -47,7 +57,7 @@ def taken_runs(run_ids: Sequence[str]) -> Find:
 
 def find_due(
     lanes: Sequence[str],
-    slots: Sequence[int] | None,
+    slots: SlotShare | None,
     due_at: datetime,
     limit: int,
     crashes_below: int | None,
@@ -58,7 +68,7 @@ def find_due(
 ) -> Find:
     """Runs that seem claimable, highest priority first, then longest due: id, crashes, priority and `wakeAt` of each.
 
-    Index streamline_due: one scan per lane and slot, merged.
+    Index streamline_claimable: one scan for each queue of the lanes, merged. The scan steps over other slots and lanes.
 
     - `slots`: None means all of them.
     - `due_at`: the latest `wakeAt`.
@@ -67,11 +77,10 @@ def find_due(
     - `since` with `priorities`: for runs of these priorities, the scans start at this `wakeAt` instead of at the beginning
       (worker/poller.py says why). `priorities` without `since`: leaves these priorities out.
     """
-    query: Query = {
-        "lane": {"$in": list(lanes)},
-        "slot": {"$in": list(range(SLOTS)) if slots is None else list(slots)},
-        "wakeAt": {"$lte": due_at},
-    }
+    query = _in_lanes(lanes)
+    query["wakeAt"] = {"$lte": due_at}
+    if slots is not None:
+        query["slot"] = {"$mod": list(slots)}  # `$in` would make the scan seek from slot to slot; this one steps
     if since is not None:
         query["wakeAt"]["$gte"] = since
         query["priority"] = {"$in": list(priorities)}
@@ -88,8 +97,17 @@ def find_due(
         projection={"_id": 1, "crashes": 1, "priority": 1, "wakeAt": 1},
         sort=(("priority", -1), ("wakeAt", 1)),
         limit=limit,
-        hint="streamline_due",
+        hint=_BY_QUEUE,
     )
+
+
+def _in_lanes(lanes: Sequence[str]) -> Query:
+    return {"queue": {"$in": _queues_of(tuple(lanes))}, "lane": {"$in": list(lanes)}}
+
+
+@lru_cache(maxsize=16)  # a pool always asks for the same lanes, and there may be a thousand of them
+def _queues_of(lanes: tuple[str, ...]) -> list[str]:
+    return sorted({queue_of(lane) for lane in lanes})
 
 
 def claim_runs(
@@ -155,12 +173,12 @@ def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
 def find_due_before(lanes: Sequence[str], until: datetime, limit: int, since: datetime | None = None) -> Find:
     """Runs due after `since` and until `until`, in no particular order: lane and `wakeAt` of each. For the steward."""
     due = {"$lte": until} if since is None else {"$lte": until, "$gt": since}
-    query = {"lane": {"$in": list(lanes)}, "slot": {"$in": list(range(SLOTS))}, "wakeAt": due}
+    query = {**_in_lanes(lanes), "wakeAt": due}
     return Find(
         name="find_due_before",
         collection="runs",
         filter=query,
         projection={"lane": 1, "wakeAt": 1},
         limit=limit,
-        hint="streamline_due",
+        hint=_BY_QUEUE,
     )

@@ -14,6 +14,7 @@ from .operations import Command
 __all__ = [
     "EVENT_INDEXES",
     "HOST_INDEXES",
+    "RETIRED_RUN_INDEXES",
     "RUN_INDEXES",
     "IndexDefinition",
     "ensure_indexes",
@@ -43,10 +44,10 @@ class IndexDefinition:
 
 
 RUN_INDEXES: tuple[IndexDefinition, ...] = (
-    # Claimable now or later. A lane is queue, workflow and version, so a scan skips the runs that the pool cannot run.
+    # Claimable now or later. One scan for each queue, however many workflows it has. The scan tests slot and lane by the key.
     IndexDefinition(
-        name="streamline_due",
-        key={"lane": 1, "slot": 1, "priority": -1, "wakeAt": 1},
+        name="streamline_claimable",
+        key={"queue": 1, "priority": -1, "wakeAt": 1, "slot": 1, "lane": 1},
         partial={"wakeAt": {"$exists": True}},
     ),
     # Leased runs, few at any time. The owner is in the key, so that a release of one worker's leases reads no documents.
@@ -65,6 +66,9 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
     IndexDefinition(name="streamline_awaits", key={"awaits": 1, "_id": 1}, partial={"awaits": {"$exists": True}}),
 )
 """The indexes of the runs. The commit of a step changes none of their fields."""
+
+RETIRED_RUN_INDEXES = ("streamline_due",)
+"""Indexes that an earlier version made and this one does not use. Each costs a write at every claim until it is dropped."""
 
 EVENT_INDEXES: tuple[IndexDefinition, ...] = (
     IndexDefinition(name="streamline_event", key={"name": 1, "bornAt": 1}),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
-from streamline_pool.domain.definition import Definition
+from streamline_pool.domain.definition import Definition, queue_of
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import DataCorruptionError, ValidationError
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepState, StepStatus
@@ -21,8 +21,8 @@ from .too_large import above_limit
 __all__ = ["NEW_RUN_BYTES_MAX", "SLOTS", "as_stored", "check_run_id", "make_context", "new_run", "parse_run", "validate_run_document"]
 
 SLOTS = 16
-"""Runs are spread over this many slots, so that workers claim from different parts of the queue. Derived: a find merges one
-index scan per lane and slot, and MongoDB merges at most 200 of them (docs/architecture.md)."""
+"""Runs are spread over this many slots, so that the workers of a host do not all try to claim the same runs. A guess: as many
+as there are workers on most hosts."""
 
 NEW_RUN_BYTES_MAX = 15 * 1024 * 1024
 """The largest run that can be started. A document ends at 16 MiB, and a full one could not even be claimed."""
@@ -226,7 +226,7 @@ def _check_reachable(document: Mapping[str, Any]) -> None:
     """Raise ValueError for a live run that no claim and no recovery will ever find: only a reader can notice it."""
     if document["status"] in TERMINAL or document.get("paused") is True:
         return
-    lease, slot = document.get("lease"), document.get("slot")
+    lease = document.get("lease")
     if isinstance(lease, Mapping) and isinstance(lease.get("expiresAt"), datetime):
         return
     if not isinstance(document.get("wakeAt"), datetime):
@@ -236,9 +236,9 @@ def _check_reachable(document: Mapping[str, Any]) -> None:
         if not waiting or waiting[0]["waitingFor"]["type"] == "timer":
             raise ValueError(f"it is neither leased ({lease!r}) nor due ({document.get('wakeAt')!r}), so no worker will find it")
         return
-    _typed(document, "lane", str)
-    if not isinstance(slot, int) or not 0 <= slot < SLOTS:
-        raise ValueError(f"field 'slot' is {slot!r}, expected 0 to {SLOTS - 1}, so no worker will find it")
+    lane = _typed(document, "lane", str)
+    if document.get("queue") != queue_of(lane):
+        raise ValueError(f"field 'queue' is {document.get('queue')!r} and field 'lane' is {lane!r}, so no worker will find it")
 
 
 def _describe(exc: Exception) -> str:

@@ -168,7 +168,7 @@ class AppHarness:
         due = await self.store.run(claims.find_due_before(self._lanes, self.store.now(), 1))
         if not due:
             return None
-        self._worker.wake_up()
+        self._worker.wake_up(overdue=True)
         return str(due[0]["_id"])
 
     async def recover_expired(self) -> None:

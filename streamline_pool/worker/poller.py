@@ -11,33 +11,51 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from streamline_pool.config.env import Env
+from streamline_pool.domain.definition import queue_of
 from streamline_pool.protocol import claims
+from streamline_pool.protocol.claims import SlotShare
 from streamline_pool.protocol.run_document import SLOTS
 from streamline_pool.storage.store import AsyncStore
 
 __all__ = ["Poller", "slots_of"]
 
-_SCANS_MAX = 190  # lanes times slots times priorities in one find; MongoDB merges at most 200 index scans
+_SCANS_MAX = 190  # queues times priorities in one find; MongoDB merges at most 200 index scans
+_QUEUES_MAX = 60  # in one find, which leaves room for three priorities; a worker with more queues takes turns through them
 _FULL_SHARE = 1 / 50  # of the time that full polls may take; a guess
 _MARGIN = timedelta(seconds=5)  # runs become visible later than their `wakeAt` says, by an insert's duration and clock errors
 _SKIP_S = 30.0  # then the run is shown again: an operator may have repaired it
 _SKIPPED_MAX = 100
 
 
-def slots_of(index: int, total: int) -> tuple[int, ...]:
-    """The slots that worker `index` of `total` claims from first; together the workers cover them all."""
-    if total >= SLOTS:
-        return (index % SLOTS,)
-    return tuple(slot for slot in range(SLOTS) if slot % total == index)
+def slots_of(index: int, total: int) -> SlotShare | None:
+    """The slots that worker `index` of `total` claims from first; together the workers cover them all. None: all slots."""
+    divisor = min(total, SLOTS)
+    return SlotShare(divisor, index % divisor) if divisor > 1 else None
+
+
+class _Group(NamedTuple):
+    """The lanes of so many queues, which one find covers."""
+
+    lanes: tuple[str, ...]
+    queues: int
+
+
+def _grouped(lanes: Sequence[str]) -> list[_Group]:
+    by_queue: dict[str, list[str]] = {}
+    for lane in lanes:
+        by_queue.setdefault(queue_of(lane), []).append(lane)
+    queues = list(by_queue)
+    parts = [queues[start : start + _QUEUES_MAX] for start in range(0, len(queues), _QUEUES_MAX)]
+    return [_Group(tuple(lane for queue in part for lane in by_queue[queue]), len(part)) for part in parts]
 
 
 @dataclass(slots=True)
 class _ScanStart:
-    """What the last full poll has shown of some lanes and slots."""
+    """What the last full poll has shown of some queues and slots."""
 
     since: datetime  # everything due before that was claimed, or is of a lower priority than what was found
     priorities: frozenset[int]
@@ -50,7 +68,7 @@ class _Query:
     """One find, as far as it does not depend on where the scan starts."""
 
     lanes: Sequence[str]
-    slots: Sequence[int] | None  # None: all of them
+    slots: SlotShare | None  # None: all of them
     now: datetime
     limit: int
     crashes_below: int | None
@@ -69,18 +87,17 @@ class Poller:
     """Polls for due runs on behalf of one worker."""
 
     def __init__(self, lanes: Sequence[str], index: int, total: int, env: Env) -> None:
-        self._lanes = tuple(lanes)
+        self._groups = _grouped(lanes)
         self._env = env
-        self._turn = 0  # rotates the lanes when there are too many for one find
+        self._turn = 0  # which group comes first
         self._scan_starts: dict[tuple[str, bool], _ScanStart] = {}  # by (first lane, whether all slots were polled)
         self._skipped: dict[str, float] = {}  # run id -> until when (monotonic)
         self.reslot(index, total)
 
     def reslot(self, index: int, total: int) -> None:
         """This is worker `index` of `total` on its host."""
-        slots = slots_of(index, total)
         self._index, self._total = index, total
-        self._slots = slots if len(slots) < SLOTS else None
+        self._slots = slots_of(index, total)
         self.forget()
 
     def forget(self) -> None:
@@ -102,17 +119,15 @@ class Poller:
 
     async def poll(self, store: AsyncStore, limit: int, crashes_below: int | None) -> tuple[list[Mapping[str, Any]], bool]:
         """Up to `limit` due runs `{_id, crashes, priority, wakeAt}`, and whether there may be more."""
-        seen = 0
-        while seen < len(self._lanes):
-            lanes = self._next_lanes(seen)
-            rows = chosen = await self._find(store, lanes, self._slots, limit, crashes_below)
+        for seen in range(len(self._groups)):
+            group = self._groups[(self._turn + seen) % len(self._groups)]
+            rows = chosen = await self._find(store, group, self._slots, limit, crashes_below)
             if len(rows) < limit and self._slots is not None:
-                own, rows = rows, await self._find(store, lanes, None, limit, crashes_below)
+                own, rows = rows, await self._find(store, group, None, limit, crashes_below)
                 chosen = self._share_of(own, rows)
-            seen += len(lanes)
             if rows:
-                self._turn += 1
-                return chosen, len(chosen) < len(rows) or len(rows) == limit or seen < len(self._lanes)
+                self._turn += seen + 1
+                return chosen, len(chosen) < len(rows) or len(rows) == limit or seen + 1 < len(self._groups)
         return [], False
 
     def _share_of(self, own: Sequence[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -125,22 +140,15 @@ class Poller:
         chosen = [row for row in rows if row["_id"] in mine or crc32(str(row["_id"]).encode()) % self._total == self._index % self._total]
         return chosen or ([rows[int(self._env.random() * len(rows))]] if rows else [])
 
-    def _next_lanes(self, seen: int) -> Sequence[str]:
-        per_find = _SCANS_MAX // SLOTS
-        if len(self._lanes) <= per_find:
-            return self._lanes
-        start = (self._turn * per_find + seen) % len(self._lanes)
-        return (self._lanes + self._lanes)[start : start + min(per_find, len(self._lanes) - seen)]
-
     async def _find(
-        self, store: AsyncStore, lanes: Sequence[str], slots: Sequence[int] | None, limit: int, crashes_below: int | None
+        self, store: AsyncStore, group: _Group, slots: SlotShare | None, limit: int, crashes_below: int | None
     ) -> list[Mapping[str, Any]]:
-        scan_starts, key = self._scan_starts, (lanes[0], slots is None)
+        scan_starts, key = self._scan_starts, (group.lanes[0], slots is None)
         scan_start = scan_starts.get(key)
         skipped = self._still_skipped()
         asked_at = self._env.clock.monotonic()
-        query = _Query(lanes=lanes, slots=slots, now=store.now(), limit=limit, crashes_below=crashes_below, skipped=skipped)
-        if scan_start is not None and asked_at < scan_start.full_at and len(lanes) * SLOTS * len(scan_start.priorities) <= _SCANS_MAX:
+        query = _Query(lanes=group.lanes, slots=slots, now=store.now(), limit=limit, crashes_below=crashes_below, skipped=skipped)
+        if scan_start is not None and asked_at < scan_start.full_at and len(scan_start.priorities) * group.queues <= _SCANS_MAX:
             found = await self._follow(store, query, scan_start)
             if found is not None:
                 return found

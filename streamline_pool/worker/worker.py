@@ -57,7 +57,6 @@ class Worker:
         self._owner = owner
         self._notify = notify  # the status has changed, so a beat should be sent soon
         self._lanes = app.lanes(settings.queues)
-        self._lane_set = frozenset(self._lanes)
         self._poller = Poller(self._lanes, index, total, self._env)
         self._demand = Demand(concurrency=settings.concurrency, max_crashes=settings.max_crashes)
         self._claims_wanted = asyncio.Event()
@@ -65,7 +64,7 @@ class Worker:
         self._engine: Engine | None = None
         self._stopped = False
         self._stop_grace_s: float | None = None
-        self._parked: list[tuple[str, datetime, str]] = []
+        self._parked: list[tuple[datetime, str]] = []
         self._ended_runs = EndedRuns()
         self._reported_idle = False
         self._runs_total = 0
@@ -129,14 +128,12 @@ class Worker:
 
     # --- what the supervisor calls ---------------------------------------------------------------------------------
 
-    def wake_up(self, lane: str | None = None, run_id: str | None = None) -> None:
-        """There may be work: this run, or a run in this lane, or any run."""
-        if lane is not None and lane not in self._lane_set:
-            return
+    def wake_up(self, run_id: str | None = None, *, overdue: bool = False) -> None:
+        """There may be work: this run, or any run. `overdue`: a run that has been due for long."""
         note = None if run_id is None or self._engine is None else self._engine.cache.get(run_id)
         if note is not None and note.in_flight:
             return
-        if lane is None:
+        if overdue:
             self._poller.forget()  # runs were released or recovered, and keep their old places in the queue
         self._demand.wake_up(run_id)
         self._claim_soon()
@@ -285,9 +282,9 @@ class Worker:
 
     # --- what the engine calls (engine.ports.Observer) --------------------------------------------------------
 
-    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
+    def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:  # noqa: ARG002 (the steward knows all lanes of the pool)
         """See Observer."""
-        self._parked.append((lane, wake_at, run_id))
+        self._parked.append((wake_at, run_id))
         self._notify()
 
     def on_finished(self, run_id: str, status: str) -> None:
@@ -340,8 +337,8 @@ class Worker:
             lru=engine.cache.counters() if engine is not None else {},
         )
 
-    def take_parked(self) -> list[tuple[str, datetime, str]]:
-        """Newly stored `wakeAt` times, as (lane, wakeAt, run id). Each is returned once."""
+    def take_parked(self) -> list[tuple[datetime, str]]:
+        """Newly stored `wakeAt` times, as (wakeAt, run id). Each is returned once."""
         parked, self._parked = self._parked, []
         return parked
 

@@ -69,10 +69,10 @@ def message(cls: type[T]) -> type[T]:
 
 @message
 class WakeUp:
-    """There may be work: poll now."""
+    """There may be work: claim that run, or poll."""
 
-    lane: str | None = None  # where; None: in any lane
     run_id: str | None = None  # which run; None: unknown, or several
+    overdue: bool = False  # it has been due for long, so a poll must start at the beginning of the queue
 
 
 @message
@@ -160,7 +160,7 @@ class Beat:
     recycle: str | None = None  # why this worker asks to be replaced; None: it does not
     running: tuple[tuple[str, str], ...] = ()  # sample of (run id, step id) that are running
     lru: dict[str, int]  # counters of the run cache
-    parked: tuple[tuple[str, int, str], ...] = ()  # (lane, wakeAt in epoch ms, run id) written since the last heartbeat
+    parked: tuple[tuple[int, str], ...] = ()  # (wakeAt in epoch ms, run id) written since the last heartbeat
     idle_check: int = 0  # the highest `IdleCheck.seq` received
     subscribers_served: int = 0  # the highest `ServeSubscribers.seq` received
 
@@ -201,7 +201,7 @@ class Died:
 class Parked:
     """Instants at which runs of this host become due."""
 
-    instants: tuple[tuple[str, int, str], ...]  # (lane, epoch ms, run id)
+    instants: tuple[tuple[int, str], ...]  # (epoch ms, run id)
 
 
 @message
@@ -274,11 +274,11 @@ class StewardBeat:
 
 @message
 class WorkDue:
-    """About `count` runs of `lane` are due: wake up as many idle workers."""
+    """About `count` runs are due: wake up as many idle workers."""
 
-    lane: str | None
-    run_id: str | None
+    run_id: str | None  # the run, if it is one and known
     count: int
+    overdue: bool = False  # see WakeUp
 
 
 @message

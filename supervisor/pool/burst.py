@@ -47,7 +47,7 @@ def on_due_count(state: State, seq: int, due: int, now: float) -> Decision:
     if due == 0:
         return _ask_idle(state, "confirming", burst.runs)
     state = replace(state, burst=None, burst_again_at=now + BURST_RETRY_S)
-    return wake_up_idle(state, None, None, due, now)
+    return wake_up_idle(state, None, due, now, overdue=True)
 
 
 def _ask_idle(state: State, stage: Literal["asking", "confirming"], runs: Mapping[int, int]) -> Decision:

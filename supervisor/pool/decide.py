@@ -120,8 +120,8 @@ def _on_message(state: State, member: Member, event: Received, now: float) -> De
         case StewardBeat(ready=ready):
             starts = ready and member.phase == "starting"
             return (state.with_members(replace(member, phase="ready")) if starts else state), []
-        case WorkDue(lane=lane, run_id=run_id, count=count):
-            return wake_up_idle(state, lane, run_id, count, now)
+        case WorkDue(run_id=run_id, count=count, overdue=overdue):
+            return wake_up_idle(state, run_id, count, now, overdue=overdue)
         case TimersFired(run_ids=run_ids):
             return share_timers(state, run_ids, now)
         case RunChanged(run_id=run_id, owner=owner):
@@ -168,7 +168,7 @@ def _on_released(state: State, message: Released, now: float) -> Decision:
     """The runs of a dead worker are claimable again: wake up workers for them."""
     pending = {owner: died for owner, died in state.unacknowledged.items() if owner != message.owner}
     log = Log(level=logging.INFO, event="leases_released", fields={"owner": message.owner, "runs": message.runs})
-    state, actions = wake_up_idle(replace(state, unacknowledged=pending), None, None, message.runs, now)
+    state, actions = wake_up_idle(replace(state, unacknowledged=pending), None, message.runs, now, overdue=True)
     return state, [log, *actions]
 
 

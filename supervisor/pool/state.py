@@ -156,7 +156,7 @@ class State:
     held: bool = False
     ready: bool = False  # every child was ready at one time
     owed_wake_ups: int = 0  # wake-ups that found no idle worker, at most one for each worker; the next idle worker gets one
-    owed_lane: str | None = None  # of these wake-ups; None: some were for any lane, from the start of the queue
+    owed_overdue: bool = False  # some of these wake-ups were for runs that have been due for long
     rolling: frozenset[int] = frozenset()  # pids that a HUP still has to recycle
     burst: Burst | None = None
     burst_again_at: float = 0.0

@@ -15,7 +15,7 @@ from streamline_pool.supervisor.pool.state import Decision, Member, Send, State
 __all__ = ["send_owed_wake_up", "share_timers", "wake_up_idle"]
 
 
-def wake_up_idle(state: State, lane: str | None, run_id: str | None, count: int, now: float) -> Decision:
+def wake_up_idle(state: State, run_id: str | None, count: int, now: float, *, overdue: bool) -> Decision:
     """Wake up as many idle workers as there are runs, in the order of their last wake-up.
 
     If too few are idle, the other wake-ups are owed to the next workers that become idle. A worker in the middle of a poll
@@ -28,9 +28,9 @@ def wake_up_idle(state: State, lane: str | None, run_id: str | None, count: int,
     idle = [m for m in state.members.values() if m.phase == "ready" and m.exit_reason is None and _is_idle(m)]
     chosen = sorted(idle, key=lambda m: m.woken_at)[:count]
     owed = min(state.owed_wake_ups + count, len(state.active_workers)) - len(chosen)
-    owed_lane = lane if not state.owed_wake_ups or state.owed_lane is not None else None
-    state = replace(state, owed_wake_ups=max(owed, 0), owed_lane=owed_lane)
-    wake_up = WakeUp(lane=lane, run_id=run_id if count == 1 else None)
+    owed_overdue = overdue or (state.owed_wake_ups > 0 and state.owed_overdue)
+    state = replace(state, owed_wake_ups=max(owed, 0), owed_overdue=owed_overdue)
+    wake_up = WakeUp(run_id=run_id if count == 1 else None, overdue=overdue)
     return _woken(state, chosen, now), [Send(pid=m.pid, message=wake_up) for m in chosen]
 
 
@@ -38,7 +38,7 @@ def send_owed_wake_up(state: State, now: float) -> Decision:
     """A worker became idle: send one owed wake-up, if there is any."""
     if not state.owed_wake_ups:
         return state, []
-    return wake_up_idle(replace(state, owed_wake_ups=state.owed_wake_ups - 1), state.owed_lane, None, 1, now)
+    return wake_up_idle(replace(state, owed_wake_ups=state.owed_wake_ups - 1), None, 1, now, overdue=state.owed_overdue)
 
 
 def share_timers(state: State, run_ids: Sequence[str], now: float) -> Decision:

@@ -76,6 +76,7 @@ class DutyTools:
         self.env = env
         self.boot = boot
         self.lanes: Sequence[str] = app.lanes(settings.queues)
+        self.lane_set = frozenset(self.lanes)
         self.store: AsyncStore = app.store_async()
         self.publisher = EventPublisher(self.store, env)
         self.publisher.start()

@@ -70,12 +70,12 @@ class SignalTail:
             self._tools.hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner")))
         elif kind in SUBSCRIBER_SIGNALS:
             self._subscribers.on_signal(signal)
-        elif isinstance(lane, str) and lane in self._tools.lanes:
-            self._on_due(lane, signal)
+        elif isinstance(lane, str) and lane in self._tools.lane_set:
+            self._on_due(signal)
 
-    def _on_due(self, lane: str, signal: dict[str, Any]) -> None:
+    def _on_due(self, signal: dict[str, Any]) -> None:
         at, run_id = signal.get("wakeAt") or signal["at"], signal.get("runId")
         # A start for "now" from a host whose clock is ahead of ours is an ordinary wake-up, not a timer with a name.
         soon = timedelta(0) < at - self._tools.store.now() < STARTS_NOW
-        self._wake_ups.plan(lane, at, None if soon else run_id, signal.get("count", 1))
+        self._wake_ups.plan(at, None if soon else run_id, signal.get("count", 1))
         self._wake_ups.set_timer()

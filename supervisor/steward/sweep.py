@@ -26,6 +26,7 @@ log = logging.getLogger("streamline_pool")
 
 SWEEP_LIMIT = 1_000  # due runs read per sweep; more than the pool can use before the next one
 OVERDUE = timedelta(seconds=3)  # less than how far back a worker polls for due runs, see worker/poller.py
+FROM_START_SHARE = 1 / 50  # of the time that searches from the start of the queue may take; a guess
 FULL_SWEEP_EVERY = 10  # sweeps; the sweeps in between recover only leases that ended since the last ones
 BROADCASTS_EVERY = 5  # sweeps; senders finish their broadcasts themselves, unless they die in between
 
@@ -38,6 +39,7 @@ class Sweep:
         self._wake_ups = wake_ups
         self._subscribers = subscribers
         self._sweeps = 0
+        self._due_from_start_at = 0.0  # monotonic: from then on a search from the start of the queue is affordable
 
     async def run(self) -> None:
         while True:
@@ -65,21 +67,30 @@ class Sweep:
     async def _plan_due(self) -> None:
         """Wake up workers for runs that are due, and set timers for those that will be before the next but one sweep."""
         now = self._tools.store.now
-        until = now() + timedelta(seconds=2 * self._tools.settings.sweep_interval_s)
-        overdue = now() - OVERDUE
-        rows = await self._find_due(until)
+        ahead = timedelta(seconds=2 * self._tools.settings.sweep_interval_s)
+        until, overdue = now() + ahead, now() - OVERDUE
+        rows = await self._find_due(until, self._search_start(overdue - ahead))
         if len(rows) == SWEEP_LIMIT:
             # A backlog hides the runs that are not due yet, which need a timer most of all when there is a backlog.
             rows += await self._find_due(until, now())
         for found in rows:
             if found["wakeAt"] <= overdue:
-                self._wake_ups.wake_up(None, found["_id"], 1)  # no lane: workers may have stopped polling that part of a lane
+                self._wake_ups.wake_up(found["_id"], 1, overdue=True)  # workers may poll only behind its place
             else:
-                self._wake_ups.plan(found["lane"], found["wakeAt"], found["_id"])
+                self._wake_ups.plan(found["wakeAt"], found["_id"])
         self._wake_ups.set_timer()
 
-    async def _find_due(self, until: datetime, since: datetime | None = None) -> list[dict[str, Any]]:
+    def _search_start(self, recent: datetime) -> datetime | None:
+        """Where this sweep's search for due runs starts: None is the start of the queue, if that is affordable, else `recent`.
+
+        A search from the start steps over the index entries of all runs that were claimed in the last minutes, and over
+        the due runs that no worker of this pool can run (worker/poller.py says more).
+        """
+        return recent if self._tools.env.clock.monotonic() < self._due_from_start_at else None
+
+    async def _find_due(self, until: datetime, since: datetime | None) -> list[dict[str, Any]]:
         find = claims.find_due_before(self._tools.lanes, until, SWEEP_LIMIT, since)
+        started_at = self._tools.env.clock.monotonic()
         try:
             due: list[dict[str, Any]] = await self._tools.run(find, READ_TIMEOUT_S)
         except StoreUnavailableError as exc:
@@ -87,6 +98,9 @@ class Sweep:
                 # The collection or its indexes were dropped while the pool runs: claims do not succeed, either.
                 await self._tools.store.ensure_again()
             raise
+        if since is None:
+            ended_at = self._tools.env.clock.monotonic()
+            self._due_from_start_at = ended_at + (ended_at - started_at) / FROM_START_SHARE
         return due
 
     async def _recover_expired(self, full: bool) -> None:
@@ -96,4 +110,4 @@ class Sweep:
         recovered = await recover_leases(self._tools, recovery.recover_expired(settings.max_crashes, since))
         if recovered:
             log.warning("leases_recovered", extra={"runs": recovered})
-            self._wake_ups.wake_up(None, None, recovered)
+            self._wake_ups.wake_up(None, recovered, overdue=True)

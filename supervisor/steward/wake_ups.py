@@ -16,32 +16,32 @@ from streamline_pool.supervisor.steward.timers import Timers
 
 __all__ = ["PendingWakeUps", "WakeUps"]
 
-WAKE_PAUSE_S = 0.002  # the first wake-up for a lane goes at once, the next ones together: a flood costs 500 messages a second
+WAKE_PAUSE_S = 0.002  # the first wake-up goes at once, the next ones together: a flood costs at most 1 000 messages a second
 TIMER_MARGIN_S = 0.002  # the server compares `wakeAt` in whole milliseconds; a wake-up that comes too early finds nothing
 TIMER_PAUSE_S = 0.005  # between firings: runs whose timers fire that close together are claimed together
 TIMERS_FIRED_MAX = 200  # run ids in one message; a worker claims no more at once
 
 
 class PendingWakeUps:
-    """The wake-ups that were not sent yet, at most one for each lane. Pure."""
+    """The wake-ups that were not sent yet: at most one, and one for overdue runs, in however many workflows they are. Pure."""
 
     def __init__(self) -> None:
-        self._by_lane: dict[str | None, tuple[str | None, int]] = {}  # lane -> (the run, if it is one; how many)
+        self._pending: dict[bool, tuple[str | None, int]] = {}  # whether overdue -> (the run, if it is one; how many)
 
     def __bool__(self) -> bool:
-        return bool(self._by_lane)
+        return bool(self._pending)
 
-    def add(self, lane: str | None, run_id: str | None, count: int) -> None:
-        """`count` runs of `lane` are due; `run_id` names the run if it is one."""
-        if lane in self._by_lane:
-            self._by_lane[lane] = (None, self._by_lane[lane][1] + count)
+    def add(self, run_id: str | None, count: int, *, overdue: bool) -> None:
+        """`count` runs are due; `run_id` names the run if it is one."""
+        if overdue in self._pending:
+            self._pending[overdue] = (None, self._pending[overdue][1] + count)
         else:
-            self._by_lane[lane] = (run_id if count == 1 else None, count)
+            self._pending[overdue] = (run_id if count == 1 else None, count)
 
     def take(self) -> list[WorkDue]:
         """Remove them all."""
-        taken, self._by_lane = self._by_lane, {}
-        return [WorkDue(lane=lane, run_id=run_id, count=count) for lane, (run_id, count) in taken.items()]
+        taken, self._pending = self._pending, {}
+        return [WorkDue(run_id=run_id, count=count, overdue=overdue) for overdue, (run_id, count) in taken.items()]
 
 
 class WakeUps:
@@ -57,23 +57,23 @@ class WakeUps:
         self._timer_handle: asyncio.TimerHandle | None = None
         self._fired_at = 0.0
 
-    def plan(self, lane: str, at: datetime, run_id: str | None, count: int = 1) -> None:
+    def plan(self, at: datetime, run_id: str | None, count: int = 1) -> None:
         """Have workers woken up for a run (or `count` runs) at `at`, or now if that is past. Then call `set_timer`."""
         if at <= self._tools.store.now():
-            self.wake_up(lane, run_id, count)
+            self.wake_up(run_id, count)
         else:
-            self._timers.add(lane, _epoch_ms(at), run_id)
+            self._timers.add(_epoch_ms(at), run_id)
 
-    def plan_parked(self, instants: Iterable[tuple[str, int, str]]) -> None:
-        """Plan the runs that workers of this host parked: (lane, epoch ms, run id) of each."""
-        for lane, at_ms, run_id in instants:
-            self._timers.add(lane, at_ms, run_id)
+    def plan_parked(self, instants: Iterable[tuple[int, str]]) -> None:
+        """Plan the runs that workers of this host parked: (epoch ms, run id) of each."""
+        for at_ms, run_id in instants:
+            self._timers.add(at_ms, run_id)
         self.set_timer()
 
-    def wake_up(self, lane: str | None, run_id: str | None, count: int) -> None:
+    def wake_up(self, run_id: str | None, count: int, *, overdue: bool = False) -> None:
         """Have `count` workers woken up: now, or together with the other wake-ups of the next moments."""
         waiting = bool(self._pending)
-        self._pending.add(lane, run_id, count)
+        self._pending.add(run_id, count, overdue=overdue)
         if waiting:
             return
         since = self._clock.monotonic() - self._sent_at
@@ -102,12 +102,11 @@ class WakeUps:
         """A run whose id is known is named, so that it does not queue behind runs that have been due for longer."""
         self._fired_at = self._clock.monotonic()
         due = self._timers.pop_due(_epoch_ms(self._tools.store.now()))
-        run_ids = [each.run_id for each in due if each.run_id is not None]
+        run_ids = [run_id for run_id in due if run_id is not None]
         for start in range(0, len(run_ids), TIMERS_FIRED_MAX):
             self._tools.hint(TimersFired(run_ids=tuple(run_ids[start : start + TIMERS_FIRED_MAX])))
-        for each in due:
-            if each.run_id is None:
-                self.wake_up(each.lane, None, 1)
+        if unnamed := len(due) - len(run_ids):
+            self.wake_up(None, unnamed)
         self.set_timer()
 
 

@@ -212,7 +212,7 @@ def test_a_suspect_that_is_claimed_by_its_id_waits_too(app: Streamline) -> None:
         async with Pool(app) as pool:
             await asyncio.sleep(0.35)
             for run in runs:
-                pool.workers[0].wake_up(workflow.definition.lane, run.id)
+                pool.workers[0].wake_up(run.id)
             await pool.until(lambda: app.runs.count_documents({"status": "done"}) == 3)
 
     asyncio.run(play())

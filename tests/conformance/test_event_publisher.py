@@ -262,7 +262,7 @@ def test_a_claim_that_fails_is_a_scheduler_error_once(app: Streamline) -> None:
     app.events.on("scheduler:error", received.append)
     run = app.workflow("w", steps={"a": lambda ctx: 1}).start()
     runs = app.store().collection("runs")
-    runs.database.command("collMod", runs.name, index={"name": "streamline_due", "hidden": True})
+    runs.database.command("collMod", runs.name, index={"name": "streamline_claimable", "hidden": True})
 
     async def scenario() -> None:
         worker = Worker(app, app.settings, owner="test:1:1", index=0, total=1)
@@ -270,7 +270,7 @@ def test_a_claim_that_fails_is_a_scheduler_error_once(app: Streamline) -> None:
         async with asyncio.timeout(10):
             while worker.status().consecutive_failures < 3:
                 await asyncio.sleep(0.01)
-        await asyncio.to_thread(runs.database.command, "collMod", runs.name, index={"name": "streamline_due", "hidden": False})
+        await asyncio.to_thread(runs.database.command, "collMod", runs.name, index={"name": "streamline_claimable", "hidden": False})
         async with asyncio.timeout(10):
             while (await app.workflows["w"].get_async(run.id)).status != "done":  # type: ignore[union-attr]
                 await asyncio.sleep(0.01)

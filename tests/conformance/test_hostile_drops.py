@@ -32,7 +32,7 @@ def test_a_pool_outlives_its_dropped_collections(mongodb_uri: str, database: str
             app.runs.database.drop_collection(f"workflow_{name}")
         workflow.start_many([None] * 20)
         eventually(lambda: app.runs.count_documents({"status": "done"}) == 20, timeout=20)
-        assert "streamline_due" in app.runs.index_information()
+        assert "streamline_claimable" in app.runs.index_information()
         eventually(lambda: app.runs.database.command("collStats", "workflow_signals")["capped"], timeout=30)
         eventually(lambda: heard_at_once(app), timeout=10)
 

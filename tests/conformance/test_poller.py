@@ -164,6 +164,58 @@ def test_all_slots_are_polled_when_the_workers_own_are_empty(app: Streamline, fl
     watch(app, use, workers=4)
 
 
+@pytest.mark.parametrize("slot", [99, None, "three"])
+def test_a_run_whose_slot_was_damaged_is_found_all_the_same(app: Streamline, flow: Workflow, slot: object) -> None:
+    """A slot only spreads the work. A run must not wait for ever because another program has changed it."""
+    run = flow.start()
+    app.runs.update_one({"_id": run.id}, {"$set": {"slot": slot}})
+
+    async def use(watch: Watch) -> None:
+        assert await watch.take(5) == [run.id]
+
+    watch(app, use, workers=4)
+
+
+def test_runs_of_more_queues_than_fit_in_one_search_are_all_found(app: Streamline) -> None:
+    """MongoDB merges at most 200 index scans. A worker with more queues takes turns, and must leave none out."""
+    flow = app.workflow("flow", steps={"only": lambda ctx: None})
+    queues = [f"tenant-{number}" for number in range(130)]
+    started = {flow.start(queue=queue).id for queue in queues}
+
+    async def use(watch: Watch) -> None:
+        watch.poller = Poller(app.lanes(queues), 0, 2, app.env)
+        taken: list[str] = []
+        while run_ids := await watch.take(50):
+            taken += run_ids
+        assert sorted(taken) == sorted(started)
+
+    watch(app, use)
+
+
+def test_a_search_reads_only_the_workflows_of_its_worker(app: Streamline, flow: Workflow) -> None:
+    """Other applications share the queue. Their runs are stepped over by their index keys, and never read or claimed."""
+    other = Streamline(app.where.uri, database=app.where.database).workflow("other", steps={"only": lambda ctx: None})
+    with other.app:
+        other.start_many([None] * 300)
+    mine = flow.start()
+    op = claims.find_due(app.lanes(), None, app.store().now(), 200, None)
+    command = {
+        "find": app.runs.name,
+        "filter": op.filter,
+        "projection": op.projection,
+        "sort": dict(op.sort),
+        "limit": op.limit,
+        "hint": op.hint,
+    }
+    stats = app.runs.database.command("explain", command, verbosity="executionStats")["executionStats"]
+    assert (stats["nReturned"], stats["totalDocsExamined"]) == (1, 1)
+
+    async def use(watch: Watch) -> None:
+        assert await watch.take(200) == [mine.id]
+
+    watch(app, use, workers=2)
+
+
 def test_a_run_started_after_an_empty_poll_is_found_by_the_next(app: Streamline, flow: Workflow) -> None:
     """The empty poll has seen the end of the queue. New runs stand behind it."""
 

@@ -127,12 +127,12 @@ def test_a_worker_whose_wake_ups_named_only_suspects_becomes_idle_afterwards(mak
 
 def test_a_wake_up_during_a_timer_claim_that_brings_nothing_is_not_lost(make_app: Callable[..., Streamline]) -> None:
     """The only place was promised to that claim. When the place was free again, the announced run was not claimed."""
-    announced: list[tuple[Any, str, str]] = []
+    announced: list[tuple[Any, str]] = []
 
     def probe(point: str) -> None:
         if point == "claim.before" and announced:
-            worker, lane, run_id = announced.pop()
-            asyncio.get_running_loop().call_soon(worker.wake_up, lane, run_id)
+            worker, run_id = announced.pop()
+            asyncio.get_running_loop().call_soon(worker.wake_up, run_id)
 
     app = make_app(env=replace(system_env(), probe=probe), concurrency=1)
     flow = app.workflow("flow", steps={"work": lambda ctx: 1})
@@ -142,7 +142,7 @@ def test_a_wake_up_during_a_timer_claim_that_brings_nothing_is_not_lost(make_app
             await alone(pool)
             gone, run = await flow.start_many_async([1, 2])
             await flow.pause_async(gone.id)
-            announced.append((pool.workers[0], flow.definition.lane, run.id))
+            announced.append((pool.workers[0], run.id))
             pool.workers[0].timers_fired([gone.id])
             await pool.until(lambda: app.runs.find_one({"_id": run.id})["status"] == "done")
 

@@ -110,7 +110,7 @@ def a_run(**changes: Any) -> Run:
             {"stepId": "a", "status": "done", "attempts": 2, "output": "x", "startedAt": NOW, "endedAt": NOW, "durationMs": 1500},
             {"stepId": "b", "status": "pending", "attempts": 0},
         ],
-        "createdAt": NOW, "updatedAt": NOW, "lane": "q/w/1", "slot": 3, "wakeAt": NOW, "tags": ["t"],
+        "createdAt": NOW, "updatedAt": NOW, "queue": "q", "lane": "q/w/1", "slot": 3, "wakeAt": NOW, "tags": ["t"],
     }  # fmt: skip
     return parse_run({**document, **changes})
 

@@ -40,7 +40,7 @@ def a_run(*steps: str | dict[str, Any], status: str = "running", **fields: Any) 
     current = next((step["stepId"] for step in made if step["status"] not in COMPLETED), None)
     document: dict[str, Any] = {
         "_id": "r1", "workflowId": "w", "version": "1", "status": status, "currentStepId": current, "steps": made,
-        "context": {}, "createdAt": NOW, "updatedAt": NOW, "lane": "q/w/1", "slot": 3, "wakeAt": NOW,
+        "context": {}, "createdAt": NOW, "updatedAt": NOW, "queue": "q", "lane": "q/w/1", "slot": 3, "wakeAt": NOW,
     }  # fmt: skip
     return parse_run({**document, **fields})
 

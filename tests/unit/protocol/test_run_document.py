@@ -245,7 +245,7 @@ def test_no_value_in_any_field_makes_reading_fail_in_another_way(field: str, val
             assert str(exc).startswith("DATA_CORRUPTION: run ")
 
 
-@pytest.mark.parametrize("changes", [{"wakeAt": "soon"}, {"wakeAt": None}, {"lane": 5}, {"slot": 99}, {"slot": None}], ids=shown)
+@pytest.mark.parametrize("changes", [{"wakeAt": "soon"}, {"wakeAt": None}, {"lane": 5}, {"queue": "other"}, {"queue": None}], ids=shown)
 def test_a_live_run_that_no_worker_can_find_says_so_when_read(changes: dict[str, Any]) -> None:
     """No other process will ever notice it, and a caller that waits for the run would wait for ever."""
     with pytest.raises(DataCorruptionError, match=r"no worker will find it|expected"):

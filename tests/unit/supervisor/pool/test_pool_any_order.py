@@ -30,13 +30,13 @@ beats = st.builds(
     idle=st.booleans(),
     recycle=st.sampled_from([None, None, "stuck"]),
     lru=st.just({}),
-    parked=st.just((("l", 1, "r"),)),
+    parked=st.just(((1, "r"),)),
     idle_check=st.integers(0, 9),
     **counters,
 )
 messages = st.one_of(
     st.just(StewardBeat(ready=True)),
-    st.builds(WorkDue, lane=st.just("l"), run_id=st.none(), count=st.integers(0, 3)),
+    st.builds(WorkDue, overdue=st.booleans(), run_id=st.none(), count=st.integers(0, 3)),
     st.builds(TimersFired, run_ids=st.sampled_from([("a",), ("a", "b", "c")])),
     st.builds(RunChanged, run_id=st.just("r"), owner=st.none()),
     st.builds(Released, owner=st.builds("h:{}:n".format, pids), runs=st.integers(0, 2)),

@@ -44,7 +44,7 @@ def test_failures_that_workers_report_open_the_circuit() -> None:
 def test_no_wake_up_passes_an_open_circuit_and_a_new_worker_gets_a_closed_gate() -> None:
     script = Script(workers=1).started()
     script.on_message(STEWARD, Probe(ok=False))
-    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+    script.on_message(STEWARD, WorkDue(run_id="r", count=1))
     assert not script.sent(WakeUp)
     script.signal(signal.SIGTTIN)
     assert script.sent(Gate) == [(102, Gate(state="closed"))]

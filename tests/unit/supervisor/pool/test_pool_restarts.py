@@ -116,7 +116,7 @@ def test_released_runs_wake_up_idle_workers() -> None:
     script = Script(workers=3).started()
     script.dies(103)
     script.on_message(STEWARD, Released(owner="h:103:n", runs=2))
-    assert script.sent(WakeUp) == [(101, WakeUp()), (102, WakeUp())]
+    assert script.sent(WakeUp) == [(101, WakeUp(overdue=True)), (102, WakeUp(overdue=True))]
 
 
 def test_crashes_are_restarted_with_growing_pauses_up_to_the_budget() -> None:

@@ -110,7 +110,7 @@ def test_hold_and_resume_reach_workers_that_are_forked_in_between() -> None:
     script.beat(101, state="holding")
     script.signal(signal.SIGTTIN)
     assert script.sent(Hold) == [(102, Hold(held=True))]
-    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+    script.on_message(STEWARD, WorkDue(run_id="r", count=1))
     assert not script.sent(WakeUp)
     script.signal(signal.SIGCONT)
     assert script.sent(Hold) == [(101, Hold(held=False)), (102, Hold(held=False))]

@@ -22,8 +22,8 @@ def test_one_due_run_wakes_up_one_idle_worker() -> None:
     """Sixteen workers that poll for one run are fifteen wasted queries."""
     script = Script(workers=3).started()
     script.beat(101, idle=False)
-    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
-    assert script.sent(WakeUp) == [(102, WakeUp(lane="l", run_id="r"))]
+    script.on_message(STEWARD, WorkDue(run_id="r", count=1))
+    assert script.sent(WakeUp) == [(102, WakeUp(run_id="r"))]
 
 
 def test_wake_ups_go_to_the_workers_in_turn() -> None:
@@ -31,16 +31,16 @@ def test_wake_ups_go_to_the_workers_in_turn() -> None:
     woken = []
     for _ in range(6):
         script.now += 0.001
-        script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+        script.on_message(STEWARD, WorkDue(run_id="r", count=1))
         woken += [pid for pid, _ in script.sent(WakeUp)]
     assert woken == [101, 102, 103, 101, 102, 103]
 
 
 def test_several_due_runs_wake_up_as_many_workers_and_name_no_run() -> None:
     script = Script(workers=3).started()
-    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=2))
-    assert script.sent(WakeUp) == [(101, WakeUp(lane="l")), (102, WakeUp(lane="l"))]
-    script.on_message(STEWARD, WorkDue(lane="l", run_id=None, count=50))
+    script.on_message(STEWARD, WorkDue(run_id="r", count=2))
+    assert script.sent(WakeUp) == [(101, WakeUp()), (102, WakeUp())]
+    script.on_message(STEWARD, WorkDue(run_id=None, count=50))
     assert len(script.sent(WakeUp)) == 3
 
 
@@ -48,10 +48,10 @@ def test_a_wake_up_that_finds_no_idle_worker_is_owed_to_the_next_idle_one() -> N
     """A worker in the middle of a poll may have just missed the run: the run would wait until the sweep."""
     script = Script(workers=1).started()
     script.beat(101, idle=False)
-    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+    script.on_message(STEWARD, WorkDue(run_id="r", count=1))
     assert not script.sent(WakeUp)
     script.beat(101, idle=True)
-    assert script.sent(WakeUp) == [(101, WakeUp(lane="l"))]
+    assert script.sent(WakeUp) == [(101, WakeUp())]
     script.beat(101, idle=True)
     assert not script.sent(WakeUp)
 
@@ -62,7 +62,7 @@ def test_each_worker_that_becomes_idle_gets_an_owed_wake_up() -> None:
     for pid in (101, 102, 103):
         script.beat(pid, idle=False)
     for _ in range(20):
-        script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+        script.on_message(STEWARD, WorkDue(run_id="r", count=1))
     woken = []
     for pid in (102, 101, 103):
         script.beat(pid, idle=True)
@@ -76,7 +76,7 @@ def test_each_worker_that_becomes_idle_gets_an_owed_wake_up() -> None:
 def test_wake_ups_beyond_the_idle_workers_are_owed_to_the_others() -> None:
     script = Script(workers=3).started()
     script.beat(102, idle=False)
-    script.on_message(STEWARD, WorkDue(lane="l", run_id=None, count=3))
+    script.on_message(STEWARD, WorkDue(run_id=None, count=3))
     assert [pid for pid, _ in script.sent(WakeUp)] == [101, 103]
     script.beat(101, idle=False)
     script.beat(103, idle=False)
@@ -84,21 +84,21 @@ def test_wake_ups_beyond_the_idle_workers_are_owed_to_the_others() -> None:
     assert [pid for pid, _ in script.sent(WakeUp)] == [102]
 
 
-def test_an_owed_wake_up_for_any_lane_is_not_narrowed_by_later_ones() -> None:
+def test_an_owed_wake_up_for_overdue_runs_is_not_narrowed_by_later_ones() -> None:
     """Released runs are older than the point where a poll for one lane's new runs begins."""
     script = Script(workers=2).started()
     for pid in (101, 102):
         script.beat(pid, idle=False)
-    script.on_message(STEWARD, WorkDue(lane=None, run_id=None, count=1))
-    script.on_message(STEWARD, WorkDue(lane="l", run_id="r", count=1))
+    script.on_message(STEWARD, WorkDue(run_id=None, count=1, overdue=True))
+    script.on_message(STEWARD, WorkDue(run_id="r", count=1))
     script.beat(101, idle=True)
-    assert script.sent(WakeUp) == [(101, WakeUp())]
+    assert script.sent(WakeUp) == [(101, WakeUp(overdue=True))]
 
 
 def test_parked_instants_go_to_the_steward() -> None:
     script = Script().started()
-    script.beat(101, parked=(("l", 5, "r"),))
-    assert script.sent(Parked) == [(STEWARD, Parked(instants=(("l", 5, "r"),)))]
+    script.beat(101, parked=((5, "r"),))
+    assert script.sent(Parked) == [(STEWARD, Parked(instants=((5, "r"),)))]
 
 
 def test_runs_whose_timers_fired_are_divided_among_busy_workers() -> None:

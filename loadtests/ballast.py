@@ -73,9 +73,9 @@ def _entered(document: Document) -> RunDocument:
     return cast(RunDocument, document)
 
 
-def finished() -> Document:
+def finished(workflow: Workflow = noop) -> Document:
     """A run that has completed all its steps."""
-    document = claimable(noop)
+    document = claimable(workflow)
     del document["wakeAt"]
     run = _entered(document)
     for place in range(len(document["steps"])):

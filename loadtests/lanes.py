@@ -233,7 +233,7 @@ class _Turn:
         ballast.insert(self.server, self.app.where.database, due)
         started = datetime.now(UTC)
         self.running.signal(signal.SIGCONT)
-        until(self._nothing_to_do, f"{self.runs} runs end", _TIMEOUT_S, 0.02)
+        until(self._nothing_to_do, f"{self.runs} runs end", _TIMEOUT_S)
         ended = [row["endedAt"] for row in self.app.runs.find({"createdAt": {"$gte": begun}, "status": "done"}, {"endedAt": 1})]
         assert len(ended) >= self.runs, "each run is done"
         taken_s: float = (max(ended) - started).total_seconds()
@@ -241,7 +241,7 @@ class _Turn:
 
     def _nothing_to_do(self) -> bool:
         # In this order: a run that is claimed between the two queries is found by the second one.
-        queries = (({"wakeAt": {"$exists": True}}, "streamline_due"), ({"lease.expiresAt": {"$exists": True}}, "streamline_lease"))
+        queries = (({"wakeAt": {"$exists": True}}, "streamline_claimable"), ({"lease.expiresAt": {"$exists": True}}, "streamline_lease"))
         return all(self.app.runs.find_one(query, {"_id": 1}, hint=hint) is None for query, hint in queries)
 
     def idle(self, seconds: float) -> dict[str, float]:

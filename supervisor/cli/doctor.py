@@ -14,7 +14,7 @@ from streamline_pool import embedded
 from streamline_pool.client.app import Streamline
 from streamline_pool.config.settings import Resolved
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
-from streamline_pool.protocol.engine_indexes import RUN_INDEXES
+from streamline_pool.protocol.engine_indexes import RETIRED_RUN_INDEXES, RUN_INDEXES
 from streamline_pool.supervisor.cli.application import (
     apply_settings,
     check_connection,
@@ -121,3 +121,6 @@ def _database(app: Streamline) -> Iterator[Finding]:
         yield Finding("warn", "indexes", f"missing: {', '.join(missing)}; the first pool makes them, or: streamline-pool init-db")
     else:
         yield Finding("ok", "indexes", ", ".join(index.name for index in RUN_INDEXES))
+    if retired := [name for name in RETIRED_RUN_INDEXES if name in present]:
+        drop = ", ".join(f'db.{app.runs.name}.dropIndex("{name}")' for name in retired)
+        yield Finding("warn", "retired indexes", f"they cost writes and are not used by this version; once all pools have it: {drop}")

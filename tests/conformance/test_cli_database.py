@@ -105,6 +105,17 @@ def test_doctor_finds_nothing_broken_here(shell: Shell) -> None:
     assert findings["indexes"]["state"] == "ok"
     assert findings["clock"]["state"] == "ok"
     assert "database: " in shell("doctor").stdout
+    assert "retired indexes" not in findings
+
+
+def test_doctor_names_an_index_that_only_an_earlier_version_uses(shell: Shell, mongodb_uri: str, database: str) -> None:
+    """It costs a write at every claim for ever, and no operator would think of it."""
+    shell("init-db")
+    with MongoClient[dict[str, Any]](mongodb_uri) as client:
+        client[database]["workflow_runs"].create_index({"lane": 1, "slot": 1, "priority": -1, "wakeAt": 1}, name="streamline_due")
+    (finding,) = [finding for finding in shell.json("doctor") if finding["name"] == "retired indexes"]
+    assert finding["state"] == "warn"
+    assert 'db.workflow_runs.dropIndex("streamline_due")' in finding["text"]
 
 
 # --- rights ---------------------------------------------------------------------------------------------------------

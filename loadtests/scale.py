@@ -7,6 +7,7 @@ can claim. Then sixteen workers of one pool work on a queue in the full one, and
 from __future__ import annotations
 
 import argparse
+import asyncio
 import tempfile
 import time
 from collections.abc import Mapping
@@ -14,11 +15,12 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, Self
 
 from streamline_pool import Streamline
 from streamline_pool.protocol.claims import claim_runs, find_due, read_claimed
-from streamline_pool.worker.poller import slots_of
+from streamline_pool.protocol.operations import Find
+from streamline_pool.worker.poller import Poller
 
 from . import ballast
 from .app import CLAIMS_VARIABLE, client_app, noop
@@ -56,7 +58,8 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         started = time.monotonic()
         ballast.fill(server, full, options.finished, options.sleeping, options.absent)
         report_progress(f"filled in {time.monotonic() - started:.0f} s")
-        rounds = _take_turns(server, apps[empty], apps[full], options)
+        with _Claimer(apps[empty]) as in_empty, _Claimer(apps[full]) as in_full:
+            rounds = _take_turns(server, in_empty, in_full, options)
         polls = {"empty": _examined(server, apps[empty], options.runs), "full": _examined(server, apps[full], options.runs)}
         efficiency = {"full": _efficiency(server, apps[full], options), "empty": _efficiency(server, apps[empty], options)}
     ratios = [row["ratio"] for row in rounds]
@@ -67,7 +70,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         "claim_mongod_us_per_run": {name: median(row[f"{name}_mongod_us"] for row in rounds) for name in ("empty", "full")},
         "claim_time_ratio_spread": spread(ratios),
         "rounds": rounds,
-        "one_find_due": polls,
+        "one_poll": polls,
         "efficiency": efficiency,
     }
     settings = {
@@ -75,7 +78,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         "finished": options.finished,
         "sleeping": options.sleeping,
         "claimable_of_an_absent_workflow": options.absent,
-        "claim": f"find_due, claim_runs, read_claimed: {_CLAIM} runs at a time, majority, by the synchronous store",
+        "claim": f"a worker's poll, claim_runs, read_claimed: {_CLAIM} runs at a time, majority",
         "runs_per_turn": options.runs,
         "workers": options.workers,
         "queue_for_efficiency": options.queue,
@@ -92,15 +95,15 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
 # --- the time of a claim -------------------------------------------------------------------------------------------
 
 
-def _take_turns(server: Server, empty: Streamline, full: Streamline, options: argparse.Namespace) -> list[dict[str, float]]:
+def _take_turns(server: Server, empty: _Claimer, full: _Claimer, options: argparse.Namespace) -> list[dict[str, float]]:
     """Empty, full, empty, full, …, empty."""
-    for app in (empty, full):
-        _claim_all(server, app, options.runs)  # warms up
-    blanks = [_claim_all(server, empty, options.runs)]
+    for claimer in (empty, full):
+        claimer.claim_all(server, options.runs)  # warms up
+    blanks = [empty.claim_all(server, options.runs)]
     rows = []
     for number in range(options.rounds):
-        measured = _claim_all(server, full, options.runs)
-        blanks.append(_claim_all(server, empty, options.runs))
+        measured = full.claim_all(server, options.runs)
+        blanks.append(empty.claim_all(server, options.runs))
         beside = {key: mean(blank[key] for blank in blanks[-2:]) for key in measured}
         row = {
             "ratio": measured["us"] / beside["us"],
@@ -115,28 +118,56 @@ def _take_turns(server: Server, empty: Streamline, full: Streamline, options: ar
     return rows
 
 
-def _claim_all(server: Server, app: Streamline, runs: int) -> dict[str, float]:
-    """Insert runs and claim them as one of two workers does: microseconds per run, and mongod's processor time in that."""
-    ballast.insert(server, app.where.database, (ballast.claimable(noop) for _ in range(runs)))
-    store, lanes, won = app.store(), app.lanes(), 0
-    started, cpu = time.perf_counter(), server.cpu_seconds()
-    while won < runs:
-        rows = store.run(find_due(lanes, slots_of(0, 2), store.now(), _CLAIM, None))
-        if len(rows) < _CLAIM:
-            rows = store.run(find_due(lanes, None, store.now(), _CLAIM, None))
-        run_ids = [row["_id"] for row in rows]
-        lease_id = app.env.new_id()
-        won += store.run(claim_runs(run_ids, lanes, lease_id, _OWNER, _LEASE_S))
-        assert len(store.run(read_claimed(run_ids, lease_id))) == len(run_ids), "no other process claims here"
-    taken_s, cpu_s = time.perf_counter() - started, server.cpu_seconds() - cpu
-    app.runs.delete_many({"lease.owner": _OWNER, "lease.expiresAt": {"$exists": True}})
-    return {"us": taken_s / runs * 1e6, "mongod_us": cpu_s / runs * 1e6}
+class _Claimer:
+    """Claims as one of two workers does. It lives as long as the measurement, because a worker remembers what it has polled."""
+
+    def __init__(self, app: Streamline) -> None:
+        self.app = app
+        self._poller = Poller(app.lanes(), 0, 2, app.env)
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self.app.close_async())
+        self._runner.close()
+
+    def claim_all(self, server: Server, runs: int) -> dict[str, float]:
+        """Insert runs and claim them: microseconds per run, and mongod's processor time in that."""
+        ballast.insert(server, self.app.where.database, (ballast.claimable(noop) for _ in range(runs)))
+        started, cpu = time.perf_counter(), server.cpu_seconds()
+        self._runner.run(self._claim(runs))
+        taken_s, cpu_s = time.perf_counter() - started, server.cpu_seconds() - cpu
+        self.app.runs.delete_many({"lease.owner": _OWNER, "lease.expiresAt": {"$exists": True}})
+        return {"us": taken_s / runs * 1e6, "mongod_us": cpu_s / runs * 1e6}
+
+    async def _claim(self, runs: int) -> None:
+        store, lanes, won = self.app.store_async(), self.app.lanes(), 0
+        while won < runs:
+            rows, _ = await self._poller.poll(store, _CLAIM, None)
+            if not rows:  # an insert that took longer than polls look back; the steward would have announced these runs as overdue
+                self._poller.forget()
+                continue
+            run_ids = [row["_id"] for row in rows]
+            lease_id = self.app.env.new_id()
+            won += await store.run(claim_runs(run_ids, lanes, lease_id, _OWNER, _LEASE_S))
+            assert len(await store.run(read_claimed(run_ids, lease_id))) == len(run_ids), "no other process claims here"
 
 
 def _examined(server: Server, app: Streamline, runs: int) -> dict[str, Any]:
-    """What the server examines for one poll of a queue of so many runs, by `explain`."""
+    """What the server examines for one poll of a queue of so many runs, by `explain`: from the start, and where the last one began."""
+    begun = app.store().now()
     ballast.insert(server, app.where.database, (ballast.claimable(noop) for _ in range(runs)))
-    poll = find_due(app.lanes(), None, app.store().now(), _CLAIM, None)
+    examined = {
+        "full": _explained(app, find_due(app.lanes(), None, app.store().now(), _CLAIM, None)),
+        "following": _explained(app, find_due(app.lanes(), None, app.store().now(), _CLAIM, None, since=begun)),
+    }
+    app.runs.delete_many({"lane": {"$in": list(app.lanes())}, "wakeAt": {"$lte": datetime.now(UTC)}})
+    return examined
+
+
+def _explained(app: Streamline, poll: Find) -> dict[str, Any]:
     command = {
         "find": app.runs.name,
         "filter": poll.filter,
@@ -146,7 +177,6 @@ def _examined(server: Server, app: Streamline, runs: int) -> dict[str, Any]:
         "hint": poll.hint,
     }
     stats = app.runs.database.command("explain", command, verbosity="executionStats")["executionStats"]
-    app.runs.delete_many({"lane": {"$in": list(app.lanes())}, "wakeAt": {"$lte": datetime.now(UTC)}})
     return {"returned": stats["nReturned"], "keys_examined": stats["totalKeysExamined"], "docs_examined": stats["totalDocsExamined"]}
 
 

@@ -74,8 +74,8 @@ def find_due(
     - `due_at`: the latest `wakeAt`.
     - `crashes_below`: leaves out runs that fail if one more worker is lost, for a worker that already holds such a run.
     - `skipped`: ids of runs that cannot be claimed.
-    - `since` with `priorities`: for runs of these priorities, the scans start at this `wakeAt` instead of at the beginning
-      (worker/poller.py says why). `priorities` without `since`: leaves these priorities out.
+    - `since`: the scans start at this `wakeAt`, in each priority, instead of at the beginning (worker/poller.py says why).
+    - `priorities`: only runs of these priorities; empty means all.
     """
     query = _in_lanes(lanes)
     query["wakeAt"] = {"$lte": due_at}
@@ -83,9 +83,8 @@ def find_due(
         query["slot"] = {"$mod": list(slots)}  # `$in` would make the scan seek from slot to slot; this one steps
     if since is not None:
         query["wakeAt"]["$gte"] = since
+    if priorities:
         query["priority"] = {"$in": list(priorities)}
-    elif priorities:
-        query["priority"] = {"$nin": list(priorities)}
     if crashes_below is not None:
         query["crashes"] = {"$lt": crashes_below}
     if skipped:

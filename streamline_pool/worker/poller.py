@@ -25,6 +25,7 @@ __all__ = ["Poller", "slots_of"]
 
 _SCANS_MAX = 190  # queues times priorities in one find; MongoDB merges at most 200 index scans
 _QUEUES_MAX = 60  # in one find, which leaves room for three priorities; a worker with more queues takes turns through them
+_PRIORITIES_MAX = 50  # remembered
 _FULL_SHARE = 1 / 50  # of the time that full polls may take; a guess
 _MARGIN = timedelta(seconds=5)  # runs become visible later than their `wakeAt` says, by an insert's duration and clock errors
 _SKIP_S = 30.0  # then the run is shown again: an operator may have repaired it
@@ -58,8 +59,8 @@ class _ScanStart:
     """What the last full poll has shown of some queues and slots."""
 
     since: datetime  # everything due before that was claimed, or is of a lower priority than what was found
-    priorities: frozenset[int]
-    settled: bool  # the last poll reached the end of the queue
+    priorities: frozenset[int]  # whose runs due before `since` were all found
+    settled: bool  # the last poll reached the end of the queue, so nothing of a lower priority was left before `since`
     full_at: float  # monotonic; from then on the next full poll is affordable
 
 
@@ -91,6 +92,7 @@ class Poller:
         self._env = env
         self._turn = 0  # which group comes first
         self._scan_starts: dict[tuple[str, bool], _ScanStart] = {}  # by (first lane, whether all slots were polled)
+        self._priorities: frozenset[int] = frozenset()  # of the runs that were found lately
         self._skipped: dict[str, float] = {}  # run id -> until when (monotonic)
         self.reslot(index, total)
 
@@ -148,8 +150,8 @@ class Poller:
         skipped = self._still_skipped()
         asked_at = self._env.clock.monotonic()
         query = _Query(lanes=group.lanes, slots=slots, now=store.now(), limit=limit, crashes_below=crashes_below, skipped=skipped)
-        if scan_start is not None and asked_at < scan_start.full_at and len(scan_start.priorities) * group.queues <= _SCANS_MAX:
-            found = await self._follow(store, query, scan_start)
+        if scan_start is not None and asked_at < scan_start.full_at:
+            found = await self._follow(store, query, scan_start, group.queues)
             if found is not None:
                 return found
             asked_at = self._env.clock.monotonic()
@@ -158,28 +160,34 @@ class Poller:
         settled = len(rows) < limit
         scan_starts[key] = _ScanStart(
             since=_start_of_next(query, rows, settled),
-            # A priority that is not a whole number was written by another program; full polls find such runs.
-            priorities=frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
-            | (scan_start.priorities if scan_start is not None else frozenset({0})),
+            priorities=self._priorities_to_follow(rows),
             settled=settled,
             full_at=answered_at + (answered_at - asked_at) / _FULL_SHARE,
         )
         return rows
 
-    async def _follow(self, store: AsyncStore, query: _Query, scan_start: _ScanStart) -> list[Mapping[str, Any]] | None:
-        """Poll from where the last poll began. None: the scan ends before the queue may end, so a full poll is needed."""
-        priorities, limit = sorted(scan_start.priorities), query.limit
-        rows = await query.find(store, limit, since=scan_start.since, priorities=priorities)
-        if scan_start.settled and len(rows) < limit:
-            # A scan from there does not show runs of a priority that was never seen before, and the next full poll may be seconds away.
-            others = await query.find(store, limit - len(rows), priorities=priorities)
-            scan_start.priorities |= {row["priority"] for row in others}
-            rows = sorted([*rows, *others], key=lambda row: (-row["priority"], row["wakeAt"]))
-        if len(rows) < limit and not scan_start.settled:
+    async def _follow(self, store: AsyncStore, query: _Query, scan_start: _ScanStart, queues: int) -> list[Mapping[str, Any]] | None:
+        """Poll from where the last poll began. None: a full poll is needed, because runs may be due since before that."""
+        if not scan_start.settled and not 0 < len(scan_start.priorities) * queues <= _SCANS_MAX:
             return None
-        scan_start.settled = len(rows) < limit
+        priorities = [] if scan_start.settled else sorted(scan_start.priorities)
+        rows = await query.find(store, query.limit, since=scan_start.since, priorities=priorities)
+        if len(rows) < query.limit and not scan_start.settled:
+            return None
+        scan_start.settled = len(rows) < query.limit
         scan_start.since = _start_of_next(query, rows, scan_start.settled)
+        scan_start.priorities = self._priorities_to_follow(rows)
         return rows
+
+    def _priorities_to_follow(self, rows: Sequence[Mapping[str, Any]]) -> frozenset[int]:
+        """The priorities of these rows, and the higher ones that were seen before.
+
+        Of a lower one, runs may be due since before the rows: a poll that starts at the rows would take younger runs of it first.
+        """
+        # A priority that is not a whole number was written by another program; full polls find such runs.
+        found = frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
+        self._priorities = found | self._priorities if len(self._priorities) < _PRIORITIES_MAX else found
+        return frozenset(priority for priority in self._priorities if priority >= min(found, default=priority + 1))
 
 
 def _start_of_next(query: _Query, rows: Sequence[Mapping[str, Any]], settled: bool) -> datetime:

@@ -12,6 +12,7 @@ import pytest
 
 from streamline_pool import Streamline, Workflow
 from streamline_pool.protocol import claims
+from streamline_pool.protocol.operations import Find
 from streamline_pool.storage.store import AsyncStore
 from streamline_pool.worker.poller import Poller
 
@@ -198,7 +199,45 @@ def test_a_search_reads_only_the_workflows_of_its_worker(app: Streamline, flow: 
     with other.app:
         other.start_many([None] * 300)
     mine = flow.start()
-    op = claims.find_due(app.lanes(), None, app.store().now(), 200, None)
+    stats = explained(app, claims.find_due(app.lanes(), None, app.store().now(), 200, None))
+    assert (stats["nReturned"], stats["totalDocsExamined"]) == (1, 1)
+
+    async def use(watch: Watch) -> None:
+        assert await watch.take(200) == [mine.id]
+
+    watch(app, use, workers=2)
+
+
+def test_an_urgent_run_that_comes_again_is_seen_behind_a_backlog(app: Streamline, flow: Workflow) -> None:
+    """Its priority was seen before, so no full poll is needed to find it."""
+    flow.start(priority=9)
+    flow.start_many([None] * 30)
+
+    async def use(watch: Watch) -> None:
+        watch.clock.cost_s = 1.0
+        for _ in range(3):
+            await watch.take(3)
+        urgent = await flow.start_async(priority=9)
+        assert (await watch.take(3))[0] == urgent.id
+
+    watch(app, use)
+
+
+def test_a_poll_behind_the_end_of_the_queue_steps_over_nothing_old(app: Streamline, flow: Workflow) -> None:
+    """A thousand claimed or unwanted runs of another priority must not be looked at again by each poll of an idle worker."""
+    other = Streamline(app.where.uri, database=app.where.database).workflow("other", steps={"only": lambda ctx: None})
+    with other.app:
+        other.start_many([None] * 1_000, priority=7)
+    app.runs.update_many({}, [{"$set": {"wakeAt": {"$subtract": ["$wakeAt", 60_000]}}}])
+    store = app.store()
+    op = claims.find_due(app.lanes(), None, store.now(), 200, None, since=store.now() - timedelta(seconds=5))
+    stats = explained(app, op)
+    assert stats["totalKeysExamined"] < 10
+    assert explained(app, claims.find_due(app.lanes(), None, store.now(), 200, None))["totalKeysExamined"] > 100
+
+
+def explained(app: Streamline, op: Find) -> dict[str, Any]:
+    """What the server examines for this search."""
     command = {
         "find": app.runs.name,
         "filter": op.filter,
@@ -207,13 +246,8 @@ def test_a_search_reads_only_the_workflows_of_its_worker(app: Streamline, flow: 
         "limit": op.limit,
         "hint": op.hint,
     }
-    stats = app.runs.database.command("explain", command, verbosity="executionStats")["executionStats"]
-    assert (stats["nReturned"], stats["totalDocsExamined"]) == (1, 1)
-
-    async def use(watch: Watch) -> None:
-        assert await watch.take(200) == [mine.id]
-
-    watch(app, use, workers=2)
+    stats: dict[str, Any] = app.runs.database.command("explain", command, verbosity="executionStats")["executionStats"]
+    return stats
 
 
 def test_a_run_started_after_an_empty_poll_is_found_by_the_next(app: Streamline, flow: Workflow) -> None:

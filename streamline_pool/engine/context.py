@@ -6,19 +6,22 @@ what was recorded together with the step's result. Safe to use from the handler'
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
 from streamline_pool.domain.document import RunDocument, WaitDocument
+from streamline_pool.domain.done import DONE, Done
 from streamline_pool.domain.errors import InvalidStateError, ValidationError
 from streamline_pool.domain.model import seconds
-from streamline_pool.events.event import ENGINE_EVENTS
+from streamline_pool.events.event import is_engine_name
 from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 
 from .abort_signal import AbortSignal
+from .context_view import ContextView, put
 from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
 
 __all__ = ["WAIT_MAX_S", "Context", "Port", "check_event_name", "register_hook"]
@@ -66,17 +69,6 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-class _Stored:
-    """What `checkpoint` returns: it has no value, and `async def` handlers may await it."""
-
-    def __await__(self) -> Generator[Any, None, None]:
-        return
-        yield
-
-
-_STORED = _Stored()
-
-
 def _copy(value: Any) -> Any:
     """A copy that a handler may change. Without it a retry would store a changed checkpoint, and a later step a changed context."""
     kind = type(value)
@@ -86,7 +78,10 @@ def _copy(value: Any) -> Any:
 
 
 class Context:
-    """One attempt at one step, as its handler sees it."""
+    """One attempt at one step, as its handler sees it.
+
+    Every call has done its work when it returns. Those without a result return a `Done`, which may be awaited, and counts as None.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -97,6 +92,7 @@ class Context:
         "_outputs",
         "_place",
         "_port",
+        "_unknown",
         "attempt",
         "signal",
         "step_id",
@@ -120,8 +116,9 @@ class Context:
         self.step_id: str = step["stepId"]
         self.attempt: int = step["attempts"]  # 1-based; counts entries into the handler, those of lost workers too
         self.signal = signal
-        self._context: dict[str, Any] | None = None  # this and the next are made by the first read
+        self._context: ContextView | None = None  # this and the next are made by the first read
         self._input: Any = None
+        self._unknown: set[str] | None = None  # names of steps that do not exist and were asked for; None: there were none
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -136,10 +133,13 @@ class Context:
         return str(self._document["workflowId"])
 
     @property
-    def context(self) -> dict[str, Any]:
-        """This attempt's view of the run's context; change it by `set`."""
+    def context(self) -> ContextView:
+        """The run's context as this attempt sees it: a dict for reading. Change it by `set`; an assignment raises ValidationError.
+
+        Its lists and mappings are copies. If the handler changes one of them and does not `set` its key, the attempt fails.
+        """
         if self._context is None:
-            self._context = _copy(self._document.get("context") or {})
+            self._context = self._intents.view = ContextView(_copy(self._document.get("context") or {}))
         return self._context
 
     @property
@@ -157,14 +157,28 @@ class Context:
         return f"{key}:{rewinds}" if rewinds else key
 
     def get_output(self, step_id: str) -> Any:
-        """The output of an earlier step, or None when it has none."""
+        """The output of an earlier step, or None when it has none. A warning is logged if the workflow has no such step.
+
+        Each call gives a copy of its own. It is the value itself, so there is nothing to await.
+        """
         for step in self._document["steps"]:
             if step["stepId"] == step_id:
                 output = step.get("output")
                 return _copy(self._outputs[output[EXTERNAL_KEY]] if is_external(output) else output)
+        self._warn_of_unknown(step_id if isinstance(step_id, str) else str(type(step_id)))
         return None
 
-    def set(self, key: str, value: Any) -> None:
+    def _warn_of_unknown(self, asked: str) -> None:
+        """Say once in an attempt that there is no such step."""
+        self._unknown = self._unknown or set()
+        if asked in self._unknown:
+            return
+        self._unknown.add(asked)
+        near = difflib.get_close_matches(asked, [step["stepId"] for step in self._document["steps"]], n=1)
+        fields = {"run_id": self.run_id, "workflow_id": self.workflow_id, "step_id": self.step_id}
+        log.warning("unknown_step", extra={"asked": asked, "nearest": near[0] if near else None, **fields})
+
+    def set(self, key: str, value: Any) -> Done:
         """Set a context key: visible in `ctx.context` at once, stored with this step's result, dropped if the attempt fails.
 
         Raises ValidationError for a key or a value that cannot be stored.
@@ -175,7 +189,8 @@ class Context:
         value, size = as_payload(value, f"context.{key}")
         self._intents.sets_bytes += size + len(key)
         self._intents.sets[key] = value
-        self.context[key] = _copy(value)
+        put(self.context, key, _copy(value))
+        return DONE
 
     # --- leaving the handler ---------------------------------------------------------------------------------------
 
@@ -214,33 +229,39 @@ class Context:
 
     # --- while the handler runs ------------------------------------------------------------------------------------
 
-    def heartbeat(self) -> None:
+    def heartbeat(self) -> Done:
         """Renew the lease now. Never needed for a step to live long (renewal is automatic)."""
         self._check_open()
         self._port.heartbeat()
+        return DONE
 
-    def emit(self, event: str, data: Any = None) -> None:
-        """Publish an event of your own at once, to subscribers of `app.events`. It answers no `wait_for`."""
+    def emit(self, event: str, data: Any = None) -> Done:
+        """Publish an event of your own at once, to subscribers of `app.events`. It answers no `wait_for`.
+
+        Names that begin with `workflow:`, `step:`, `engine:` or `scheduler:` are the engine's, and refused.
+        """
         self._check_open()
-        if not isinstance(event, str) or not event or event == "*" or event in ENGINE_EVENTS:
-            raise ValidationError(f"ctx.emit: {event!r} is not a name for an event of your own")
+        if not isinstance(event, str) or not event or event == "*" or is_engine_name(event):
+            raise ValidationError(f"ctx.emit: {event!r} is not a name for an event of your own; a name such as 'order:paid' is")
         check_payload(data, f"emit({event!r}).data")
         self._port.emit(event, data)
+        return DONE
 
-    def log(self, message: str, **data: Any) -> None:
+    def log(self, message: str, **data: Any) -> Done:
         """Log a line that names the run, the step and the attempt."""
         fields = {"run_id": self.run_id, "workflow_id": self.workflow_id, "step_id": self.step_id, "attempt": self.attempt}
         log.info("%s", message, extra={"data": data, **fields})
+        return DONE
 
-    def checkpoint(self, value: Any) -> _Stored:
+    def checkpoint(self, value: Any) -> Done:
         """Store the progress of this step; durable on return, kept across attempts, dropped when the step ends.
 
-        In `async def` handlers it may be awaited or not; the event loop is blocked for one majority write.
+        In `async def` handlers the event loop is blocked for one majority write.
         Raises LeaseLostError when this worker no longer holds the run.
         """
         self._check_open()
         self._port.save_checkpoint(*as_payload(value, "checkpoint"))
-        return _STORED
+        return DONE
 
     def get_checkpoint(self) -> Any:
         """What the last `checkpoint` of this step stored, in this or an earlier attempt; None when there is none."""

@@ -15,7 +15,7 @@ from streamline_pool.domain import transitions, waits
 from streamline_pool.domain.change import Change
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import RunDocument, WaitDocument
-from streamline_pool.domain.errors import ErrorCode, WorkflowError
+from streamline_pool.domain.errors import ErrorCode, ValidationError, WorkflowError
 from streamline_pool.domain.transitions import Failure
 from streamline_pool.protocol.payloads import split_output, with_outputs
 from streamline_pool.protocol.run_document import parse_run
@@ -23,9 +23,9 @@ from streamline_pool.protocol.run_document import parse_run
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of, timeout_failure
-from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
+from .intents import Intents, SleepSuspension, Suspension, WaitSuspension, changed_in_place
 
-__all__ = ["Decided", "File", "Moment", "allowed", "attempt_ended", "damaged", "failed", "version_mismatch"]
+__all__ = ["Decided", "File", "Moment", "allowed", "attempt_ended", "check_context", "damaged", "failed", "version_mismatch"]
 
 
 class File(NamedTuple):
@@ -61,13 +61,27 @@ def attempt_ended(document: RunDocument, definition: Definition, place: int, att
     if reason == "timeout":
         return Decided(failed(document, step, place, timeout_failure(step), at))
     suspension = intents.suspension or (outcome.value if outcome.kind is Kind.SUSPENDED else None)
+    if suspension is None and outcome.kind is not Kind.RETURNED:
+        if reason in ("shutdown", "lease-lost"):
+            return Decided(transitions.release(document, place, at.now, was_entered=True))
+        return Decided(failed(document, step, place, failure_of(outcome.value), at))
+    try:
+        check_context(document, intents, f"the handler of step {step.id}")
+    except ValidationError as exc:
+        return Decided(failed(document, step, place, failure_of(exc), at))
     if suspension is not None:
         return Decided(_suspended(document, place, suspension, intents.sets, at), intents.sets_bytes)
-    if outcome.kind is Kind.RETURNED:
-        return _returned(document, step, place, outcome.value, intents, at)
-    if reason in ("shutdown", "lease-lost"):
-        return Decided(transitions.release(document, place, at.now, was_entered=True))
-    return Decided(failed(document, step, place, failure_of(outcome.value), at))
+    return _returned(document, step, place, outcome.value, intents, at)
+
+
+def check_context(document: RunDocument, intents: Intents, who: str) -> None:
+    """Raises ValidationError if user code, named by `who`, changed a value of `ctx.context` that it did not set."""
+    key = changed_in_place(intents, document.get("context") or {})
+    if key is not None:
+        raise ValidationError(
+            f"{who} changed ctx.context[{key!r}] in place, and that change would be lost: call ctx.set({key!r}, value) after it, "
+            f"or change a copy, copy.deepcopy(ctx.context[{key!r}])"
+        )
 
 
 def _returned(document: RunDocument, step: StepDefinition, place: int, value: Any, intents: Intents, at: Moment) -> Decided:

@@ -31,7 +31,7 @@ from .attempt import Attempt, Outcome
 from .context import Context
 from .failures import failure_of
 from .intents import Intents
-from .outcomes import Decided, allowed, attempt_ended, damaged, failed, version_mismatch
+from .outcomes import Decided, allowed, attempt_ended, check_context, damaged, failed, version_mismatch
 from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
 
@@ -152,6 +152,7 @@ class RunDriver:
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
         try:
             enter = await allowed(active.step, context, active.document, active.outputs)
+            check_context(active.document, intents, f"a condition of step {active.step.id}")
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._state.closed:
                 raise

@@ -17,7 +17,7 @@ from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
 
-from .event import Event
+from .event import Event, check_subscribed
 from .stream import EventStream
 
 __all__ = ["EventBus", "OpenStream", "Subscriber", "global_event_bus"]
@@ -54,7 +54,10 @@ class EventBus:
         return bool(self._subscribers)
 
     def on(self, name: str, subscriber: Subscriber) -> Subscriber:
-        """Call `subscriber(event)` for every event of that name (`"*"`: of any name). Returns `subscriber`, for use with `off`."""
+        """Call `subscriber(event)` for every event of that name (`"*"`: of any name). Returns `subscriber`, for use with `off`.
+
+        Raises ValidationError for a name that begins as those of the engine do, such as `workflow:`, and is not one of them.
+        """
         return self._add(name, subscriber, once=False)
 
     def once(self, name: str, subscriber: Subscriber) -> Subscriber:
@@ -66,6 +69,7 @@ class EventBus:
             raise ValidationError(f"event name {name!r}: expected text such as 'workflow:completed' or '*'")
         if not callable(subscriber):
             raise ValidationError(f"events.on({name!r}): the subscriber must be a function of one argument, not {subscriber!r}")
+        check_subscribed(name, "events.on")
         with self._lock:
             self._subscribers.setdefault(name, []).append((subscriber, once))
         return subscriber
@@ -129,7 +133,7 @@ class EventBus:
         The stream is subscribed when this returns. That takes some hundredths of a second. A pool that does not answer
         makes it two seconds, and a warning is logged.
 
-        Raises ValidationError for malformed names and on `global_event_bus`; StoreUnavailableError without a database.
+        Raises ValidationError for malformed or misspelt names and on `global_event_bus`; StoreUnavailableError without a database.
         """
         wanted = _checked_names(names)
         if run_id is not None and (not isinstance(run_id, str) or not run_id):
@@ -176,6 +180,8 @@ def _checked_names(names: object) -> frozenset[str] | None:
         raise ValidationError(
             f"events.stream: names {names!r}: expected names such as 'workflow:completed'; leave it out for events of all names"
         )
+    for name in wanted:
+        check_subscribed(name, "events.stream")
     return None if "*" in wanted else frozenset(wanted)
 
 

@@ -5,18 +5,49 @@ How events reach subscribers is left to bus.py (this process), publisher.py and 
 
 from __future__ import annotations
 
+import difflib
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-__all__ = ["ENGINE_EVENTS", "Event"]
+from streamline_pool.domain.errors import ValidationError
+
+__all__ = ["ENGINE_EVENTS", "Event", "check_subscribed", "is_engine_name"]
+
+log = logging.getLogger("streamline_pool")
 
 ENGINE_EVENTS = frozenset(
     [f"workflow:{what}" for what in ["started", "completed", "failed", "waiting", "resumed", "cancelled", "recovered", "retry", "paused"]]
     + [f"step:{what}" for what in ["started", "completed", "failed", "waiting", "skipped", "retry-scheduled"]]
     + ["engine:error", "scheduler:error", "scheduler:circuit-open", "scheduler:circuit-closed"]
 )
-"""Names that only the engine publishes. `ctx.emit` refuses them."""
+"""Names that only the engine publishes."""
+
+_PREFIXES = ("workflow:", "step:", "engine:", "scheduler:")
+_ALIKE = 0.9  # of 1: `workflow.completed` is like an engine event, `order:completed` is not; chosen by trying such names
+
+
+def is_engine_name(name: str) -> bool:
+    """True for names that are the engine's alone, whether or not it publishes an event of that name."""
+    return name.startswith(_PREFIXES)
+
+
+def check_subscribed(name: str, where: str) -> None:
+    """Say that a name is misspelt: its subscriber would never be called.
+
+    A name with a prefix of the engine that no event has: ValidationError, naming the nearest. Another name that is much like
+    an engine event may be the user's own: a warning is logged.
+    """
+    if name in ENGINE_EVENTS:
+        return
+    if is_engine_name(name):
+        near = difflib.get_close_matches(name, ENGINE_EVENTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"those of the engine are {', '.join(sorted(ENGINE_EVENTS))}"
+        raise ValidationError(f"{where}: no event is named {name!r}, and names that begin so are the engine's; {hint}")
+    near = difflib.get_close_matches(name.lower(), ENGINE_EVENTS, n=1, cutoff=_ALIKE)
+    if near:
+        log.warning("event_name_unusual", extra={"event": name, "nearest": near[0]})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,17 @@ Owns the limits on stored values and the codec options. Does no I/O. The only mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, time, timedelta
-from decimal import Decimal
+from datetime import UTC, datetime
 from typing import Any
 
 import bson
+from bson.codec_options import TypeRegistry
 from bson.raw_bson import RawBSONDocument
 
+from streamline_pool.domain.done import DONE
 from streamline_pool.domain.errors import ValidationError
 
+from .replacements import NAIVE, way_out
 from .too_large import above_limit
 
 __all__ = [
@@ -33,12 +35,20 @@ __all__ = [
     "size_of",
 ]
 
+
+def _encode_done(value: Any) -> None:
+    """Store the result of a call on `ctx` as nothing. PyMongo asks for every value that it cannot encode itself."""
+    if value is not DONE:
+        raise OverflowError if isinstance(value, int) else TypeError
+
+
 CODEC: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
     tz_aware=True,
     tzinfo=UTC,
     uuid_representation=bson.binary.UuidRepresentation.STANDARD,
     datetime_conversion=bson.DatetimeConversion.DATETIME_AUTO,
     unicode_decode_error_handler="replace",
+    type_registry=TypeRegistry(fallback_encoder=_encode_done),
 )
 """How every document is written and read: times as aware UTC, UUIDs as BSON subtype 4.
 
@@ -61,8 +71,9 @@ It shows which of two inserts came first. No clock could: the clocks of two host
 """
 
 _SCALARS = (type(None), bool, float)
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, datetime})
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 _INT64 = 2**63
+_DATETIME = b"\x09"  # begins every datetime in BSON; other values may hold this byte too
 
 
 def check_payload(value: Any, where: str) -> int:
@@ -142,31 +153,42 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
     size = len(encoded)
     if size > bytes_max:
         raise above_limit(f"{where}: {size} bytes", bytes_max, path=where, size=size)
-    if size > 7 * PAYLOAD_DEPTH_MAX and _is_too_deep(value):  # the shortest level takes seven bytes
-        raise ValidationError(f"{where}: nested more than {PAYLOAD_DEPTH_MAX} levels deep", path=where)
+    may_be_deep = size > 7 * PAYLOAD_DEPTH_MAX  # the shortest level takes seven bytes
+    if (may_be_deep or _DATETIME in encoded) and not _is_acceptable(value):
+        path, reason = _first_unstorable(value, where, ())
+        raise ValidationError(f"{path}: {reason or f'nested more than {PAYLOAD_DEPTH_MAX} levels deep'}", path=path)
     return encoded
 
 
-def _is_too_deep(value: Any) -> bool:
-    """True if the value has more than PAYLOAD_DEPTH_MAX levels."""
+def _is_acceptable(value: Any) -> bool:
+    """False if the value has more than PAYLOAD_DEPTH_MAX levels, or a datetime without a time zone, which is encoded as if it were UTC.
+
+    Looks at the types of a container's items first, so that long lists of numbers or texts cost little.
+    """
     level = [value] if isinstance(value, (Mapping, list, tuple)) else []
+    if isinstance(value, datetime):
+        return value.tzinfo is not None
     for _ in range(PAYLOAD_DEPTH_MAX):
-        items = (item for outer in level for item in (outer.values() if isinstance(outer, Mapping) else outer))
-        level = [item for item in items if type(item) not in _LEAVES and isinstance(item, (Mapping, list, tuple))]
-        if not level:
-            return False
-    return True
-
-
-_INSTEAD: Mapping[type, str] = {
-    date: "; use an aware datetime, or its isoformat()",
-    time: "; use its isoformat()",
-    timedelta: "; use its total_seconds()",
-    Decimal: "; use bson.Decimal128, or text",
-    set: "; use a list",
-    frozenset: "; use a list",
-}
-"""What to use instead of the types that users try most."""
+        deeper: list[Any] = []
+        for container in level:
+            items = container if type(container) is list else container.values() if isinstance(container, Mapping) else container
+            if _PLAIN.issuperset(map(type, items)):
+                continue
+            for item in items:
+                kind = type(item)
+                if kind is dict or kind is list:
+                    deeper.append(item)
+                elif kind in _PLAIN:
+                    continue
+                elif isinstance(item, datetime):
+                    if item.tzinfo is None:
+                        return False
+                elif isinstance(item, (Mapping, list, tuple)):
+                    deeper.append(item)
+        if not deeper:
+            return True
+        level = deeper
+    return False
 
 
 def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[str, str]:
@@ -181,13 +203,15 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     try:
         if isinstance(value, (Mapping, list, tuple)):
             return _first_in_container(value, path, (*above, id(value)))
+        if isinstance(value, datetime) and value.tzinfo is None:
+            return path, NAIVE
         bson.encode({"": value}, codec_options=CODEC)
     except OverflowError:
-        return path, f"cannot store {value!r}: whole numbers end at 64 bits, and dates at the year 9999"
+        return path, f"cannot store {value!r}: whole numbers end at 64 bits, and dates at the year 9999; store str(value)"
     except UnicodeError:
         return path, "cannot store this text: it holds a lone surrogate, which UTF-8 cannot"
     except Exception:  # noqa: BLE001 -- as in `encode_payload`
-        return path, f"cannot store {type(value)}{_INSTEAD.get(type(value), '')}"
+        return path, f"cannot store {type(value)}{way_out(value)}"
     return path, ""
 
 
@@ -195,7 +219,7 @@ def _first_in_container(value: Any, path: str, above: tuple[int, ...]) -> tuple[
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{path}.{key!r}", f"keys must be text, not {type(key)}"
+                return f"{path}.{key!r}", f"keys must be text, not {type(key)}; use str(key)"
             if "\0" in key:
                 return f"{path}.{key!r}", "keys cannot hold a NUL character"
             found = _first_unstorable(item, f"{path}.{key}", above)

@@ -61,6 +61,40 @@ def legacy(ctx: Any) -> Any:
     return ctx.input
 
 
+@orders.step
+async def as_in_node(ctx: Context) -> None:
+    await ctx.set("key", 1)
+    await ctx.log("text", percent=50)
+    await ctx.emit("order:paid", {"total": 1})
+    await ctx.heartbeat()
+    await ctx.checkpoint({"page": 1})
+
+
+@orders.step
+async def a_wait_narrows_types(ctx: Context) -> str:
+    answer: str | None = ctx.get_output("ask")
+    if answer is None:
+        ctx.wait("Please approve")  # NoReturn; so `await` on it works, and pyright calls it unneeded
+    return answer
+
+
+@orders.step
+def reads_the_context(ctx: Context) -> dict[str, Any]:
+    whole: dict[str, Any] = ctx.context
+    number: int = ctx.context.get("number", 5)
+    copied = dict(ctx.context)
+    copied["number"] = number
+    return {**whole, **ctx.context.copy(), **copied}
+
+
+@orders.step
+def changes_the_context(ctx: Context) -> None:
+    ctx.context["number"] = 5  # error
+    del ctx.context["number"]  # error
+    ctx.context.update(number=5)  # error
+    ctx.context.setdefault("number", 5)  # error
+
+
 def decorated_functions_stay_what_they_are(ctx: Context) -> None:
     boxes: dict[str, int] = reserve(ctx)
     packed: int = pack(ctx)

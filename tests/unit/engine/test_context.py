@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
+import logging
+import pickle
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, cast
 
+import orjson
 import pytest
 
 from streamline_pool import InvalidStateError, LeaseLostError, ValidationError, WorkflowCancelledError, create_hook
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.engine.abort_signal import AbortSignal, fire_signal
 from streamline_pool.engine.context import Context
-from streamline_pool.engine.intents import Intents, Suspension, WaitSuspension
+from streamline_pool.engine.intents import Intents, Suspension, WaitSuspension, changed_in_place
+from streamline_pool.protocol.codec import as_payload
 
 
 class Port:
@@ -70,6 +76,126 @@ def test_a_checkpoint_can_be_awaited_or_not() -> None:
     assert port.calls == [("checkpoint", [1, 2]), ("checkpoint", 3)]
 
 
+def test_every_call_can_be_awaited_or_not() -> None:
+    """Handlers of the Node library await each of them, and users rewrite them line by line."""
+    ctx, port = made(intents := Intents())
+
+    async def work() -> None:
+        await ctx.set("k", 1)
+        await ctx.log("text")
+        await ctx.emit("mine")
+        await ctx.heartbeat()
+        await ctx.checkpoint(1)
+
+    asyncio.run(work())
+    assert intents.sets == {"k": 1}
+    assert port.calls == [("mine", None), "heartbeat", ("checkpoint", 1)]
+
+
+@pytest.mark.parametrize("name", ["sleep", "wait", "wait_for"])
+def test_an_awaited_wait_ends_the_handler_as_one_that_is_not_awaited(name: str) -> None:
+    ctx, _ = made()
+
+    async def work() -> None:
+        await getattr(ctx, name)({"sleep": 5}.get(name, "text"))
+
+    with pytest.raises(Suspension):
+        asyncio.run(work())
+
+
+def test_the_result_of_a_call_counts_as_nothing() -> None:
+    """`lambda ctx: ctx.set("k", 1) or 5` gives 5."""
+    ctx, _ = made()
+    assert (ctx.set("k", 1) or 5, bool(ctx.log("text")), repr(ctx.emit("mine"))) == (5, False, "None")
+
+
+# --- the context can be read only -----------------------------------------------------------------------------------
+
+NESTED = {"a": {"b": [1, {"c": 2}]}, "k": 1}
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "assignment": lambda context: context.__setitem__("k", 2),
+    "new key": lambda context: context.__setitem__("new", 2),
+    "del": lambda context: context.__delitem__("k"),
+    "update": lambda context: context.update(k=2),
+    "setdefault": lambda context: context.setdefault("new", 2),
+    "pop": lambda context: context.pop("k"),
+    "popitem": lambda context: context.popitem(),
+    "clear": lambda context: context.clear(),
+    "|=": lambda context: context.__ior__({"k": 2}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_context_is_refused_and_ctx_set_is_named(change: Callable[[Any], Any]) -> None:
+    """It was visible in this handler and then lost, which no test of this handler alone shows."""
+    ctx, _ = made(context=NESTED)
+    with pytest.raises(ValidationError, match=r"ctx\.context is read-only.*ctx\.set\("):
+        change(ctx.context)
+    assert ctx.context == NESTED
+    ctx.set("k", 3)
+    assert ctx.context["k"] == 3
+
+
+def test_the_context_is_a_dict_for_all_who_read_it() -> None:
+    ctx, _ = made(context=NESTED)
+    assert isinstance(ctx.context, dict)
+    assert (json.loads(json.dumps(ctx.context)), orjson.loads(orjson.dumps(ctx.context))) == (NESTED, NESTED)
+    copies = [
+        dict(ctx.context), {**ctx.context}, ctx.context.copy(), copy.copy(ctx.context), copy.deepcopy(ctx.context), ctx.context | {},
+        pickle.loads(pickle.dumps(ctx.context)), as_payload(ctx.context, "output")[0],
+    ]  # fmt: skip
+    for made_copy in copies:
+        assert type(made_copy) is dict
+        assert made_copy == NESTED
+        made_copy["k"] = 5  # a copy is the handler's own
+    assert ctx.context == NESTED
+    assert repr(ctx.context) == repr(NESTED)
+
+
+def test_a_change_inside_of_a_value_is_found_unless_its_key_is_set() -> None:
+    """`ctx.context["a"]["b"] = 1` cannot be refused at once without refusing those who set the key afterwards."""
+    ctx, _ = made(intents := Intents(), context=NESTED)
+    assert changed_in_place(intents, NESTED) is None, "the context was not read"
+    ctx.context["a"]["b"][1]["c"] = 3
+    assert changed_in_place(intents, NESTED) == "a"
+    ctx.set("a", ctx.context["a"])
+    assert changed_in_place(intents, NESTED) is None
+    ctx.context["a"]["b"].append(4)
+    assert changed_in_place(intents, NESTED) == "a", "changed after it was set"
+
+
+def test_reading_and_changing_a_copy_is_no_change() -> None:
+    """Numbers that differ from themselves must not count as changed."""
+    stored = {"nan": [float("nan")], "a": [1]}
+    ctx, _ = made(intents := Intents(), context=stored)
+    copy.deepcopy(ctx.context)["a"].append(2)
+    [*ctx.context["a"]].append(2)
+    ctx.set("nan2", [float("nan")])
+    assert changed_in_place(intents, stored) is None
+
+
+# --- steps that do not exist ----------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_step_is_said_once_with_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    """None from a misspelt name looks like a step without an output."""
+    ctx, _ = made()
+    ctx._document["steps"][0]["stepId"] = "reserve"
+    with caplog.at_level(logging.WARNING):
+        assert [ctx.get_output(name) for name in ("reserv", "reserv", "zzz", "reserve", "b")] == [None, None, None, "A", None]
+    warned = [(record.message, record.step_id, record.asked, record.nearest) for record in caplog.records]  # type: ignore[attr-defined]
+    assert warned == [("unknown_step", "b", "reserv", "reserve"), ("unknown_step", "b", "zzz", None)]
+
+
+@pytest.mark.parametrize("name", [None, 5, ["a"]])
+def test_a_step_id_that_is_no_text_is_said_too(name: Any, caplog: pytest.LogCaptureFixture) -> None:
+    ctx, _ = made()
+    with caplog.at_level(logging.WARNING):
+        assert ctx.get_output(name) is None
+    assert [record.message for record in caplog.records] == ["unknown_step"]
+
+
 def test_a_sleep_is_no_exception_that_handlers_catch() -> None:
     ctx, _ = made()
     with pytest.raises(Suspension) as first:
@@ -86,7 +212,7 @@ def test_an_invalid_sleep_is_refused(delay: Any) -> None:
         made()[0].sleep(delay)
 
 
-@pytest.mark.parametrize("name", ["", "*", 5, None, "workflow:completed", "engine:error"])
+@pytest.mark.parametrize("name", ["", "*", 5, None, "workflow:completed", "engine:error", "workflow:mine", "step:done", "engine:"])
 def test_only_the_users_own_names_can_be_emitted(name: Any) -> None:
     ctx, port = made()
     with pytest.raises(ValidationError):

@@ -12,6 +12,7 @@ import pytest
 
 from streamline_pool import Event, EventBus, ValidationError
 from streamline_pool.events import bus as module
+from streamline_pool.events.event import ENGINE_EVENTS
 from support import eventually
 
 
@@ -147,3 +148,41 @@ def test_a_closed_bus_can_be_used_again(bus: EventBus) -> None:
 def test_a_subscription_that_cannot_work_is_refused(bus: EventBus, name: Any, subscriber: Any) -> None:
     with pytest.raises(ValidationError):
         bus.on(name, subscriber)
+
+
+# --- misspelt names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("workflow:complete", "workflow:completed"),
+        ("step:retry", "step:retry-scheduled"),
+        ("engine:errors", "engine:error"),
+        ("step:zzz", None),
+    ],
+)
+@pytest.mark.parametrize("call", ["on", "once", "stream"])
+def test_a_name_with_an_engine_prefix_that_no_event_has_is_refused(bus: EventBus, call: str, name: str, nearest: str | None) -> None:
+    """The subscriber of a misspelt name is never called, which looks like a system in which nothing fails."""
+    arguments = (name,) if call == "stream" else (name, print)
+    with pytest.raises(ValidationError) as caught:
+        getattr(bus, call)(*arguments)
+    assert f"no event is named {name!r}" in str(caught.value)
+    assert (f"did you mean {nearest!r}?" in str(caught.value)) is (nearest is not None)
+    assert not bus.active
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("workflow.completed", "workflow:completed"), ("Workflow:Completed", "workflow:completed")])
+def test_a_name_that_looks_like_an_engine_event_is_said(bus: EventBus, name: str, nearest: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be the user's own event, so it is accepted."""
+    with caplog.at_level(logging.WARNING):
+        bus.on(name, print)
+    assert [(record.message, record.event, record.nearest) for record in caplog.records] == [("event_name_unusual", name, nearest)]  # type: ignore[attr-defined]
+
+
+def test_the_users_own_names_are_not_remarked_upon(bus: EventBus, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for name in ("order:completed", "mine", "*", "payment failed", "a", *ENGINE_EVENTS):
+            bus.on(name, print)
+    assert caplog.records == []

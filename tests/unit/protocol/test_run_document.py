@@ -23,7 +23,7 @@ from streamline_pool.protocol.run_document import as_stored, make_context, new_r
 from support import shown
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-NAIVE = datetime(2026, 1, 1, 12, 0, 0, 123456)  # noqa: DTZ001 -- users have them
+MICROSECONDS = datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC)
 UID = UUID("12345678123456781234567812345678")
 
 
@@ -69,7 +69,7 @@ STORABLE = [
     ("ä\0😀", "ä\0😀"), (b"\0\xff", b"\0\xff"), ((1, (2,)), [1, [2]]), ([], []), ({}, {}),
     ({"a.b": 1, "$c": 2, "": 3}, {"a.b": 1, "$c": 2, "": 3}),
     ({"$set": {"$x.y": 1}}, {"$set": {"$x.y": 1}}), (UID, UID), (Colour.RED, "red"), (Level.HIGH, 3), ({"k": Colour.RED}, {"k": "red"}),
-    (NAIVE, datetime(2026, 1, 1, 12, 0, 0, 123000, tzinfo=UTC)),
+    (MICROSECONDS, datetime(2026, 1, 1, 12, 0, 0, 123000, tzinfo=UTC)),
     (datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=2))), datetime(2026, 1, 1, 10, tzinfo=UTC)),
     (bson.Decimal128("1.10"), bson.Decimal128("1.10")), (bson.ObjectId(b"a" * 12), bson.ObjectId(b"a" * 12)), (bson.Int64(5), 5),
     (nested(PAYLOAD_DEPTH_MAX), nested(PAYLOAD_DEPTH_MAX)), (nested(PAYLOAD_DEPTH_MAX, list), nested(PAYLOAD_DEPTH_MAX, list)),

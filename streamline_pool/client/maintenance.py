@@ -13,7 +13,7 @@ from typing import Any
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.protocol import retention
 from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
-from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, making_indexes, tenant_fields
+from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, field_of_run, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
 
@@ -47,7 +47,8 @@ class Maintenance:
         )
         names = yield from self.initializing_database()
         names += yield from making_indexes(indexes)
-        self._tenant_field = tenant_field or self._tenant_field
+        if tenant_field is not None:
+            self._tenant_field = field_of_run(tenant_field, "setup_indexes: tenant_field")
         return names
 
     def cleaning_up_old_runs(self, days: float | timedelta, tenant_id: Any, dry_run: bool) -> Procedure[int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.protocol import server_codes
 from streamline_pool.protocol.engine_indexes import IndexDefinition
@@ -18,11 +19,12 @@ from streamline_pool.protocol.operations import Command, Reply
 from .driver_errors import has_code
 from .procedures import Procedure, Sleep
 
-__all__ = ["TENANT_FIELD", "check_field", "custom_indexes", "days_in_seconds", "making_indexes", "tenant_fields"]
+__all__ = ["TENANT_FIELD", "check_field", "custom_indexes", "days_in_seconds", "field_of_run", "making_indexes", "tenant_fields"]
 
 TENANT_FIELD = "context.tenantId"
 """The field of a run's tenant, unless `setup_indexes(tenant_field=)` names another one."""
 
+_RUN_FIELDS = frozenset(RunDocument.__annotations__)
 _TENANT_PREFIX = "streamline_tenant_"
 _TTL = "streamline_ttl"
 _DAY_S = 86400.0
@@ -50,6 +52,15 @@ def check_field(field: object, where: str) -> str:
     return field
 
 
+def field_of_run(name: object, where: str) -> str:
+    """The field of a run that a name stands for: `tenantId` for `context.tenantId`, but `userId` and `meta.tenant` for themselves.
+
+    So it was in the Node library. Raises ValidationError as `check_field` does.
+    """
+    field = check_field(name, where)
+    return field if field.partition(".")[0] in _RUN_FIELDS else f"context.{field}"
+
+
 def custom_indexes(
     *, tenant_field: str | None, user_field: str | None, auto_cleanup_days: float | timedelta | None, context_fields: Sequence[str]
 ) -> tuple[IndexDefinition, ...]:
@@ -61,9 +72,9 @@ def custom_indexes(
         IndexDefinition(name="streamline_status_updated", key={"status": 1, "updatedAt": 1}),
     ]
     if tenant_field is not None:
-        field = check_field(tenant_field, "setup_indexes: tenant_field")
+        field = field_of_run(tenant_field, "setup_indexes: tenant_field")
         made.append(IndexDefinition(name=f"{_TENANT_PREFIX}{field}", key=_keys(field, "status", "createdAt")))
-    field = check_field("userId" if user_field is None else user_field, "setup_indexes: user_field")
+    field = field_of_run("userId" if user_field is None else user_field, "setup_indexes: user_field")
     made.append(IndexDefinition(name=f"streamline_user_{field}", key=_keys(field, "createdAt")))
     for given in context_fields:
         field = check_field(given, "setup_indexes: context_fields")
@@ -224,4 +235,6 @@ def tenant_fields() -> Procedure[list[str]]:
         if not has_code(exc, server_codes.NAMESPACE_NOT_FOUND):
             raise
         return []
-    return [found["name"].removeprefix(_TENANT_PREFIX) for found in existing if found["name"].startswith(_TENANT_PREFIX)]
+    named = [found["name"].removeprefix(_TENANT_PREFIX) for found in existing if found["name"].startswith(_TENANT_PREFIX)]
+    # An earlier version made an index for a bare name as it stood. No run has that field.
+    return [field for field in named if field.partition(".")[0] in _RUN_FIELDS]

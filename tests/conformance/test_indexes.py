@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from old_runs import put_run
 from pymongo import ASCENDING
 
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError
@@ -51,6 +52,26 @@ def test_it_makes_what_it_says_and_returns_every_name(app: Streamline) -> None:
     ttl = indexes(app)["streamline_ttl"]
     assert ttl["expireAfterSeconds"] == 30 * 86_400
     assert ttl["partialFilterExpression"] == {"status": {"$in": TERMINAL}}
+
+
+def test_a_bare_name_is_a_field_of_the_context_unless_the_run_has_it(app: Streamline) -> None:
+    """As in the Node library. An index on a field that no run has costs time, and serves no query."""
+    app.setup_indexes(tenant_field="tenantId", user_field="customer.userId")
+    made = keys(app)
+    assert made["streamline_tenant_context.tenantId"] == ["context.tenantId", "status", "createdAt"]
+    assert made["streamline_user_context.customer.userId"] == ["context.customer.userId", "createdAt"]
+    app.setup_indexes(tenant_field="meta.tenant", user_field="userId")
+    assert {"streamline_tenant_meta.tenant", "streamline_user_userId"} <= set(keys(app))
+
+
+def test_clean_up_of_a_tenant_uses_the_field_that_a_bare_name_stands_for(app: Streamline, make_app: Callable[..., Streamline]) -> None:
+    """An index that an earlier version made for the bare name must not make the field ambiguous."""
+    put_run(app, "a", context={"shop": "x"})
+    put_run(app, "b", context={"shop": "y"})
+    app.runs.create_index([("shop", 1), ("status", 1), ("createdAt", 1)], name="streamline_tenant_shop")
+    app.setup_indexes(tenant_field="shop")
+    assert app.cleanup_old_runs(tenant_id="x", dry_run=True) == 1
+    assert make_app().cleanup_old_runs(tenant_id="x") == 1
 
 
 def test_without_arguments_there_is_no_tenant_and_no_ttl(app: Streamline) -> None:

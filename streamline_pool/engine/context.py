@@ -175,8 +175,10 @@ class Context:
             return
         self._unknown.add(asked)
         near = difflib.get_close_matches(asked, [step["stepId"] for step in self._document["steps"]], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         fields = {"run_id": self.run_id, "workflow_id": self.workflow_id, "step_id": self.step_id}
-        log.warning("unknown_step", extra={"asked": asked, "nearest": near[0] if near else None, **fields})
+        # The whole sentence is the message: it is for the handler's author, whose test or program may print nothing else.
+        log.warning("unknown_step: ctx.get_output(%r) is None, because this workflow has no such step%s", asked, hint, extra=fields)
 
     def set(self, key: str, value: Any) -> Done:
         """Set a context key: visible in `ctx.context` at once, stored with this step's result, dropped if the attempt fails.

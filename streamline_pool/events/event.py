@@ -47,7 +47,7 @@ def check_subscribed(name: str, where: str) -> None:
         raise ValidationError(f"{where}: no event is named {name!r}, and names that begin so are the engine's; {hint}")
     near = difflib.get_close_matches(name.lower(), ENGINE_EVENTS, n=1, cutoff=_ALIKE)
     if near:
-        log.warning("event_name_unusual", extra={"event": name, "nearest": near[0]})
+        log.warning("event_name_unusual: %r is not %r, an event of the engine that is much like it", name, near[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

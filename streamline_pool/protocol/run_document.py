@@ -16,6 +16,7 @@ from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepState, St
 
 from .codec import check_text, decode_document, encode_document
 from .expressions import ENDED_STEP_TEXTS
+from .replacements import way_out
 from .too_large import above_limit
 
 __all__ = ["NEW_RUN_BYTES_MAX", "SLOTS", "as_stored", "check_run_id", "make_context", "new_run", "parse_run", "validate_run_document"]
@@ -289,7 +290,7 @@ def make_context(make: Callable[[Any], Any] | None, input: Any, where: str) -> A
     """
     context = make(input) if make is not None else input if isinstance(input, Mapping) else {}
     if not isinstance(context, Mapping):
-        raise ValidationError(f"{where}: context= must return a mapping, not {type(context)}")
+        raise ValidationError(f"{where}: context= must return a mapping, not {type(context)}{way_out(context)}")
     if "$ref" in context and "$id" in context:
         raise ValidationError(f"{where}: BSON reads a context with both $ref and $id as a database reference; rename one of the keys")
     return dict(context)

@@ -20,6 +20,8 @@ from streamline_pool import ValidationError
 from streamline_pool.domain.done import DONE
 from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.payloads import split_output
+from streamline_pool.protocol.run_document import make_context
+from support import shown
 
 NAIVE = datetime(2026, 1, 1, 12)  # noqa: DTZ001 -- what these tests are about
 AWARE = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -123,6 +125,15 @@ def test_a_refusal_names_the_way_out(value: Any, way_out: str) -> None:
     assert str(caught.value).startswith("VALIDATION_ERROR: output of step x.a[0]: cannot store ")
     assert way_out in str(caught.value)
     assert caught.value.context["path"] == "output of step x.a[0]"
+
+
+@pytest.mark.parametrize(
+    ("context", "way_out"), [(Order("book"), "store dataclasses.asdict(value)"), (coroutine(), "did you forget to await it?")], ids=shown
+)
+def test_a_first_context_that_is_no_mapping_names_the_way_out(context: Any, way_out: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        make_context(lambda input: context, None, "workflow w")
+    assert way_out in str(caught.value)
 
 
 def test_a_class_is_not_taken_for_one_of_its_objects() -> None:

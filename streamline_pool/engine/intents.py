@@ -53,6 +53,13 @@ def changed_in_place(intents: Intents, context: Mapping[str, Any]) -> str | None
     20 items, 10 µs for its copy).
     """
     for key, shown in list((intents.view or {}).items()):  # a copy: a thread that the handler left may be in `ctx.set`
-        if type(shown) in (dict, list) and shown != intents.sets.get(key, context.get(key)):
+        if type(shown) in (dict, list) and not _equal(shown, intents.sets.get(key, context.get(key))):
             return key
     return None
+
+
+def _equal(shown: Any, stored: Any) -> bool:
+    try:
+        return bool(shown == stored)
+    except BaseException:  # noqa: BLE001 -- the handler has put an object there whose own comparison may raise anything
+        return False

@@ -37,8 +37,7 @@ def test_changes_to_the_objects_that_ctx_returns_are_not_visible_to_later_steps(
 
     def first(ctx: Any) -> dict[str, Any]:
         ctx.set("set", {})
-        for shown in (ctx.input["nested"], ctx.context["nested"], ctx.context["set"]):
-            shown["object"] = object()
+        ctx.input["nested"]["object"] = object()
         ctx.set("dotted.key", 1)  # then the context is stored as a whole
         return {}
 

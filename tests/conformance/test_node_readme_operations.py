@@ -30,6 +30,7 @@ from streamline_pool import (
     global_event_bus,
 )
 from streamline_pool.config.env import system_env
+from streamline_pool.protocol.engine_indexes import RUN_INDEXES
 from streamline_pool.testing import TestKit
 from support import REPOSITORY, eventually, present
 
@@ -314,14 +315,18 @@ def test_monitoring(make_app: Callable[..., Streamline]) -> None:
 
 async def _with_a_claim_that_fails(app: Streamline, logged: list[Any]) -> bool:
     """Hide the index of the claims from a worker, as an operator's mistake would, until it has said so."""
-    runs = app.runs
-    await asyncio.to_thread(runs.database.command, "collMod", runs.name, index={"name": "streamline_due", "hidden": True})
+    claims_by = next(index.name for index in RUN_INDEXES if "wakeAt" in index.key)
+
+    async def hide(hidden: bool) -> None:
+        await asyncio.to_thread(app.runs.database.command, "collMod", app.runs.name, index={"name": claims_by, "hidden": hidden})
+
+    await hide(True)
     try:
         async with Pool(app) as pool:
             await pool.until(lambda: any(who == "scheduler" for who, _ in logged))
-            await asyncio.to_thread(runs.database.command, "collMod", runs.name, index={"name": "streamline_due", "hidden": False})
+            await hide(False)
     finally:
-        await asyncio.to_thread(runs.database.command, "collMod", runs.name, index={"name": "streamline_due", "hidden": False})
+        await hide(False)
     return True
 
 

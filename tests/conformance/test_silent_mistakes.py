@@ -92,12 +92,21 @@ def _append(ctx: Any) -> None:
     ctx.context["items"].append(2)
 
 
+def _append_what_bson_cannot_hold(ctx: Any) -> None:
+    ctx.context["items"].append(object())  # stored with others, it would fail the writes of a whole batch
+
+
+def _append_after_set(ctx: Any) -> None:
+    ctx.set("items", [1])
+    _append(ctx)
+
+
 def _append_and_wait(ctx: Any) -> None:
     _append(ctx)
     ctx.wait("?")
 
 
-@pytest.mark.parametrize("handler", [_append, _append_and_wait])
+@pytest.mark.parametrize("handler", [_append, _append_what_bson_cannot_hold, _append_after_set, _append_and_wait])
 def test_a_change_inside_of_a_context_value_fails_the_step_unless_it_is_set(app: Streamline, handler: Any) -> None:
     workflow = app.workflow("w", steps={"a": (handler, {"retries": 5})})
     run = workflow.execute(workflow.start({"items": [1]}).id)

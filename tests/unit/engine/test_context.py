@@ -165,6 +165,20 @@ def test_a_change_inside_of_a_value_is_found_unless_its_key_is_set() -> None:
     assert changed_in_place(intents, NESTED) == "a", "changed after it was set"
 
 
+def test_a_value_that_cannot_be_compared_counts_as_changed() -> None:
+    """Such as an array of numpy. What its comparison raises must fail the attempt, and not stop the engine's work on the run."""
+
+    class Hostile:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            raise SystemExit(9)
+
+    ctx, _ = made(intents := Intents(), context=NESTED)
+    ctx.context["a"]["b"][0] = Hostile()
+    assert changed_in_place(intents, NESTED) == "a"
+
+
 def test_reading_and_changing_a_copy_is_no_change() -> None:
     """Numbers that differ from themselves must not count as changed."""
     stored = {"nan": [float("nan")], "a": [1]}

@@ -147,14 +147,15 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
     """A payload as bytes: the BSON document `{"": value}`, which begins with its length. Raises as `as_payload` does."""
     try:
         encoded = bson.encode({"": value}, codec_options=CODEC)
+        size = len(encoded)
+        may_be_deep = size > 7 * PAYLOAD_DEPTH_MAX  # the shortest level takes seven bytes
+        acceptable = not (may_be_deep or _DATETIME in encoded) or _is_acceptable(value)
     except Exception as exc:  # noqa: BLE001 -- encoding calls user code: a mapping's own methods may raise anything
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
-    size = len(encoded)
     if size > bytes_max:
         raise above_limit(f"{where}: {size} bytes", bytes_max, path=where, size=size)
-    may_be_deep = size > 7 * PAYLOAD_DEPTH_MAX  # the shortest level takes seven bytes
-    if (may_be_deep or _DATETIME in encoded) and not _is_acceptable(value):
+    if not acceptable:
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or f'nested more than {PAYLOAD_DEPTH_MAX} levels deep'}", path=path)
     return encoded
@@ -167,7 +168,7 @@ def _is_acceptable(value: Any) -> bool:
     """
     level = [value] if isinstance(value, (Mapping, list, tuple)) else []
     if isinstance(value, datetime):
-        return value.tzinfo is not None
+        return value.utcoffset() is not None
     for _ in range(PAYLOAD_DEPTH_MAX):
         deeper: list[Any] = []
         for container in level:
@@ -181,7 +182,7 @@ def _is_acceptable(value: Any) -> bool:
                 elif kind in _PLAIN:
                     continue
                 elif isinstance(item, datetime):
-                    if item.tzinfo is None:
+                    if item.utcoffset() is None:
                         return False
                 elif isinstance(item, (Mapping, list, tuple)):
                     deeper.append(item)
@@ -203,7 +204,7 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     try:
         if isinstance(value, (Mapping, list, tuple)):
             return _first_in_container(value, path, (*above, id(value)))
-        if isinstance(value, datetime) and value.tzinfo is None:
+        if isinstance(value, datetime) and value.utcoffset() is None:
             return path, NAIVE
         bson.encode({"": value}, codec_options=CODEC)
     except OverflowError:

@@ -8,7 +8,7 @@ import enum
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
@@ -29,6 +29,13 @@ AWARE = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 class Stamp(datetime):
     """A class of another library that is a datetime."""
+
+
+class Nowhere(tzinfo):
+    """A time zone that has no offset. The standard library calls a datetime with it naive."""
+
+    def utcoffset(self, at: datetime | None) -> None:
+        return None
 
 
 class Colour(enum.Enum):
@@ -156,7 +163,7 @@ def test_a_key_that_is_no_text_names_the_way_out() -> None:
         check_payload({"a": {5: 1}}, "input")
 
 
-@pytest.mark.parametrize("naive", [NAIVE, Stamp(2026, 1, 1)], ids=["datetime", "a subclass"])
+@pytest.mark.parametrize("naive", [NAIVE, Stamp(2026, 1, 1), NAIVE.replace(tzinfo=Nowhere())], ids=["datetime", "a subclass", "no offset"])
 @pytest.mark.parametrize(
     ("shape", "path"),
     [

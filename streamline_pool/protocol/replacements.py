@@ -36,7 +36,7 @@ def _is(*kinds: type) -> Callable[[Any], bool]:
 _HINTS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (_is(type), "it is a class; store one of its objects, or its name"),
     (lambda value: isawaitable(value) or isinstance(value, asyncio.Future), "did you forget to await it? An `async def` handler can"),
-    (_has("__pydantic_fields__", "model_dump"), 'store value.model_dump(mode="json")'),
+    (_has("__pydantic_validator__", "model_dump"), 'store value.model_dump(mode="json")'),
     (_has("__fields__", "dict", "json"), "store value.dict()"),  # pydantic 1
     (dataclasses.is_dataclass, "store dataclasses.asdict(value)"),
     (_has("__attrs_attrs__"), "store attrs.asdict(value)"),

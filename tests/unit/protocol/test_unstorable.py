@@ -37,6 +37,11 @@ class Nowhere(tzinfo):
     def utcoffset(self, at: datetime | None) -> None:
         return None
 
+    dst = utcoffset
+
+    def tzname(self, at: datetime | None) -> str:
+        return "nowhere"
+
 
 class Colour(enum.Enum):
     RED = "red"
@@ -50,7 +55,7 @@ class Order:
 class PydanticModel:
     """What every model of pydantic 2 has; importing pydantic would make it a dependency of the tests."""
 
-    __pydantic_fields__: dict[str, Any] = {}  # noqa: RUF012 -- as pydantic has it
+    __pydantic_validator__ = None
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
         return {}

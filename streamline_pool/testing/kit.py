@@ -23,7 +23,7 @@ from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError, WorkflowNotFoundError
 from streamline_pool.domain.model import Run, seconds
-from streamline_pool.events.event import Event
+from streamline_pool.events.event import Event, check_subscribed
 
 from .app_harness import AppHarness
 from .time_travel import Timeline
@@ -207,7 +207,11 @@ class TestKit:
     # --- events ------------------------------------------------------------------------------------------------------
 
     def events(self, name: str = "*", *, run: Run | str | None = None) -> list[Event]:
-        """The events that the apps have published since `use`, oldest first. `name`, `run`: only the events with that name, of that run."""
+        """The events that the apps have published since `use`, oldest first. `name`, `run`: only the events with that name, of that run.
+
+        Raises ValidationError for a misspelt name of an engine event, as `app.events.on` does.
+        """
+        check_subscribed(name, "events")
         for harness in self._harnesses:
             harness.app.events.flush()
         run_id = run.id if isinstance(run, Run) else run

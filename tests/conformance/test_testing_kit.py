@@ -272,6 +272,8 @@ def test_events_returns_all_events_published_so_far(kit: TestKit, app: Streamlin
     assert [event.name for event in kit.events(run=first)] == names
     assert [event.run_id for event in kit.events("workflow:completed")] == [first.id, second.id]
     assert [event.data for event in kit.events("mine", run=second.id)] == [1]
+    with pytest.raises(ValidationError, match="did you mean 'workflow:failed'"):
+        kit.events("workflow:fail")  # else `assert not kit.events("workflow:fail")` would pass whatever has happened
 
 
 def test_the_async_forms_do_not_block_the_loop_of_the_test(kit: TestKit, app: Streamline) -> None:

@@ -38,6 +38,7 @@ ALLOWED_DRIVER = {
     "streamline_pool.storage.store": {"pymongo"},
     "streamline_pool.storage.target": {"pymongo"},
     "streamline_pool.protocol.codec": {"bson"},
+    "streamline_pool.protocol.plain_json": {"bson"},
     "streamline_pool.embedded.wire": {"bson"},
 }
 # Public in spite of the underscore: the standard library's names, which would otherwise collide with users' fields.

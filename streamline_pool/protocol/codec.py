@@ -1,6 +1,6 @@
 """What a payload may be, and how it becomes BSON and back.
 
-Owns the limits on stored values and the codec options. Does no I/O. The only module of this package that imports `bson`.
+Owns the limits on stored values and the codec options. Does no I/O. In this package only codec.py and plain_json.py import `bson`.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""What the command prints and its exit code. Owns exit codes, error texts, tables and JSON documents.
+"""What the command prints and its exit code. Owns exit codes, error texts, JSON documents, and lengths of time in words.
 
-Standard output carries answers only (with `--json` exactly one document); all other text goes to standard error.
+Tables are in tables.py. Standard output carries answers only (with `--json` exactly one document). All other text goes to
+standard error.
 """
 
 from __future__ import annotations
 
-import base64
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import IntEnum
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,16 @@ import orjson
 from streamline_pool import embedded
 from streamline_pool.config.settings import DEFAULT_MONGODB_URI, redact_text
 from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.protocol.plain_json import json_text
 
 __all__ = [
     "CommandError",
     "ExitCode",
     "ago",
     "error_line",
-    "package_version",
     "parsed_json",
     "print_error",
     "print_json",
-    "print_table",
     "short",
     "span",
     "unreachable_text",
@@ -60,14 +58,6 @@ class CommandError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
-
-
-def package_version() -> str:
-    """The installed version; a source tree that was never installed has none."""
-    try:
-        return metadata.version("streamline-pool")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 _ADVICE = (
@@ -102,9 +92,8 @@ def print_error(message: str, log_format: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output: instants as ISO 8601 in UTC, bytes as base64, other BSON types as text."""
-    options = orjson.OPT_INDENT_2 | orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
-    click.echo(orjson.dumps(value, default=_jsonable, option=options).decode())
+    """One JSON document on standard output. The forms of BSON types are those of protocol/plain_json.py."""
+    click.echo(json_text(value, indented=True))
 
 
 def parsed_json(option: str, text: str | None) -> Any:
@@ -124,24 +113,6 @@ def parsed_json(option: str, text: str | None) -> Any:
         raise CommandError(f"{where} is not JSON: {exc.msg} (line {exc.lineno}, column {exc.colno}).{advice}", ExitCode.USAGE) from None
     except (OSError, UnicodeDecodeError) as exc:
         raise CommandError(f"{option}: cannot read {where}: {getattr(exc, 'strerror', None) or exc}", ExitCode.USAGE) from None
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple | set | frozenset):
-        return list(value)
-    return str(value)
-
-
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; the last one is not padded."""
-    widths = [max(len(row[place]) for row in [headings, *rows]) for place in range(len(headings))]
-    for row in [headings, *rows]:
-        padded = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        click.echo("  ".join([*padded, row[-1]]).rstrip())
 
 
 def span(seconds: float) -> str:
@@ -166,5 +137,5 @@ def ago(moment: datetime | None, now: datetime) -> str:
 
 def short(value: Any, limit: int = 80) -> str:
     """`value` on one line, cut after `limit` characters."""
-    text = " ".join((value if isinstance(value, str) else orjson.dumps(value, default=_jsonable).decode()).split())
+    text = " ".join((value if isinstance(value, str) else json_text(value)).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

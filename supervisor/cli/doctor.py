@@ -12,6 +12,7 @@ import click
 
 from streamline_pool import embedded
 from streamline_pool.client.app import Streamline
+from streamline_pool.config.package_version import package_version
 from streamline_pool.config.settings import Resolved
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.protocol.engine_indexes import RETIRED_RUN_INDEXES, RUN_INDEXES
@@ -24,7 +25,7 @@ from streamline_pool.supervisor.cli.application import (
     server_settings,
     uri_faults_of,
 )
-from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_json, span, unreachable_text
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_json, span, unreachable_text
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 from streamline_pool.supervisor.pool.cpu_count import usable_cpus
 

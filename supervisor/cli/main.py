@@ -22,6 +22,7 @@ import click
 
 from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import system_env
+from streamline_pool.config.package_version import package_version
 from streamline_pool.config.settings import OPTIONS, Resolved, SettingError, Settings, read_files, redact_uri
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.supervisor.cli import pool_commands, run_commands
@@ -34,10 +35,11 @@ from streamline_pool.supervisor.cli.application import (
     wants_private_server,
 )
 from streamline_pool.supervisor.cli.cleanup import cleanup
-from streamline_pool.supervisor.cli.console import CommandError, ExitCode, package_version, print_error, print_json, unreachable_text
+from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_error, print_json, unreachable_text
 from streamline_pool.supervisor.cli.doctor import doctor
 from streamline_pool.supervisor.cli.options import Invocation, pick, setting_options
 from streamline_pool.supervisor.cli.systemd import systemd
+from streamline_pool.supervisor.cli.worker_list import workers
 from streamline_pool.supervisor.logs import setup_logging
 
 __all__ = ["cli", "main"]
@@ -75,7 +77,7 @@ def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: 
     return _run_the_pool()
 
 
-for command in (*pool_commands.ALL, cleanup, doctor, run_commands.runs, systemd):
+for command in (*pool_commands.ALL, cleanup, doctor, run_commands.runs, systemd, workers):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Sub-commands about the application and its pools: check, demo, init-db, start, workers."""
+"""Sub-commands about the application and its pools: check, demo, init-db, start."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from streamline_pool.supervisor.cli.console import (
     parsed_json,
     print_error,
     print_json,
-    print_table,
     short,
     span,
     unreachable_text,
 )
 from streamline_pool.supervisor.cli.explain import explain, seen_lately
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
+from streamline_pool.supervisor.cli.tables import print_table
 
 __all__ = ["ALL", "check_some_pool_claims", "ended_well", "print_result"]
 
@@ -191,33 +191,6 @@ def print_result(run: Run) -> None:
         click.echo(f"output: {short(run.output, 2000)}")
 
 
-@click.command(short_help="List the worker processes of the pools seen lately.")
-@setting_options(*CONNECTION)
-@json_option
-def workers(as_json: bool, **values: Any) -> int:
-    """List the worker processes of every pool that was seen in the last minute.
-
-    A pool stores these figures within seconds of a start or an end of workers, and every half minute otherwise.
-    """
-    with open_app(values) as app:
-        found = [worker for host in seen_lately(app.workers(), app.store().now()) for worker in _workers_of(host)]
-    if as_json:
-        print_json(found)
-        return ExitCode.OK
-    if not found:
-        click.echo("No pool has been seen in the last minute. Start one with: streamline-pool", err=True)
-        return ExitCode.OK
-    columns = {"HOST": "host", "PID": "pid", "STATE": "state", "IN FLIGHT": "in_flight", "RUNS": "runs_total", "STEPS": "steps_total"}
-    print_table(list(columns), [[str(worker.get(key, "-")) for key in columns.values()] for worker in found])
-    return ExitCode.OK
-
-
-def _workers_of(host: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A pool's workers, each with its host and its pool. A pool that is not ready has no ready workers."""
-    pool = {"host": host.get("host"), "pool": host.get("_id"), "pool_pid": host.get("pid"), "pool_state": host.get("state")}
-    return [{**pool, **worker} for worker in host.get("workers") or ()]
-
-
 @click.command(
     short_help="See the pool at work on your own standard library.",
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
@@ -250,4 +223,4 @@ def _module_at(path: Path) -> ModuleType:
     return module
 
 
-ALL: tuple[click.Command, ...] = (check, demo, init_db, start, workers)
+ALL: tuple[click.Command, ...] = (check, demo, init_db, start)

@@ -14,10 +14,11 @@ from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.protocol.operations import Find
 from streamline_pool.supervisor.cli.application import open_app
-from streamline_pool.supervisor.cli.console import ExitCode, ago, error_line, parsed_json, print_json, print_table, short, span
+from streamline_pool.supervisor.cli.console import ExitCode, ago, error_line, parsed_json, print_json, short, span
 from streamline_pool.supervisor.cli.explain import explain, part_of, seen_lately
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 from streamline_pool.supervisor.cli.pool_commands import check_some_pool_claims, ended_well, print_result
+from streamline_pool.supervisor.cli.tables import print_table
 
 __all__ = ["changes", "runs"]
 

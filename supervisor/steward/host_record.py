@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from streamline_pool.config.package_version import package_version
 from streamline_pool.protocol import hosts
 from streamline_pool.supervisor.ipc.messages import PoolFacts
 from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, DutyTools, StewardBoot
@@ -54,7 +55,7 @@ class HostRecord:
 
     async def _store(self) -> None:
         if self._facts is not None:
-            record = host_record(self._tools.boot, self._tools.lanes, self._facts)
+            record = host_record(self._tools.boot, self._tools.settings.app, self._tools.lanes, self._facts)
             await self._tools.run(hosts.put_host(record, HOST_TTL_S), READ_TIMEOUT_S)
 
     async def remove(self) -> None:
@@ -62,12 +63,14 @@ class HostRecord:
         await self._tools.store.run(hosts.remove_host(self._tools.boot.host_id))
 
 
-def host_record(boot: StewardBoot, lanes: Sequence[str], facts: PoolFacts) -> dict[str, Any]:
-    """The document that describes this pool."""
+def host_record(boot: StewardBoot, app: str | None, lanes: Sequence[str], facts: PoolFacts) -> dict[str, Any]:
+    """The document that describes this pool. `app` is its application, as `module:attribute`; None: not known."""
     return {
         "_id": boot.host_id,
         "host": boot.host,
         "pid": boot.pid,
+        "app": app,
+        "version": package_version(),
         "state": _pool_state(facts),
         "lanes": list(lanes),
         "circuit": facts.circuit,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .operations import Command
+from .operations import Command, Reply
 
 __all__ = [
     "EVENT_INDEXES",
@@ -18,6 +18,7 @@ __all__ = [
     "RUN_INDEXES",
     "IndexDefinition",
     "ensure_indexes",
+    "list_indexes",
 ]
 
 
@@ -84,3 +85,13 @@ def ensure_indexes(collection: str = "runs") -> Command:
     made = {"runs": RUN_INDEXES, "hosts": HOST_INDEXES, "events": EVENT_INDEXES}[collection]
     body = {"indexes": [index.spec() for index in made]}
     return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body=body)
+
+
+def list_indexes(collection: str = "runs") -> Command:
+    """Yields the indexes of a collection, as `listIndexes` describes them. Raises StoreUnavailableError if there is no collection."""
+    body = {"cursor": {"batchSize": 1_000}}  # a collection has at most 64 indexes
+    return Command(name="list_indexes", collection=collection, verb="listIndexes", body=body, parse=_first_batch, writes=False)
+
+
+def _first_batch(reply: Reply) -> list[Mapping[str, Any]]:
+    return list(reply["cursor"]["firstBatch"])

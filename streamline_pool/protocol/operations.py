@@ -57,6 +57,7 @@ class Find:
     sort: Sequence[tuple[str, int]] = field(default_factory=tuple)
     limit: int = 0  # 0: all
     hint: str | None = None  # name of the index
+    seconds_max: float | None = None  # the server gives up after so long; None: no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,6 +13,7 @@ __all__ = [
     "INVALID_DOCUMENT",
     "NAMESPACE_EXISTS",
     "NAMESPACE_NOT_FOUND",
+    "TIME_EXCEEDED",
     "TOO_LARGE",
     "TRANSIENT",
     "UNAUTHORIZED",
@@ -24,6 +25,8 @@ NAMESPACE_NOT_FOUND = 26
 NAMESPACE_EXISTS = 48
 UNAUTHORIZED = 13
 AUTHENTICATION_FAILED = 18
+TIME_EXCEEDED = 50
+"""A read took longer than `Find.seconds_max`."""
 
 TOO_LARGE = frozenset({10334, 17419, 17420})
 """The document would outgrow 16 MiB: BSONObjectTooLarge, and the same found after an update (17419) or its pipeline (17420)."""

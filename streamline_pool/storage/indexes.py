@@ -12,9 +12,9 @@ from typing import Any
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.protocol import server_codes
-from streamline_pool.protocol.engine_indexes import IndexDefinition
+from streamline_pool.protocol.engine_indexes import IndexDefinition, list_indexes
 from streamline_pool.protocol.expressions import TERMINAL_TEXTS
-from streamline_pool.protocol.operations import Command, Reply
+from streamline_pool.protocol.operations import Command
 
 from .driver_errors import has_code
 from .procedures import Procedure, Sleep
@@ -111,16 +111,6 @@ def days_in_seconds(days: object, where: str) -> float:
 # --- operations ----------------------------------------------------------------------------------------------------
 
 
-def _list_indexes() -> Command:
-    """Yields the indexes of the runs, as `listIndexes` describes them."""
-    body = {"cursor": {"batchSize": 1_000}}  # a collection has at most 64 indexes
-    return Command(name="list_indexes", collection="runs", verb="listIndexes", body=body, parse=_first_batch, writes=False)
-
-
-def _first_batch(reply: Reply) -> list[Mapping[str, Any]]:
-    return list(reply["cursor"]["firstBatch"])
-
-
 def _create_indexes(indexes: Sequence[IndexDefinition]) -> Command:
     """Create indexes. Does nothing when they exist. Several processes may do so at once: they wait for one build."""
     body = {"indexes": [index.spec() for index in indexes]}
@@ -143,7 +133,7 @@ def making_indexes(indexes: Sequence[IndexDefinition]) -> Procedure[list[str]]:
     creates nothing, when an index has the same keys or name but other options.
     """
     for tried in range(1, _TRIES + 1):
-        existing = yield _list_indexes()
+        existing = yield list_indexes()
         names = [_name_of(index, existing) for index in indexes]
         missing = [index for index, name in zip(indexes, names, strict=True) if name is None]
         try:
@@ -230,7 +220,7 @@ def _plain(option: Any) -> Any:
 def tenant_fields() -> Procedure[list[str]]:
     """The tenant fields for which a process has called `setup_indexes` in this database."""
     try:
-        existing = yield _list_indexes()
+        existing = yield list_indexes()
     except StoreUnavailableError as exc:
         if not has_code(exc, server_codes.NAMESPACE_NOT_FOUND):
             raise

@@ -39,7 +39,8 @@ def command_result(op: Command, reply: Mapping[str, Any]) -> Any:
 
 def find_arguments(op: Find) -> dict[str, Any]:
     """Keyword arguments of PyMongo's `find`."""
-    return {"filter": op.filter, "projection": op.projection, "sort": op.sort or None, "limit": op.limit, "hint": op.hint}
+    limits = {"limit": op.limit, "max_time_ms": None if op.seconds_max is None else milliseconds(op.seconds_max)}
+    return {"filter": op.filter, "projection": op.projection, "sort": op.sort or None, "hint": op.hint, **limits}
 
 
 def milliseconds(wait_s: float) -> int:

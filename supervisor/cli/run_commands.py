@@ -1,4 +1,4 @@
-"""`streamline-pool runs`: inspect stored runs and control them, without the application."""
+"""`streamline-pool runs`: inspect one stored run or control it, without the application. Lists are in run_list.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from streamline_pool.client.app import Streamline
 from streamline_pool.config.env import Env, system_env
 from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
-from streamline_pool.protocol.operations import Find
 from streamline_pool.supervisor.cli.application import open_app
 from streamline_pool.supervisor.cli.console import ExitCode, ago, error_line, parsed_json, print_json, short, span
 from streamline_pool.supervisor.cli.explain import explain, part_of, seen_lately
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 from streamline_pool.supervisor.cli.pool_commands import check_some_pool_claims, ended_well, print_result
+from streamline_pool.supervisor.cli.run_list import list_runs
 from streamline_pool.supervisor.cli.tables import print_table
 
 __all__ = ["changes", "runs"]
@@ -30,50 +30,7 @@ def runs() -> None:
     """Inspect stored runs, or control one."""
 
 
-@runs.command("list")
-@click.option("--status", type=click.Choice([status.value for status in RunStatus]), help="Only runs in this state.")
-@click.option("--workflow", metavar="ID", help="Only runs of this workflow.")
-@click.option("--queue", metavar="NAME", help="Only runs on this queue.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, metavar="N", help="At most N runs, newest first.")
-@setting_options(*CONNECTION)
-@json_option
-def list_runs(status: str | None, workflow: str | None, queue: str | None, limit: int, as_json: bool, **values: Any) -> int:
-    """List runs, newest first."""
-    query = {"status": status, "workflowId": workflow, "queue": queue}
-    with open_app(values) as app:
-        found = _find(app, {key: value for key, value in query.items() if value is not None}, limit)
-    if as_json:
-        print_json(found)
-    elif found:
-        _print_list(found, system_env().clock.now())
-    else:
-        click.echo("No such runs.", err=True)
-    return ExitCode.OK
-
-
-def _find(app: Streamline, query: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    op = Find(name="list_runs", collection="runs", filter=query, sort=(("createdAt", -1),), limit=limit)
-    found: list[dict[str, Any]] = app.store().run(op)
-    return found
-
-
-def _print_list(found: list[dict[str, Any]], now: datetime) -> None:
-    rows = []
-    for run in found:
-        paused = " (paused)" if run.get("paused") else ""
-        rows.append(
-            (
-                str(run["_id"]),
-                str(run.get("workflowId")),
-                str(run.get("version")),
-                f"{run.get('status')}{paused}",
-                str(run.get("currentStepId") or "-"),
-                str(run.get("queue", "default")),
-                ago(run.get("createdAt"), now),
-                short(part_of(run, "error").get("message") or "", 60),
-            )
-        )
-    print_table(("RUN", "WORKFLOW", "VERSION", "STATUS", "STEP", "QUEUE", "CREATED", "ERROR"), rows)
+runs.add_command(list_runs)
 
 
 @runs.command()

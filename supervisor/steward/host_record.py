@@ -85,7 +85,8 @@ def host_record(boot: StewardBoot, app: str | None, lanes: Sequence[str], facts:
 
 def visible_state(facts: PoolFacts) -> object:
     """The part of the facts whose change is stored soon; changed figures wait for the next regular write."""
-    return _pool_state(facts), facts.target, facts.circuit, [(worker.pid, worker.state) for worker in facts.workers]
+    workers = [(worker.pid, worker.state, worker.rss_bytes is None) for worker in facts.workers]  # the first measurement is worth a write
+    return _pool_state(facts), facts.target, facts.circuit, workers
 
 
 def _pool_state(facts: PoolFacts) -> str:

@@ -41,6 +41,7 @@ from streamline_pool.supervisor.cli.console import (
     unreachable_text,
 )
 from streamline_pool.supervisor.cli.explain import explain, seen_lately
+from streamline_pool.supervisor.cli.follow import follow, present_run
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
 from streamline_pool.supervisor.cli.tables import print_table
 
@@ -141,7 +142,11 @@ def init_db(lists: tuple[str, ...], as_json: bool, **values: Any) -> int:
 @setting_options(*CONNECTION)
 @json_option
 def start(workflow: str, input_text: str | None, wait: bool, timeout: float | None, as_json: bool, **values: Any) -> int:
-    """Store a run of WORKFLOW, for any pool to work on, and print its id."""
+    """Store a run of WORKFLOW, for any pool to work on, and print its id.
+
+    With --wait: say on standard error when an attempt fails and when the next one follows, and when a worker is lost. Print how
+    the run ended on standard output.
+    """
     given = {name: values.pop(name) for name in ("run_id", "idempotency_key", "priority", "queue")}
     run_input = parsed_json("--input", input_text)
     with open_app(values, needed_for="start") as app:
@@ -154,17 +159,26 @@ def start(workflow: str, input_text: str | None, wait: bool, timeout: float | No
         if wait:
             check_some_pool_claims(app, run)
             try:
-                run = flow.wait_for(run.id, timeout=timeout)
+                _report_setbacks(app, run, timeout)
             except TimeoutError:
                 raise CommandError(
                     f"run {run.id} has not ended within {timeout:g} s; it goes on. Inspect it with: streamline-pool runs show {run.id}",
                     ExitCode.CRASH,
                 ) from None
+            run = present_run(app, run.id)
     if as_json:
         print_json(run.to_dict())
     elif wait:
         print_result(run)
     return ExitCode.OK if not wait or ended_well(run) else ExitCode.CRASH
+
+
+def _report_setbacks(app: Streamline, run: Run, timeout_s: float | None) -> None:
+    """Wait until the run has ended. Say on standard error what went wrong meanwhile. TimeoutError after `timeout_s` seconds."""
+    for moment in follow(app, run.id, app.env, timeout_s):
+        for line in moment.lines:
+            if line.is_setback:
+                click.echo(line.text, err=True)
 
 
 def check_some_pool_claims(app: Streamline, run: Run) -> None:

@@ -1,28 +1,27 @@
-"""`streamline-pool runs`: inspect one stored run or control it, without the application. Lists are in run_list.py."""
+"""`streamline-pool runs`: show one stored run or control it, without the application.
+
+`runs list` is in run_list.py and `runs watch` in run_watch.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import click
 
-from streamline_pool.client.app import Streamline
-from streamline_pool.config.env import Env, system_env
-from streamline_pool.domain.errors import WorkflowNotFoundError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.supervisor.cli.application import open_app
 from streamline_pool.supervisor.cli.console import ExitCode, ago, error_line, parsed_json, print_json, short, span
 from streamline_pool.supervisor.cli.explain import explain, part_of, seen_lately
+from streamline_pool.supervisor.cli.follow import present_run
 from streamline_pool.supervisor.cli.options import CONNECTION, json_option, setting_options
-from streamline_pool.supervisor.cli.pool_commands import check_some_pool_claims, ended_well, print_result
 from streamline_pool.supervisor.cli.run_list import list_runs
+from streamline_pool.supervisor.cli.run_watch import watch
 from streamline_pool.supervisor.cli.tables import print_table
 
-__all__ = ["changes", "runs"]
-
-_WATCH_INTERVAL_S = 0.5  # between two reads of a watched run; a guess: people do not notice less, and the server has no load
+__all__ = ["runs"]
 
 
 @click.group()
@@ -31,6 +30,7 @@ def runs() -> None:
 
 
 runs.add_command(list_runs)
+runs.add_command(watch)
 
 
 @runs.command()
@@ -40,7 +40,7 @@ runs.add_command(list_runs)
 def show(run_id: str, as_json: bool, **values: Any) -> int:
     """Show one run: its steps, its data, and what it waits for."""
     with open_app(values) as app:
-        run = _get(app, run_id)
+        run = present_run(app, run_id)
         now = app.store().now()
         hosts = [] if as_json or run.is_terminal else seen_lately(app.workers(), now)
     if as_json:
@@ -48,13 +48,6 @@ def show(run_id: str, as_json: bool, **values: Any) -> int:
     else:
         _print_run(run, hosts, now)
     return ExitCode.OK
-
-
-def _get(app: Streamline, run_id: str) -> Run:
-    run = app.get_run(run_id)
-    if run is None:
-        raise WorkflowNotFoundError(f"there is no run {run_id!r} in this database; see: streamline-pool runs list", run_id=run_id)
-    return run
 
 
 def _print_run(run: Run, hosts: Sequence[Mapping[str, Any]], now: datetime) -> None:
@@ -145,57 +138,3 @@ def _print_outcome(run: Run, as_json: bool, sentence: str) -> int:
     else:
         click.echo(sentence)
     return ExitCode.OK
-
-
-@runs.command()
-@click.argument("run_id")
-@setting_options(*CONNECTION)
-@json_option
-def watch(run_id: str, as_json: bool, **values: Any) -> int:
-    """Print what happens to a run until it has ended. Exit code 0: done; 1: failed or cancelled.
-
-    With --json: the run as it was stored in the end.
-    """
-    env = system_env()
-    with open_app(values) as app:
-        run = _get(app, run_id)
-        if not run.is_terminal:
-            check_some_pool_claims(app, run)
-        for run, lines in _followed(app, run_id, env):
-            for line in [] if as_json else lines:
-                click.echo(f"{run.updated_at.astimezone():%H:%M:%S} {line}")
-    if as_json:
-        print_json(run.to_dict())
-    else:
-        print_result(run)
-    return ExitCode.OK if ended_well(run) else ExitCode.CRASH
-
-
-def _followed(app: Streamline, run_id: str, env: Env) -> Iterator[tuple[Run, list[str]]]:
-    """The run as it is now, and again at every change until it has ended, each time with a line for each change."""
-    before: Run | None = None
-    while True:
-        run = _get(app, run_id)
-        lines = changes(before, run)
-        if lines:
-            yield run, lines
-        if run.is_terminal:
-            return
-        before = run
-        env.sleep(_WATCH_INTERVAL_S)
-
-
-def changes(before: Run | None, after: Run) -> list[str]:
-    """What happened between two reads of a run, a line each; `before` None: the state of the run."""
-    old_steps = {step.step_id: step for step in before.steps} if before else {}
-    lines = []
-    for step in after.steps:
-        old = old_steps.get(step.step_id)
-        if (old is None and step.attempts == 0) or (old is not None and (old.status, old.attempts) == (step.status, step.attempts)):
-            continue
-        attempt = f" (attempt {step.attempts})" if step.attempts > 1 else ""
-        error = f": {short(error_line(step.error), 120)}" if isinstance(step.error, Mapping) else ""
-        lines.append(f"step {step.step_id} {step.status}{attempt}{error}")
-    if before is None or (before.status, before.paused) != (after.status, after.paused):
-        lines.append(f"run {after.status}{', paused' if after.paused else ''}")
-    return lines

@@ -23,7 +23,15 @@ NOW = datetime.now(UTC).replace(microsecond=0)
 
 def document(run_id: str, age_h: float = 1, **fields: Any) -> dict[str, Any]:
     at = NOW - timedelta(hours=age_h)
-    plain = {"workflowId": "orders", "version": "1", "status": "done", "queue": "default", "context": {}, "tags": [], "userId": None}
+    plain: dict[str, Any] = {
+        "workflowId": "orders",
+        "version": "1",
+        "status": "done",
+        "queue": "default",
+        "context": {},
+        "tags": [],
+        "userId": None,
+    }
     return {"_id": run_id, **plain, "createdAt": at, "updatedAt": at, "error": None, **fields}
 
 

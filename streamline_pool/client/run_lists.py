@@ -41,7 +41,7 @@ class RunPage(NamedTuple):
 class SlowList(NamedTuple):
     """Why a list may be slow."""
 
-    runs: int  # about how many there are, all of which the server may read
+    runs: int  # about how many are stored; the server may read them all
     field: str  # the field without an index, as `indexing_lists` takes it
 
 
@@ -52,7 +52,7 @@ def context_path(name: str, where: str) -> str:
 
 
 def finding_slow_list(wanted: RunFilter) -> Procedure[SlowList | None]:
-    """Whether the server may read every run for this list: there are more than LARGE, and no index narrows it. None: it need not."""
+    """Whether the server may read more than LARGE runs for this list, because no index serves it. None: it need not."""
     _check_filter(wanted)
     count = yield run_list.estimate_runs()
     if count <= LARGE:
@@ -63,8 +63,10 @@ def finding_slow_list(wanted: RunFilter) -> Procedure[SlowList | None]:
         if not has_code(exc, server_codes.NAMESPACE_NOT_FOUND, server_codes.UNAUTHORIZED):
             raise
         return None  # there are no runs, or the user may not know
-    missing = run_list.missing_index(wanted, indexes)
-    return None if missing is None else SlowList(count, missing)
+    is_served, narrowing = run_list.serving_indexes(wanted, indexes)
+    for path in () if is_served else narrowing:
+        is_served = is_served or (yield run_list.count_matching(wanted, path, LARGE + 1)) <= LARGE
+    return None if is_served else SlowList(count, run_list.most_selective(wanted))
 
 
 def listing_runs(

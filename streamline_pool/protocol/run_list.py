@@ -18,7 +18,8 @@ from .expressions import status_texts
 from .operations import Command, Find, Query, Reply
 
 __all__ = [
-    "LIST_FIELDS", "Cursor", "RunFilter", "estimate_runs", "index_for", "list_runs", "missing_index", "most_selective", "read_cursor",
+    "LIST_FIELDS", "Cursor", "RunFilter", "Serving",
+    "count_matching", "estimate_runs", "index_for", "list_runs", "most_selective", "read_cursor", "serving_indexes",
 ]  # fmt: skip
 
 LIST_FIELDS: Mapping[str, str] = {
@@ -56,6 +57,13 @@ class Cursor(NamedTuple):
 
     created_at: datetime
     run_id: str
+
+
+class Serving(NamedTuple):
+    """How the indexes of a collection serve a list."""
+
+    is_served: bool  # no list like this one makes the server read many runs
+    narrowing: Sequence[str]  # paths of filters with an index: the list is also served if few runs match one of them
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -131,19 +139,28 @@ def _single_values(wanted: RunFilter) -> list[tuple[str, str]]:
 # --- indexes -------------------------------------------------------------------------------------------------------
 
 
-def missing_index(wanted: RunFilter, indexes: Sequence[Mapping[str, Any]]) -> str | None:
-    """The field whose index a list lacks, as `index_for` takes it; None: an index of `indexes` narrows what the server reads.
+def serving_indexes(wanted: RunFilter, indexes: Sequence[Mapping[str, Any]]) -> Serving:
+    """How the indexes of the collection, as `listIndexes` describes them, serve a list.
 
-    `indexes` are those of the collection, as `listIndexes` describes them. An index narrows a list if it begins with a field
-    that the list filters by, or with `createdAt` if the list has no other filter or begins at an instant.
+    An index serves a list if it gives the runs in the order of the list, with one of the filters or without any. If it begins
+    with a filter but has another order, the server reads and sorts all runs that match this filter.
     """
-    first = {next(iter(index["key"])) for index in indexes if _serves_every_query(index)}
+    keys = [list(index["key"]) for index in indexes if _serves_every_query(index)]
     filtered = [path for path in _matching(wanted) if path != "createdAt"]
-    if first.intersection(filtered):
-        return None
-    if "createdAt" in first and (not filtered or wanted.created_from is not None):
-        return None
-    return most_selective(wanted)
+    by_age = any(key[0] == "createdAt" for key in keys)
+    if any(key[0] in filtered and key[1:] == ["createdAt", "_id"] for key in keys):
+        return Serving(True, ())
+    if by_age and (not filtered or wanted.created_from is not None):
+        return Serving(True, ())
+    narrowing = tuple(path for path in filtered if any(key[0] == path for key in keys))
+    # The more runs match a filter, the sooner a search by age finds a page of them. So the two together serve any list.
+    return Serving(bool(narrowing) and by_age, narrowing)
+
+
+def count_matching(wanted: RunFilter, path: str, limit: int) -> Command:
+    """Yields how many runs match the filter of the list by this path, `limit` at most. Index: one that begins with `path`."""
+    body = {"query": {path: _matching(wanted)[path]}, "limit": limit}
+    return Command(name="count_matching", collection="runs", verb="count", body=body, parse=_count, writes=False)
 
 
 def most_selective(wanted: RunFilter) -> str:

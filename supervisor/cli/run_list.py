@@ -149,16 +149,17 @@ def _when(option: str, text: str | None, now: datetime) -> datetime | None:
 def _read_page(app: Streamline, wanted: RunFilter, limit: int, after: str | None, fields: Sequence[str]) -> RunPage:
     slow = app.connections.drive(finding_slow_list(wanted))
     if slow is not None:
-        click.echo(
-            f"No index serves a list by {slow.field}, and there are about {slow.runs:,} runs: MongoDB may read them all, for at most "
-            f"{LIST_SECONDS_MAX:g} s. Make the index once: {_index_command(slow.field)}",
-            err=True,
-        )
+        by, advice = _WORDS.get(slow.field, slow.field), f"Make the index once: {_index_command(slow.field)}"
+        reads = f"MongoDB may read all of about {slow.runs:,} runs, for at most {LIST_SECONDS_MAX:g} s"
+        click.echo(f"No index serves this list by {by}: {reads}. {advice}", err=True)
     try:
         return app.connections.drive(listing_runs(wanted, limit=limit, after=after, fields=fields))
     except TimeoutError as exc:
         advice = f"Name a shorter time (--since, --until), or make an index: {_index_command(most_selective(wanted))}"
         raise CommandError(f"{exc}. {advice}", ExitCode.CRASH) from None
+
+
+_WORDS = {"created": "time of creation", "error-code": "error code"}
 
 
 def _index_command(field: str) -> str:

@@ -88,6 +88,7 @@ class RunProgress:
             return []
         later = {step.get("stepId") for step in document.get("steps") or () if step.get("status") not in _ENDED}
         self._told = {key for key in self._told if key[1] not in later}
+        self._attempts = {step: attempt for step, attempt in self._attempts.items() if step not in later}
         return [Line(at=document.get("updatedAt"), text=f"run back at step {document.get('currentStepId')}", tone="warning")]
 
     def _crashes(self, document: Document) -> list[Line]:
@@ -105,8 +106,7 @@ class RunProgress:
         step_id, status, attempt = str(step.get("stepId")), step.get("status"), _number(step.get("attempts"))
         updated = document.get("updatedAt")
         if status in _ENDED:
-            if attempt:
-                self._attempts[step_id] = attempt
+            self._attempts[step_id] = max(attempt, self._attempts.get(step_id, 0))
             return self._ended(step_id, StepStatus(status), part_of(step, "error"), step.get("endedAt") or updated)
         if status == StepStatus.RUNNING:
             return self._entered(step_id, attempt, step.get("startedAt") or updated)
@@ -140,7 +140,7 @@ class RunProgress:
         return is_new
 
     def _entered(self, step: str, attempt: int, at: datetime | None) -> list[Line]:
-        self._attempts[step] = attempt
+        self._attempts[step] = max(attempt, self._attempts.get(step, 0))  # a read may be older than an event
         if not self._new("entered", step, attempt):
             return []
         return [Line(at=at, text=f"step {step} running{f' (attempt {attempt})' if attempt > 1 else ''}")]
@@ -163,10 +163,11 @@ class RunProgress:
     def _waiting(self, step: str, wait: Document, at: datetime | None) -> list[Line]:
         if not self._new("waiting", step, self._attempts.get(step, 0)):
             return []
-        what = wait.get("reason") or wait.get("eventName")
         until = wait.get("resumeAt")
-        pause = f" for {span(max(0.0, (until - at).total_seconds()))}" if isinstance(until, datetime) and at is not None else ""
-        return [Line(at=at, text=f"step {step} waiting{f': {short(what, 100)}' if what else pause}")]
+        if isinstance(until, datetime) and at is not None:
+            return [Line(at=at, text=f"step {step} sleeping for {span(max(0.0, (until - at).total_seconds()))}")]
+        what = wait.get("reason") or wait.get("eventName")
+        return [Line(at=at, text=f"step {step} waiting{f': {short(what, 100)}' if what else ''}")]
 
     def _ended(self, step: str, status: StepStatus, error: Document, at: datetime | None) -> list[Line]:
         if not self._new("ended", step):

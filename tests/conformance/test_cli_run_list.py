@@ -160,7 +160,7 @@ def test_a_list_without_an_index_says_which_one_to_make(shell: Shell, stored: An
     fill(stored)
     listed = shell("runs", "list", "--tag", "bulk", "--limit", "1")
     assert listed.stdout.splitlines()[1].split()[0] == "m-00000"
-    assert "No index serves a list by tag, and there are about 10,001 runs: MongoDB may read them all, for at most 10 s" in listed.stderr
+    assert "No index serves this list by tag: MongoDB may read all of about 10,001 runs, for at most 10 s" in listed.stderr
     assert "Make the index once: streamline-pool init-db --index tag\n" in listed.stderr
     made = shell("init-db", "--index", "tag", "--index", "created", "--index", "context.customer")
     assert made.returncode == 0, made.stderr
@@ -185,12 +185,18 @@ def test_which_lists_need_an_index(app: Streamline, stored: Any) -> None:
     assert slow(context={"context.customer": [42]}, user_id="ann") == "context.customer"
     assert slow(created_from=NOW) == "created"
     app.setup_indexes(context_fields=["customer"])
-    assert [slow(user_id="ann"), slow(workflow_id="orders"), slow(status="done"), slow(context={"context.customer": [42]})] == [None] * 4
+    few = [slow(user_id="ann"), slow(workflow_id="mail"), slow(status="failed"), slow(context={"context.customer": [42]})]
+    assert few == [None] * 4, "an index that begins with the filter, and few runs match"
     assert slow(error_code="STEP_FAILED") is None, "it implies the status"
+    assert (slow(workflow_id="orders"), slow(status="done")) == ("workflow", "status"), "all runs match, and would be sorted"
+    assert slow(workflow_id="orders", user_id="ann") is None, "few runs match one of the two"
     assert (slow(tags=["bulk"]), slow(), slow(queue="default")) == ("tag", "created", "queue")
     app.connections.drive(indexing_lists(["created"]))
     assert (slow(), slow(created_from=NOW), slow(tags=["bulk"], created_from=NOW)) == (None, None, None)
+    assert slow(workflow_id="orders") is None, "many match, so a search by age finds them at once"
     assert (slow(tags=["bulk"]), slow(tags=["bulk"], created_before=NOW)) == ("tag", "tag")
+    app.connections.drive(indexing_lists(["tag"]))
+    assert slow(tags=["bulk"]) is None
     stored.create_index([("queue", 1)], sparse=True)
     assert slow(queue="default") == "queue", "such an index does not hold every run"
 

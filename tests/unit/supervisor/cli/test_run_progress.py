@@ -102,6 +102,19 @@ def test_waits_pauses_and_rewinds_have_lines() -> None:
     assert texts(progress.on_document(document(step("done", 1), status="done", rewinds=1))) == ["step charge done", "run done"]
 
 
+def test_a_read_that_is_older_than_an_event_takes_nothing_back() -> None:
+    """What a read has shown is told half a second later, when events may have shown more."""
+    progress = RunProgress()
+    old = document(step("running", 1))
+    progress.on_document(old)
+    assert texts(progress.on_event(event("step:started", {"attempt": 2}))) == ["step charge running (attempt 2)"]
+    sleep = {"type": "timer", "reason": "sleep", "resumeAt": NOW + timedelta(seconds=2)}
+    assert texts(progress.on_event(event("step:waiting", sleep))) == ["step charge sleeping for 2.0 s"]
+    assert progress.on_document(old) == []
+    assert progress.on_document(document(step("waiting", 2, waitingFor=sleep), status="waiting")) == []
+    assert texts(progress.on_event(event("step:completed"))) == ["step charge done (attempt 2)"]
+
+
 def test_odd_events_and_documents_have_no_lines_and_no_errors() -> None:
     progress = RunProgress()
     for name in ("step:started", "step:retry-scheduled", "workflow:recovered", "step:failed", "mine"):

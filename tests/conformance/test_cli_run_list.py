@@ -68,19 +68,32 @@ def test_a_list_is_filtered_by_what_an_operator_knows(shell: Shell, stored: Any)
             document("c", 30, workflowId="mail", queue="fast", tags=["eu"], context={"order": {"id": 7}}),
         ]
     )
-    assert ids(shell) == ["a", "b", "c"]
-    assert ids(shell, "--user", "ann") == ["a"]
-    assert ids(shell, "--tag", "eu") == ["a", "c"]
-    assert ids(shell, "--tag", "eu", "--tag", "urgent") == ["a"]
-    assert ids(shell, "--context", "customer=42") == ["a", "b"]
-    assert ids(shell, "--context", 'customer="42"', "--status", "failed") == ["b"]
-    assert ids(shell, "--context", "context.order.id=7", "--workflow", "mail") == ["c"]
-    assert ids(shell, "--error-code", "worker_crashed") == ["b"]
-    assert ids(shell, "--since", "90m") == ["a"]
+    assert ids(shell, "--user", "ann", "--since", "90m", "--tag", "eu", "--tag", "urgent", "--status", "done") == ["a"]
+    assert ids(shell, "--context", "customer=42") == ["a", "b"], "the number and the text"
+    assert ids(shell, "--context", 'customer="42"', "--error-code", "worker_crashed") == ["b"]
+    assert ids(shell, "--context", "context.order.id=7", "--workflow", "mail", "--queue", "fast", "--until", "1d") == ["c"]
     since, until = (NOW - timedelta(hours=3)).isoformat(), (NOW - timedelta(hours=1)).isoformat()
     assert ids(shell, "--since", since, "--until", until) == ["b"], "the begin is included, the end is not"
-    assert ids(shell, "--until", "1d", "--queue", "fast") == ["c"]
     assert "No such runs." in shell("runs", "list", "--user", "bob").stderr
+
+
+def test_each_filter_counts_by_itself_and_all_together(app: Streamline, stored: Any) -> None:
+    error = {"code": "WORKER_CRASHED", "message": "3 workers were lost"}
+    stored.insert_many(
+        [
+            document("a", 1, userId="ann", tags=["urgent", "eu"], context={"customer": 42}),
+            document("b", 2, status="failed", error=error, context={"customer": "42"}),
+            document("c", 30, workflowId="mail", queue="fast", tags=["eu"]),
+        ]
+    )
+    assert found(app) == "a b c"
+    assert (found(app, user_id="ann"), found(app, user_id="bob")) == ("a", "")
+    assert (found(app, tags=["eu"]), found(app, tags=["eu", "urgent"])) == ("a c", "a")
+    assert (found(app, workflow_id="mail"), found(app, queue="default"), found(app, status="failed")) == ("c", "a b", "b")
+    assert (found(app, error_code="WORKER_CRASHED"), found(app, error_code="STEP_FAILED")) == ("b", "")
+    assert (found(app, error_code="WORKER_CRASHED", status="done"), found(app, tags=["eu"], queue="fast")) == ("", "c")
+    assert found(app, context={"context.customer": ["42"]}) == "b"
+    assert found(app, created_from=NOW - timedelta(hours=2), created_before=NOW - timedelta(hours=1)) == "b"
 
 
 @pytest.mark.slow

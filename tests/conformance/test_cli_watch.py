@@ -104,13 +104,13 @@ def test_a_user_who_may_only_read_can_watch(shell: Shell, guarded: str) -> None:
     """Such a user cannot subscribe to events. The document alone shows the run's end."""
     database = {"STREAMLINE_DATABASE": "shop"}
     writer, reader = (f"mongodb://{name}:s3cret@{guarded}/?authSource=shop" for name in ("writer", "reader"))
-    shell("start", "orders", "--id", "o-1", STREAMLINE_MONGODB_URI=writer, **database)
+    shell("start", "orders", "--id", "watched-1", STREAMLINE_MONGODB_URI=writer, **database)
     environ = {**shell.environ, "STREAMLINE_MONGODB_URI": reader, **database}
-    command = [*COMMAND, "runs", "watch", "o-1"]
+    command = [*COMMAND, "runs", "watch", "watched-1"]
     watching = subprocess.Popen(command, cwd=shell.folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert watching.stdout is not None
     assert "run running" in watching.stdout.readline()
-    shell("runs", "cancel", "o-1", STREAMLINE_MONGODB_URI=writer, **database)
+    shell("runs", "cancel", "watched-1", STREAMLINE_MONGODB_URI=writer, **database)
     rest, errors = watching.communicate(timeout=30)
     assert (watching.returncode, said(rest)[0]) == (1, "run cancelled"), errors
     assert "Traceback" not in errors

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from loop_watch import LoopWatchPlugin
 from pymongo import MongoClient
 
 from streamline_pool import Settings, Streamline, embedded
@@ -19,10 +20,11 @@ SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the hundreds of programs that tests start one cache of compiled modules.
+    """Watch event loops, and give the hundreds of programs that tests start one cache of compiled modules.
 
     Where the environment forbids writing it beside the sources, each of them would compile the whole package again.
     """
+    config.pluginmanager.register(LoopWatchPlugin(), "loop_watch")
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment of this process
         folder = tempfile.mkdtemp(prefix="streamline-tests-pycache-")
         os.environ["PYTHONPYCACHEPREFIX"] = folder

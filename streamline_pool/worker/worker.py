@@ -83,7 +83,7 @@ class Worker:
         claimer = Claimer(engine, self._poller, terms, self._env, store_answered=self.store_answered, retry_pause_s=self._retry_pause_s)
         engine.start()
         timer_claims = asyncio.gather(*(self._claim_fired_timers(engine, claimer) for _ in range(_TIMER_CLAIMS)))
-        timer_claims.add_done_callback(lambda _: self._claims_wanted.set())
+        timer_claims.add_done_callback(self._timer_claims_ended)
         try:
             await self._connect(store)
             await engine.event_publisher.poll()  # a stream that was opened before this worker gets the events of its first run, too
@@ -104,6 +104,11 @@ class Worker:
             self._stopped = True
             timer_claims.cancel()
             await engine.close()
+
+    def _timer_claims_ended(self, claims: asyncio.Future[list[None]]) -> None:
+        self._claims_wanted.set()
+        if not claims.cancelled():
+            claims.exception()  # retrieved, because nothing awaits it when `run` is cancelled; else `run` raises it
 
     async def _connect(self, store: AsyncStore) -> None:
         failures = 0

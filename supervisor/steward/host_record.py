@@ -14,6 +14,7 @@ from streamline_pool.config.package_version import package_version
 from streamline_pool.protocol import hosts
 from streamline_pool.supervisor.ipc.messages import PoolFacts
 from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, DutyTools, StewardBoot
+from streamline_pool.supervisor.steward.health import Report
 
 __all__ = ["HostRecord", "host_record", "visible_state"]
 
@@ -29,7 +30,7 @@ class HostRecord:
     def __init__(self, tools: DutyTools) -> None:
         self._tools = tools
         self._facts: PoolFacts | None = None
-        self._facts_at = 0.0
+        self._facts_at = tools.env.clock.monotonic()
         self._changed = asyncio.Event()
 
     def on_facts(self, facts: PoolFacts) -> None:
@@ -38,9 +39,10 @@ class HostRecord:
             self._changed.set()
         self._facts, self._facts_at = facts, self._tools.env.clock.monotonic()
 
-    def fresh_facts(self) -> PoolFacts | None:
-        """The newest facts; None: the supervisor has sent none for `FACTS_FRESH_S`."""
-        return self._facts if self._tools.env.clock.monotonic() - self._facts_at < FACTS_FRESH_S else None
+    def report(self) -> Report:
+        """What the health port says. The supervisor is taken for alive as long after the start as after each of its reports."""
+        fresh = self._tools.env.clock.monotonic() - self._facts_at < FACTS_FRESH_S
+        return Report(alive=fresh, facts=self._facts if fresh else None)
 
     async def run(self) -> None:
         while True:

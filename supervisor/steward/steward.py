@@ -33,8 +33,7 @@ from streamline_pool.supervisor.ipc.messages import (
 )
 from streamline_pool.supervisor.steward.due_count import DueCounter
 from streamline_pool.supervisor.steward.duty import Duty, DutyTools, StewardBoot
-from streamline_pool.supervisor.steward.health import HOST as HEALTH_HOST
-from streamline_pool.supervisor.steward.health import start_health_server
+from streamline_pool.supervisor.steward.health import METRICS_ADVICE, load_exposition
 from streamline_pool.supervisor.steward.host_record import HOST_TTL_S, HostRecord
 from streamline_pool.supervisor.steward.lease_recovery import LeaseRecovery
 from streamline_pool.supervisor.steward.probe import Prober
@@ -87,7 +86,6 @@ class _Steward:
         self._loop = asyncio.get_running_loop()
         self._channel = Channel(sock, TO_STEWARD, self._on_message, self._orphaned)
         self._ready = False
-        self._health: asyncio.Server | None = None
         self.tools = tools = DutyTools(app, settings, env, boot, self._channel)
         self._wake_ups = WakeUps(tools)
         self._subscribers = StreamSubscribers(tools)
@@ -121,16 +119,25 @@ class _Steward:
         return failed
 
     async def _serve_health(self) -> BootFailed | None:
-        port = self._settings.health_port
+        host, port = self._settings.health_host, self._settings.health_port
         if port is None:
             return None
+        # Only here: a pool without a health port does not need these modules.
+        from streamline_pool.supervisor.steward.health_server import HealthServer, address_text
+
+        exposition = load_exposition()
+        if exposition is None:
+            log.info("metrics_unavailable", extra={"advice": METRICS_ADVICE})
         try:
-            self._health = await start_health_server(port, self._host.fresh_facts)
+            # On a thread, because a name server may take its time; the server ends with the process.
+            server = await asyncio.to_thread(HealthServer, host, port, self._host.report, exposition)
         except OSError as exc:
-            error = f"health port {HEALTH_HOST}:{port}: {exc.strerror}; choose a free one with --health-port"
+            error = f"health port {address_text(host, port)}: {exc.strerror}; choose others with --health-host and --health-port"
             if self._first:
                 return BootFailed(exit_code=78, message=error)
             log.error("health_port_taken", extra={"error": error})
+        else:
+            log.info("health_port", extra={"url": server.url})
         return None
 
     async def close(self) -> None:

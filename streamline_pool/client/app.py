@@ -350,14 +350,15 @@ class Streamline:
 
     # --- what connections and workers are made with ----------------------------------------------------------------
 
-    def make_engine(self, store: AsyncStore, observer: Observer) -> Engine:
-        """An engine for the running loop, with this app's definitions, buses and settings."""
+    def make_engine(self, store: AsyncStore, observer: Observer, suspect_from: int | None = None) -> Engine:
+        """An engine for the running loop, with this app's definitions, buses and settings. `suspect_from`: see `EngineConfig`."""
         config = EngineConfig(
             blocking_store=self.store,
             definition_of=self.definition_of,
             events=self.events,
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
+            suspect_from=suspect_from,
         )
         return Engine(config, store, self.env, observer)
 

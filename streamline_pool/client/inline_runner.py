@@ -37,19 +37,21 @@ def make_owner(env: Env) -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{env.new_id()[-8:]}"
 
 
-class _OutcomeRecorder:
-    """Records how each execution ended. The engine's other reports are of no use here: nothing is scheduled around them."""
+class _Announcer:
+    """Signals what other processes must know of the runs that are executed here: when they are due again, and which have ended."""
 
-    def __init__(self) -> None:
-        self.outcomes: dict[str, str] = {}  # run id -> status ("" at first), while its caller waits
+    def __init__(self, store: AsyncStore) -> None:
+        self._store = store
+        self._sending: set[asyncio.Task[None]] = set()
 
     def on_parked(self, lane: str, wake_at: datetime, run_id: str) -> None:
-        """See engine.ports.Observer."""
+        """See engine.ports.Observer. A steward sets the timer, as for a run that a worker has parked."""
+        self._send(signals.send_signal("due", self._store.now(), wakeAt=wake_at, lane=lane, runId=run_id, count=1))
 
     def on_finished(self, run_id: str, status: str) -> None:
         """See engine.ports.Observer."""
-        if run_id in self.outcomes:
-            self.outcomes[run_id] = status
+        if status in ("done", "failed"):
+            self._send(signals.send_signal("ended", self._store.now(), runs=[run_id]))
 
     def store_answered(self, ok: bool) -> None:
         """See engine.ports.Observer."""
@@ -57,13 +59,23 @@ class _OutcomeRecorder:
     def on_stuck(self, what: str) -> None:
         """See engine.ports.Observer."""
 
+    async def sent(self) -> None:
+        """Return once what has been announced until now is sent, or has failed."""
+        if self._sending:
+            await asyncio.wait(self._sending)
+
+    def _send(self, signal: Signal) -> None:
+        task = asyncio.get_running_loop().create_task(_notify(self._store, signal))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
 
 class InlineRunner:
     """Claims and drives runs in one event loop. Each call of `execute` drives one run."""
 
-    def __init__(self, make_engine: Callable[[AsyncStore, _OutcomeRecorder], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
-        self._recorder = _OutcomeRecorder()
-        self._engine = make_engine(store, self._recorder)
+    def __init__(self, make_engine: Callable[[AsyncStore, _Announcer], Engine], store: AsyncStore, env: Env, lease_s: float) -> None:
+        self._announcer = _Announcer(store)
+        self._engine = make_engine(store, self._announcer)
         self._store = store
         self._env = env
         self._lease_s = lease_s
@@ -82,17 +94,14 @@ class InlineRunner:
         document = await self._store.run(claims.claim_run(run_id, None, lease_id, self._owner, self._lease_s))
         if document is None:
             return False
-        self._recorder.outcomes[run_id] = ""
         task = self._engine.admit(document, deadline)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             # Only the caller was cancelled, not the run: the handler stops, and any process may claim the run.
             self._engine.stop_run(run_id)
-            self._recorder.outcomes.pop(run_id, None)
             raise
-        if self._recorder.outcomes.pop(run_id, None) in ("done", "failed"):
-            await _notify(self._store, signals.send_signal("ended", self._store.now(), runs=[run_id]))
+        await self._announcer.sent()
         return True
 
     def check(self, run_id: str) -> None:
@@ -119,6 +128,7 @@ class InlineRunner:
             self._engine.stop(grace_s=_STOP_GRACE_S)
             with contextlib.suppress(TimeoutError):  # then the leases expire
                 await asyncio.wait_for(self._engine.emptied(), _STOP_S)
+        await self._announcer.sent()
         await self._engine.close()
         waiting = [task for task in self._callers if task is not asyncio.current_task()]
         if waiting:
@@ -126,7 +136,7 @@ class InlineRunner:
 
 
 async def _notify(store: AsyncStore, signal: Signal) -> None:
-    with contextlib.suppress(WorkflowError):  # a hint: callers that wait poll a little later
+    with contextlib.suppress(WorkflowError):  # a hint: callers that wait poll a little later, and sweeps find due runs
         await store.run(signal)
 
 

@@ -63,6 +63,7 @@ class LeaseDocument(TypedDict):
     owner: str  # worker "host:pid:nonce"; never reused
     token: int  # the run's token at this claim
     expiresAt: datetime  # by the server's clock
+    alone: NotRequired[bool]  # True: a suspect that its holder runs beside no other run; absent: not so
 
 
 class InboxItem(TypedDict, total=False):

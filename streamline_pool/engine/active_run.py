@@ -7,14 +7,15 @@ which is what `ctx` asks for while a handler runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import Fields, HookDocument, RunDocument
-from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError
+from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError, ValidationError
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.operations import Fence, Statement
 from streamline_pool.storage.procedures import Procedure
@@ -32,6 +33,14 @@ _HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
 STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: about 450
 
 
+class Save(NamedTuple):
+    """A write of one field of the current step."""
+
+    statement: Statement
+    field: str
+    value: Any
+
+
 class ActiveRun:
     """One claimed run, from the claim's read-back to the write that releases it."""
 
@@ -39,17 +48,23 @@ class ActiveRun:
         "_blocking_save",
         "_engine",
         "_saving",
+        "_woken",
         "attempt",
         "deadline",
         "definition",
         "document",
+        "interruption",
+        "is_alone",
+        "is_driven",
         "lease_id",
+        "left_attempt",
         "lost",
         "outputs",
         "place",
         "release_requested",
         "renew_now",
         "task",
+        "unsettled",
     )
 
     def __init__(self, engine: EnginePort, definition: Definition, document: RunDocument, lease_id: str, deadline: float) -> None:
@@ -60,11 +75,17 @@ class ActiveRun:
         self.deadline = deadline  # monotonic seconds; after it no handler is entered
         self.lost: str | None = None  # why this worker is known to hold the run no more; None while it may hold it
         self.attempt: Attempt | None = None  # while a handler runs
+        self.left_attempt: Attempt | None = None  # the last one, if its outcome came before the end of its handler
+        self.is_driven = False  # False: it has been claimed, and waits for other executions to be over
+        self.is_alone = False  # a suspect that runs alone in its worker
+        self.interruption: StoreUnavailableError | None = None  # what a checkpoint or hook has raised last, of unknown outcome
+        self.unsettled: Save | None = None  # such a checkpoint or hook: no other write may be sent before its outcome is known
         self.outputs: dict[str, Any] = {}  # by file id: outputs that the document only refers to, once they are loaded
         self.place = 0  # of the current step
         self.renew_now = False
         self.release_requested = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
+        self._woken: asyncio.Event | None = None  # while it waits to be driven
         self._saving: asyncio.Future[None] | None = None  # a checkpoint or hook under way: no other write may be sent
         self._blocking_save = threading.Lock()  # held while one is under way on a thread
 
@@ -95,6 +116,17 @@ class ActiveRun:
         """Stop the handler, if one runs."""
         if self.attempt is not None:
             self.attempt.abort(reason)
+        self.wake()
+
+    async def woken(self) -> None:
+        """Return at the next `wake`. For its driver alone."""
+        self._woken = asyncio.Event()
+        await self._woken.wait()
+
+    def wake(self) -> None:
+        """What the driver waits for before it begins may have come."""
+        if self._woken is not None:
+            self._woken.set()
 
     # --- context.Port ----------------------------------------------------------------------------------------------
 
@@ -133,14 +165,23 @@ class ActiveRun:
             return
         with self._blocking_save:
             self._check_running()
+            if self.unsettled is not None:
+                self._save_blocking(self.unsettled)  # the next one names the `rev` that follows it
             saved = value()
-            statement = self._statement(field, saved, size)
-            try:
-                outcome = self._engine.blocking_store().drive(_write_alone(statement))
-            except StoreUnavailableError:
-                self.lost = "lease-lost"  # the outcome is unknown, so nothing more may be sent for this run
-                raise
-            self._saved(outcome, field, saved)
+            self._save_blocking(Save(self._statement(field, saved, size), field, saved))
+
+    def _save_blocking(self, save: Save) -> None:
+        self.unsettled = save
+        try:
+            outcome = self._engine.blocking_store().drive(_write_alone(save.statement))
+        except StoreUnavailableError as exc:
+            self.interruption = exc
+            raise
+        except ValidationError:
+            self.unsettled = None  # refused: it is not stored
+            raise
+        self.unsettled = None
+        self._saved(outcome, save.field, save.value)
 
     async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
         while self._saving is not None:
@@ -171,12 +212,21 @@ class ActiveRun:
         self.document["rev"] += 1
         cast(Fields, self.document["steps"][self.place])[field] = value
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether the outcome of such a write is unknown so far."""
+        return self._saving is not None or self.unsettled is not None or self._blocking_save.locked()
+
     async def saves_done(self) -> None:
-        """Return once no such write is under way. None begins any more, because the attempt is over."""
+        """Return once the outcome of every such write is known. None begins any more, because the attempt is over."""
         while self._saving is not None:
             await self._saving
         while self._blocking_save.locked():
             await asyncio.sleep(_SAVE_POLL_S)
+        if self.unsettled is not None:
+            save, self.unsettled = self.unsettled, None
+            with contextlib.suppress(ValidationError, LeaseLostError):  # refused, or lost, which the next write finds as well
+                self._saved(await self._engine.write(save.statement), save.field, save.value)
 
 
 def _write_alone(statement: Statement) -> Procedure[WriteOutcome]:

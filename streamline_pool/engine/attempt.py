@@ -20,7 +20,7 @@ from .abort_signal import current_signal, fire_signal
 from .context import Context
 from .intents import Intents, Suspension
 
-__all__ = ["Attempt", "Kind", "Outcome"]
+__all__ = ["ABORT_GRACE_S", "Attempt", "Kind", "Outcome"]
 
 ABORT_GRACE_S = 2.0
 """Seconds that an `async def` handler may clean up after its cancellation, before it counts as stuck. A guess."""
@@ -59,7 +59,20 @@ class Attempt:
     `def` handler on a thread. Either may refuse to end: then `on_stuck` is called, and the driver goes on without it.
     """
 
-    __slots__ = ("_forks", "_loop", "_on_stuck", "_task", "_timers", "_work", "context", "intents", "over", "result")
+    __slots__ = (
+        "_forks",
+        "_loop",
+        "_on_stuck",
+        "_stuck",
+        "_task",
+        "_thread_over",
+        "_timers",
+        "_work",
+        "context",
+        "intents",
+        "over",
+        "result",
+    )
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, context: Context, intents: Intents, on_stuck: Callable[[Attempt, str], None]
@@ -73,12 +86,25 @@ class Attempt:
         self._task: asyncio.Task[Any] | None = None  # the driver, while a coroutine handler runs in it
         self._work: Future[Outcome] | None = None  # what a thread is working on
         self.result: asyncio.Future[Outcome] | None = None  # of a thread
+        self._thread_over: asyncio.Future[None] | None = None  # made by the first `handler_over`
+        self._stuck = False
         self.over = False  # the outcome is decided; what the handler does from here on has no effect
 
     @property
     def on_thread(self) -> bool:
         """True for a `def` handler."""
         return self.result is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """True while a thread works on the handler and does not count as stuck, also after the outcome."""
+        return self._work is not None and not self._work.done() and not self._stuck
+
+    async def handler_over(self) -> None:
+        """After an abort: return once `goes_on` is false. This takes no longer than the grace."""
+        if self.goes_on:
+            self._thread_over = self._thread_over or self._loop.create_future()
+            await self._thread_over
 
     async def run(self, step: StepDefinition, threads: Executor) -> Outcome:
         """Enter the handler and return its outcome. Raises nothing that the handler raises."""
@@ -133,7 +159,8 @@ class Attempt:
         if self._work is not None and self._work.done():
             return
         self._resolve(Outcome(Kind.ABANDONED, None))
-        self.over = True
+        self.over = self._stuck = True
+        self._end_thread()
         self._on_stuck(self, f"run {self.context.run_id}: the handler of step {self.context.step_id} goes on after its attempt is over")
 
     def _finish(self) -> None:
@@ -150,6 +177,11 @@ class Attempt:
         outcome = Outcome(Kind.ABANDONED, None) if work.cancelled() else work.result()
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending, and has released the run
             self._loop.call_soon_threadsafe(self._resolve, outcome)
+            self._loop.call_soon_threadsafe(self._end_thread)
+
+    def _end_thread(self) -> None:
+        if self._thread_over is not None and not self._thread_over.done():
+            self._thread_over.set_result(None)
 
 
 def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:

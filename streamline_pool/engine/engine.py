@@ -7,6 +7,7 @@ says what happens to one run; leases.py keeps the leases.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -28,7 +29,8 @@ from streamline_pool.protocol.run_document import validate_run_document
 from streamline_pool.storage.store import AsyncStore, Store
 
 from .active_run import ActiveRun
-from .attempt import Attempt, Kind, Outcome
+from .active_runs import ActiveRuns
+from .attempt import ABORT_GRACE_S, Attempt, Kind, Outcome
 from .group_commit import GroupCommitter
 from .leases import LeaseKeeper
 from .ports import Observer
@@ -36,11 +38,14 @@ from .run_cache import RunCache, RunNote
 from .run_driver import RunDriver, SupersededError
 from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
+from .solitude import Solitude
 from .write_outcome import WriteOutcome
 
 __all__ = ["Engine", "EngineConfig"]
 
 log = logging.getLogger("streamline_pool")
+
+_EARLIER_EXECUTION_S = ABORT_GRACE_S + 1.0  # by then its handler is over or stuck; a condition that hangs must not hold up its run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,7 @@ class EngineConfig:
     events: EventBus  # the application's own
     lease_s: float
     threads_max: int  # `def` handlers at once
+    suspect_from: int | None = None  # a run that has lost as many workers runs alone (solitude.py); None: no run has to
 
 
 class Engine:
@@ -62,10 +68,10 @@ class Engine:
         self.env = env
         self.blocking_store = config.blocking_store
         self.cache = RunCache()
-        self.active_runs: dict[str, ActiveRun] = {}
+        self.active_runs = ActiveRuns()
         self.event_publisher = EventPublisher(store, env)
         self.events = RunEvents(config.events, self.event_publisher, store.now)
-        self.leases = LeaseKeeper(store, env, self.active_runs, config.lease_s, observer)
+        self.leases = LeaseKeeper(store, env, self.active_runs.held, config.lease_s, observer)
         self._definition_of = config.definition_of
         self._observer = observer
         self._state = EngineState()
@@ -73,10 +79,9 @@ class Engine:
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
         self._threads = ThreadPoolExecutor(max_workers=2 * config.threads_max + 8, thread_name_prefix="streamline-handler")
         self._writer = RunWriter(store, env, self._committer, self.events, observer, self._state)
-        self._driver = RunDriver(store, env, self._writer, self.events, self._state, self._threads, self._on_stuck)
+        self._solitude = Solitude(self.active_runs, self._committer, self._state, store.now, config.suspect_from)
+        self._driver = RunDriver(store, env, self._writer, self.events, self._state, self._threads, self._solitude, self._on_stuck)
         self._reports: set[asyncio.Task[None]] = set()
-        self._empty = asyncio.Event()
-        self._empty.set()
 
     @property
     def steps_total(self) -> int:
@@ -95,7 +100,7 @@ class Engine:
         """Stop. The leases of runs that are still active expire; drain first to release them."""
         self._state.closed = True
         await self.leases.close()
-        for active in list(self.active_runs.values()):
+        for active in self.active_runs.all():
             if active.task is not None:
                 active.task.cancel()
         await self._committer.close()
@@ -109,17 +114,34 @@ class Engine:
         reason = validate_run_document(document)
         definition = self._definition_of(document) if reason is None else None
         run_id = document["_id"]
+        claimed_again = self._supersede(run_id)
         if definition is None:
             task = self.loop.create_task(self._mark_corrupt(run_id, reason or _unknown(document)))
             self._reports.add(task)  # without a reference the task may be collected
             task.add_done_callback(self._reports.discard)
             return task
         active = ActiveRun(self, definition, document, document["lease"]["id"], deadline)
-        self.active_runs[run_id] = active
-        self._empty.clear()
+        self.active_runs.add(active)
+        self._solitude.admitted(active)
         self.cache.put(run_id, RunNote(document["version"], document["token"], deadline, True))
-        active.task = self.loop.create_task(self._run_task(active))
+        active.task = self.loop.create_task(self._run_after_others(active) if claimed_again else self._run_task(active))
         return active.task
+
+    def _supersede(self, run_id: str) -> bool:
+        """The run was claimed, so an execution that held it until now has lost it. True: one of them goes on."""
+        earlier = self.active_runs.held.get(run_id)
+        if earlier is not None:
+            log.info("run_lost", extra={"run_id": run_id, "reason": "lease-lost"})
+            earlier.mark_lost()
+            self.active_runs.keep_until_over(earlier)
+            earlier.abort("lease-lost")
+        return run_id in self.active_runs
+
+    async def _run_after_others(self, active: ActiveRun) -> None:
+        """Drive a run that was claimed again before this process knew that it had lost it: not beside its earlier execution."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.active_runs.lost_ones_over(active.run_id), _EARLIER_EXECUTION_S)
+        await self._run_task(active)
 
     async def _mark_corrupt(self, run_id: str, reason: str) -> None:
         log.error("run_corrupt", extra={"run_id": run_id, "reason": reason})
@@ -136,7 +158,8 @@ class Engine:
             if change is None:
                 if self.events.wanted:
                     self.events.publish_claimed(active)
-                await self._driver.drive(active)
+                if active.lost is None:
+                    await self._driver.drive(active)
             elif await self._writer.store(active, change):
                 await self._driver.drive(active)
         except SupersededError:
@@ -150,14 +173,21 @@ class Engine:
             # A defect of ours. The run goes on later: its lease is not renewed any more, and expires.
             log.exception("drive_failed", extra={"run_id": active.run_id})
             self.publish(active.document, (("engine:error", None, {"run_id": active.run_id}),))
+        await self._lost_handler_over(active)
         self._detach(active)
 
+    async def _lost_handler_over(self, active: ActiveRun) -> None:
+        """A thread goes on when its run is lost. Until it ends or counts as stuck, it is work of this process."""
+        left = active.left_attempt
+        if left is not None and (active.lost is not None or left.context.signal.reason in ("lease-lost", "cancelled")):
+            self.active_runs.keep_until_over(active)
+            await left.handler_over()
+
     def _detach(self, active: ActiveRun) -> None:
-        if self.active_runs.get(active.run_id) is active:  # else this worker has claimed the run again in the meantime
-            del self.active_runs[active.run_id]
-        self.cache.put(active.run_id, RunNote(active.document["version"], active.document["token"], active.deadline, False))
-        if not self.active_runs:
-            self._empty.set()
+        self.active_runs.remove(active)
+        self._solitude.removed(active)
+        if active.run_id not in self.active_runs.held:  # else this process has claimed the run again, and the newer note counts
+            self.cache.put(active.run_id, RunNote(active.document["version"], active.document["token"], active.deadline, False))
         self._observer.on_finished(active.run_id, active.document["status"] if active.lost is None else "lost")
 
     def _on_stuck(self, active: ActiveRun, attempt: Attempt, what: str) -> None:
@@ -174,7 +204,7 @@ class Engine:
 
     def check(self, run_id: str) -> None:
         """A control operation may have changed this run: read it now, if it is active here."""
-        active = self.active_runs.get(run_id)
+        active = self.active_runs.held.get(run_id)
         if active is not None:
             self.leases.check(active)
 
@@ -201,24 +231,25 @@ class Engine:
     def drain(self) -> None:
         """Start no further step; handlers that run end, their results are stored, their runs released."""
         self._state.draining = True
+        self._solitude.changed()
 
     def stop(self, grace_s: float) -> None:
         """Drain now: signals fire with reason "shutdown", handlers have `grace_s` seconds, their runs are released."""
-        self._state.draining = True
-        for active in list(self.active_runs.values()):
+        self.drain()
+        for active in self.active_runs.all():
             if active.attempt is not None:
                 active.attempt.abort("shutdown", grace_s)
 
     def stop_run(self, run_id: str) -> None:
         """Stop one run as `stop` stops all: it is released, uncounted."""
-        active = self.active_runs.get(run_id)
+        active = self.active_runs.held.get(run_id)
         if active is not None:
             active.release_requested = True
             active.abort("shutdown")
 
     async def emptied(self) -> None:
         """Return once no run is active."""
-        await self._empty.wait()
+        await self.active_runs.emptied()
 
 
 def _unknown(document: RunDocument) -> str:

@@ -35,10 +35,10 @@ _RENEWAL_PATIENCE = 1 / 4  # of the lease; as long as a tick and two such waits 
 class LeaseKeeper:
     """Keeps the leases of one engine's active runs; the engine adds and removes them."""
 
-    def __init__(self, store: AsyncStore, env: Env, active_runs: Mapping[str, ActiveRun], lease_s: float, observer: Observer) -> None:
+    def __init__(self, store: AsyncStore, env: Env, held: Mapping[str, ActiveRun], lease_s: float, observer: Observer) -> None:
         self._store = store
         self._env = env
-        self._active_runs = active_runs
+        self._held = held  # by run id
         self._lease_s = lease_s
         self._observer = observer
         self._wanted = asyncio.Event()
@@ -104,8 +104,8 @@ class LeaseKeeper:
         self.renew_soon()
 
     def _lost(self, active: ActiveRun, document: Mapping[str, Any]) -> None:
-        """This worker holds the run no more. Only while a handler runs: otherwise our own write has released the lease."""
-        if active.attempt is not None and self._active_runs.get(active.run_id) is active:
+        """This worker holds the run no more. Between handlers our own write may have released the lease, so that is left to the write."""
+        if (active.attempt is not None or not active.is_driven) and self._held.get(active.run_id) is active:
             active.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
             log.info("run_lost", extra={"run_id": active.run_id, "reason": active.lost})
             active.abort(active.lost)
@@ -114,7 +114,7 @@ class LeaseKeeper:
         while True:
             await self._env.async_sleep(self._tick_s)
             too_late = self._env.clock.monotonic() + self._tick_s
-            for active in list(self._active_runs.values()):
+            for active in list(self._held.values()):
                 if active.deadline <= too_late and active.attempt is not None:
                     # No other worker holds the run yet: its handler stops, and it is released if that can still be written.
                     log.warning("lease_running_out", extra={"run_id": active.run_id})
@@ -126,7 +126,7 @@ class LeaseKeeper:
                 await asyncio.wait_for(self._wanted.wait(), self._tick_s)
             self._wanted.clear()
             renew_before = self._env.clock.monotonic() + self._lease_s * (_SAFETY - _RENEW_AFTER)
-            due = [active for active in self._active_runs.values() if active.deadline <= renew_before or active.renew_now]
+            due = [active for active in self._held.values() if active.deadline <= renew_before or active.renew_now]
             if not due:
                 continue
             try:

@@ -27,13 +27,14 @@ from streamline_pool.storage.store import AsyncStore
 
 from .abort_signal import AbortSignal
 from .active_run import ActiveRun
-from .attempt import Attempt, Outcome
+from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of
 from .intents import Intents
 from .outcomes import Decided, allowed, attempt_ended, check_context, damaged, failed, version_mismatch
 from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
+from .solitude import Solitude
 
 __all__ = ["RunDriver", "SupersededError"]
 
@@ -55,6 +56,7 @@ class RunDriver:
         events: RunEvents,
         state: EngineState,
         threads: Executor,
+        solitude: Solitude,
         on_stuck: Callable[[ActiveRun, Attempt, str], None],
     ) -> None:
         self._store = store
@@ -63,10 +65,13 @@ class RunDriver:
         self._events = events
         self._state = state
         self._threads = threads
+        self._solitude = solitude
         self._on_stuck = on_stuck  # called for a handler that does not end
 
     async def drive(self, active: ActiveRun) -> None:
         """Go on with a run until it is released, ended or lost."""
+        await self._solitude.reach(active)
+        active.is_driven = True
         mismatch = version_mismatch(active.document, active.definition, self._store.now())
         if mismatch is not None:
             await self._writer.store(active, mismatch)
@@ -92,12 +97,12 @@ class RunDriver:
             return await self._waiting(active, place)
         if self._state.draining or active.release_requested:
             return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
-        if active.lost is not None:
-            return None
         try:
             await self._load_outputs(active)
         except DataCorruptionError as exc:
             return Decided(damaged(document, place, exc, self._store.now()))
+        if active.lost is not None:
+            return None
         if self._env.clock.monotonic() >= active.deadline:
             # Checked immediately before a handler may be entered: after the deadline another worker may hold the run.
             # If none does, it is released; the write's fence decides.
@@ -105,6 +110,8 @@ class RunDriver:
             return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
         if active.step.is_conditional and not document["steps"][place].get("decided"):
             return Decided(await self._decide_entry(active, place))
+        if active.is_alone:
+            active.release_requested = True  # after this step it is no suspect any more, and this worker may claim others again
         return await self._attempt(active, place)
 
     async def _load_outputs(self, active: ActiveRun) -> None:
@@ -172,6 +179,8 @@ class RunDriver:
         if active.attempt is not attempt:
             raise SupersededError  # the run went on without this handler, and with another driver
         self.close_attempt(active, attempt)
+        if active.is_saving:
+            await active.saves_done()  # before the decision, which stores the step as it is now
         self._state.steps_total += 1
         self._env.probe("handler.after")
         return self.decide(active, attempt, outcome)
@@ -180,9 +189,13 @@ class RunDriver:
         """From here on nothing that the handler does has any effect."""
         attempt.intents.closed = True
         active.attempt = None
+        active.left_attempt = attempt if attempt.goes_on else None
 
     def decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:
         """What an attempt's outcome means for its run; None if this worker holds the run no more."""
         if active.lost is not None or self._state.closed:
             return None
+        if outcome.kind is Kind.RAISED and outcome.value is active.interruption:
+            # The database did not answer a checkpoint or hook: no failure of the handler. It is entered again.
+            return Decided(transitions.release(active.document, active.place, self._store.now(), was_entered=True))
         return attempt_ended(active.document, active.definition, active.place, attempt, outcome, self._writer.moment())

@@ -20,6 +20,7 @@ __all__ = [
     "commit",
     "commit_under_pause",
     "fail_minimal",
+    "mark_alone",
     "read_fences",
     "read_held",
     "renew",
@@ -73,6 +74,12 @@ def save_in_step(fence: Fence, place: int, field: str, value: Any, now: datetime
     query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
     sets = {"rev": fence.rev + 1, "updatedAt": now, f"steps.{place}.{field}": value}
     return Statement(fence, {"q": query, "u": {"$set": sets}}, size)
+
+
+def mark_alone(fence: Fence, now: datetime, size: int) -> Statement:
+    """Store in the lease that its holder runs this run and no other; protocol/recovery.py reads it. The lease stays, also under a pause."""
+    query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
+    return Statement(fence, {"q": query, "u": {"$set": {"rev": fence.rev + 1, "updatedAt": now, "lease.alone": True}}}, size)
 
 
 def fail_minimal(fence: Fence, place: int, code: ErrorCode, message: str, now: datetime) -> Statement:

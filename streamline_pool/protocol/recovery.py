@@ -14,7 +14,7 @@ from streamline_pool.domain.model import RunStatus, StepStatus
 
 from .expressions import IS_CURRENT, IS_PAUSED, TERMINAL_TEXTS, map_steps, plus_one, text_of
 from .minimal_failure import failure_update
-from .operations import Command, Query, update_matching
+from .operations import Command, Expression, Query, update_matching
 
 __all__ = [
     "mark_corrupt",
@@ -26,8 +26,9 @@ __all__ = [
 def release_owner(owner: str, max_crashes: int, evidence: Mapping[str, Any], since: datetime | None = None) -> Command:
     """Remove the leases of one dead worker process. Yields how many. For `since` see `recover_expired`.
 
-    Each run is claimable at once, and its current step counts one more lost worker. At `max_crashes` lost workers the run
-    fails with WORKER_CRASHED and the evidence, such as `{"signal": "SIGKILL"}`. Idempotent, like `recover_expired`.
+    Each run is claimable at once, and its current step counts one more lost worker. At `max_crashes` lost workers a run that
+    its last worker ran alone fails with WORKER_CRASHED and the evidence, such as `{"signal": "SIGKILL"}`. Beside others it may be
+    innocent: it stays a suspect, and runs alone next time (engine/solitude.py). Idempotent, like `recover_expired`.
     """
     query = {"lease.expiresAt": _lease_from(since), "lease.owner": owner}
     return _recover("release_owner", query, max_crashes, _describe_death(evidence))
@@ -53,7 +54,9 @@ def _describe_death(evidence: Mapping[str, Any]) -> str:
 
 def _recover(name: str, query: Query, max_crashes: int, evidence: str) -> Command:
     crashes = plus_one("$crashes")
-    is_convicted = {"$gte": [crashes, max_crashes]}  # the step, of the loss of its workers
+    is_convicted: Expression = {"$gte": [crashes, max_crashes]}  # the step, of the loss of its workers
+    if max_crashes > 1:  # else the first lost worker convicts, without a suspicion before
+        is_convicted = {"$and": [is_convicted, {"$eq": ["$lease.alone", True]}]}
     message = {
         "$concat": [
             {"$toString": crashes},

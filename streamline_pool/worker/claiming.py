@@ -49,14 +49,30 @@ class Claimer:
 
     async def claim_named(self, run_ids: Sequence[str], crashes_below: int | None) -> frozenset[str]:
         """Claim these runs. Yields those that were not claimed, are not held by a worker, and have not ended."""
+        run_ids = await self._without_held(run_ids)
+        if not run_ids:
+            return frozenset()
         if len(run_ids) > 1:
             done = await self.claim_runs(run_ids, self._terms.lanes, crashes_below) == len(run_ids)
         else:
             done = await self._claim_run(run_ids[0], crashes_below)
         if done:
             return frozenset()
-        taken = {row["_id"] for row in await self._store.run(claims.taken_runs(run_ids))}
-        return frozenset(run_ids) - taken
+        return frozenset(run_ids) - await self._taken(run_ids)
+
+    async def _without_held(self, run_ids: Sequence[str]) -> Sequence[str]:
+        """Leave out runs that this worker holds, by a read: it is cheaper than a claim that matches nothing.
+
+        The cache only says for which runs the read is worth while. They were announced late, or this worker has lost them
+        without knowing: to a rewind, for example.
+        """
+        notes = [(run_id, self._engine.cache.get(run_id)) for run_id in run_ids]
+        noted = [run_id for run_id, note in notes if note is not None and note.in_flight]
+        taken = await self._taken(noted) if noted else frozenset()
+        return [run_id for run_id in run_ids if run_id not in taken]
+
+    async def _taken(self, run_ids: Sequence[str]) -> frozenset[str]:
+        return frozenset(row["_id"] for row in await self._store.run(claims.taken_runs(run_ids)))
 
     async def _claim_run(self, run_id: str, crashes_below: int | None) -> bool:
         """Claim one run in one round trip. False: it cannot be claimed now."""

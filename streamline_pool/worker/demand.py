@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .gate import GateState
 from .timer_claims import Batch, TimerClaims
 
-__all__ = ["Claim", "ClaimDue", "ClaimFired", "ClaimNamed", "Demand", "at_most_one_suspect"]
+__all__ = ["Chosen", "Claim", "ClaimDue", "ClaimFired", "ClaimNamed", "Demand"]
 
 _CLAIM_MAX = 200  # runs in one claim; measured: larger claims only make their first run wait
 _NAMED_MAX = 1_000  # run ids kept while they cannot be claimed; beyond it a poll finds the others
 _EXPECT_FIRST_S, _EXPECT_TRIES = 0.001, 9  # doubling: half a second in all; an insert that takes longer is announced again
+_FRUITLESS_MAX = 2  # polls in a row whose runs could not be claimed: other workers may have been faster
+_FRUITLESS_FIRST_S, _FRUITLESS_CEILING_S = 0.01, 1.0  # the pause after the next such poll, doubling; guesses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class ClaimNamed:
     """Claim these announced runs."""
 
     run_ids: tuple[str, ...]
-    crashes_below: int | None  # claim no run that has lost as many workers; None: no limit
+    crashes_below: int  # claim no run that has lost as many workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class ClaimDue:
 
     limit: int  # runs
     crashes_below: int | None  # poll for no run that has lost as many workers; None: no limit
+    from_start: bool  # poll from the beginning of the queue: the last poll has left out suspects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,13 @@ class ClaimFired:
 
 
 Claim = ClaimNamed | ClaimDue
+
+
+class Chosen(NamedTuple):
+    """Which of the runs that a poll has found are to be claimed."""
+
+    run_ids: Sequence[str]
+    crashes_below: int | None  # claim no run that has lost as many workers; None: no limit
 
 
 class Demand:
@@ -67,7 +77,11 @@ class Demand:
         self._named: deque[str] = deque()  # announced runs
         self._expected: dict[str, int] = {}  # announced runs that were not in the database yet -> tries so far
         self._timers = TimerClaims(concurrency)
-        self._suspects_left = False  # a poll has skipped suspects, because another suspect is active here
+        self._suspect: str | None = None  # the suspect that is being claimed, or is active: nothing else is claimed beside it
+        self._others_turn = False  # a suspect has been active here, so the next poll is for other runs
+        self._suspects_left_out = False  # a poll has left out suspects, and may have moved on beyond their places in the queue
+        self._fruitless = 0  # polls in a row that found runs of which none could be claimed
+        self._poll_pausing = False  # the pause after such polls is not over
         self._claims_under_way = 0  # what they bring is neither active yet nor due any more
         self._failing = False  # a claim has failed since the last round of claims that succeeded
         self._pausing = False  # the pause after a failed claim is not over
@@ -75,36 +89,55 @@ class Demand:
 
     # --- what is to be claimed -------------------------------------------------------------------------------------
 
-    def next_claim(self, active_runs: int, suspect_active: bool) -> Claim | None:
-        """The next claim, or None. `suspect_active`: one of the active runs is a suspect."""
+    def next_claim(self, active_runs: int) -> Claim | None:
+        """The next claim, or None."""
         room = min(self.room(active_runs), _CLAIM_MAX)
         claim: Claim | None = None
-        if room and self._named and not (self._backlog and self._polls_turn):
-            claim = self._claim_named(room, suspect_active)
-        elif room and self._backlog:
-            claim = self._claim_due(room, suspect_active)
+        if room and self._named and not (self._may_poll and self._polls_turn):
+            claim = self._claim_named(room)
+        elif room and self._may_poll:
+            claim = self._claim_due(room)
         # Within a round of claims, announced runs come first. Then polls go on until the backlog or the room ends.
         self._polls_turn = claim is not None
         self._claims_under_way += claim is not None
         return claim
 
-    def _claim_named(self, room: int, suspect_active: bool) -> ClaimNamed:
-        run_ids = tuple(self._named.popleft() for _ in range(min(room, len(self._named))))
-        # Suspects are claimed one at a time. Among several names they are left to the poll, which sees the crashes.
-        return ClaimNamed(run_ids=run_ids, crashes_below=self.suspect_from if suspect_active or len(run_ids) > 1 else None)
+    @property
+    def _may_poll(self) -> bool:
+        return self._backlog and not self._poll_pausing
 
-    def _claim_due(self, room: int, suspect_active: bool) -> ClaimDue:
-        self._backlog = False  # before the poll: a wake-up that comes during it may announce a run that it has just missed
-        # Also before the poll: the active suspect may finish during it, and `run_finished` must know that others were skipped.
-        self._suspects_left = self._suspects_left or suspect_active
-        return ClaimDue(limit=room, crashes_below=self.suspect_from if suspect_active else None)
+    def _claim_named(self, room: int) -> ClaimNamed:
+        run_ids = tuple(self._named.popleft() for _ in range(min(room, len(self._named))))
+        # Suspects are left to the poll, which sees how many workers a run has lost before it is claimed.
+        return ClaimNamed(run_ids=run_ids, crashes_below=self.suspect_from)
+
+    def _claim_due(self, room: int) -> ClaimDue:
+        # Before the poll: a wake-up that comes during it may announce a run that it has just missed.
+        self._backlog = self._others_turn  # the turn of the suspects comes with the next poll
+        if self._others_turn:
+            self._others_turn, self._suspects_left_out = False, True
+            return ClaimDue(limit=room, crashes_below=self.suspect_from, from_start=False)
+        from_start, self._suspects_left_out = self._suspects_left_out, False
+        return ClaimDue(limit=room, crashes_below=None, from_start=from_start)
+
+    def choose(self, rows: Sequence[Mapping[str, Any]]) -> Chosen:
+        """Which of the found runs `{_id, crashes}` are to be claimed: all of them, or the first suspect alone."""
+        counts = [(row["_id"], row.get("crashes")) for row in rows]
+        suspects = [run_id for run_id, crashes in counts if isinstance(crashes, int) and crashes >= self.suspect_from]
+        if suspects:
+            self._suspect = suspects[0]
+            self._backlog = True  # for the others, once the suspect has ended or another worker has claimed it
+            return Chosen(suspects[:1], None)
+        # Another program may have written something else than a number, which no limit matches.
+        countable = all(isinstance(crashes, int) for _, crashes in counts)
+        return Chosen([run_id for run_id, _ in counts], self.suspect_from if countable else None)
 
     def next_timer_claim(self, active_runs: Collection[str]) -> ClaimFired | None:
         """The next claim of runs whose timers have fired, or None if no place is free for them. `active_runs`: their ids.
 
         Runs that find no place stay here. A poll may find them as well.
         """
-        if not self._timers or self._phase == "draining":
+        if not self._timers or self._phase == "draining" or self._suspect is not None:
             return None
         if self.state != "ready" or self._gate != "open" or self._pausing:
             self._timers.clear()  # once claims are allowed again, or the pause after a failure is over, a poll comes first
@@ -123,7 +156,7 @@ class Demand:
 
     def wants_claim(self, active_runs: int) -> bool:
         """Whether `next_claim` should be asked now. False during the pause after a failed claim."""
-        return bool(self._backlog or self._named) and not self._pausing and self.room(active_runs) > 0
+        return bool(self._may_poll or self._named) and not self._pausing and self.room(active_runs) > 0
 
     def wants_timer_claim(self) -> bool:
         """Whether `next_timer_claim` should be asked now."""
@@ -131,7 +164,7 @@ class Demand:
 
     def room(self, active_runs: int) -> int:
         """How many runs may be claimed now, in places that are free to all."""
-        if self.state != "ready" or self._gate == "closed":
+        if self.state != "ready" or self._gate == "closed" or self._suspect is not None:
             return 0
         return max(0, self._concurrency - self._timers.places_taken(active_runs))
 
@@ -161,10 +194,22 @@ class Demand:
 
     # --- what happened: a claim was performed ----------------------------------------------------------------------
 
-    def poll_found(self, *, more: bool, suspects_skipped: bool) -> None:
-        """The poll of a `ClaimDue` was answered. `more`: it may have missed due runs. `suspects_skipped`: it will not claim all."""
+    def polled(self, *, more: bool, tried: int, won: int) -> float:
+        """The poll of a `ClaimDue` was answered, and the claim of what was chosen. `more`: it may have missed due runs.
+
+        Yields the seconds after which the caller must call `poll_pause_over`: the host may take runs for due that the server
+        does not, and would find them again at once. 0: no pause.
+        """
         self._backlog = self._backlog or more
-        self._suspects_left = self._suspects_left or suspects_skipped
+        self._fruitless = self._fruitless + 1 if tried and not won else 0
+        if not self._backlog or self._fruitless <= _FRUITLESS_MAX:
+            return 0.0
+        self._poll_pausing = True
+        return min(_FRUITLESS_FIRST_S * 2.0 ** min(self._fruitless - _FRUITLESS_MAX - 1, 10), _FRUITLESS_CEILING_S)
+
+    def poll_pause_over(self) -> None:
+        """The pause after polls whose runs could not be claimed is over."""
+        self._poll_pausing = False
 
     def named_tried(self, run_ids: Iterable[str], absent: Collection[str]) -> dict[str, float]:
         """A claim by name was answered. `absent`: those of its runs that were not claimed, are not held, and have not ended.
@@ -192,6 +237,10 @@ class Demand:
     def claim_ended(self, claim: Claim | ClaimFired, active_runs: Collection[str], *, failed: bool = False) -> None:
         """A claim is over, and what it has brought is active. `active_runs`: the ids of all active runs."""
         self._claims_under_way -= 1
+        if isinstance(claim, ClaimDue) and self._suspect not in active_runs:
+            self._suspect = None  # it was not claimed
+        if isinstance(claim, ClaimDue) and failed:
+            self._suspects_left_out = self._suspects_left_out or claim.from_start
         if isinstance(claim, ClaimFired):
             self._timers.claimed(claim.batch, active_runs)
         elif isinstance(claim, ClaimDue) and self._gate == "one" and not failed:
@@ -216,14 +265,13 @@ class Demand:
         """The pause after a failed claim is over."""
         self._pausing = False
 
-    def run_finished(self, run_id: str) -> bool:
-        """A run is not active any more. True: suspects that were skipped can be claimed now, so poll from the beginning."""
+    def run_finished(self, run_id: str) -> None:
+        """A run is not active any more."""
         self._timers.finished(run_id)
         self._pausing = False
-        if not self._suspects_left:
-            return False
-        self._backlog, self._suspects_left = True, False  # the finished run may have been the active suspect
-        return True
+        if run_id == self._suspect:
+            self._suspect = None
+            self._backlog = self._others_turn = True  # runs wait since the suspect was claimed; they and suspects take turns
 
     # --- what happened: claiming was allowed or forbidden ----------------------------------------------------------
 
@@ -248,19 +296,3 @@ class Demand:
     def drain(self) -> None:
         """Nothing is claimed any more."""
         self._phase = "draining"
-
-
-def at_most_one_suspect(rows: Sequence[Mapping[str, Any]], suspect_from: int) -> list[str]:
-    """Ids of the found runs `{_id, crashes}` that are to be claimed: all but the second suspect and those after it.
-
-    A suspect shares a worker with no other suspect, so that the next lost worker convicts one run.
-    """
-    chosen: list[str] = []
-    suspects = 0
-    for row in rows:
-        crashes = row.get("crashes")
-        suspect = isinstance(crashes, int) and crashes >= suspect_from  # another program may have written something else
-        suspects += suspect
-        if suspects <= 1 or not suspect:
-            chosen.append(row["_id"])
-    return chosen

@@ -23,6 +23,7 @@ class Batch(NamedTuple):
 
     run_ids: Sequence[str]
     spare: int  # so many of them take places that are free to all
+    active_before: frozenset[str] = frozenset()  # those that were active before the claim: it may bring them a second time
 
 
 class TimerClaims:
@@ -60,9 +61,9 @@ class TimerClaims:
         places = min(spare + self.ahead_max - len(self._ahead) - self._ahead_promised, _CLAIM_MAX)
         run_ids: list[str] = []
         while self._names and len(run_ids) < places:
-            if (run_id := self._names.popleft()) not in active_runs:
-                run_ids.append(run_id)
-        batch = Batch(run_ids, min(spare, len(run_ids)))
+            run_ids.append(self._names.popleft())
+        # What is active here is claimed, too: this worker may have lost it without knowing. Otherwise the claim does not match it.
+        batch = Batch(run_ids, min(spare, len(run_ids)), frozenset(run_id for run_id in run_ids if run_id in active_runs))
         self._spare_promised += batch.spare
         self._ahead_promised += len(run_ids) - batch.spare
         return batch
@@ -71,7 +72,8 @@ class TimerClaims:
         """The claim of this batch is over, and what it has brought is active."""
         self._spare_promised -= batch.spare
         self._ahead_promised -= len(batch.run_ids) - batch.spare
-        self._ahead.update(run_id for run_id in batch.run_ids[batch.spare :] if run_id in active_runs)
+        ahead = [run_id for run_id in batch.run_ids[batch.spare :] if run_id not in batch.active_before]
+        self._ahead.update(run_id for run_id in ahead if run_id in active_runs)
 
     def finished(self, run_id: str) -> None:
         """A run is not active any more."""

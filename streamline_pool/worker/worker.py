@@ -21,7 +21,7 @@ from streamline_pool.engine.engine import Engine
 from streamline_pool.storage.store import AsyncStore
 
 from .claiming import Claimer, Terms
-from .demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand, at_most_one_suspect
+from .demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand
 from .ended_runs import EndedRuns
 from .gate import GateState
 from .poller import Poller
@@ -78,7 +78,7 @@ class Worker:
     async def run(self) -> None:
         """Work until `drain` or `stop`, then release all runs and return."""
         store = self._app.store_async()
-        engine = self._engine = self._app.make_engine(store, self)
+        engine = self._engine = self._app.make_engine(store, self, self._demand.suspect_from)
         terms = Terms(owner=self._owner, lanes=self._lanes, lease_s=self._settings.lease_s)
         claimer = Claimer(engine, self._poller, terms, self._env, store_answered=self.store_answered, retry_pause_s=self._retry_pause_s)
         engine.start()
@@ -135,9 +135,6 @@ class Worker:
 
     def wake_up(self, run_id: str | None = None, *, overdue: bool = False) -> None:
         """There may be work: this run, or any run. `overdue`: a run that has been due for long."""
-        note = None if run_id is None or self._engine is None else self._engine.cache.get(run_id)
-        if note is not None and note.in_flight:
-            return
         if overdue:
             self._poller.forget()  # runs were released or recovered, and keep their old places in the queue
         self._demand.wake_up(run_id)
@@ -209,14 +206,11 @@ class Worker:
         try:
             if engine.store.clock.stale:
                 await engine.store.sync_clock()
-            while (claim := self._demand.next_claim(len(engine.active_runs), self._suspect_active(engine))) is not None:
+            while (claim := self._demand.next_claim(len(engine.active_runs))) is not None:
                 await self._perform(claim, engine, claimer)
             self._demand.claims_succeeded()
         except WorkflowError as exc:
             self._claims_failed(engine, exc)
-
-    def _suspect_active(self, engine: Engine) -> bool:
-        return any(active.document["crashes"] >= self._demand.suspect_from for active in engine.active_runs.values())
 
     async def _perform(self, claim: Claim, engine: Engine, claimer: Claimer) -> None:
         failed = True
@@ -225,19 +219,27 @@ class Worker:
                 case ClaimNamed(run_ids=run_ids, crashes_below=crashes_below):
                     absent = await claimer.claim_named(run_ids, crashes_below)
                     self._announce_again(engine, self._demand.named_tried(run_ids, absent), self._announce)
-                case ClaimDue(limit=limit, crashes_below=crashes_below):
-                    await self._poll_and_claim(engine.store, claimer, limit, crashes_below)
+                case ClaimDue():
+                    await self._poll_and_claim(engine, claimer, claim)
             failed = False
         finally:
             self._demand.claim_ended(claim, engine.active_runs, failed=failed)
 
-    async def _poll_and_claim(self, store: AsyncStore, claimer: Claimer, limit: int, crashes_below: int | None) -> None:
-        rows, more = await self._poller.poll(store, limit, crashes_below)
+    async def _poll_and_claim(self, engine: Engine, claimer: Claimer, claim: ClaimDue) -> None:
+        if claim.from_start:
+            self._poller.forget()
+        rows, more = await self._poller.poll(engine.store, claim.limit, claim.crashes_below)
         self.store_answered(True)
-        run_ids = at_most_one_suspect(rows, self._demand.suspect_from)
-        self._demand.poll_found(more=more, suspects_skipped=len(run_ids) < len(rows))
-        if run_ids:
-            await claimer.claim_runs(run_ids)
+        chosen = self._demand.choose(rows)
+        won = await claimer.claim_runs(chosen.run_ids, crashes_below=chosen.crashes_below) if chosen.run_ids else 0
+        pause_s = self._demand.polled(more=more, tried=len(chosen.run_ids), won=won)
+        if pause_s:
+            engine.loop.call_later(pause_s, self._poll_again)
+            await engine.store.sync_clock()  # a new primary's clock may be far behind what this host takes for the server's time
+
+    def _poll_again(self) -> None:
+        self._demand.poll_pause_over()
+        self._claim_soon()
 
     async def _claim_fired_timers(self, engine: Engine, claimer: Claimer) -> None:
         """Claim runs whose timers have fired, beside the other claims, so that they do not wait for these."""
@@ -297,8 +299,8 @@ class Worker:
         self._runs_total += 1
         if status in ("done", "failed") and self._engine is not None:
             self._ended_runs.publish_soon(run_id, self._engine.store)
-        if self._demand.run_finished(run_id):
-            self._poller.forget()
+        if self._engine is None or run_id not in self._engine.active_runs.held:  # else it has been claimed again
+            self._demand.run_finished(run_id)
         self._claim_soon()
         if self._demand.wants_timer_claim():
             self._timer_claims_wanted.set()
@@ -327,7 +329,7 @@ class Worker:
     def status(self) -> WorkerStatus:
         """The status now."""
         engine = self._engine
-        active_runs = list(engine.active_runs.values()) if engine is not None else []
+        active_runs = engine.active_runs.all() if engine is not None else []
         return WorkerStatus(
             state="stopped" if self._stopped else self._demand.state,
             idle=self._demand.is_idle(len(active_runs)),

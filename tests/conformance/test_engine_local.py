@@ -177,3 +177,19 @@ assert os.waitpid(pid, 0)[1] == 0
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["sleep", "retry", "wait"])
+def test_a_run_that_is_parked_until_an_instant_is_announced_to_the_pools(app: Streamline, way: str) -> None:
+    """Without the signal no steward sets a timer, and a short sleep ends with the next sweep, seconds later."""
+
+    def park(ctx: Any) -> None:
+        if way == "retry":
+            raise ValueError
+        ctx.sleep(0.5) if way == "sleep" else ctx.wait("?", timeout=0.5)
+
+    workflow = app.workflow("w", steps={"park": (park, {"retry_delay": 0.5})})
+    run = workflow.execute(workflow.start().id)
+    document = app.runs.find_one({"_id": run.id})
+    sent = app.runs.database["workflow_signals"].find({"kind": "due", "runId": run.id, "wakeAt": document["wakeAt"]})
+    assert [(signal["lane"], signal["count"]) for signal in sent] == [(workflow.definition.lane, 1)]

@@ -9,10 +9,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from workers import Pool
 
 from streamline_pool import Streamline, Workflow
+from streamline_pool.config.env import system_env
 from streamline_pool.protocol import claims
-from streamline_pool.protocol.operations import Find
+from streamline_pool.protocol.operations import Find, Op
 from streamline_pool.storage.store import AsyncStore
 from streamline_pool.worker.poller import Poller
 
@@ -260,3 +262,41 @@ def test_a_run_started_after_an_empty_poll_is_found_by_the_next(app: Streamline,
         assert await watch.take(5) == [run.id]
 
     watch(app, use)
+
+
+def test_a_host_that_takes_for_due_what_the_server_does_not_polls_no_more_than_a_few_times(make_app: Callable[..., Streamline]) -> None:
+    """A new primary's clock may be far behind. With more such runs than one claim takes, a worker polled without a pause."""
+    system = system_env()
+    jumps: list[float] = []
+
+    class Clock:
+        now = staticmethod(system.clock.now)
+
+        @staticmethod
+        def monotonic() -> float:
+            return system.clock.monotonic() + sum(jumps)
+
+    app = make_app(env=dataclasses.replace(system, clock=Clock()), concurrency=4)
+    polls: list[str] = []
+
+    class CountingStore(AsyncStore):
+        async def run(self, op: Op, session: Any = None) -> Any:
+            polls.extend([op.name] if op.name == "find_due" else [])
+            return await super().run(op, session)
+
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    workflow.start_many(range(20), start_at=100)
+
+    async def play() -> None:
+        app.connections.use(CountingStore(app.where, app.env))
+        async with Pool(app) as pool:
+            await pool.until(lambda: pool.statuses()[0].idle)
+            pool.stop_waking_up()
+            polls.clear()
+            jumps.append(200.0)  # what the host takes for the server's time is now so much ahead of it
+            pool.workers[0].wake_up()
+            await pool.until(lambda: polls and pool.statuses()[0].idle)
+
+    asyncio.run(play())
+    assert 1 < len(polls) < 20
+    assert app.runs.count_documents({"token": 0}) == 20

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
 
-from streamline_pool.worker.demand import Claim, ClaimDue, ClaimNamed, Demand, at_most_one_suspect
+from streamline_pool.worker.demand import Chosen, Claim, ClaimDue, ClaimNamed, Demand
 
 MAX_CRASHES = 3
 SUSPECT = MAX_CRASHES - 1  # crashes of a run that the next lost worker convicts
@@ -21,11 +21,11 @@ def idle_demand(concurrency: int = 16) -> Demand:
     """Of a worker without active runs, whose first poll has found nothing."""
     demand = new_demand(concurrency)
     demand.start()
-    claim = demand.next_claim(0, False)
-    assert claim == ClaimDue(limit=min(concurrency, 200), crashes_below=None)
-    demand.poll_found(more=False, suspects_skipped=False)
+    claim = demand.next_claim(0)
+    assert claim == ClaimDue(limit=min(concurrency, 200), crashes_below=None, from_start=False)
+    demand.polled(more=False, tried=0, won=0)
     demand.claim_ended(claim, ())
-    assert demand.next_claim(0, False) is None
+    assert demand.next_claim(0) is None
     demand.claims_succeeded()
     assert demand.is_idle(0)
     return demand
@@ -34,7 +34,7 @@ def idle_demand(concurrency: int = 16) -> Demand:
 def perform(demand: Demand, claim: Claim | None, active_runs: Collection[str] = (), *, more: bool = False) -> None:
     assert claim is not None
     if isinstance(claim, ClaimDue):
-        demand.poll_found(more=more, suspects_skipped=False)
+        demand.polled(more=more, tried=0, won=0)
     demand.claim_ended(claim, active_runs)
 
 
@@ -48,7 +48,7 @@ def names(count: int) -> list[str]:
 def test_a_worker_claims_nothing_before_it_has_reached_the_database() -> None:
     demand = new_demand()
     demand.wake_up("r0")
-    assert demand.next_claim(0, False) is None
+    assert demand.next_claim(0) is None
     assert (demand.state, demand.wants_claim(0), demand.is_idle(0)) == ("starting", False, False)
     demand.start()
     assert (demand.state, demand.wants_claim(0)) == ("ready", True)
@@ -61,7 +61,7 @@ def test_a_worker_that_drains_claims_nothing_any_more() -> None:
     demand.wake_up("r0")
     demand.timers_fired(["r1"])
     assert (demand.state, demand.wants_claim(0), demand.room(0), demand.is_idle(0)) == ("draining", False, 0, False)
-    assert demand.next_claim(0, False) is None
+    assert demand.next_claim(0) is None
     assert demand.next_timer_claim(()) is None
 
 
@@ -69,11 +69,11 @@ def test_a_held_worker_claims_nothing_until_it_is_released() -> None:
     demand = idle_demand()
     demand.hold(True)
     demand.wake_up("r0")
-    assert (demand.state, demand.next_claim(0, False), demand.is_idle(0)) == ("holding", None, False)
+    assert (demand.state, demand.next_claim(0), demand.is_idle(0)) == ("holding", None, False)
     demand.hold(False)
     assert demand.state == "ready"
-    perform(demand, demand.next_claim(0, False))
-    assert demand.next_claim(0, False) == ClaimDue(limit=16, crashes_below=None), "the supervisor sent no wake-ups meanwhile"
+    perform(demand, demand.next_claim(0))
+    assert demand.next_claim(0) == ClaimDue(limit=16, crashes_below=None, from_start=False), "the supervisor sent no wake-ups meanwhile"
 
 
 def test_an_operators_hold_before_the_start_counts_after_it() -> None:
@@ -81,7 +81,7 @@ def test_an_operators_hold_before_the_start_counts_after_it() -> None:
     demand.hold(True)
     assert demand.state == "starting"
     demand.start()
-    assert (demand.state, demand.next_claim(0, False)) == ("holding", None)
+    assert (demand.state, demand.next_claim(0)) == ("holding", None)
 
 
 def test_a_closed_gate_stops_claims_and_an_open_one_starts_with_a_poll() -> None:
@@ -90,32 +90,32 @@ def test_a_closed_gate_stops_claims_and_an_open_one_starts_with_a_poll() -> None
     assert (demand.is_idle(0), demand.wants_claim(0), demand.room(0)) == (False, False, 0)
     demand.set_gate("open")
     assert demand.wants_claim(0)
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_gate_one_lets_one_batch_through() -> None:
     """More than one would load a database that has only just returned."""
     demand = idle_demand()
     demand.set_gate("one")
-    perform(demand, demand.next_claim(0, False), more=True)
-    assert demand.next_claim(0, False) is None
+    perform(demand, demand.next_claim(0), more=True)
+    assert demand.next_claim(0) is None
     assert demand.room(0) == 0
 
 
 def test_gate_one_stays_until_a_batch_succeeds() -> None:
     demand = idle_demand()
     demand.set_gate("one")
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     assert claim is not None
     demand.claim_ended(claim, (), failed=True)
     demand.claims_failed()
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_a_gate_that_opens_during_a_claim_stays_open() -> None:
     demand = idle_demand()
     demand.set_gate("one")
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     demand.set_gate("open")
     perform(demand, claim)
     assert demand.room(0) == 16
@@ -127,11 +127,11 @@ def test_a_gate_that_opens_during_a_claim_stays_open() -> None:
 @pytest.mark.parametrize(
     ("announced", "wanted"),
     [
-        (["r0"], ClaimNamed(run_ids=("r0",), crashes_below=None)),
+        (["r0"], ClaimNamed(run_ids=("r0",), crashes_below=SUSPECT)),
         # Suspects are claimed one at a time: among several names the poll must choose them.
         (["r0", "r1"], ClaimNamed(run_ids=("r0", "r1"), crashes_below=SUSPECT)),
-        ([None], ClaimDue(limit=16, crashes_below=None)),
-        ([None, "r0"], ClaimNamed(run_ids=("r0",), crashes_below=None)),
+        ([None], ClaimDue(limit=16, crashes_below=None, from_start=False)),
+        ([None, "r0"], ClaimNamed(run_ids=("r0",), crashes_below=SUSPECT)),
     ],
 )
 def test_what_a_wake_up_leads_to(announced: list[str | None], wanted: Claim) -> None:
@@ -140,31 +140,21 @@ def test_what_a_wake_up_leads_to(announced: list[str | None], wanted: Claim) -> 
         demand.wake_up(run_id)
     assert demand.wants_claim(0)
     assert not demand.is_idle(0)
-    assert demand.next_claim(0, False) == wanted
-
-
-@pytest.mark.parametrize(("run_id", "kind"), [("r0", ClaimNamed), (None, ClaimDue)])
-def test_beside_an_active_suspect_no_other_suspect_is_claimed(run_id: str | None, kind: type) -> None:
-    demand = idle_demand()
-    demand.wake_up(run_id)
-    claim = demand.next_claim(1, True)
-    assert isinstance(claim, kind)
-    assert isinstance(claim, ClaimNamed | ClaimDue)
-    assert claim.crashes_below == SUSPECT
+    assert demand.next_claim(0) == wanted
 
 
 def test_a_claim_brings_no_more_runs_than_there_is_room_for() -> None:
     demand = idle_demand(concurrency=4)
     for run_id in names(5):
         demand.wake_up(run_id)
-    claim = demand.next_claim(1, False)
+    claim = demand.next_claim(1)
     assert claim == ClaimNamed(run_ids=("r0", "r1", "r2"), crashes_below=SUSPECT)
     demand.wake_up(None)
     perform(demand, claim)
-    assert demand.next_claim(4, False) is None
+    assert demand.next_claim(4) is None
     assert (demand.wants_claim(4), demand.is_idle(4)) == (False, False)
-    perform(demand, demand.next_claim(0, False))
-    assert demand.next_claim(2, False) == ClaimDue(limit=2, crashes_below=None)
+    perform(demand, demand.next_claim(0))
+    assert demand.next_claim(2) == ClaimDue(limit=2, crashes_below=None, from_start=False)
 
 
 def test_one_claim_is_of_200_runs_at_most() -> None:
@@ -172,12 +162,12 @@ def test_one_claim_is_of_200_runs_at_most() -> None:
     demand = idle_demand(concurrency=1_000)
     for run_id in names(300):
         demand.wake_up(run_id)
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     assert isinstance(claim, ClaimNamed)
     assert len(claim.run_ids) == 200
     perform(demand, claim)
     demand.wake_up(None)
-    assert demand.next_claim(200, False) == ClaimDue(limit=200, crashes_below=None)
+    assert demand.next_claim(200) == ClaimDue(limit=200, crashes_below=None, from_start=False)
 
 
 def test_announced_runs_and_polls_alternate() -> None:
@@ -187,11 +177,11 @@ def test_announced_runs_and_polls_alternate() -> None:
         demand.wake_up(run_id)
     kinds = []
     for more in (False, True, False, False):
-        claim = demand.next_claim(0, False)
+        claim = demand.next_claim(0)
         kinds.append(type(claim))
         perform(demand, claim, more=more)
     assert kinds == [ClaimNamed, ClaimDue, ClaimDue, ClaimNamed]
-    assert demand.next_claim(0, False) is None
+    assert demand.next_claim(0) is None
 
 
 def test_names_beyond_the_bound_are_left_to_a_poll() -> None:
@@ -201,7 +191,7 @@ def test_names_beyond_the_bound_are_left_to_a_poll() -> None:
         demand.wake_up(run_id)
     named: list[str] = []
     kinds = []
-    while (claim := demand.next_claim(0, False)) is not None:
+    while (claim := demand.next_claim(0)) is not None:
         kinds.append(type(claim))
         named += claim.run_ids if isinstance(claim, ClaimNamed) else []
         perform(demand, claim)
@@ -213,24 +203,24 @@ def test_a_wake_up_during_a_poll_is_followed_by_another_poll() -> None:
     """The run may have been inserted just after the poll has passed its place."""
     demand = idle_demand()
     demand.wake_up(None)
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     demand.wake_up(None)
     perform(demand, claim)
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_a_poll_that_may_have_missed_runs_is_followed_by_another() -> None:
     demand = idle_demand()
     demand.wake_up(None)
-    perform(demand, demand.next_claim(0, False), more=True)
-    perform(demand, demand.next_claim(0, False), more=False)
-    assert demand.next_claim(0, False) is None
+    perform(demand, demand.next_claim(0), more=True)
+    perform(demand, demand.next_claim(0), more=False)
+    assert demand.next_claim(0) is None
 
 
 def test_a_worker_is_not_idle_while_a_claim_is_under_way() -> None:
     demand = idle_demand()
     demand.wake_up("r0")
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     assert not demand.is_idle(0)
     perform(demand, claim)
     assert demand.is_idle(0)
@@ -246,7 +236,7 @@ def test_an_announced_run_that_is_absent_is_announced_again_after_growing_pauses
     assert pauses == [0.001 * 2**tries for tries in range(9)]
     assert demand.is_idle(0), "the caller announces it again"
     assert demand.named_tried(["r0"], ["r0"]) == {}
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_tries_are_counted_anew_once_the_run_was_there() -> None:
@@ -259,7 +249,7 @@ def test_tries_are_counted_anew_once_the_run_was_there() -> None:
 def test_several_absent_runs_may_be_suspects_so_a_poll_follows() -> None:
     demand = idle_demand()
     assert demand.named_tried(["r0", "r1"], ["r1"]) == {"r1": 0.001}
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_several_names_that_were_all_found_need_no_poll() -> None:
@@ -271,23 +261,29 @@ def test_several_names_that_were_all_found_need_no_poll() -> None:
 # --- suspects -----------------------------------------------------------------------------------------------------------
 
 
+def rows(crashes: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{"_id": f"r{number}", "crashes": count} for number, count in enumerate(crashes)]
+
+
 @pytest.mark.parametrize(
     ("crashes", "chosen"),
     [
-        ([0, 1, 0], [0, 1, 2]),
-        ([0, 2, 1, 2, 5, 0], [0, 1, 2, 5]),
-        ([2, 2], [0]),
-        ([2, "many", None, 2], [0, 1, 2]),  # another program has written these
-        ([], []),
+        ([0, 1, 0], Chosen(["r0", "r1", "r2"], SUSPECT)),
+        ([0, 2, 1, 2, 5, 0], Chosen(["r1"], None)),
+        ([0, "many", None], Chosen(["r0", "r1", "r2"], None)),  # another program has written these, and no limit matches them
+        (["many", 2], Chosen(["r1"], None)),
+        ([], Chosen([], SUSPECT)),
     ],
 )
-def test_a_poll_leads_to_one_suspect_at_most(crashes: list[Any], chosen: list[int]) -> None:
-    rows = [{"_id": f"r{number}", "crashes": count} for number, count in enumerate(crashes)]
-    assert at_most_one_suspect(rows, SUSPECT) == [f"r{number}" for number in chosen]
+def test_of_what_a_poll_has_found_a_suspect_is_claimed_alone(crashes: list[Any], chosen: Chosen) -> None:
+    demand = idle_demand()
+    demand.wake_up(None)
+    demand.next_claim(0)
+    assert demand.choose(rows(crashes)) == chosen
 
 
 def test_a_run_without_a_count_of_crashes_is_no_suspect() -> None:
-    assert at_most_one_suspect([{"_id": "r0"}, {"_id": "r1", "crashes": 2}], SUSPECT) == ["r0", "r1"]
+    assert idle_demand().choose([{"_id": "r0"}, {"_id": "r1", "crashes": 1}]) == Chosen(["r0", "r1"], None)
 
 
 @pytest.mark.parametrize(("max_crashes", "suspect_from"), [(1, 1), (2, 1), (3, 2), (10, 9)])
@@ -295,39 +291,92 @@ def test_which_runs_are_suspects(max_crashes: int, suspect_from: int) -> None:
     assert Demand(concurrency=1, max_crashes=max_crashes).suspect_from == suspect_from
 
 
-def skip_suspects_in_the_rows(demand: Demand) -> None:
+def claim_suspect(demand: Demand, *, won: bool = True) -> None:
     demand.wake_up(None)
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     assert claim is not None
-    demand.poll_found(more=False, suspects_skipped=True)
-    demand.claim_ended(claim, ["suspect"])
+    chosen = demand.choose(rows([0, SUSPECT, 0, SUSPECT]))
+    assert chosen.run_ids == ["r1"]
+    demand.polled(more=False, tried=1, won=int(won))
+    demand.claim_ended(claim, chosen.run_ids if won else ())
 
 
-def skip_suspects_in_the_query(demand: Demand) -> None:
-    demand.wake_up(None)
-    perform(demand, demand.next_claim(1, True), ["suspect"])
-
-
-@pytest.mark.parametrize("skip", [skip_suspects_in_the_rows, skip_suspects_in_the_query])
-def test_skipped_suspects_are_polled_for_when_a_run_has_finished(skip: Callable[[Demand], None]) -> None:
-    """The finished run may be the active suspect; no other event would lead to the skipped ones."""
+@pytest.mark.parametrize("announce", [lambda demand: demand.wake_up("r9"), lambda demand: demand.wake_up(None)])
+def test_beside_an_active_suspect_nothing_is_claimed(announce: Callable[[Demand], None]) -> None:
     demand = idle_demand()
-    skip(demand)
-    assert demand.next_claim(1, True) is None
-    assert demand.run_finished("suspect"), "they are older than where the next poll would start"
-    perform(demand, demand.next_claim(0, False))
-    assert not demand.run_finished("other")
+    claim_suspect(demand)
+    announce(demand)
+    demand.timers_fired(["r8"])
+    assert (demand.next_claim(1), demand.next_timer_claim(["r1"])) == (None, None)
+    assert (demand.wants_claim(1), demand.room(1), demand.is_idle(1)) == (False, 0, False)
+
+
+def test_after_a_suspect_the_other_runs_have_their_turn_then_the_next_suspect() -> None:
+    """A worker that has lost others twice at a hundred runs would otherwise run one suspect after the other, and nothing else."""
+    demand = idle_demand()
+    claim_suspect(demand)
+    demand.run_finished("other")
+    assert demand.next_claim(1) is None
+    demand.run_finished("r1")
+    claim = demand.next_claim(0)
+    assert claim == ClaimDue(limit=16, crashes_below=SUSPECT, from_start=False)
+    perform(demand, claim)
+    claim = demand.next_claim(0)
+    assert claim == ClaimDue(limit=16, crashes_below=None, from_start=True), "suspects may be older than where the next poll would start"
+    perform(demand, claim)
     assert demand.is_idle(0)
 
 
-def test_a_suspect_that_finishes_during_the_poll_that_skips_others_leads_to_another_poll() -> None:
-    """After the poll no active run is left whose end could lead to the skipped suspects."""
+def test_a_suspect_that_another_worker_has_claimed_is_followed_by_another_poll() -> None:
+    demand = idle_demand()
+    claim_suspect(demand, won=False)
+    assert demand.next_claim(0) == ClaimDue(limit=16, crashes_below=None, from_start=False)
+
+
+def test_a_poll_for_skipped_suspects_that_fails_is_made_again() -> None:
+    demand = idle_demand()
+    claim_suspect(demand)
+    demand.run_finished("r1")
+    perform(demand, demand.next_claim(0))
+    fail(demand, demand.next_claim(0))
+    demand.pause_over()
+    assert demand.next_claim(0) == ClaimDue(limit=16, crashes_below=None, from_start=True)
+
+
+# --- polls without a success --------------------------------------------------------------------------------------------
+
+
+def test_polls_whose_runs_cannot_be_claimed_are_made_after_growing_pauses() -> None:
+    """While a new primary's clock is behind, the host takes for due what the server does not: it would poll without a pause."""
     demand = idle_demand()
     demand.wake_up(None)
-    claim = demand.next_claim(1, True)
-    assert demand.run_finished("suspect")
-    perform(demand, claim)
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    pauses = []
+    for _ in range(12):
+        claim = demand.next_claim(0)
+        assert isinstance(claim, ClaimDue)
+        pauses.append(demand.polled(more=True, tried=16, won=0))
+        demand.claim_ended(claim, ())
+        assert demand.wants_claim(0) is not bool(pauses[-1])
+        assert not demand.is_idle(0)
+        demand.poll_pause_over()
+    assert pauses == [0, 0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0, 1.0]
+    claim = demand.next_claim(0)
+    assert demand.polled(more=True, tried=16, won=1) == 0
+
+
+def test_announced_runs_are_claimed_during_such_a_pause() -> None:
+    demand = idle_demand()
+    demand.wake_up(None)
+    for _ in range(3):
+        claim = demand.next_claim(0)
+        assert claim is not None
+        demand.polled(more=True, tried=16, won=0)
+        demand.claim_ended(claim, ())
+    assert demand.next_claim(0) is None
+    demand.wake_up("r0")
+    assert isinstance(demand.next_claim(0), ClaimNamed)
+    demand.wake_up(None)
+    assert demand.next_claim(0) is None
 
 
 # --- failures -----------------------------------------------------------------------------------------------------------
@@ -342,18 +391,18 @@ def fail(demand: Demand, claim: Claim | None) -> bool:
 def test_what_could_not_be_claimed_by_name_is_found_by_a_poll_after_the_pause() -> None:
     demand = idle_demand()
     demand.wake_up("r0")
-    fail(demand, demand.next_claim(0, False))
+    fail(demand, demand.next_claim(0))
     assert (demand.wants_claim(0), demand.is_idle(0)) == (False, False)
     demand.pause_over()
     assert demand.wants_claim(0)
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_only_the_first_failure_of_an_outage_is_news() -> None:
     """Subscribers get one `scheduler:error` for each outage."""
     demand = idle_demand()
     demand.wake_up("r0")
-    news = [fail(demand, demand.next_claim(0, False)) for _ in range(3)]
+    news = [fail(demand, demand.next_claim(0)) for _ in range(3)]
     demand.claims_succeeded()
     assert [*news, demand.claims_failed()] == [True, False, False, True]
 
@@ -377,7 +426,7 @@ def test_only_the_first_failure_of_an_outage_is_news() -> None:
 def test_what_ends_the_pause_after_a_failure(happens: Callable[[Demand], object], ends: bool) -> None:
     demand = idle_demand()
     demand.wake_up("r0")
-    fail(demand, demand.next_claim(0, False))
+    fail(demand, demand.next_claim(0))
     happens(demand)
     assert demand.wants_claim(0) is ends
 
@@ -405,7 +454,7 @@ def test_a_fired_timer_that_finds_no_place_is_also_left_to_a_poll() -> None:
     demand = idle_demand(concurrency=1)
     demand.timers_fired(["r0"])
     assert demand.next_timer_claim(["a"]) is None
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_free_places_belong_to_the_backlog_first() -> None:
@@ -413,10 +462,10 @@ def test_free_places_belong_to_the_backlog_first() -> None:
     demand.wake_up(None)
     demand.timers_fired(["r0"])
     assert demand.next_timer_claim(()) is None
-    claim = demand.next_claim(0, False)
+    claim = demand.next_claim(0)
     assert demand.next_timer_claim(()) is None, "the claim under way may fill the room"
     perform(demand, claim)
-    perform(demand, demand.next_claim(0, False))  # for the run that has found no place
+    perform(demand, demand.next_claim(0))  # for the run that has found no place
     assert demand.next_timer_claim(()) is not None
 
 
@@ -426,7 +475,7 @@ def test_places_promised_to_a_timer_claim_are_not_filled_by_others() -> None:
     claim = demand.next_timer_claim(())
     assert claim is not None
     demand.wake_up("r1")
-    assert (demand.next_claim(0, False), demand.wants_claim(0)) == (None, False)
+    assert (demand.next_claim(0), demand.wants_claim(0)) == (None, False)
     demand.claim_ended(claim, ())
     assert demand.wants_claim(0)
 
@@ -444,7 +493,7 @@ def test_fired_timers_are_left_to_a_poll_while_claiming_is_restricted(forbid: Ca
     assert not demand.wants_timer_claim()
     demand.hold(False)
     demand.set_gate("open")
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_timers_that_fire_before_the_start_are_left_to_the_first_poll() -> None:
@@ -482,7 +531,7 @@ def test_a_failure_leaves_fired_timers_to_the_poll_after_the_pause() -> None:
     demand.claim_ended(claim, ())
     assert (demand.next_timer_claim(()), demand.wants_timer_claim()) == (None, False)
     demand.pause_over()
-    assert isinstance(demand.next_claim(0, False), ClaimDue)
+    assert isinstance(demand.next_claim(0), ClaimDue)
 
 
 def test_announcements_that_are_never_followed_by_a_run_are_forgotten() -> None:

@@ -1,4 +1,4 @@
-"""After any sequence of inputs: no announced work is lost, no place is filled twice, suspects do not share a worker."""
+"""After any sequence of inputs: no announced work is lost, no place is filled twice, nothing is claimed beside a suspect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from streamline_pool.worker.demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand, at_most_one_suspect
+from streamline_pool.worker.demand import Claim, ClaimDue, ClaimFired, ClaimNamed, Demand
 from streamline_pool.worker.gate import GateState
 
 MAX_CRASHES = 3
@@ -34,18 +34,16 @@ class AnyWorker(RuleBasedStateMachine):
         self.active: dict[str, int] = {}  # run id -> crashes
         self.claim: Claim | None = None
         self.timer_claims: list[ClaimFired] = []
+        self.poll_pauses = 0  # after polls whose runs could not be claimed; the worker calls `poll_pause_over` for each
         self.pauses = 0  # after failed claims; the worker calls `pause_over` for each
         self.again: list[str] = []  # absent runs, which the worker announces again
-        self.suspect_skipped = False  # while a suspect was active here, a poll has skipped another
+        self.suspect: str | None = None  # the suspect that was claimed here, and is active
         self.held, self.gate, self.draining, self.ready = False, "open", False, started
         if started:
             self.demand.start()
 
     def may_claim(self) -> bool:
         return self.ready and not self.held and not self.draining and self.gate != "closed"
-
-    def suspect_active(self) -> bool:
-        return any(crashes >= SUSPECT for crashes in self.active.values())
 
     # --- inputs
 
@@ -84,17 +82,23 @@ class AnyWorker(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         run_id = data.draw(st.sampled_from(sorted(self.active)))
-        was_suspect = self.active.pop(run_id) >= SUSPECT
+        del self.active[run_id]
         self.demand.run_finished(run_id)
-        if was_suspect and self.suspect_skipped:
-            self.suspect_skipped = False
-            self.unclaimed.add(None)  # the skipped suspect can be claimed now, and this is the only event that shows it
+        if run_id == self.suspect:
+            self.suspect = None
+            self.unclaimed.add(None)  # what was left for the suspect can be claimed now, and this is the only event that shows it
 
     @precondition(lambda self: self.pauses)
     @rule()
     def pause_over(self) -> None:
         self.pauses -= 1
         self.demand.pause_over()
+
+    @precondition(lambda self: self.poll_pauses)
+    @rule()
+    def poll_pause_over(self) -> None:
+        self.poll_pauses -= 1
+        self.demand.poll_pause_over()
 
     @precondition(lambda self: self.again)
     @rule()
@@ -106,7 +110,8 @@ class AnyWorker(RuleBasedStateMachine):
     @precondition(lambda self: self.claim is None)
     @rule()
     def begin(self) -> None:
-        self.claim = self.demand.next_claim(len(self.active), self.suspect_active())
+        self.claim = self.demand.next_claim(len(self.active))
+        assert self.claim is None or self.suspect is None
         match self.claim:
             case None:
                 self.demand.claims_succeeded()
@@ -114,11 +119,12 @@ class AnyWorker(RuleBasedStateMachine):
                 assert self.may_claim()
                 assert run_ids
                 self.unclaimed.difference_update(run_ids)
-            case ClaimDue(limit=limit):
+            case ClaimDue(limit=limit, crashes_below=crashes_below):
                 assert self.may_claim()
                 assert limit > 0
                 self.unclaimed.clear()  # a poll finds whatever is due by now
-                self.suspect_skipped = self.suspect_active()
+                if crashes_below is not None:
+                    self.unclaimed.add(None)  # all but suspects
 
     @precondition(lambda self: self.claim is not None)
     @rule(data=st.data(), more=st.booleans())
@@ -135,13 +141,14 @@ class AnyWorker(RuleBasedStateMachine):
             due = self.due(data, claim.limit)
             rows: list[dict[str, Any]] = [{"_id": run_id, "crashes": crashes} for run_id, crashes in due.items()]
             rows = [row for row in rows if claim.crashes_below is None or row["crashes"] < claim.crashes_below]
-            chosen = at_most_one_suspect(rows, self.demand.suspect_from)
-            skipped = len(chosen) < len(rows)
-            self.suspect_skipped = self.suspect_skipped or skipped
-            self.demand.poll_found(more=more, suspects_skipped=skipped)
-            if more:
+            chosen, limit = self.demand.choose(rows)
+            assert len(chosen) == len(rows) or limit is None
+            won = chosen if data.draw(st.booleans(), label="won") else []
+            if more or len(chosen) < len(rows):
                 self.unclaimed.add(None)
-            self.active.update({row["_id"]: row["crashes"] for row in rows if row["_id"] in chosen})
+            self.active.update({row["_id"]: row["crashes"] for row in rows if row["_id"] in won})
+            self.suspect = next((run_id for run_id in won if self.active[run_id] >= SUSPECT), self.suspect)
+            self.poll_pauses += bool(self.demand.polled(more=more, tried=len(chosen), won=len(won)))
             if self.gate == "one":
                 self.gate = "closed"
         self.demand.claim_ended(claim, self.active)
@@ -154,9 +161,9 @@ class AnyWorker(RuleBasedStateMachine):
             assert self.may_claim()
             assert self.gate == "open"
             assert claim.batch.run_ids
+            assert self.suspect is None
             self.unclaimed.difference_update(claim.batch.run_ids)
             self.timer_claims.append(claim)
-        self.unclaimed.difference_update(self.active)  # nothing is to be claimed of a run that is active here already
 
     @precondition(lambda self: self.timer_claims)
     @rule(data=st.data())
@@ -177,13 +184,13 @@ class AnyWorker(RuleBasedStateMachine):
         found = data.draw(st.dictionaries(RUN_IDS, st.integers(0, SUSPECT), max_size=limit), label="due")
         return {run_id: crashes for run_id, crashes in found.items() if run_id not in self.active}
 
-    def bring_named(self, run_ids: Collection[str], crashes_below: int | None, data: st.DataObject) -> None:
+    def bring_named(self, run_ids: Collection[str], crashes_below: int, data: st.DataObject) -> None:
         won, absent = set(), set()
         for run_id in dict.fromkeys(run_ids):
             if run_id in self.active:
                 continue
             crashes, there = data.draw(st.integers(0, SUSPECT)), data.draw(st.booleans())
-            if there and (crashes_below is None or crashes < crashes_below):
+            if there and crashes < crashes_below:
                 won.add(run_id)
                 self.active[run_id] = crashes
             elif there or data.draw(st.booleans()):
@@ -201,7 +208,7 @@ class AnyWorker(RuleBasedStateMachine):
         if self.unclaimed:
             assert not self.demand.is_idle(len(self.active))
         waits_for_timer_task = self.demand.wants_timer_claim()
-        if self.unclaimed and not waits_for_timer_task and not self.pauses and self.demand.room(len(self.active)):
+        if self.unclaimed and not waits_for_timer_task and not self.pauses and not self.poll_pauses and self.demand.room(len(self.active)):
             assert self.demand.wants_claim(len(self.active))
 
     @invariant()
@@ -226,7 +233,7 @@ class AnyWorker(RuleBasedStateMachine):
 
     @invariant()
     def suspects_do_not_share_the_worker(self) -> None:
-        assert sum(crashes >= SUSPECT for crashes in self.active.values()) <= 1
+        assert [run_id for run_id, crashes in self.active.items() if crashes >= SUSPECT] == [self.suspect][: self.suspect is not None]
 
     @invariant()
     def who_may_not_claim_wants_nothing(self) -> None:

@@ -62,10 +62,14 @@ def test_a_worker_with_a_small_concurrency_has_no_additional_places() -> None:
     assert timer_claims.take(1, ()).run_ids == ["r0"]
 
 
-def test_a_run_that_is_active_already_is_not_claimed() -> None:
+def test_a_run_that_is_active_already_is_claimed_and_takes_no_additional_place() -> None:
+    """The worker may have lost it without knowing. It may also hold it, in a place that is free to all."""
     timer_claims = TimerClaims(concurrency=16)
     timer_claims.add(["r0", "r1"])
-    assert timer_claims.take(0, {"r0"}).run_ids == ["r1"]
+    batch = timer_claims.take(0, {"r0"})
+    assert batch.run_ids == ["r0", "r1"]
+    timer_claims.claimed(batch, {"r0", "r1"})
+    assert timer_claims.places_taken(active_runs=2) == 1
 
 
 def test_names_beyond_the_bound_are_left_to_polls() -> None:

@@ -99,7 +99,7 @@ class InlineRunner:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             # Only the caller was cancelled, not the run: the handler stops, and any process may claim the run.
-            self._engine.stop_run(run_id)
+            self._engine.stop_run(task)
             raise
         await self._announcer.sent()
         return True

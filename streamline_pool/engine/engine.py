@@ -131,7 +131,8 @@ class Engine:
         """The run was claimed, so an execution that held it until now has lost it. True: one of them goes on."""
         earlier = self.active_runs.held.get(run_id)
         if earlier is not None:
-            log.info("run_lost", extra={"run_id": run_id, "reason": "lease-lost"})
+            if earlier.attempt is not None:  # else it may have released the run itself, and not know that this is done
+                log.info("run_lost", extra={"run_id": run_id, "reason": "lease-lost"})
             earlier.mark_lost()
             self.active_runs.keep_until_over(earlier)
             earlier.abort("lease-lost")
@@ -240,12 +241,12 @@ class Engine:
             if active.attempt is not None:
                 active.attempt.abort("shutdown", grace_s)
 
-    def stop_run(self, run_id: str) -> None:
-        """Stop one run as `stop` stops all: it is released, uncounted."""
-        active = self.active_runs.held.get(run_id)
-        if active is not None:
-            active.release_requested = True
-            active.abort("shutdown")
+    def stop_run(self, task: asyncio.Task[None]) -> None:
+        """Stop the run that `admit` has returned this task for, as `stop` stops all: it is released, uncounted."""
+        for active in self.active_runs.all():
+            if active.task is task:
+                active.release_requested = True
+                active.abort("shutdown")
 
     async def emptied(self) -> None:
         """Return once no run is active."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 
+from streamline_pool.domain.errors import ValidationError
 from streamline_pool.protocol import commits
 
 from .active_run import STATEMENT_BYTES, ActiveRun
@@ -67,12 +68,19 @@ class Solitude:
         while len(self._active_runs) > 1 and not self._must_stop(active):
             await active.woken()
         if not self._must_stop(active):
+            await self._mark_alone(active)
+
+    async def _mark_alone(self, active: ActiveRun) -> None:
+        try:
             outcome = await self._committer.write(commits.mark_alone(active.fence(), self._now(), STATEMENT_BYTES))
-            if outcome in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
-                active.document["rev"] += 1
-                active.is_alone = True
-            else:
-                active.mark_lost()
+        except ValidationError:
+            active.is_alone = True  # its document has no room for the mark: it runs alone all the same, and cannot be convicted
+            return
+        if outcome in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
+            active.document["rev"] += 1
+            active.is_alone = True
+        else:
+            active.mark_lost()
 
     def _must_stop(self, active: ActiveRun) -> bool:
         stopping = self._state.draining or active.release_requested

@@ -200,3 +200,34 @@ def test_work_resumes_by_itself_after_an_outage(app: Streamline, start: Start, m
         eventually(lambda: pool.logged("scheduler:circuit-closed"))
         assert finish(app, before, timeout=45.0).status == "done"
         assert not pool.logged("child_died")
+
+
+# ---- suspects, and runs that are rewound while they run ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_that_kills_its_worker_convicts_no_suspect_beside_it(app: Streamline, start: Start) -> None:
+    """The suspect has lost two workers, each to an operator, and the next one is killed by a run that is no suspect."""
+    with start("--workers", "1", "--restart-budget", "20") as pool:
+        pool.ready()
+        company = begin(app, "slow", seconds=3)
+        held_by(app, company)
+        suspect = app.workflows["slow"].start({"seconds": 0})
+        app.runs.update_one({"_id": suspect.id}, {"$set": {"crashes": 2}})
+        deadly = [begin(app, "deadly") for _ in range(3)]
+        assert finish(app, suspect).status == "done"
+        assert finish(app, company).status == "done"
+        assert [(finish(app, run, timeout=60).error or {})["code"] for run in deadly] == ["WORKER_CRASHED"] * 3
+        assert finish(app, begin(app, "quick")).status == "done"
+
+
+def test_a_step_that_is_rewound_while_it_runs_begins_again_at_once(app: Streamline, start: Start) -> None:
+    """Its wake-up often came while the run still counted as in progress in the worker, and the next sweep is seconds away."""
+    with start("--workers", "1") as pool:
+        pool.ready()
+        run = begin(app, "slow", seconds=60)
+        held_by(app, run)
+        for _ in range(6):
+            app.rewind_run(run.id, "first")
+            eventually(lambda: stored(app, run)["steps"][0]["status"] == "running", timeout=1.5)
+        assert (stored(app, run)["rewinds"], stored(app, run)["crashes"]) == (6, 0)

@@ -13,6 +13,7 @@ from workers import Pool, check_invariants, run_until_idle
 from streamline_pool import Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol.operations import Op
+from streamline_pool.storage.store import AsyncStore
 from support import present
 
 
@@ -83,3 +84,32 @@ def test_a_def_handler_waits_for_its_checkpoint(make_app: Callable[..., Streamli
     stored = present(workflow.get(run.id))
     assert "commit_runs" in stores[0].faults.hit
     assert (stored.output, stored.document["failures"], stored.document["crashes"]) == (1, 0, 0)
+
+
+def test_a_checkpoint_that_is_stored_while_its_attempt_is_aborted_is_kept(make_app: Callable[..., Streamline]) -> None:
+    """What follows from the attempt stores the whole step. Decided too early, it overwrote the checkpoint."""
+    app = make_app()
+    contexts: list[Any] = []
+
+    class WaitingStore(AsyncStore):
+        async def run(self, op: Op, session: Any = None) -> Any:
+            if op.name == "commit_runs" and len(contexts) == 1:
+                await contexts[0].signal  # the handler's time is over
+            return await super().run(op, session)
+
+    def work(ctx: Any) -> Any:
+        contexts.append(ctx)
+        if ctx.attempt == 1:
+            ctx.checkpoint("one")
+        return ctx.get_checkpoint()
+
+    workflow = app.workflow("w", steps={"work": (work, {"timeout": 0.1, "retries": 2, "retry_delay": 0})})
+    run = workflow.start()
+
+    async def play() -> None:
+        app.connections.use(WaitingStore(app.where, app.env))
+        async with Pool(app) as pool:
+            await pool.until(lambda: present(workflow.get(run.id)).status in ("done", "failed"))
+
+    asyncio.run(play())
+    assert present(workflow.get(run.id)).output == "one"

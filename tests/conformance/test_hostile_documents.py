@@ -93,7 +93,7 @@ def test_leases_of_a_dead_worker_are_recovered_although_one_cannot_be(app: Strea
     workflow = one_step(app)
     runs = workflow.start_many(range(5))
     app.store().run(claims.claim_runs([run.id for run in runs], None, "claim", "dead:1:x", 0.05))
-    app.runs.update_one({"_id": runs[0].id}, {"$set": {"crashes": 2}})  # the record of its failure does not fit
+    app.runs.update_one({"_id": runs[0].id}, {"$set": {"crashes": 2, "lease.alone": True}})  # the record of its failure does not fit
     fill(app, runs[0].id, room=50)
     time.sleep(0.1)
     recover = recovery.release_owner("dead:1:x", 3, {"signal": "SIGKILL"}) if how == "release" else recovery.recover_expired(3)

@@ -214,6 +214,7 @@ def test_a_future_start_fires_in_an_idle_pool(mongodb_uri: str, database: str, t
 def _worker_lost(app: Streamline, run_id: str) -> None:
     for _ in range(3):
         app.store().run(claims.claim_run(run_id, None, "claim", "worker", 60.0))
+        app.runs.update_one({"_id": run_id}, {"$set": {"lease.alone": True}})  # as before the handler of a suspect
         app.store().run(recovery.release_owner("worker", 3, {"signal": "SIGKILL"}))
 
 

@@ -72,7 +72,7 @@ def find_due(
 
     - `slots`: None means all of them.
     - `due_at`: the latest `wakeAt`.
-    - `crashes_below`: leaves out runs that fail if one more worker is lost, for a worker that already holds such a run.
+    - `crashes_below`: leaves out runs that have lost as many workers, for a worker whose turn is for the others.
     - `skipped`: ids of runs that cannot be claimed.
     - `since`: the scans start at this `wakeAt`, in each priority, instead of at the beginning (worker/poller.py says why).
     - `priorities`: only runs of these priorities; empty means all.

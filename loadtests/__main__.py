@@ -9,7 +9,7 @@ import signal
 import sys
 from types import FrameType, ModuleType
 
-from . import cancel, idle, lanes, latency, memory, scale, throughput, timers
+from . import cancel, idle, lanes, latency, memory, outputs, scale, throughput, timers
 from .common import Report, UsageError, report_progress, serving
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "idle": idle,
     "scale": scale,
     "lanes": lanes,
+    "outputs": outputs,
     "memory": memory,
     "timers": timers,
     "cancel": cancel,

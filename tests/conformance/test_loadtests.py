@@ -19,17 +19,24 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "loadtests"]
 
 TINY = {
-    "throughput": "--rounds 1 --side-rounds 1 --seconds 0.2 --settle 0.1",
+    "throughput": "--rounds 1 --side-rounds 1 --seconds 0.5 --settle 0.5 --find 0",
     "latency": "--samples 5",
     "idle": "--workers 1 2 --seconds 0.5 --settle 0.2",
     "scale": "--finished 200 --sleeping 200 --absent 100 --rounds 1 --runs 200 --workers 2 --queue 400 --single-starts 3",
     "lanes": "--workflows 1,12 --runs 40 --turns 1 --bursts 1 --starts 3 --idle 0.5 --settle 0.1 --ended 30 --workers 1",
+    "outputs": "--kib 16 --rounds 1 --seconds 0.5 --settle 0.5 --find 0",
     "memory": "--few 1 --many 2 --ready-workers 1 --starts 1 --repeat 1 --settle 0.1",
     "timers": "--sleeps 10 --shortest 0.1 --longest 0.3 --calibrate 0.4 --standing 50 --workers 1",
     "cancel": "--cancels 2",
 }
 BUDGETS = {
-    "throughput": {"ratio_to_raw": (">=", 0.6)},
+    "throughput": {
+        "ratio.of_the_drivers_default_way": (">=", 0.6),
+        "ratio.of_the_limit": (">=", 0.45),
+        "def_handlers.ratio.of_the_limit": (">=", 0.25),
+        "start_many_live.ratio.of_the_limit": (">=", 0.3),
+        "workers_cpu_in_raw_updates": ("<=", 0.6),
+    },
     "latency": {"first_step.p50_x": ("<=", 3), "first_step.p99_x": ("<=", 10), "done.p50_x": ("<=", 8)},
     "idle": {"per_minute.1": ("<=", 40), "per_minute.2": ("<=", 40)},
     "scale": {"claim_time_ratio": ("<=", 1.2), "claim_efficiency": (">=", 0.9)},
@@ -37,6 +44,7 @@ BUDGETS = {
         **{f"to_first.12.{name}": (">=", 0.8) for name in ("spread_steps_s", "last_steps_s")},
         **{f"to_first.12.{name}": ("<=", 1.2) for name in ("start_p95_ms", "idle_mongod_percent", "idle_pool_percent")},
     },
+    "outputs": {"ratio.16": (">=", 0.5)},
     "memory": {"pss_per_added_worker_mib": ("<=", 15), "ready_s": ("<=", 1.5)},
     "timers": {f"{situation}.p99_ms": ("<=", 100) for situation in ("idle", "loaded", "backlog", "full")},
     "cancel": {f"{situation}.{kind}.p99_ms": ("<=", 100) for situation in ("idle", "busy") for kind in ("async_def", "def")},

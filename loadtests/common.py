@@ -1,6 +1,7 @@
 """Shared parts of the load tests: a server, the pool as the real command, processor time, and the report.
 
-Every process that is started here is ended here, by its process id, also after a failure or an interrupt.
+Every process that is started here is ended here, by its process id, also after a failure or an interrupt. If this process
+is killed, its pool and its private mongod end by themselves.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = (sys.executable, "-c", "from streamline_pool.supervisor.cli.main import main; main()")
+COMMAND = (sys.executable, "-m", "loadtests.pool_process", str(os.getpid()))
 READY_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 20.0
 

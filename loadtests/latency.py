@@ -26,6 +26,7 @@ from streamline_pool import Streamline
 
 from . import app as pool_app
 from .common import Budget, Report, Server, add_pool_options, percentile, pool, report_progress, until
+from .ending import end_with_parent
 
 __all__ = ["add_options", "measure"]
 
@@ -101,7 +102,7 @@ def _in_a_process(stack: ExitStack, uri: str, database: str, samples: int) -> tu
     """Run the starter. Returns its timings by workflow, and the seconds of each write."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_starter, args=(uri, database, samples, theirs), daemon=True)
+    process = spawn.Process(target=_starter, args=(os.getpid(), uri, database, samples, theirs), daemon=True)
     process.start()
     theirs.close()
     stack.callback(_end, process, ours)
@@ -116,8 +117,9 @@ def _end(process: Any, pipe: Connection) -> None:
     process.join()
 
 
-def _starter(uri: str, database: str, samples: int, pipe: Connection) -> None:
+def _starter(parent_pid: int, uri: str, database: str, samples: int, pipe: Connection) -> None:
     """The starter process."""
+    end_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles ^C, and ends this process
     writes: list[float] = []
     timings: dict[str, list[Timing]] = {pool_app.marked.id: [], pool_app.marked_short.id: []}

@@ -12,6 +12,7 @@ comparisons:
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from streamline_pool.protocol.run_document import new_run
 
 from .app import noop
 from .common import Server, report_progress
+from .ending import end_with_parent
 from .payload import text_of
 
 __all__ = ["DRIVER_DEFAULT", "RawWriters", "Way", "raw_writers"]
@@ -139,7 +141,7 @@ def raw_writers(server: Server, database: str, output_bytes: int = 0) -> Iterato
     try:
         for number in range(_PROCESSES):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_write, args=(server.uri, database, number, output_bytes, theirs), daemon=True)
+            process = spawn.Process(target=_write, args=(os.getpid(), server.uri, database, number, output_bytes, theirs), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -198,8 +200,9 @@ def _held_run(run_id: str, place: int = 0) -> dict[str, Any]:
 # --- a writer process ----------------------------------------------------------------------------------------------
 
 
-def _write(uri: str, database: str, number: int, output_bytes: int, pipe: Connection) -> None:
+def _write(parent_pid: int, uri: str, database: str, number: int, output_bytes: int, pipe: Connection) -> None:
     """Carry out orders: prepare documents, or write for so long and send the number of updates and the times. Ends with the pipe."""
+    end_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles ^C, and closes its end of the pipe
     with MongoClient[dict[str, Any]](uri) as default, MongoClient[dict[str, Any]](uri, retryWrites=False) as plain:
         writer = _Writer(default[database], plain[database], number, output_bytes)

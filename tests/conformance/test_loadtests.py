@@ -108,6 +108,23 @@ def test_an_interrupted_load_test_leaves_no_process_behind(mongodb_uri: str) -> 
     eventually(lambda: not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_a_killed_load_test_leaves_no_process_behind() -> None:
+    """The process that should end the pool and the server is gone, so they must notice it by themselves."""
+    process = subprocess.Popen([*MODULE, "throughput", "--find", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        # The server's watcher and mongod, the supervisor, the steward, two workers, and the raw writers.
+        family = eventually(lambda: family_of(process, at_least=10), timeout=40)
+        names = " ".join(" ".join(member.cmdline()) for member in family)
+        assert "mongod" in names
+        assert "loadtests.pool_process" in names
+    finally:
+        process.kill()
+        process.wait()
+
+    eventually(lambda: not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family), timeout=20)
+
+
 def family_of(process: subprocess.Popen[bytes], *, at_least: int) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     return children if len(children) >= at_least else []

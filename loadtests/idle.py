@@ -1,4 +1,4 @@
-"""How many commands does an idle host send to the database, with one worker and with many?
+"""How many commands does an idle host send to the database, and how much processor time does it use, with one worker and with many?
 
 The counters of the server are read before and after. Nothing is sent to it meanwhile, and our own commands are subtracted.
 The profiler, which no counter counts, names the operations of the pool's database.
@@ -34,11 +34,20 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
     time.sleep(options.settle)  # a new server first runs its own start-up work
     without_pool = _commands(server, min(20.0, options.seconds))
     pools = {str(workers): _idle_pool(server, workers, options, without_pool) for workers in options.workers}
-    figures = {"per_minute": {name: row["per_minute"] for name, row in pools.items()}, "workers": pools, "without_a_pool": without_pool}
+    figures = {
+        "per_minute": {name: row["per_minute"] for name, row in pools.items()},
+        "pool_cpu_percent": {name: row["cpu_percent"]["pool"] for name, row in pools.items()},
+        "workers": pools,
+        "without_a_pool": without_pool,
+    }
     settings = {**server.facts, "seconds": options.seconds, "settle_s": options.settle, "monitoring": sorted(MONITORING)}
-    budgets = [Budget(key=f"per_minute.{workers}", limit=40) for workers in options.workers]
+    budgets = [
+        *(Budget(key=f"per_minute.{workers}", limit=40) for workers in options.workers),
+        *(Budget(key=f"pool_cpu_percent.{workers}", limit=1.0) for workers in options.workers),
+    ]
     notes = [
         "per_minute counts every command that the server has carried out except drivers' monitoring and our own serverStatus",
+        "pool_cpu_percent: processor time of supervisor, steward and workers, in percent of one processor",
         "without_a_pool is the same count with no pool running; it is listed, not subtracted",
     ]
     return Report(question="idle", settings=settings, figures=figures, budgets=budgets, notes=notes)
@@ -52,16 +61,19 @@ def _idle_pool(server: Server, workers: int, options: argparse.Namespace, withou
         profile = server.client[database]
         profile.create_collection("system.profile", capped=True, size=_PROFILE_BYTES)
         profile.command("profile", 2)
-        cpu = _pool_cpu(running)
+        before = _cpu(server, running)
         row = _commands(server, options.seconds)
-        row["pool_cpu_percent_of_one"] = (_pool_cpu(running) - cpu) / options.seconds * 100
+        after = _cpu(server, running)
+        row["cpu_percent"] = {name: (after[name] - before[name]) / options.seconds * 100 for name in before}
         profile.command("profile", 0)
         row["operations"] = _operations(server, database, options.seconds)
         return row
 
 
-def _pool_cpu(running: Pool) -> float:
-    return cpu_seconds(running.pids())
+def _cpu(server: Server, running: Pool) -> dict[str, float]:
+    parts = {"supervisor": [running.pid], "steward": [running.steward_pid()], "workers": running.worker_pids}
+    seconds = {name: cpu_seconds(pids) for name, pids in parts.items()}
+    return {"pool": sum(seconds.values()), **seconds, "mongod": server.cpu_seconds()}
 
 
 def _commands(server: Server, seconds: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A worker process. Owns the way of messages between the pipe and `streamline_pool.worker.worker.Worker`, which has no pipes.
 
-Beats come from the event loop that does the work, so a blocked loop is a silent worker. When the supervisor is gone,
+Beats come from the event loop that does the work, so a blocked loop is a silent worker. One timer has the next beat; a worker
+that is idle and has nothing new to report beats less often. When the supervisor is gone,
 the worker drains, then stops, and the process ends within `ORPHAN_EXIT_S` (see `ipc.channel`) whatever it is doing.
 """
 
@@ -20,6 +21,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.events.bus import global_event_bus
+from streamline_pool.storage.quiet_loop import QuietEventLoop
 from streamline_pool.supervisor.ipc.channel import Channel, arm_orphan_exit
 from streamline_pool.supervisor.ipc.codec import TO_WORKER
 from streamline_pool.supervisor.ipc.messages import (
@@ -72,7 +74,7 @@ def run_worker(app: Streamline, settings: Settings, env: Env, boot: WorkerBoot, 
     selector = selectors.DefaultSelector()
     os.register_at_fork(after_in_child=selector.close)
     # Not `asyncio.run`: its clean-up waits for threads, and a handler may occupy one for ever.
-    runner = asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector))
+    runner = asyncio.Runner(loop_factory=lambda: QuietEventLoop(selector))
     return runner.run(_WorkerProcess(app, settings, env, boot).run(sock))
 
 
@@ -86,14 +88,16 @@ class _WorkerProcess:
         owner = f"{boot.host}:{os.getpid()}:{boot.nonce}"
         self._worker = Worker(app, settings, owner=owner, index=boot.index, total=boot.total, env=env, notify=self._beat_soon)
         self._idle_check = self._subscribers_served = 0  # the highest numbers received
-        self._beat_pending = False
+        self._next_beat: asyncio.TimerHandle | None = None
+        self._beat_pending = False  # the next beat is one that a change has asked for
         self._beaten_at = 0.0
+        self._last_beat: Beat | None = None
         self._booted = False
 
     async def run(self, sock: socket.socket) -> int:
         self._loop = asyncio.get_running_loop()
         self._channel = Channel(sock, TO_WORKER, self._on_message, self._orphaned)
-        beats = asyncio.create_task(self._beat_forever())
+        self._beat()
         try:
             await self._worker.run()
         except Exception as exc:
@@ -102,14 +106,16 @@ class _WorkerProcess:
             self._channel.send(_boot_failed(exc))
             return BOOT_FAILED_EXIT
         finally:
-            beats.cancel()
+            self._stop_beating()
         self._beat()  # the final counters
+        self._stop_beating()
         self._app.events.close(SUBSCRIBERS_S)
         global_event_bus.close(SUBSCRIBERS_S)
         return 0
 
     def _on_message(self, message: ToWorker) -> None:
         worker = self._worker
+        self._beat_within(self._settings.beat_interval_s)  # an idle worker gets its work by a message
         match message:
             case WakeUp(run_id=run_id, overdue=overdue):
                 worker.wake_up(run_id, overdue=overdue)
@@ -143,43 +149,58 @@ class _WorkerProcess:
         self._loop.call_later(ORPHAN_DRAIN_S, self._worker.stop, ORPHAN_GRACE_S)
         arm_orphan_exit(self._loop)
 
-    async def _beat_forever(self) -> None:
-        while True:
-            self._beat()
-            await asyncio.sleep(self._settings.beat_interval_s)
-
     def _beat_soon(self) -> None:
         """The worker's `notify`: one change is sent at once, many changes are sent together after a few milliseconds."""
         if not self._beat_pending:
+            self._beat_in(max(0.0, BEAT_PAUSE_S - (self._env.clock.monotonic() - self._beaten_at)))
             self._beat_pending = True
-            since = self._env.clock.monotonic() - self._beaten_at
-            self._loop.call_later(max(0.0, BEAT_PAUSE_S - since), self._beat)
+
+    def _beat_within(self, pause_s: float) -> None:
+        """Have the next beat sent then, if it was planned for later."""
+        if self._next_beat is None or self._next_beat.when() > self._loop.time() + pause_s:
+            self._beat_in(pause_s)
+
+    def _beat_in(self, pause_s: float) -> None:
+        """Have the next beat sent then, and not at the time that was planned before."""
+        self._stop_beating()
+        self._next_beat = self._loop.call_later(pause_s, self._beat)
+
+    def _stop_beating(self) -> None:
+        self._beat_pending = False
+        if self._next_beat is not None:
+            self._next_beat.cancel()
 
     def _beat(self) -> None:
-        self._beat_pending = False
+        self._beat_in(self._settings.beat_interval_s)
         parked = _nearest(self._worker.take_parked())
         if self._channel.unsent_bytes:
             return  # the supervisor is slow or stopped; the next beat is newer than this one
         self._beaten_at = self._env.clock.monotonic()
+        beat = self._new_beat(parked)
+        self._booted = self._booted or beat.state != "starting"
+        self._channel.send(beat)
+        # Only an idle worker: what the supervisor knows of it decides who gets a wake-up, and every change that ends it is sent at once.
+        if beat == self._last_beat and beat.idle and not beat.in_flight:
+            self._beat_in(self._settings.idle_beat_interval_s)
+        self._last_beat = beat
+
+    def _new_beat(self, parked: tuple[tuple[int, str], ...]) -> Beat:
         status = self._worker.status()
-        self._booted = self._booted or status.state != "starting"
-        self._channel.send(
-            Beat(
-                state=status.state,
-                idle=status.idle,
-                in_flight=status.in_flight,
-                runs_total=status.runs_total,
-                steps_total=status.steps_total,
-                ops_ok=status.ops_ok,
-                ops_failed=status.ops_failed,
-                consecutive_failures=status.consecutive_failures,
-                recycle=status.recycle,
-                running=tuple(status.running),
-                lru=dict(status.lru),
-                parked=parked,
-                idle_check=self._idle_check,
-                subscribers_served=self._subscribers_served,
-            )
+        return Beat(
+            state=status.state,
+            idle=status.idle,
+            in_flight=status.in_flight,
+            runs_total=status.runs_total,
+            steps_total=status.steps_total,
+            ops_ok=status.ops_ok,
+            ops_failed=status.ops_failed,
+            consecutive_failures=status.consecutive_failures,
+            recycle=status.recycle,
+            running=tuple(status.running),
+            lru=dict(status.lru),
+            parked=parked,
+            idle_check=self._idle_check,
+            subscribers_served=self._subscribers_served,
         )
 
 

@@ -37,6 +37,8 @@ __all__ = [
 DEFAULT_MONGODB_URI = "mongodb://127.0.0.1:27017/streamline"
 """Where `mongod` listens by default."""
 
+_IDLE_BEAT_MAX_S = 5.0  # a guess: rarer beats save nothing that can be measured
+
 
 class SettingError(ValidationError):
     """A setting has an illegal value. `origin` says where to correct it: "flag", "environment", "file" or "code"."""
@@ -95,6 +97,14 @@ class Settings:
     """Seconds between polls for due runs that no signal announced. Derived: a fifth of the lease."""
     beat_interval_s: float = 1.0
     """Seconds between heartbeats of a worker. Derived: at most a fifth of the stall timeout, so that four may be late."""
+
+    @property
+    def idle_beat_interval_s(self) -> float:
+        """Seconds between heartbeats of a process that is idle and has nothing new to report. A stall is noticed no later for it.
+
+        Derived: at most a fifth of the stall timeout, so that four may be late; not more than five seconds.
+        """
+        return max(self.beat_interval_s, min(_IDLE_BEAT_MAX_S, self.stall_timeout_s / 5))
 
     def __post_init__(self) -> None:
         for option in OPTIONS:

@@ -123,6 +123,7 @@ class Engine:
         active = ActiveRun(self, definition, document, document["lease"]["id"], deadline)
         self.active_runs.add(active)
         self._solitude.admitted(active)
+        self.leases.run_admitted()
         self.cache.put(run_id, RunNote(document["version"], document["token"], deadline, True))
         active.task = self.loop.create_task(self._run_after_others(active) if claimed_again else self._run_task(active))
         return active.task

@@ -41,6 +41,7 @@ class LeaseKeeper:
         self._held = held  # by run id
         self._lease_s = lease_s
         self._observer = observer
+        self._admitted = asyncio.Event()  # there may be leases to keep
         self._wanted = asyncio.Event()
         self._doubted: dict[str, ActiveRun] = {}  # active runs that a control operation may have taken away
         self._doubt = asyncio.Event()
@@ -60,6 +61,16 @@ class LeaseKeeper:
     def deadline(self) -> float:
         """The monotonic deadline of a lease that is requested now; taken *before* the request is sent."""
         return self._env.clock.monotonic() + self._lease_s * _SAFETY
+
+    def run_admitted(self) -> None:
+        """There is one more lease to keep."""
+        self._admitted.set()
+
+    async def _some_held(self) -> None:
+        """Return when a lease is held. Until then no timer wakes this process up."""
+        while not self._held:
+            self._admitted.clear()
+            await self._admitted.wait()
 
     def renew_soon(self) -> None:
         """Check the leases now instead of at the next tick."""
@@ -112,6 +123,7 @@ class LeaseKeeper:
 
     async def _fence_forever(self) -> None:
         while True:
+            await self._some_held()
             await self._env.async_sleep(self._tick_s)
             too_late = self._env.clock.monotonic() + self._tick_s
             for active in list(self._held.values()):
@@ -122,6 +134,7 @@ class LeaseKeeper:
 
     async def _renew_forever(self) -> None:
         while True:
+            await self._some_held()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), self._tick_s)
             self._wanted.clear()

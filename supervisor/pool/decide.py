@@ -59,8 +59,10 @@ from streamline_pool.supervisor.pool.work_sharing import send_owed_wake_up, shar
 
 __all__ = ["decide", "initial", "pause_s"]
 
-FROZEN_S = 2.0  # ticks come each 0.5 s; without one for so long, the supervisor was stopped, not the children
+TICK_S = 1.0
+FROZEN_S = 2.0 * TICK_S  # without a tick for so long, the supervisor was stopped, not the children
 FACTS_INTERVAL_S = 1.0
+_PENDING_S = 0.02
 
 
 def initial(target: int, limits: Limits, now: float) -> State:
@@ -69,10 +71,17 @@ def initial(target: int, limits: Limits, now: float) -> State:
     return State(limits=limits, target=target, vacancies=(Vacancy(role="steward", index=-1, due_at=now), *workers), ticked_at=now)
 
 
-def pause_s(state: State) -> float:
-    """How long the loop may sleep when nothing happens. Short while a deadline or a back-off is near."""
+def pause_s(state: State, now: float) -> float:
+    """How long the loop may sleep when nothing happens: until the next child would be stalled, at most until the next tick.
+
+    Short while a deadline or a back-off is near.
+    """
     pending = state.vacancies or state.shutdown or state.burst or any(m.deadline is not None for m in state.members.values())
-    return 0.02 if pending else 0.5
+    if pending:
+        return _PENDING_S
+    silent_since = min((m.last_message_at for m in state.members.values() if m.phase != "dying"), default=now)
+    stalled_in_s = silent_since + state.limits.stall_timeout_s - now
+    return min(TICK_S, max(_PENDING_S, stalled_in_s))
 
 
 def decide(state: State, event: Event, now: float) -> Decision:

@@ -177,7 +177,7 @@ class Supervisor:
     # ---- the loop --------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        pause = pause_s(self.state)
+        pause = pause_s(self.state, self._now())
         for key, mask in self._selector.select(pause):
             key.data(mask)
         if self._reap_wanted:

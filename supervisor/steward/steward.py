@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, assert_never
 from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.storage.quiet_loop import QuietEventLoop
 from streamline_pool.supervisor.ipc.channel import Channel, arm_orphan_exit
 from streamline_pool.supervisor.ipc.codec import TO_STEWARD
 from streamline_pool.supervisor.ipc.messages import (
@@ -55,7 +56,9 @@ REMOVE_TIMEOUT_S = 1.0  # the host record expires by itself, so the pool's end i
 
 def run_steward(app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> int:
     """The main function of the steward process; its exit code."""
-    return asyncio.Runner().run(_main(app, settings, env, boot, sock))  # not `asyncio.run`, as in worker_process.py
+    return asyncio.Runner(loop_factory=QuietEventLoop).run(
+        _main(app, settings, env, boot, sock)
+    )  # not `asyncio.run`, as in worker_process.py
 
 
 async def _main(app: Streamline, settings: Settings, env: Env, boot: StewardBoot, sock: socket.socket) -> int:
@@ -104,11 +107,11 @@ class _Steward:
         )
 
     async def beat_forever(self) -> None:
-        """Send heartbeats; none while the supervisor has not read the last one."""
+        """Send heartbeats, which say nothing new after the start; none while the supervisor has not read the last one."""
         while True:
             if not self._channel.unsent_bytes:
                 self.tools.send(StewardBeat(ready=self._ready))
-            await asyncio.sleep(self._settings.beat_interval_s)
+            await asyncio.sleep(self._settings.idle_beat_interval_s)
 
     async def start(self) -> BootFailed | None:
         """Serve the health port and reach the database. A returned `BootFailed` ends the pool."""

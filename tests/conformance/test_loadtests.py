@@ -38,7 +38,7 @@ BUDGETS = {
         "workers_cpu_in_raw_updates": ("<=", 0.6),
     },
     "latency": {"first_step.p50_x": ("<=", 3), "first_step.p99_x": ("<=", 10), "done.p50_x": ("<=", 8)},
-    "idle": {"per_minute.1": ("<=", 40), "per_minute.2": ("<=", 40)},
+    "idle": {f"{figure}.{workers}": ("<=", limit) for figure, limit in (("per_minute", 40), ("pool_cpu_percent", 1)) for workers in (1, 2)},
     "scale": {"claim_time_ratio": ("<=", 1.2), "claim_efficiency": (">=", 0.9)},
     "lanes": {
         **{f"to_first.12.{name}": (">=", 0.8) for name in ("spread_steps_s", "last_steps_s")},

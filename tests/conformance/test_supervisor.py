@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -171,6 +172,28 @@ def test_a_stopped_worker_is_replaced(app: Streamline, start: Start) -> None:
         assert finish(app, run, timeout=10.0).status == "done"
         assert [entry["pid"] for entry in pool.logged("child_stalled")] == [victim]
         eventually(lambda: gone(victim))
+
+
+@pytest.mark.slow
+def test_an_idle_worker_that_is_stopped_is_noticed_as_soon_as_a_busy_one(start: Start) -> None:
+    """It beats less often while it has nothing to report, but the stall timeout counts from its last beat."""
+    with start("--workers", "1", "--stall-timeout", "3") as pool:
+        (victim,) = pool.ready().workers()
+        stopped_at = time.monotonic()
+        os.kill(victim, signal.SIGSTOP)
+        eventually(lambda: pool.logged("child_stalled"))
+        assert time.monotonic() - stopped_at < 4.5, "3 s; ample for a busy machine"
+
+
+@pytest.mark.slow
+def test_an_idle_worker_wakes_up_about_once_a_second(start: Start) -> None:
+    """Sixteen idle workers once woke up a hundred times a second together, most of them for tasks of the driver."""
+    with start("--workers", "1") as pool:
+        pool.ready()
+        worker = psutil.Process(pool.workers()[0])
+        before, since = worker.num_ctx_switches().voluntary, time.monotonic()
+        eventually(lambda: time.monotonic() - since > 6.0)
+        assert (worker.num_ctx_switches().voluntary - before) / 6.0 < 3.0, "measured: 1.3, and 6.6 before"
 
 
 @pytest.mark.slow

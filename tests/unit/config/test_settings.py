@@ -106,6 +106,14 @@ def test_sweeps_and_beats_follow_a_shortened_lease_and_stall_timeout() -> None:
     assert resolve({"lease": "2", "sweep-interval": "1"}, {}).settings.sweep_interval_s == 1.0
 
 
+@pytest.mark.parametrize(
+    ("stall", "beat", "idle"), [("30", "1", 5.0), ("10", "1", 2.0), ("1.5", "0.2", 0.3), ("2", "1.5", 1.5), ("600", "9", 9.0)]
+)
+def test_an_idle_worker_beats_less_often_but_several_times_within_the_stall_timeout(stall: str, beat: str, idle: float) -> None:
+    settings = resolve({"stall-timeout": stall, "beat-interval": beat}, {}).settings
+    assert settings.idle_beat_interval_s == pytest.approx(idle)
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 

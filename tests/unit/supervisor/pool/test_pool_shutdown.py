@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import pytest
 from pool_script import LIMITS, STEWARD, Script
@@ -149,9 +150,19 @@ def test_facts_are_sent_each_second() -> None:
 
 def test_the_supervisor_of_an_idle_pool_sleeps_longer() -> None:
     script = Script(workers=1).started()
-    assert pause_s(script.state) == 0.5
+    assert pause_s(script.state, script.now) == 1.0
     script.dies(101)
-    assert pause_s(script.state) < 0.05
+    assert pause_s(script.state, script.now) < 0.05
+
+
+def test_the_supervisor_wakes_up_when_the_next_child_would_be_stalled() -> None:
+    """An idle pool is looked at once a second, but a silent child must not live for a second more than its stall timeout."""
+    script = Script(workers=1).started()
+    silent_s = script.state.limits.stall_timeout_s - 0.25
+    heard = {pid: replace(member, last_message_at=script.now - silent_s) for pid, member in script.state.members.items()}
+    script.state = replace(script.state, members=heard)
+    assert pause_s(script.state, script.now) == pytest.approx(0.25)
+    assert pause_s(script.state, script.now + 5.0) > 0, "the loop never spins"
 
 
 def test_a_worker_forked_just_before_term_is_drained_too() -> None:

@@ -91,7 +91,7 @@ def _budgets() -> list[Budget]:
         Budget(key="ratio.of_the_limit", limit=0.45, at_least=True),
         Budget(key="def_handlers.ratio.of_the_limit", limit=0.25, at_least=True),
         Budget(key="start_many_live.ratio.of_the_limit", limit=0.3, at_least=True),
-        Budget(key="workers_cpu_in_raw_updates", limit=0.6),
+        Budget(key="workers_cpu_in_raw_updates", limit=0.7),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from loadtests.__main__ import QUESTIONS, parse
 from loadtests.common import Budget, Report, percentile
 from support import eventually
 
@@ -35,7 +37,7 @@ BUDGETS = {
         "ratio.of_the_limit": (">=", 0.45),
         "def_handlers.ratio.of_the_limit": (">=", 0.25),
         "start_many_live.ratio.of_the_limit": (">=", 0.3),
-        "workers_cpu_in_raw_updates": ("<=", 0.6),
+        "workers_cpu_in_raw_updates": ("<=", 0.7),
     },
     "latency": {"first_step.p50_x": ("<=", 3), "first_step.p99_x": ("<=", 10), "done.p50_x": ("<=", 8)},
     "idle": {f"{figure}.{workers}": ("<=", limit) for figure, limit in (("per_minute", 40), ("pool_cpu_percent", 1)) for workers in (1, 2)},
@@ -82,6 +84,15 @@ def figure(document: dict[str, Any], key: str) -> Any:
     for name in key.split("."):
         found = found[name]
     return found
+
+
+def test_every_load_test_that_the_documents_name_can_be_asked_and_all_are_named() -> None:
+    """An option that was renamed, or a question that no page names, is of no use to a reader."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = [words for page in pages for words in re.findall(r"python -m loadtests ([^`\n]+)`", page.read_text("utf-8"))]
+    asked = {parse(words.split()).question for words in named}
+    assert asked == {*QUESTIONS, "all"}
+    assert set(TINY) == set(QUESTIONS), "each is run by a test"
 
 
 @pytest.mark.parametrize("uri", ["mongodb://db.example.org/", "mongodb://127.0.0.1,10.0.0.7/", "mongodb+srv://cluster.example.org/"])

@@ -104,6 +104,7 @@ class RunDocument(TypedDict):
     cancelReason: NotRequired[str | None]
     pauseReason: NotRequired[str | None]
     # From here on: fields that the engine schedules by.
+    startId: NotRequired[str]  # id of the start that stored the run; no later write changes it; runs of earlier versions have none
     lane: str  # "queue/workflow/version": what a worker claims from
     slot: int  # 0..15: spreads the claims of many workers over the queue
     wakeAt: NotRequired[datetime]  # from when the run may be claimed; absent while it is leased, paused or waiting for an answer

@@ -16,18 +16,20 @@ from . import server_codes
 from .codec import SERVER_TICK
 from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, live_run, server_time_in, some_step
 from .inbox import deliver_item, has_room
-from .operations import Command, Find, Query, Reply, change_one, error_text
+from .operations import Command, Find, Query, Reply, change_one, deleted, error_text
 
 __all__ = [
     "EVENT_BYTES_MAX",
+    "OLDEST_READ",
     "deliver_event",
     "deliver_to_waiters",
     "find_event_for",
+    "find_outdated",
     "find_pending_events",
     "find_waiters",
     "forget_events",
     "mark_delivered",
-    "oldest_live_run",
+    "oldest_runs",
     "read_delivered",
     "read_event",
     "record_event",
@@ -136,21 +138,46 @@ def find_event_for(name: str, born_at: Any, seen: Sequence[str]) -> Find:
     return Find(name="find_event_for", collection="events", filter=query, sort=(("bornAt", 1),), limit=1)
 
 
-def oldest_live_run() -> Find:
-    """The `bornAt` of the oldest run that has not ended: no run can receive an older event any more."""
-    query = {"status": {"$in": NON_TERMINAL_TEXTS}}
-    return Find(name="oldest_live_run", collection="runs", filter=query, projection={"bornAt": 1}, sort=(("bornAt", 1),), limit=1)
+OLDEST_READ = 100
+"""Runs that `oldest_runs` reads. A guess: the oldest one is hardly ever behind a hundred cancelled runs."""
 
 
-def forget_events(before: Any) -> Command:
-    """Delete delivered events with a `bornAt` less than `before` (None: any) that are at least an hour old. Yields how many."""
+def oldest_runs() -> Find:
+    """`bornAt` and status of the OLDEST_READ oldest stored runs, the oldest first. Index streamline_born, so it reads no other run.
+
+    A run whose `bornAt` another program has removed or changed receives no event to all, and is left out.
+    """
+    return Find(
+        name="oldest_runs",
+        collection="runs",
+        filter={"bornAt": {"$type": "timestamp"}},
+        projection={"bornAt": 1, "status": 1},
+        sort=(("bornAt", 1),),
+        limit=OLDEST_READ,
+        hint="streamline_born",
+    )
+
+
+def find_outdated(before: Any, limit: int) -> Find:
+    """Ids of delivered events with a `bornAt` less than `before` (None: any) that are an hour old. Index streamline_event_born."""
+    return Find(
+        name="find_outdated_events",
+        collection="events",
+        filter=_outdated(before),
+        projection={"_id": 1},
+        sort=(("bornAt", 1),),
+        limit=limit,
+        hint="streamline_event_born",
+    )
+
+
+def forget_events(event_ids: Sequence[str], before: Any) -> Command:
+    """Delete those of the events that `find_outdated(before)` still finds. Yields how many."""
+    body = {"deletes": [{"q": {"_id": {"$in": list(event_ids)}, **_outdated(before)}, "limit": 0}]}
+    return Command(name="forget_events", collection="events", verb="delete", body=body, parse=deleted("events"))
+
+
+def _outdated(before: Any) -> Query:
     # The hour: a run that is older than the event may not be stored yet, by a transaction for example.
-    query: Query = {"pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}
-    if before is not None:
-        query["bornAt"] = {"$lt": before}
-    body = {"deletes": [{"q": query, "limit": 0}]}
-    return Command(name="forget_events", collection="events", verb="delete", body=body, parse=_count)
-
-
-def _count(reply: Reply) -> int:
-    return int(reply["n"])
+    older = {"$type": "timestamp"} if before is None else {"$lt": before}
+    return {"bornAt": older, "pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}

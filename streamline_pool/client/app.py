@@ -314,9 +314,9 @@ class Streamline:
         """Delete runs that ended at least `days` days ago, with their files. Returns how many.
 
         `tenant_id`: only those whose `tenant_field` (see `setup_indexes`; default `context.tenantId`) is equal to it.
-        `dry_run` counts and deletes nothing. Also removes files that a crash has left behind, and events to all
-        that no stored run can receive any more, as the other clean-ups do. The call may be interrupted and repeated, and several processes may make it at once. It reads
-        the whole collection once.
+        `dry_run` counts and deletes nothing. Also removes files that a crash has left behind, and events to all that no
+        stored run can receive any more, as the other clean-ups do. The call may be interrupted and repeated, and several
+        processes may make it at once. It reads the whole collection once.
         """
         return self.connections.drive(self._maintenance.cleaning_up_old_runs(days, tenant_id, dry_run))
 

@@ -240,7 +240,8 @@ class Streamline:
 
         To one run: the event is kept if the run does not wait for it yet. To all: it reaches the runs that wait now, and
         those that exist now and wait later, each once. Raises WorkflowNotFoundError for an unknown `run_id`,
-        PayloadTooLargeError (nothing is stored) for a full inbox or for data of more than 256 KiB.
+        PayloadTooLargeError (nothing is stored) for a full inbox or for data of more than 256 KiB. If a run that waits has
+        no room for an event to all, the others get it, the log event `event_refused` names that run, and pools try again.
         """
         return self.connections.drive(sending_event(self.services, name, data, run_id))
 

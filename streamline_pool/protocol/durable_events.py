@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from streamline_pool.domain.errors import ValidationError
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.domain.model import StepStatus
 
 from . import server_codes
@@ -30,10 +30,14 @@ __all__ = [
     "forget_events",
     "mark_delivered",
     "oldest_runs",
+    "postpone_event",
     "read_delivered",
     "read_event",
     "record_event",
 ]
+
+_POSTPONED_MS = 30_000  # a guess: a person needs longer than this to make room in a run
+_POSTPONED_MAX_MS = 3_600_000  # a guess: then such an event costs no more than some commands an hour
 
 _WAITING = StepStatus.WAITING.value
 
@@ -90,12 +94,24 @@ def find_waiters(event: Mapping[str, Any], after: str | None, limit: int) -> Fin
 
 
 def deliver_to_waiters(event: Mapping[str, Any], waiters: Sequence[Mapping[str, Any]]) -> Command:
-    """End each of these waits, if it is still the one that `find_waiters` found. Yields the reply, with `writeErrors` by index."""
+    """End each of these waits, if it is still the one that `find_waiters` found.
+
+    Yields the errors `[{index, code, errmsg}]` of the runs that the server could not store, for example because their
+    documents are full. Those are unchanged, and the others are not affected. May be repeated.
+    """
     update = deliver_item(True, {"id": event["_id"], "data": event.get("data")}, is_event=True)
     query = _waits_for(event)
     query["steps"] = {"$elemMatch": {"status": _WAITING, "waitingFor.eventName": event["name"]}}
     updates = [{"q": query | {"_id": found["_id"], "waitGen": found.get("waitGen")}, "u": update} for found in waiters]
-    return Command(name="deliver_to_waiters", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=dict)
+    return Command(name="deliver_to_waiters", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=_refused)
+
+
+def _refused(reply: Reply) -> list[Mapping[str, Any]]:
+    errors = list(reply.get("writeErrors", ()))
+    for error in errors:
+        if error.get("code") in server_codes.TRANSIENT:  # a fail-over in the middle of the command: no run refuses the event
+            raise StoreUnavailableError(f"deliver_to_waiters: {error_text(error)}", transient=True)
+    return errors
 
 
 def _waits_for(event: Mapping[str, Any]) -> Query:
@@ -121,9 +137,19 @@ def mark_delivered(event_id: str) -> Command:
     return Command(name="settle_event", collection="events", verb="update", body=body)
 
 
+def postpone_event(event_id: str) -> Command:
+    """A pending event cannot be delivered to all its runs now. Try again after a pause that doubles each time: 30 s to an hour."""
+    times = {"$min": [{"$ifNull": ["$refusals", 0]}, 20]}
+    pause_ms = {"$toLong": {"$min": [_POSTPONED_MAX_MS, {"$multiply": [_POSTPONED_MS, {"$pow": [2, times]}]}]}}
+    update = [{"$set": {"retryAt": {"$add": ["$$NOW", pause_ms]}, "refusals": {"$add": [times, 1]}}}]
+    body = {"updates": [{"q": {"_id": event_id, "pending": True}, "u": update}]}
+    return Command(name="postpone_event", collection="events", verb="update", body=body)
+
+
 def find_pending_events(before: datetime, limit: int) -> Find:
-    """Events that were sent at `before` or earlier, and whose sender has not finished. Index streamline_pending."""
-    query = {"pending": True, "at": {"$lte": before}, "name": {"$type": "string"}}
+    """Events that were sent at `before` or earlier, are not delivered, and are not postponed. Index streamline_pending."""
+    is_time = {"$lte": ["$retryAt", "$$NOW"]}  # a missing field is less than any date
+    query = {"pending": True, "at": {"$lte": before}, "name": {"$type": "string"}, "$expr": is_time}
     return Find(name="find_pending_events", collection="events", filter=query, sort=(("at", 1),), limit=limit)
 
 

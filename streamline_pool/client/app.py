@@ -287,11 +287,11 @@ class Streamline:
     ) -> list[str]:
         """Create the engine's indexes and those for your own queries. Returns the names of all of them.
 
-        `tenant_field` (such as "context.tenantId"): for one tenant's runs by status and age. `cleanup_old_runs` compares
-        `tenant_id` with the same field. `user_field`: for one user's runs; default "userId". For both, a name that is no
-        field of the run means one of the context: "tenantId" is "context.tenantId". `context_fields`: one index each, always
-        of the context. `auto_cleanup_days`: MongoDB itself deletes runs so many days after their end, within about a minute;
-        another figure changes it in place, None leaves it as it is. Runs that have not ended are never deleted.
+        `tenant_field` (such as "tenantId"): for one tenant's runs by status and age. `cleanup_old_runs` compares
+        `tenant_id` with the same field. `user_field`: for one user's runs; default "userId". `context_fields`: one index
+        each. A name means `context.<name>`, unless it is or begins with a field of the run ("userId", "meta.tenant",
+        "context.orderId"). `auto_cleanup_days`: MongoDB itself deletes runs so many days after their end, within about a
+        minute; another figure changes it in place, None leaves it as it is. Runs that have not ended are never deleted.
 
         Every process may call this at its start. Raises ValidationError for what cannot be a field, and when an existing
         index has the same keys and other options.

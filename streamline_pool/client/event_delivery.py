@@ -91,9 +91,9 @@ def broadcasting(services: Services, event: Mapping[str, Any]) -> Procedure[int]
     """Wake every run that waits for a stored event. Returns the number of runs that this call has woken.
 
     One pass in the order of run ids. A run that begins to wait behind the pass finds the stored event by itself. So does
-    a run that was found, and went on before the delivery. The pass ends when every waiting run
-    was tried. While the server cannot store the event in one of them, because its document is full, the event stays
-    pending: a steward tries again later, until that run has room or waits no more.
+    a run that was found, and went on before the delivery. The pass ends when every waiting run was tried. While the server
+    cannot store the event in one of them, because its document is full, the event stays pending: a steward tries again
+    later, until that run has room or waits no more.
     """
     chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (check_payload(event.get("data"), "data") + _WAITER_BYTES)))
     total = 0

@@ -122,7 +122,7 @@ RUN_FIELDS = frozenset(UserFields.__annotations__)
 class RunDocument(UserFields):
     """A run as stored in `<prefix>runs`: also the fields that the engine schedules by."""
 
-    startId: NotRequired[str]  # id of the start that stored the run; no later write changes it; runs of earlier versions have none
+    startId: NotRequired[str]  # id of the start that stored the run; never changed; absent in runs of earlier versions
     lane: str  # "queue/workflow/version": what a worker claims from
     slot: int  # 0..15: spreads the claims of many workers over the queue
     wakeAt: NotRequired[datetime]  # from when the run may be claimed; absent while it is leased, paused or waiting for an answer

@@ -62,7 +62,7 @@ def claimable(workflow: Workflow) -> Document:
         tags=(),
         slot=random.randrange(SLOTS),
         now=now,
-        control_id=uuid4().hex,
+        start_id=uuid4().hex,
     )
     return cast("Document", document)
 

@@ -186,7 +186,7 @@ def _held_run(run_id: str, place: int = 0) -> dict[str, Any]:
             tags=(),
             slot=0,
             now=now,
-            control_id=_LEASE_ID,
+            start_id=_LEASE_ID,
         ),
     )
     del document["wakeAt"]

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # installs from a package index
 
@@ -156,6 +157,27 @@ def test_what_the_readme_tells_a_stranger_to_type_works_as_typed(tmp_path: Path)
         pytest.skip("the package index cannot be reached")
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert '\noutput: {"greeting":"Hello, Ann!","characters":11}\n' in done.stdout
+
+
+@pytest.mark.parametrize("platform", ["manylinux1_x86_64", "macosx_11_0_arm64", "macosx_10_13_x86_64"])
+def test_the_extra_embedded_brings_a_mongod_that_is_found(platform: str, tmp_path: Path) -> None:
+    """The wheels of other platforms are installed here, not run: their `mongod` must exist, where we look for it."""
+    system, _, machine = platform.partition("_")
+    markers = {"sys_platform": "darwin" if system == "macosx" else "linux", "platform_machine": machine.lstrip("0123456789_")}
+    (wanted,) = embedded_requirements(markers)
+    target = tmp_path / "site"
+    foreign = ("--no-deps", "--only-binary=:all:", "--platform", platform, "--target", str(target))
+    pip_install(make_venv(tmp_path / "venv"), *foreign, str(wanted).partition(";")[0])
+    code = "from streamline_pool import embedded; print(embedded.find_mongod())"
+    environ = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(target), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True).stdout.strip()
+    assert found == str(target / "fiftyone" / "db" / "bin" / "mongod")
+
+
+def embedded_requirements(markers: dict[str, str]) -> list[Requirement]:
+    """What the extra `embedded` installs on a machine with these values of environment markers."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["embedded"]
+    return [one for one in map(Requirement, listed) if one.marker is None or one.marker.evaluate(markers)]
 
 
 def test_every_dependency_is_explained() -> None:

@@ -240,7 +240,8 @@ class Streamline:
 
         To one run: the event is kept if the run does not wait for it yet. To all: it reaches the runs that wait now, and
         those that exist now and wait later, each once. Raises WorkflowNotFoundError for an unknown `run_id`,
-        PayloadTooLargeError (nothing is stored) for a full inbox or for data of more than 256 KiB.
+        PayloadTooLargeError (nothing is stored) for a full inbox or for data of more than 256 KiB. If a run that waits has
+        no room for an event to all, the others get it, the log event `event_refused` names that run, and pools try again.
         """
         return self.connections.drive(sending_event(self.services, name, data, run_id))
 
@@ -286,11 +287,11 @@ class Streamline:
     ) -> list[str]:
         """Create the engine's indexes and those for your own queries. Returns the names of all of them.
 
-        `tenant_field` (such as "context.tenantId"): for one tenant's runs by status and age. `cleanup_old_runs` compares
-        `tenant_id` with the same field. `user_field`: for one user's runs; default "userId". For both, a name that is no
-        field of the run means one of the context: "tenantId" is "context.tenantId". `context_fields`: one index each, always
-        of the context. `auto_cleanup_days`: MongoDB itself deletes runs so many days after their end, within about a minute;
-        another figure changes it in place, None leaves it as it is. Runs that have not ended are never deleted.
+        `tenant_field` (such as "tenantId"): for one tenant's runs by status and age. `cleanup_old_runs` compares
+        `tenant_id` with the same field. `user_field`: for one user's runs; default "userId". `context_fields`: one index
+        each. A name means `context.<name>`, unless it is or begins with a field of the run ("userId", "meta.tenant",
+        "context.orderId"). `auto_cleanup_days`: MongoDB itself deletes runs so many days after their end, within about a
+        minute; another figure changes it in place, None leaves it as it is. Runs that have not ended are never deleted.
 
         Every process may call this at its start. Raises ValidationError for what cannot be a field, and when an existing
         index has the same keys and other options.
@@ -314,9 +315,9 @@ class Streamline:
         """Delete runs that ended at least `days` days ago, with their files. Returns how many.
 
         `tenant_id`: only those whose `tenant_field` (see `setup_indexes`; default `context.tenantId`) is equal to it.
-        `dry_run` counts and deletes nothing. Also removes files that a crash has left behind, and events that no run can
-        wait for any more. The call may be interrupted and repeated, and several processes may make it at once. It reads
-        the whole collection once.
+        `dry_run` counts and deletes nothing. Also removes files that a crash has left behind, and events to all that no
+        stored run can receive any more, as the other clean-ups do. The call may be interrupted and repeated, and several
+        processes may make it at once. It reads the whole collection once.
         """
         return self.connections.drive(self._maintenance.cleaning_up_old_runs(days, tenant_id, dry_run))
 

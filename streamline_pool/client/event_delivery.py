@@ -18,6 +18,7 @@ from streamline_pool.domain.model import TERMINAL
 from streamline_pool.engine.context import check_event_name
 from streamline_pool.protocol import durable_events
 from streamline_pool.protocol.codec import as_payload, check_payload
+from streamline_pool.protocol.operations import error_text
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 from streamline_pool.protocol.run_document import check_run_id
 from streamline_pool.storage.procedures import Procedure
@@ -90,17 +91,21 @@ def broadcasting(services: Services, event: Mapping[str, Any]) -> Procedure[int]
     """Wake every run that waits for a stored event. Returns the number of runs that this call has woken.
 
     One pass in the order of run ids. A run that begins to wait behind the pass finds the stored event by itself. So does
-    a run that was found, and went on before the delivery. The pass ends only when no waiting run is left.
+    a run that was found, and went on before the delivery. The pass ends when every waiting run was tried. While the server
+    cannot store the event in one of them, because its document is full, the event stays pending: a steward tries again
+    later, until that run has room or waits no more.
     """
     chunk = max(1, min(_WAITERS_MAX, _CHUNK_BYTES // (check_payload(event.get("data"), "data") + _WAITER_BYTES)))
     total = 0
     last = None
+    refused: dict[str, str] = {}  # by run id: why
     while True:
         waiters = yield durable_events.find_waiters(event, last, chunk)
         if not waiters:
             break
         last = waiters[-1]["_id"]
-        yield durable_events.deliver_to_waiters(event, waiters)
+        for error in (yield durable_events.deliver_to_waiters(event, waiters)):
+            refused[waiters[error["index"]]["_id"]] = error_text(error)
         delivered = yield durable_events.read_delivered([found["_id"] for found in waiters], event["_id"])
         lanes = (document.get("lane") for document in delivered)
         for lane, count in Counter(lane for lane in lanes if isinstance(lane, str)).items():
@@ -108,12 +113,25 @@ def broadcasting(services: Services, event: Mapping[str, Any]) -> Procedure[int]
         for document in delivered:
             _publish_woken(services, document, event["_id"], event.get("data"))
         total += len(delivered)
-    yield durable_events.mark_delivered(event["_id"])
+    if refused:
+        _log_refused(event, refused)
+        yield durable_events.postpone_event(event["_id"])
+    else:
+        yield durable_events.mark_delivered(event["_id"])
     return total
 
 
+def _log_refused(event: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    facts = {"event_id": str(event["_id"]), "name_of_event": event["name"], "run_ids": list(refused)[:10], "count": len(refused)}
+    advice = "the event is kept and tried again: make room in these runs by rewind_to, or cancel them"
+    log.error("event_refused", extra={**facts, "error": next(iter(refused.values())), "advice": advice})
+
+
 def finishing_broadcasts(services: Services) -> Procedure[int]:
-    """Finish the deliveries of senders that have died. Returns how many events. Any number of stewards may do it at once."""
+    """Finish the deliveries of senders that have died, and of events that full runs have refused.
+
+    Returns how many events were tried. Any number of stewards may do it at once.
+    """
     before = services.now() - timedelta(seconds=_SENDER_S)
     pending = yield durable_events.find_pending_events(before, _PENDING_MAX)
     for event in pending:
@@ -122,4 +140,5 @@ def finishing_broadcasts(services: Services) -> Procedure[int]:
         except ValidationError:
             # Another program has changed the stored event. That must not keep the other events from being finished.
             log.exception("event_undeliverable", extra={"event_id": str(event["_id"])})
+            yield durable_events.postpone_event(event["_id"])
     return len(pending)

@@ -65,11 +65,17 @@ class Maintenance:
         """Move old runs to the archive; see `Streamline.archive_old_runs`."""
         age_s = days_in_seconds(days, "archive_old_runs: days")
         collection, stored_name = check_archive(to, collection_prefix)
-        return (yield from archiving(retention.ended_before(age_s), collection, stored_name, dry_run=dry_run))
+        count = yield from archiving(retention.ended_before(age_s), collection, stored_name, dry_run=dry_run)
+        if not dry_run:
+            yield from forgetting_events()
+        return count
 
     def cleaning_up_expired_runs(self, dry_run: bool) -> Procedure[int]:
         """Delete expired runs; see `Streamline.cleanup_expired`."""
-        return (yield from deleting(retention.expired(), dry_run=dry_run))
+        count = yield from deleting(retention.expired(), dry_run=dry_run)
+        if not dry_run:
+            yield from forgetting_events()
+        return count
 
     def _finding_tenant_field(self) -> Procedure[str]:
         """The field that holds a run's tenant: as given to this object, else as another process has indexed it."""

@@ -52,6 +52,7 @@ class NewRun:
 
     place: int  # of its request in the call, from 0
     document: RunDocument  # as a reader will find it
+    id_is_given: bool  # the caller chose the id, so another run may have it
     size_bytes: int
 
 
@@ -96,10 +97,10 @@ class RunMaker:
             tags=self._tags,
             slot=int(env.random() * SLOTS),
             now=self._now,
-            control_id=env.new_id(),
+            start_id=env.new_id(),
         )
         stored, size_bytes = as_stored(document)
-        return NewRun(place=place, document=stored, size_bytes=size_bytes)
+        return NewRun(place=place, document=stored, id_is_given=request.run_id is not None, size_bytes=size_bytes)
 
 
 def _check_tags(tags: object) -> list[str]:

@@ -14,8 +14,8 @@ from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import InvalidStateError, StoreUnavailableError, ValidationError
 from streamline_pool.domain.model import Run, RunStatus
 from streamline_pool.protocol import run_lifecycle
+from streamline_pool.protocol.operations import error_text
 from streamline_pool.protocol.run_document import parse_run
-from streamline_pool.protocol.server_codes import DUPLICATE_KEY
 from streamline_pool.storage.procedures import Procedure
 
 from .new_runs import NewRun, RunMaker, RunRequest, StartOptions
@@ -25,6 +25,7 @@ __all__ = ["starting_run", "starting_runs"]
 
 _INSERT_MAX = 1_000  # runs in one command; measured: no gain beyond
 _INSERT_BYTES_MAX = 8 * 1024 * 1024  # of one command; a guess
+_INSERT_TRIES = 5  # of one run whose key or id is taken by runs that are gone a moment later; a guess: more means a loop elsewhere
 _SLOW_INSERT_S = 0.2  # well within the time that a worker waits for a run that was announced
 _COMMIT_GUESS = timedelta(seconds=0.3)  # until a caller's transaction commits; if that was too early, the steward's sweep finds the run
 
@@ -63,24 +64,34 @@ def starting_runs(
 
 
 def _inserting(services: Services, definition: Definition, new: list[NewRun], *, ask_first: bool) -> Procedure[list[Run]]:
-    """Insert the runs. One whose key or id is taken is replaced by the stored run.
+    """Insert the runs. One whose key or id is taken is replaced by the stored run. A key twice in the call is one run.
 
-    `ask_first`: find taken keys before the insert, because a duplicate key would abort the caller's transaction.
+    `ask_first`: find taken keys and ids before the insert, because a duplicate key would abort the caller's transaction.
     """
+    places = _places_of_keys(new)
+    missing = [run for run in new if places[run.place] == run.place]
     stored: Stored = {}
     if ask_first:
-        stored = yield from _finding_by_key(definition, new)
-    missing = [run for run in new if run.place not in stored]
+        stored = yield from _finding_taken(definition, missing)
+        missing = [run for run in missing if run.place not in stored]
     since = new[0].document["createdAt"] if new else services.now()
     for chunk in _chunks(missing):
         now = services.now()
         _space_out([run.document for run in chunk], since, now)
         since = now
-        stored.update((yield from _inserting_chunk(services, definition, chunk, in_transaction=ask_first)))
-    return [parse_run(stored.get(run.place, run.document)) for run in new]
+        stored |= yield from _inserting_chunk(services, definition, chunk, in_transaction=ask_first)
+    return [parse_run(stored.get(place, new[place].document)) for place in places]
 
 
-def _inserting_chunk(services: Services, definition: Definition, chunk: list[NewRun], *, in_transaction: bool) -> Procedure[Stored]:
+def _places_of_keys(new: Sequence[NewRun]) -> list[int]:
+    """For each run the place of the first one with its idempotency key: its own place, unless the key was there before."""
+    first: dict[str, int] = {}
+    return [first.setdefault(run.document["idempotencyKey"], run.place) if "idempotencyKey" in run.document else run.place for run in new]
+
+
+def _inserting_chunk(
+    services: Services, definition: Definition, chunk: list[NewRun], *, in_transaction: bool, tries: int = _INSERT_TRIES
+) -> Procedure[Stored]:
     """Insert some runs and send a "due" signal. Returns what is stored in the place of those that were refused."""
     asked_at = services.env.clock.monotonic()
     signal_first = len(chunk) == 1 and chunk[0].document["status"] == RunStatus.RUNNING.value and not in_transaction
@@ -90,12 +101,23 @@ def _inserting_chunk(services: Services, definition: Definition, chunk: list[New
     errors = yield run_lifecycle.insert_runs([run.document for run in chunk])
     if not signal_first or services.env.clock.monotonic() - asked_at > _SLOW_INSERT_S:
         yield from _signalling_due(services, chunk, _COMMIT_GUESS if in_transaction else timedelta(0))
-    taken: list[NewRun] = []
     for error in errors:
-        if error.get("code") != DUPLICATE_KEY:
-            raise StoreUnavailableError(f"insert_runs: MongoDB refuses: {error.get('errmsg')}", transient=False)
-        taken.append(chunk[error["index"]])
-    return (yield from _resolving_taken(definition, taken))
+        if not run_lifecycle.is_taken(error):
+            raise StoreUnavailableError(f"insert_runs: MongoDB refuses: {error_text(error)}", transient=False)
+    taken = [chunk[error["index"]] for error in errors]
+    stored = yield from _resolving_taken(definition, taken)
+    free_again = [run for run in taken if run.place not in stored]
+    if free_again and tries > 1:
+        # The run that was in the way was deleted between the insert and the look-up.
+        stored |= yield from _inserting_chunk(services, definition, free_again, in_transaction=in_transaction, tries=tries - 1)
+    elif free_again:
+        document = free_again[0].document
+        raise InvalidStateError(
+            f"start: other clients store and delete runs with key {document.get('idempotencyKey')!r} or id {document['_id']!r} "
+            f"all the time: {_INSERT_TRIES} inserts were refused, and no such run was found afterwards; start again later",
+            run_id=document["_id"],
+        )
+    return stored
 
 
 def _signalling_due(services: Services, chunk: list[NewRun], later: timedelta) -> Procedure[None]:
@@ -114,23 +136,37 @@ def _finding_by_key(definition: Definition, runs: Sequence[NewRun]) -> Procedure
     return {place: found[key] for place, key in keys.items() if key in found}
 
 
+def _finding_taken(definition: Definition, runs: Sequence[NewRun]) -> Procedure[Stored]:
+    """The stored runs that have the keys of these new runs. Raises InvalidStateError if a chosen id is taken."""
+    found = yield from _finding_by_key(definition, runs)
+    for run in runs:
+        if run.id_is_given and run.place not in found and (yield run_lifecycle.get_run(None, run.document["_id"])):
+            raise _id_is_taken(run.document["_id"])
+    return found
+
+
 def _resolving_taken(definition: Definition, taken: Sequence[NewRun]) -> Procedure[Stored]:
-    """The stored documents behind refused inserts: the key's owner, or our own insert whose reply was lost."""
-    if not taken:
-        return {}
+    """The stored documents behind refused inserts: the key's owner, or our own insert whose reply was lost.
+
+    A run that is not in the result was refused because of a run that is not stored any more.
+    """
     resolved = yield from _finding_by_key(definition, taken)
     for run in taken:
         if run.place in resolved:
             continue
-        run_id = run.document["_id"]
-        found = yield run_lifecycle.get_run(None, run_id)
-        if not found or found[0].get("lastAct") != run.document["lastAct"]:
-            raise InvalidStateError(
-                f"start: a run with id {run_id!r} exists already; choose another id, leave it out, or use an idempotency key",
-                run_id=run_id,
-            )
+        found = yield run_lifecycle.get_run(None, run.document["_id"])
+        if not found:
+            continue
+        if found[0].get("startId") != run.document["startId"]:
+            raise _id_is_taken(run.document["_id"])
         resolved[run.place] = found[0]
     return resolved
+
+
+def _id_is_taken(run_id: str) -> InvalidStateError:
+    return InvalidStateError(
+        f"start: a run with id {run_id!r} exists already; choose another id, leave it out, or use an idempotency key", run_id=run_id
+    )
 
 
 def _space_out(documents: list[RunDocument], since: datetime, now: datetime) -> None:

@@ -163,8 +163,9 @@ class Workflow:
     ) -> list[Run]:
         """`start` for each input, in few commands. Returns the runs in the order of the inputs.
 
-        Every input is checked before the first is stored. `idempotency_keys`: one for each input. The other arguments
-        and the errors are those of `start`, and are shared by all runs.
+        Every input is checked before the first is stored. `idempotency_keys`: one for each input; a key twice is one run,
+        which the result names at both places. The other arguments and the errors are those of `start`, and are shared by
+        all runs.
         """
         options = StartOptions(meta=meta, priority=priority, queue=queue, start_at=start_at, user_id=user_id, tags=tags)
         return self._connections.drive(starting_runs(self._services, self.definition, inputs, idempotency_keys, options, session), session)

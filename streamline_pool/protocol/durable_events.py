@@ -9,29 +9,35 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from streamline_pool.domain.errors import ValidationError
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.domain.model import StepStatus
 
 from . import server_codes
 from .codec import SERVER_TICK
 from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, live_run, server_time_in, some_step
 from .inbox import deliver_item, has_room
-from .operations import Command, Find, Query, Reply, change_one, error_text
+from .operations import Command, Find, Query, Reply, change_one, deleted, error_text
 
 __all__ = [
     "EVENT_BYTES_MAX",
+    "OLDEST_READ",
     "deliver_event",
     "deliver_to_waiters",
     "find_event_for",
+    "find_outdated",
     "find_pending_events",
     "find_waiters",
     "forget_events",
     "mark_delivered",
-    "oldest_live_run",
+    "oldest_runs",
+    "postpone_event",
     "read_delivered",
     "read_event",
     "record_event",
 ]
+
+_POSTPONED_MS = 30_000  # a guess: a person needs longer than this to make room in a run
+_POSTPONED_MAX_MS = 3_600_000  # a guess: then such an event costs no more than some commands an hour
 
 _WAITING = StepStatus.WAITING.value
 
@@ -88,12 +94,24 @@ def find_waiters(event: Mapping[str, Any], after: str | None, limit: int) -> Fin
 
 
 def deliver_to_waiters(event: Mapping[str, Any], waiters: Sequence[Mapping[str, Any]]) -> Command:
-    """End each of these waits, if it is still the one that `find_waiters` found. Yields the reply, with `writeErrors` by index."""
+    """End each of these waits, if it is still the one that `find_waiters` found.
+
+    Yields the errors `[{index, code, errmsg}]` of the runs that the server could not store, for example because their
+    documents are full. Those are unchanged, and the others are not affected. May be repeated.
+    """
     update = deliver_item(True, {"id": event["_id"], "data": event.get("data")}, is_event=True)
     query = _waits_for(event)
     query["steps"] = {"$elemMatch": {"status": _WAITING, "waitingFor.eventName": event["name"]}}
     updates = [{"q": query | {"_id": found["_id"], "waitGen": found.get("waitGen")}, "u": update} for found in waiters]
-    return Command(name="deliver_to_waiters", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=dict)
+    return Command(name="deliver_to_waiters", collection="runs", verb="update", body={"updates": updates, "ordered": False}, parse=_refused)
+
+
+def _refused(reply: Reply) -> list[Mapping[str, Any]]:
+    errors = list(reply.get("writeErrors", ()))
+    for error in errors:
+        if error.get("code") in server_codes.TRANSIENT:  # a fail-over in the middle of the command: no run refuses the event
+            raise StoreUnavailableError(f"deliver_to_waiters: {error_text(error)}", transient=True)
+    return errors
 
 
 def _waits_for(event: Mapping[str, Any]) -> Query:
@@ -119,9 +137,19 @@ def mark_delivered(event_id: str) -> Command:
     return Command(name="settle_event", collection="events", verb="update", body=body)
 
 
+def postpone_event(event_id: str) -> Command:
+    """A pending event cannot be delivered to all its runs now. Try again after a pause that doubles each time: 30 s to an hour."""
+    times = {"$min": [{"$ifNull": ["$refusals", 0]}, 20]}
+    pause_ms = {"$toLong": {"$min": [_POSTPONED_MAX_MS, {"$multiply": [_POSTPONED_MS, {"$pow": [2, times]}]}]}}
+    update = [{"$set": {"retryAt": {"$add": ["$$NOW", pause_ms]}, "refusals": {"$add": [times, 1]}}}]
+    body = {"updates": [{"q": {"_id": event_id, "pending": True}, "u": update}]}
+    return Command(name="postpone_event", collection="events", verb="update", body=body)
+
+
 def find_pending_events(before: datetime, limit: int) -> Find:
-    """Events that were sent at `before` or earlier, and whose sender has not finished. Index streamline_pending."""
-    query = {"pending": True, "at": {"$lte": before}, "name": {"$type": "string"}}
+    """Events that were sent at `before` or earlier, are not delivered, and are not postponed. Index streamline_pending."""
+    is_time = {"$lte": ["$retryAt", "$$NOW"]}  # a missing field is less than any date
+    query = {"pending": True, "at": {"$lte": before}, "name": {"$type": "string"}, "$expr": is_time}
     return Find(name="find_pending_events", collection="events", filter=query, sort=(("at", 1),), limit=limit)
 
 
@@ -136,21 +164,46 @@ def find_event_for(name: str, born_at: Any, seen: Sequence[str]) -> Find:
     return Find(name="find_event_for", collection="events", filter=query, sort=(("bornAt", 1),), limit=1)
 
 
-def oldest_live_run() -> Find:
-    """The `bornAt` of the oldest run that has not ended: no run can receive an older event any more."""
-    query = {"status": {"$in": NON_TERMINAL_TEXTS}}
-    return Find(name="oldest_live_run", collection="runs", filter=query, projection={"bornAt": 1}, sort=(("bornAt", 1),), limit=1)
+OLDEST_READ = 100
+"""Runs that `oldest_runs` reads. A guess: the oldest one is hardly ever behind a hundred cancelled runs."""
 
 
-def forget_events(before: Any) -> Command:
-    """Delete delivered events with a `bornAt` less than `before` (None: any) that are at least an hour old. Yields how many."""
+def oldest_runs() -> Find:
+    """`bornAt` and status of the OLDEST_READ oldest stored runs, the oldest first. Index streamline_born, so it reads no other run.
+
+    A run whose `bornAt` another program has removed or changed receives no event to all, and is left out.
+    """
+    return Find(
+        name="oldest_runs",
+        collection="runs",
+        filter={"bornAt": {"$type": "timestamp"}},
+        projection={"bornAt": 1, "status": 1},
+        sort=(("bornAt", 1),),
+        limit=OLDEST_READ,
+        hint="streamline_born",
+    )
+
+
+def find_outdated(before: Any, limit: int) -> Find:
+    """Ids of delivered events with a `bornAt` less than `before` (None: any) that are an hour old. Index streamline_event_born."""
+    return Find(
+        name="find_outdated_events",
+        collection="events",
+        filter=_outdated(before),
+        projection={"_id": 1},
+        sort=(("bornAt", 1),),
+        limit=limit,
+        hint="streamline_event_born",
+    )
+
+
+def forget_events(event_ids: Sequence[str], before: Any) -> Command:
+    """Delete those of the events that `find_outdated(before)` still finds. Yields how many."""
+    body = {"deletes": [{"q": {"_id": {"$in": list(event_ids)}, **_outdated(before)}, "limit": 0}]}
+    return Command(name="forget_events", collection="events", verb="delete", body=body, parse=deleted("events"))
+
+
+def _outdated(before: Any) -> Query:
     # The hour: a run that is older than the event may not be stored yet, by a transaction for example.
-    query: Query = {"pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}
-    if before is not None:
-        query["bornAt"] = {"$lt": before}
-    body = {"deletes": [{"q": query, "limit": 0}]}
-    return Command(name="forget_events", collection="events", verb="delete", body=body, parse=_count)
-
-
-def _count(reply: Reply) -> int:
-    return int(reply["n"])
+    older = {"$type": "timestamp"} if before is None else {"$lt": before}
+    return {"bornAt": older, "pending": False, "$expr": {"$lt": ["$at", server_time_in(-3600)]}}

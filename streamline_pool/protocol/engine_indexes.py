@@ -14,6 +14,7 @@ from .operations import Command, Reply
 __all__ = [
     "EVENT_INDEXES",
     "HOST_INDEXES",
+    "IDEMPOTENCY",
     "RETIRED_RUN_INDEXES",
     "RUN_INDEXES",
     "IndexDefinition",
@@ -44,6 +45,14 @@ class IndexDefinition:
         return spec
 
 
+IDEMPOTENCY = IndexDefinition(
+    name="streamline_idempotency",
+    key={"workflowId": 1, "idempotencyKey": 1},
+    partial={"idempotencyKey": {"$type": "string"}},
+    unique=True,
+)
+"""Of two starts of a workflow with one key, the server refuses the later one."""
+
 RUN_INDEXES: tuple[IndexDefinition, ...] = (
     # Claimable now or later. One scan for each queue, however many workflows it has. The scan tests slot and lane by the key.
     IndexDefinition(
@@ -57,14 +66,11 @@ RUN_INDEXES: tuple[IndexDefinition, ...] = (
         key={"lease.expiresAt": 1, "lease.owner": 1},
         partial={"lease.expiresAt": {"$exists": True}},
     ),
-    IndexDefinition(
-        name="streamline_idempotency",
-        key={"workflowId": 1, "idempotencyKey": 1},
-        partial={"idempotencyKey": {"$type": "string"}},
-        unique=True,
-    ),
+    IDEMPOTENCY,
     # Runs that wait for an event, so that a broadcast event finds them. By id, so that it reaches all of them in one pass.
     IndexDefinition(name="streamline_awaits", key={"awaits": 1, "_id": 1}, partial={"awaits": {"$exists": True}}),
+    # All runs by age, so that a clean-up finds the oldest one, which decides which events to all are kept. Never changed.
+    IndexDefinition(name="streamline_born", key={"bornAt": 1}, partial={"bornAt": {"$type": "timestamp"}}),
 )
 """The indexes of the runs. The commit of a step changes none of their fields."""
 
@@ -75,6 +81,7 @@ EVENT_INDEXES: tuple[IndexDefinition, ...] = (
     IndexDefinition(name="streamline_event", key={"name": 1, "bornAt": 1}),
     # Events whose sender has not finished. If the sender died, a steward delivers them.
     IndexDefinition(name="streamline_pending", key={"at": 1}, partial={"pending": True}),
+    IndexDefinition(name="streamline_event_born", key={"bornAt": 1}),  # for the removal of those that no run can receive any more
 )
 
 HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_expire", key={"expireAt": 1}, expire_after_s=0),)

@@ -18,7 +18,8 @@ __all__ = ["failure_update", "minimal_failure"]
 
 _MESSAGE_MAX = 100  # characters of the message
 _LIVE_FIELDS = ("lease", "wakeAt", "pausedWakeAt", "awaits")  # an index entry or a claim needs them, an ended run does not
-_CONTROL_IDS = ("lastAct", "actIds")  # some 100 bytes
+# Some 100 bytes. `startId` too: a new run has a mebibyte of room, so its start has long been answered when it is full.
+_CALL_IDS = ("lastAct", "actIds", "startId")
 
 
 def minimal_failure(
@@ -32,7 +33,7 @@ def minimal_failure(
     error: Expression = {"code": code.value, "message": message[:_MESSAGE_MAX], "stepId": None}
     if whole_error:
         error |= {"type": "", "traceback": ""}
-    return failure_update(error, now, also_unset=(*_CONTROL_IDS, *also_unset))
+    return failure_update(error, now, also_unset=(*_CALL_IDS, *also_unset))
 
 
 def failure_update(error: Mapping[str, Any], now: datetime, *, also_unset: Sequence[str] = ()) -> dict[str, Any]:

@@ -51,11 +51,12 @@ def new_run(
     tags: Sequence[str],
     slot: int,
     now: datetime,
-    control_id: str,
+    start_id: str,
 ) -> RunDocument:
     """The document of a new run. It can be claimed from `due_at` on, and is a `draft` if that is later than `now`.
 
-    `due_at` and `now` are aware UTC. `control_id` identifies the call, so that a repeated start recognises its own run.
+    `due_at` and `now` are aware UTC. `start_id` identifies this start, so that the call recognises its own run
+    after a lost reply, whatever other clients have done with the run meanwhile.
     """
     document: RunDocument = {
         "_id": run_id,
@@ -79,13 +80,13 @@ def new_run(
         "priority": priority,
         "queue": queue,
         # From here on: fields that the engine schedules by.
+        "startId": start_id,
         "lane": definition.lane_of(queue),
         "slot": slot,
         "wakeAt": due_at,
         "token": 0,
         "rev": 0,
         "acts": 0,
-        "lastAct": control_id,
         "waitGen": 0,
         "crashes": 0,
         "failures": 0,

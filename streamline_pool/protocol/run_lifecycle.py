@@ -12,9 +12,11 @@ from typing import Any
 from streamline_pool.domain.document import RunDocument
 
 from .codec import SERVER_TICK
+from .engine_indexes import IDEMPOTENCY
 from .operations import Command, Find, Query, Reply
+from .server_codes import DUPLICATE_KEY
 
-__all__ = ["build_info", "get_run", "get_runs_by_key", "insert_runs", "server_info"]
+__all__ = ["build_info", "get_run", "get_runs_by_key", "insert_runs", "is_taken", "server_info"]
 
 
 def server_info() -> Command:
@@ -39,6 +41,15 @@ def insert_runs(documents: Sequence[RunDocument]) -> Command:
 
 def _write_errors(reply: Reply) -> list[Mapping[str, Any]]:
     return list(reply.get("writeErrors", ()))
+
+
+def is_taken(error: Mapping[str, Any]) -> bool:
+    """Whether an error of `insert_runs` says that a stored run has the id or the idempotency key of the new one.
+
+    A unique index that users have put on the collection refuses with the same code, and for another reason.
+    """
+    fields = error.get("keyPattern")
+    return error.get("code") == DUPLICATE_KEY and (fields is None or dict(fields) in ({"_id": 1}, dict(IDEMPOTENCY.key)))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "AUTHENTICATION_FAILED",
+    "BAD_VALUE",
     "DUPLICATE_KEY",
     "INDEX_BUILD_UNDER_WAY",
     "INDEX_CONFLICT",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 DUPLICATE_KEY = 11000
+BAD_VALUE = 2  # of a find with a hint: there is no such index
 NAMESPACE_NOT_FOUND = 26
 NAMESPACE_EXISTS = 48
 UNAUTHORIZED = 13

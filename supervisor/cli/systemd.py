@@ -11,7 +11,7 @@ import click
 
 from streamline_pool.config.parsing import has_password
 from streamline_pool.config.settings import OPTIONS, Resolved
-from streamline_pool.supervisor.cli.application import load_settings
+from streamline_pool.supervisor.cli.application import load_settings, wants_private_server
 from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_json
 from streamline_pool.supervisor.cli.options import json_option, setting_options
 
@@ -76,11 +76,13 @@ WantedBy=multi-user.target
 def systemd(name: str, user: str | None, as_json: bool, **values: Any) -> int:
     """Print a systemd unit that runs the pool from this folder with the options given here.
 
-    Options set in a file are not repeated: the service reads the same file.
+    Options set in a file are not repeated: the service reads the same file. A private server (embedded) is refused:
+    name the server that the service is to use.
     """
     resolved = load_settings(values, quiet=True)
     if resolved.settings.app is None:
         raise CommandError("systemd needs your application: give --app MODULE:ATTR", ExitCode.USAGE)
+    _refuse_private_server(resolved)
     folder = Path.cwd()
     text = unit_file(resolved, name=name, user=user or getpass.getuser(), folder=folder, command=_command())
     if as_json:
@@ -88,6 +90,19 @@ def systemd(name: str, user: str | None, as_json: bool, **values: Any) -> int:
     else:
         click.echo(text, nl=False)
     return ExitCode.OK
+
+
+def _refuse_private_server(resolved: Resolved) -> None:
+    """CommandError if the service would run a private server: it would begin empty, and end with the service."""
+    if not wants_private_server(resolved):
+        return
+    source = resolved.source("embedded")
+    raise CommandError(
+        f"{source.where}: embedded is on, so this service would run a private MongoDB in {Path.cwd()}, for trying things out only. "
+        "Name your server: give --mongodb-uri, or set STREAMLINE_MONGODB_URI, or set mongodb-uri instead of embedded in "
+        "streamline-pool.toml.",
+        ExitCode.USAGE if source.kind == "flag" else ExitCode.CONFIG,
+    )
 
 
 def unit_file(resolved: Resolved, *, name: str, user: str, folder: Path, command: str) -> str:

@@ -14,7 +14,7 @@ from streamline_pool.domain.backoff import Backoff
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import signals
 from streamline_pool.supervisor.ipc.messages import RunChanged
-from streamline_pool.supervisor.steward.duty import RETRY, WRITE_TIMEOUT_S, DutyTools
+from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, RETRY, WRITE_TIMEOUT_S, DutyTools
 from streamline_pool.supervisor.steward.stream_subscribers import SUBSCRIBER_SIGNALS, StreamSubscribers
 from streamline_pool.supervisor.steward.wake_ups import WakeUps
 
@@ -56,13 +56,18 @@ class SignalTail:
         log.log(logging.DEBUG if transient else logging.WARNING, "tail_broken", extra={"error": exc.message})
         if transient:
             self._tools.doubtful.set()
-        if "capped" in exc.message:
-            # The collection was dropped, and an insert made a new one that is not capped and cannot be tailed.
-            await self._tools.attempt(self._cap_signals)
+        else:
+            await self._tools.attempt(self._cap_ordinary_collection)
         await self._tools.pause(failures, RETRY if transient else REFUSED)
 
-    async def _cap_signals(self) -> None:
-        await self._tools.run(signals.cap_signals(), WRITE_TIMEOUT_S)
+    async def _cap_ordinary_collection(self) -> None:
+        """If the collection was dropped, an insert has made a new one that is not capped and cannot be tailed.
+
+        The options decide, not the error: to convert a capped collection removes its signals and breaks every tail of it.
+        """
+        options = await self._tools.run(signals.read_signals_options(self._tools.store.where.collection("signals")), READ_TIMEOUT_S)
+        if options is not None and not options.get("capped"):
+            await self._tools.run(signals.cap_signals(), WRITE_TIMEOUT_S)
 
     def _on_signal(self, signal: dict[str, Any]) -> None:
         kind, lane = signal["kind"], signal.get("lane")

@@ -7,6 +7,7 @@ password anywhere (`Shell` looks at every answer).
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 
 import pytest
 from cli_shell import NOWHERE, SHOP, Shell
@@ -99,6 +100,28 @@ def test_systemd_prints_a_unit_without_the_password(offline: Shell) -> None:
     assert "EnvironmentFile=/etc/streamline-pool.env" in done.stdout
     assert "RestartPreventExitStatus=2 78" in done.stdout
     assert "s3cret" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "code", "origin"),
+    [((), "embedded = true", 78, "streamline-pool.toml"), (("--embedded",), 'mongodb-uri = "mongodb://db/x"', 2, "--embedded")],
+    ids=["file", "flag"],
+)
+def test_systemd_refuses_a_unit_that_would_run_a_private_server(
+    offline: Shell, words: Sequence[str], file: str, code: int, origin: str
+) -> None:
+    """The service would begin with an empty database in its own folder, and no other host would see its runs."""
+    (offline.folder / "streamline-pool.toml").write_text(file)
+    done = offline("systemd", "--app", "shop:app", *words, STREAMLINE_MONGODB_URI="")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert all(word in done.stderr for word in (origin, "--mongodb-uri", "STREAMLINE_MONGODB_URI"))
+
+
+def test_systemd_prints_a_unit_when_a_stronger_source_names_the_server(offline: Shell) -> None:
+    (offline.folder / "streamline-pool.toml").write_text("embedded = true")
+    done = offline("systemd", "--app", "shop:app", STREAMLINE_MONGODB_URI="mongodb://db/x")
+    assert done.returncode == 0, done.stderr
+    assert 'Environment="STREAMLINE_MONGODB_URI=mongodb://db/x"' in done.stdout
 
 
 # --- the application ------------------------------------------------------------------------------------------------

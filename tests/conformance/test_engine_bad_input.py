@@ -19,6 +19,7 @@ HEALED = [
     "lease",
     "acts",
     "lastAct",
+    "startId",
     "startedAt",
     "updatedAt",
     "endedAt",

@@ -152,4 +152,6 @@ def test_an_event_is_deleted_when_no_older_run_is_left(app: Streamline, waiting:
     assert events.count_documents({}) == 1
     assert waiting.workflow.execute(run.id).status == "done"
     app.cleanup_old_runs(30)
+    assert events.count_documents({}) == 1, "the run can be rewound"
+    app.cleanup_old_runs(0)
     assert events.count_documents({}) == 0

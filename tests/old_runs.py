@@ -9,14 +9,32 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+from bson import Timestamp
+
 from streamline_pool import Streamline
 from streamline_pool.protocol.codec import encode_payload
 from streamline_pool.protocol.operations import Op
+from streamline_pool.protocol.outputs import NewOutput
 from streamline_pool.storage.files import putting_file
+from streamline_pool.storage.outputs import putting_output
 from streamline_pool.storage.store import Store
 from support import REPOSITORY
 
-__all__ = ["LONG_AGO_DAYS", "archive", "file_ids", "files", "ids", "killed_at", "meddling", "put_file", "put_run", "revive", "use"]
+__all__ = [
+    "LONG_AGO_DAYS",
+    "archive",
+    "file_ids",
+    "files",
+    "ids",
+    "killed_at",
+    "meddling",
+    "outputs",
+    "put_file",
+    "put_output",
+    "put_run",
+    "revive",
+    "use",
+]
 
 S = TypeVar("S", bound=Store)
 LONG_AGO_DAYS = 400
@@ -49,6 +67,18 @@ def put_file(app: Streamline, file_id: str, run_id: str, *, days: float = 0) -> 
     """Store a file of that run, uploaded `days` days ago."""
     app.store().drive(putting_file(file_id, BULK, run_id))
     files(app).update_one({"_id": file_id}, {"$set": {"uploadDate": datetime.now(UTC) - timedelta(days=days)}})
+
+
+def put_output(app: Streamline, output_id: str, run_id: str, *, days: float = 0) -> None:
+    """Store an output beside that run, `days` days ago."""
+    app.store().drive(putting_output(NewOutput(output_id, run_id, BULK)))
+    at = Timestamp(round((datetime.now(UTC) - timedelta(days=days)).timestamp()), 1)
+    outputs(app).update_one({"_id": output_id}, {"$set": {"at": at}})
+
+
+def outputs(app: Streamline) -> Any:
+    """The collection of outputs beside the runs."""
+    return app.store().collection("outputs")
 
 
 def files(app: Streamline) -> Any:

@@ -44,7 +44,7 @@ def sending_event(services: Services, name: str, data: Any, run_id: str | None) 
     check_event_name(name, "send_event")
     data, size = as_payload(data, "send_event: data")
     if is_external(data):
-        raise ValidationError(f"send_event: data: a mapping with {EXTERNAL_KEY!r} alone stands for a file; add another key, or rename it")
+        raise ValidationError(f"send_event: data: a mapping with {EXTERNAL_KEY!r} alone stands for an output; add another key or rename it")
     if size > durable_events.EVENT_BYTES_MAX:
         raise PayloadTooLargeError(
             f"send_event: data of {size} bytes, and the limit is {durable_events.EVENT_BYTES_MAX}, because every run that it reaches "

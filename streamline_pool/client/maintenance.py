@@ -12,7 +12,7 @@ from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.protocol import retention
-from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, OUTPUT_INDEXES, RUN_INDEXES
 from streamline_pool.storage.indexes import TENANT_FIELD, custom_indexes, days_in_seconds, field_of_run, making_indexes, tenant_fields
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.retention import archiving, check_archive, deleting, dropping_orphans, forgetting_events
@@ -32,7 +32,7 @@ class Maintenance:
     def initializing_database(self) -> Procedure[list[str]]:
         """Create the engine's collections and indexes; see `Streamline.init_db`."""
         yield from self._services.ensure()
-        return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
+        return [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES, *OUTPUT_INDEXES)]
 
     def setting_up_indexes(
         self,

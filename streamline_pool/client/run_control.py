@@ -28,9 +28,10 @@ from streamline_pool.protocol.codec import check_text, decode_payload, size_of
 from streamline_pool.protocol.hosts import list_hosts
 from streamline_pool.protocol.inbox import INBOX_BYTES_MAX, INBOX_MAX
 from streamline_pool.protocol.operations import Command
+from streamline_pool.protocol.outputs import NewOutput
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
 from streamline_pool.protocol.run_document import SLOTS, check_run_id, parse_run, validate_run_document
-from streamline_pool.storage.files import loading_outputs, putting_file
+from streamline_pool.storage.outputs import loading_outputs, putting_output
 from streamline_pool.storage.procedures import Procedure
 
 from .services import Services
@@ -74,7 +75,7 @@ def listing_pools() -> Procedure[list[dict[str, Any]]]:
 
 def making_run(document: Document) -> Procedure[Run]:
     """The `Run` of a stored document, with outputs that are stored beside it. Raises DataCorruptionError."""
-    run = parse_run(document)  # an unreadable document is reported before its files are read
+    run = parse_run(document)  # an unreadable document is reported before its outputs are read
     if not external_ids(document):
         return run
     return replace(parse_run((yield from loading_outputs(document))), document=document)
@@ -150,7 +151,7 @@ def pausing_run(services: Services, workflow_id: str | None, run_id: str, reason
 def resuming_run(services: Services, workflow_id: str | None, run_id: str, payload: Any) -> Procedure[Run]:
     """Un-pause a paused run, else answer its wait; see `Workflow.resume`. The first read decides which, for all repetitions."""
     check_run_id(run_id)
-    answer = split_output(payload, "resume: payload", services.env.new_id())
+    answer = split_output(payload, "resume: payload", services.env.new_id)
     found = yield from _reading_valid_run(workflow_id, run_id)
     if found.get("paused") is True and found["status"] not in TERMINAL:
         if payload is not None:
@@ -200,7 +201,7 @@ def _answering_wait(services: Services, workflow_id: str | None, found: RunDocum
 def answering_hook(services: Services, token: str, payload: Any) -> Procedure[HookResult]:
     """Answer by a hook token; see `Streamline.resume_hook`. The database decides whether the token is good."""
     run_id, token_hash = run_id_of(token), hash_token(token)
-    answer = split_output(payload, "resume_hook: payload", services.env.new_id())
+    answer = split_output(payload, "resume_hook: payload", services.env.new_id)
     size = answer.size + ITEM_BYTES
     try:
         step, hook = _hook_of((yield from _reading_valid_run(None, run_id)), token_hash)
@@ -227,10 +228,10 @@ def answering_hook(services: Services, token: str, payload: Any) -> Procedure[Ho
 
 
 def _putting(answer: SplitOutput, run_id: str) -> Procedure[None]:
-    """Store a large answer in its file first. If the answer is refused, the file stays until the run is deleted."""
+    """Store a large answer beside the run first. If the answer is refused, that stays until the run is deleted."""
     if answer.content is not None:
         assert is_external(answer.stored), "what has content is stored as its marker"
-        yield from putting_file(answer.stored[EXTERNAL_KEY], answer.content, run_id)
+        yield from putting_output(NewOutput(answer.stored[EXTERNAL_KEY], run_id, answer.content))
 
 
 def _value(answer: SplitOutput) -> Any:

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple, cast
 
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import Fields, HookDocument, RunDocument
-from streamline_pool.domain.errors import InvalidStateError, LeaseLostError, StoreUnavailableError, ValidationError
+from streamline_pool.domain.errors import DataCorruptionError, InvalidStateError, LeaseLostError, StoreUnavailableError, ValidationError
 from streamline_pool.protocol import commits
 from streamline_pool.protocol.operations import Fence, Statement
+from streamline_pool.storage.outputs import Wanted, reading_outputs
 from streamline_pool.storage.procedures import Procedure
 
 from .attempt import Attempt
 from .group_commit import refusal
 from .hooks import hash_token, make_token
+from .loaded_outputs import LoadedOutputs
 from .ports import EnginePort
 from .write_outcome import Held, WriteOutcome, resolve_write
 
@@ -78,9 +80,9 @@ class ActiveRun:
         self.left_attempt: Attempt | None = None  # the last one, if its outcome came before the end of its handler
         self.is_driven = False  # False: it has been claimed, and waits for other executions to be over
         self.is_alone = False  # a suspect that runs alone in its worker
-        self.interruption: StoreUnavailableError | None = None  # what a checkpoint or hook has raised last, of unknown outcome
+        self.interruption: StoreUnavailableError | None = None  # what a checkpoint, a hook or `get_output` has raised last
         self.unsettled: Save | None = None  # such a checkpoint or hook: no other write may be sent before its outcome is known
-        self.outputs: dict[str, Any] = {}  # by file id: outputs that the document only refers to, once they are loaded
+        self.outputs = LoadedOutputs(self._load_output)  # those that the document only refers to
         self.place = 0  # of the current step
         self.renew_now = False
         self.release_requested = False  # no further step is to be entered here
@@ -152,6 +154,20 @@ class ActiveRun:
     def emit(self, name: str, data: Any) -> None:
         """See context.Port."""
         self._engine.publish(self.document, ((name, self.document["currentStepId"], data),))
+
+    def _load_output(self, output_id: str) -> bytes:
+        """The content of an output of this run. Blocks, in the way that `_save` does. Raises DataCorruptionError, StoreUnavailableError."""
+        wanted = Wanted(self.document, output_id)
+        if not self.step.is_async and threading.get_ident() != self._engine.loop_thread:
+            return asyncio.run_coroutine_threadsafe(self._engine.read_output(wanted), self._engine.loop).result()
+        try:
+            content = self._engine.blocking_store().drive(reading_outputs([wanted]))[0]
+        except StoreUnavailableError as exc:
+            self.interruption = exc  # no failure of the handler, which is entered again
+            raise
+        if isinstance(content, DataCorruptionError):
+            raise content
+        return content
 
     # --- writes while a handler runs -------------------------------------------------------------------------------
 

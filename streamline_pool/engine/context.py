@@ -112,7 +112,7 @@ class Context:
         self._place = place
         self._port = port
         self._intents = intents
-        self._outputs = {} if outputs is None else outputs  # by file id: what the document only refers to
+        self._outputs = {} if outputs is None else outputs  # by id: what the document only refers to, decoded anew at each look-up
         self.step_id: str = step["stepId"]
         self.attempt: int = step["attempts"]  # 1-based; counts entries into the handler, those of lost workers too
         self.signal = signal
@@ -164,7 +164,7 @@ class Context:
         for step in self._document["steps"]:
             if step["stepId"] == step_id:
                 output = step.get("output")
-                return _copy(self._outputs[output[EXTERNAL_KEY]] if is_external(output) else output)
+                return self._outputs[output[EXTERNAL_KEY]] if is_external(output) else _copy(output)
         self._warn_of_unknown(step_id if isinstance(step_id, str) else str(type(step_id)))
         return None
 

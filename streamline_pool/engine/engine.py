@@ -26,12 +26,14 @@ from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol import recovery
 from streamline_pool.protocol.operations import Statement
 from streamline_pool.protocol.run_document import validate_run_document
+from streamline_pool.storage.outputs import Wanted
 from streamline_pool.storage.store import AsyncStore, Store
 
 from .active_run import ActiveRun
 from .active_runs import ActiveRuns
 from .attempt import ABORT_GRACE_S, Attempt, Kind, Outcome
 from .group_commit import GroupCommitter
+from .group_outputs import GroupOutputs
 from .leases import LeaseKeeper
 from .ports import Observer
 from .run_cache import RunCache, RunNote
@@ -76,11 +78,14 @@ class Engine:
         self._observer = observer
         self._state = EngineState()
         self._committer = GroupCommitter(store, env, observer.store_answered)
+        self._outputs = GroupOutputs(store, env, observer.store_answered)
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
         self._threads = ThreadPoolExecutor(max_workers=2 * config.threads_max + 8, thread_name_prefix="streamline-handler")
-        self._writer = RunWriter(store, env, self._committer, self.events, observer, self._state)
+        self._writer = RunWriter(store, env, self._committer, self._outputs, self.events, observer, self._state)
         self._solitude = Solitude(self.active_runs, self._committer, self._state, store.now, config.suspect_from)
-        self._driver = RunDriver(store, env, self._writer, self.events, self._state, self._threads, self._solitude, self._on_stuck)
+        self._driver = RunDriver(
+            store, env, self._writer, self._outputs, self.events, self._state, self._threads, self._solitude, self._on_stuck
+        )
         self._reports: set[asyncio.Task[None]] = set()
 
     @property
@@ -93,6 +98,7 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self._committer.start()
+        self._outputs.start()
         self.event_publisher.start()
         self.leases.start()
 
@@ -104,6 +110,7 @@ class Engine:
             if active.task is not None:
                 active.task.cancel()
         await self._committer.close()
+        await self._outputs.close()
         await self.event_publisher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -215,6 +222,10 @@ class Engine:
     async def write(self, statement: Statement) -> WriteOutcome:
         """See ports.EnginePort."""
         return await self._committer.write(statement)
+
+    async def read_output(self, wanted: Wanted) -> bytes:
+        """See ports.EnginePort."""
+        return await self._outputs.read(wanted)
 
     def now(self) -> datetime:
         """See ports.EnginePort."""

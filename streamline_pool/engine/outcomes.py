@@ -17,7 +17,8 @@ from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import RunDocument, WaitDocument
 from streamline_pool.domain.errors import ErrorCode, ValidationError, WorkflowError
 from streamline_pool.domain.transitions import Failure
-from streamline_pool.protocol.payloads import split_output, with_outputs
+from streamline_pool.protocol.outputs import NewOutput
+from streamline_pool.protocol.payloads import EXTERNAL_KEY, split_output, with_outputs
 from streamline_pool.protocol.run_document import parse_run
 
 from .attempt import Attempt, Kind, Outcome
@@ -25,14 +26,7 @@ from .context import Context
 from .failures import failure_of, timeout_failure
 from .intents import Intents, SleepSuspension, Suspension, WaitSuspension, changed_in_place
 
-__all__ = ["Decided", "File", "Moment", "allowed", "attempt_ended", "check_context", "damaged", "failed", "version_mismatch"]
-
-
-class File(NamedTuple):
-    """A large output, to be stored beside the run before anything refers to it."""
-
-    id: str
-    content: bytes
+__all__ = ["Decided", "Moment", "allowed", "attempt_ended", "check_context", "damaged", "failed", "version_mismatch"]
 
 
 class Decided(NamedTuple):
@@ -40,7 +34,7 @@ class Decided(NamedTuple):
 
     change: Change
     size: int = 0  # bytes that it takes in the document, payloads only
-    file: File | None = None
+    output: NewOutput | None = None  # to be stored beside the run before anything refers to it
 
 
 class Moment(NamedTuple):
@@ -48,7 +42,7 @@ class Moment(NamedTuple):
 
     now: datetime  # the server's time
     chance: float  # uniform in [0, 1), for jitter
-    new_id: Callable[[], str]  # for a file
+    new_id: Callable[[], str]  # for an output beside the run
 
     def after(self, delay_s: float) -> datetime:
         """The time so many seconds from now, in whole milliseconds."""
@@ -86,14 +80,14 @@ def check_context(document: RunDocument, intents: Intents, who: str) -> None:
 
 def _returned(document: RunDocument, step: StepDefinition, place: int, value: Any, intents: Intents, at: Moment) -> Decided:
     """The handler returned an output, which must be storable."""
-    file_id = at.new_id()
     try:
-        output, content, size = split_output(value, f"output of step {step.id}", file_id)
+        output, content, size = split_output(value, f"output of step {step.id}", at.new_id)
     except WorkflowError as exc:
         return Decided(failed(document, step, place, failure_of(exc), at))
     change = transitions.advance(document, place, output, intents.sets, at.now)
+    beside = None if content is None else NewOutput(output[EXTERNAL_KEY], document["_id"], content)
     # The last step's output is stored once more, as the run's.
-    return Decided(change, 2 * size + intents.sets_bytes, None if content is None else File(file_id, content))
+    return Decided(change, 2 * size + intents.sets_bytes, beside)
 
 
 def _suspended(document: RunDocument, place: int, suspension: Suspension, sets: Mapping[str, Any], at: Moment) -> Change:
@@ -116,7 +110,7 @@ def failed(document: RunDocument, step: StepDefinition, place: int, failure: Fai
 
 
 def damaged(document: RunDocument, place: int, exc: WorkflowError, now: datetime) -> Change:
-    """The run ends because a part of it, such as the file of an output, is missing."""
+    """The run ends because a part of it, such as an output, is missing."""
     failure = Failure(exc.code, exc.message, type(exc).__name__, "", False)
     return transitions.fail_run(document, place, failure, now, failures=document["failures"], code=exc.code)
 

@@ -10,6 +10,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.change import ChangeEvent
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol.operations import Statement
+from streamline_pool.storage.outputs import Wanted
 from streamline_pool.storage.store import Store
 
 from .write_outcome import WriteOutcome
@@ -45,6 +46,9 @@ class EnginePort(Protocol):
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """Send a fenced write with the group; its outcome."""
+
+    async def read_output(self, wanted: Wanted) -> bytes:
+        """The content of an output, read together with others. Raises DataCorruptionError."""
 
     def now(self) -> datetime:
         """The server's time, as known here."""

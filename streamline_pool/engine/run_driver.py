@@ -21,7 +21,6 @@ from streamline_pool.domain.model import StepStatus
 from streamline_pool.protocol import durable_events
 from streamline_pool.protocol.codec import check_payload
 from streamline_pool.protocol.payloads import external_ids
-from streamline_pool.storage.files import reading_outputs
 from streamline_pool.storage.procedures import until_answered
 from streamline_pool.storage.store import AsyncStore
 
@@ -30,8 +29,10 @@ from .active_run import ActiveRun
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of
+from .group_outputs import GroupOutputs
 from .intents import Intents
 from .outcomes import Decided, allowed, attempt_ended, check_context, damaged, failed, version_mismatch
+from .output_demand import OutputDemand
 from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
 from .solitude import Solitude
@@ -53,6 +54,7 @@ class RunDriver:
         store: AsyncStore,
         env: Env,
         writer: RunWriter,
+        outputs: GroupOutputs,
         events: RunEvents,
         state: EngineState,
         threads: Executor,
@@ -62,6 +64,8 @@ class RunDriver:
         self._store = store
         self._env = env
         self._writer = writer
+        self._outputs = outputs
+        self._demand = OutputDemand()
         self._events = events
         self._state = state
         self._threads = threads
@@ -115,10 +119,20 @@ class RunDriver:
         return await self._attempt(active, place)
 
     async def _load_outputs(self, active: ActiveRun) -> None:
-        """Load what the run's document only refers to: handlers and conditions may ask for any earlier output."""
-        missing = [file_id for file_id in external_ids(active.document) if file_id not in active.outputs]
+        """Load what the run's document only refers to, as far as the step's handler and conditions are expected to ask for it."""
+        if not external_ids(active.document):
+            return
+        expected = self._demand.expected(active.definition, active.place, active.document)
+        missing = [output_id for output_id in expected if output_id not in active.outputs]
         if missing:
-            active.outputs |= await until_answered(lambda: self._store.drive(reading_outputs(active.document, missing)), self._env)
+            await self._outputs.load(active.document, missing, active.outputs)
+        active.outputs.asked = set()
+
+    def _observe_demand(self, active: ActiveRun) -> None:
+        """The step's handler or condition has ended."""
+        asked, active.outputs.asked = active.outputs.asked, None
+        if asked is not None:
+            self._demand.observe(active.definition, active.place, active.document, asked)
 
     # --- a step that waits -----------------------------------------------------------------------------------------
 
@@ -163,7 +177,11 @@ class RunDriver:
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._state.closed:
                 raise
+            if exc is active.outputs.damaged:
+                return damaged(active.document, place, exc, self._store.now())
             return failed(active.document, active.step, place, failure_of(exc), self._writer.moment())
+        finally:
+            self._observe_demand(active)
         if enter:
             return transitions.decide_entry(active.document, place)
         return transitions.skip(active.document, place, intents.sets, self._store.now())
@@ -190,12 +208,15 @@ class RunDriver:
         attempt.intents.closed = True
         active.attempt = None
         active.left_attempt = attempt if attempt.goes_on else None
+        self._observe_demand(active)
 
     def decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:
         """What an attempt's outcome means for its run; None if this worker holds the run no more."""
         if active.lost is not None or self._state.closed:
             return None
         if outcome.kind is Kind.RAISED and outcome.value is active.interruption:
-            # The database did not answer a checkpoint or hook: no failure of the handler. It is entered again.
+            # The database did not answer a checkpoint, hook or `get_output`: no failure of the handler. It is entered again.
             return Decided(transitions.release(active.document, active.place, self._store.now(), was_entered=True))
+        if outcome.value is not None and outcome.value is active.outputs.damaged:
+            return Decided(damaged(active.document, active.place, active.outputs.damaged, self._store.now()))
         return attempt_ended(active.document, active.definition, active.place, attempt, outcome, self._writer.moment())

@@ -71,7 +71,7 @@ class RunEvents:
 
 def _value(data: Any, outputs: Mapping[str, Any]) -> Any:
     """The data of an event; if it is an output that the document only refers to, its value (if that was loaded)."""
-    return outputs.get(data[EXTERNAL_KEY], data) if is_external(data) else data
+    return outputs[data[EXTERNAL_KEY]] if is_external(data) and data[EXTERNAL_KEY] in outputs else data
 
 
 # The pool's log is the first place where people search for a step that failed.

@@ -1,6 +1,6 @@
 """Makes decisions about an active run durable. Owns the performing of what `write_outcome.after_write` decides.
 
-Files go first, so that no document ever refers to a file that does not exist; events go last, once the write is durable.
+Large outputs go first, so that no document ever refers to one that does not exist; events go last, once the write is durable.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from streamline_pool.domain.change import Change, ChangeKind, apply
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import ValidationError, WorkflowError
 from streamline_pool.protocol import commits
-from streamline_pool.protocol.codec import decode_payload
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 from streamline_pool.protocol.run_document import validate_run_document
-from streamline_pool.storage.files import putting_file, reading_outputs
 from streamline_pool.storage.procedures import until_answered
 from streamline_pool.storage.store import AsyncStore
 
 from .active_run import STATEMENT_BYTES, ActiveRun
 from .failures import failure_of
 from .group_commit import GroupCommitter
+from .group_outputs import GroupOutputs
 from .outcomes import Decided, Moment, failed
 from .ports import Observer
 from .run_events import RunEvents
@@ -60,11 +59,19 @@ class RunWriter:
     """Stores changes of active runs, each until its outcome is known."""
 
     def __init__(
-        self, store: AsyncStore, env: Env, committer: GroupCommitter, events: RunEvents, observer: Observer, state: EngineState
+        self,
+        store: AsyncStore,
+        env: Env,
+        committer: GroupCommitter,
+        outputs: GroupOutputs,
+        events: RunEvents,
+        observer: Observer,
+        state: EngineState,
     ) -> None:
         self._store = store
         self._env = env
         self._committer = committer
+        self._outputs = outputs
         self._events = events
         self._observer = observer
         self._state = state
@@ -74,16 +81,16 @@ class RunWriter:
         return Moment(self._store.now(), self._env.random(), self._env.new_id)
 
     async def store_decided(self, active: ActiveRun, decided: Decided) -> bool:
-        """As `store`. A large output goes into its file first."""
-        file = decided.file
-        if file is None:
+        """As `store`. A large output is stored beside the run first."""
+        output = decided.output
+        if output is None:
             return await self.store(active, decided.change, decided.size)
         try:
-            await until_answered(lambda: self._store.drive(putting_file(file.id, file.content, active.run_id)), self._env)
+            await self._outputs.put(output)
         except ValidationError as exc:
             return await self.store(active, failed(active.document, active.step, active.place, failure_of(exc), self.moment()))
-        active.outputs[file.id] = decode_payload(file.content)
-        # If the commit finds the run lost, the file stays until the run is deleted: an earlier copy of the write may be stored.
+        active.outputs.add(output.id, output.content)
+        # If the commit finds the run lost, the output stays until the run is deleted: an earlier copy of the write may be stored.
         return await self.store(active, decided.change, decided.size)
 
     async def store(self, active: ActiveRun, change: Change, size: int = 0) -> bool:
@@ -133,11 +140,11 @@ class RunWriter:
         return self._committer.write(statement, urgent=write.change.kind is ChangeKind.WAKE)
 
     async def _load_event_data(self, active: ActiveRun, change: Change) -> None:
-        """Load what subscribers will get and the document only refers to: an answer that is in a file."""
+        """Load what subscribers will get and the document only refers to: an answer that is stored beside the run."""
         missing = [data[EXTERNAL_KEY] for _, _, data in change.events if is_external(data) and data[EXTERNAL_KEY] not in active.outputs]
         if missing:
             with contextlib.suppress(WorkflowError):  # then subscribers get the reference, and the run goes on
-                active.outputs |= await self._store.drive(reading_outputs(active.document, missing))
+                await self._outputs.load(active.document, missing, active.outputs)
 
     async def _committed(self, active: ActiveRun, change: Change, *, reread: bool) -> bool:
         if not reread:

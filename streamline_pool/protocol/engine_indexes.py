@@ -15,6 +15,7 @@ __all__ = [
     "EVENT_INDEXES",
     "HOST_INDEXES",
     "IDEMPOTENCY",
+    "OUTPUT_INDEXES",
     "RETIRED_RUN_INDEXES",
     "RUN_INDEXES",
     "IndexDefinition",
@@ -86,10 +87,13 @@ EVENT_INDEXES: tuple[IndexDefinition, ...] = (
 
 HOST_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_expire", key={"expireAt": 1}, expire_after_s=0),)
 
+# Outputs are read by id. By run they are found when the run is removed.
+OUTPUT_INDEXES: tuple[IndexDefinition, ...] = (IndexDefinition(name="streamline_output_run", key={"runId": 1}),)
+
 
 def ensure_indexes(collection: str = "runs") -> Command:
-    """Create the engine's indexes of "runs", "hosts" or "events". Does nothing when they exist."""
-    made = {"runs": RUN_INDEXES, "hosts": HOST_INDEXES, "events": EVENT_INDEXES}[collection]
+    """Create the engine's indexes of "runs", "hosts", "events" or "outputs". Does nothing when they exist."""
+    made = {"runs": RUN_INDEXES, "hosts": HOST_INDEXES, "events": EVENT_INDEXES, "outputs": OUTPUT_INDEXES}[collection]
     body = {"indexes": [index.spec() for index in made]}
     return Command(name=f"ensure_{collection}_indexes", collection=collection, verb="createIndexes", body=body)
 

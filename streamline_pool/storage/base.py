@@ -45,6 +45,7 @@ _ENSURE = (
     engine_indexes.ensure_indexes("runs"),
     engine_indexes.ensure_indexes("hosts"),
     engine_indexes.ensure_indexes("events"),
+    engine_indexes.ensure_indexes("outputs"),
     ensure_signals(),
 )
 

@@ -2,8 +2,8 @@
 
 Owns the order of the writes, which makes a crash harmless:
 
-- delete: first the run, then its files. A crash leaves files without a run, which a later call removes. It never leaves a
-  run without its files.
+- delete: first the run, then what is stored beside it: its outputs and files. A crash leaves outputs without a run, which a
+  later call removes. It never leaves a run without its outputs.
 - archive: first the copy, durably, then the delete of exactly the state that the archive holds. A run is in one of the two
   collections, or for a moment in both. The next call that finds it in both deletes it from the first.
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
-from streamline_pool.protocol import durable_events, files, retention, server_codes
+from streamline_pool.protocol import durable_events, files, outputs, retention, server_codes
 from streamline_pool.protocol.expressions import NOT_REWINDABLE_TEXTS
 from streamline_pool.protocol.files import FILES
-from streamline_pool.protocol.retention import ARCHIVE, IDENTITY
+from streamline_pool.protocol.retention import ARCHIVE, IDENTITY, SLICE
 
 from .driver_errors import has_code
 from .files import dropping_files
+from .outputs import dropping_outputs
 from .procedures import Procedure
 
 __all__ = ["archiving", "check_archive", "deleting", "dropping_orphans", "forgetting_events"]
@@ -29,18 +30,18 @@ __all__ = ["archiving", "check_archive", "deleting", "dropping_orphans", "forget
 log = logging.getLogger("streamline_pool")
 
 _ORPHAN_AGE_S = 86_400.0
-"""A day, a guess: a file without a run is an orphan at once, but a restore of a database in parts takes time."""
+"""A day, a guess: an output without a run is an orphan at once, but a restore of a database in parts takes time."""
 
 _COPY_MAX = 200
 """Runs copied by one command. Measured: some 50 ms for small runs, and more at once are no faster. With runs of one MiB each
 the command must still end within the socket timeout."""
 
-_ENGINE_COLLECTIONS = ("runs", "hosts", "signals", "events", "files.files", "files.chunks")
+_ENGINE_COLLECTIONS = ("runs", "hosts", "signals", "events", "outputs", "files.files", "files.chunks")
 _NAME_BYTES_MAX = 120  # MongoDB allows 255 with the database's name and a dot
 
 
 def deleting(condition: Mapping[str, Any], *, dry_run: bool) -> Procedure[int]:
-    """Delete every run that meets the condition, and its files. Returns how many; `dry_run` only counts."""
+    """Delete every run that meets the condition, and its outputs. Returns how many; `dry_run` only counts."""
     count = 0
     after: str | None = ""
     while after is not None:
@@ -49,9 +50,8 @@ def deleting(condition: Mapping[str, Any], *, dry_run: bool) -> Procedure[int]:
         if dry_run or not run_ids:
             count += len(run_ids)
             continue
-        owned = yield files.files_of_runs(
-            run_ids
-        )  # read before the delete, so that files of a later run with the same id are not among them
+        # Read before the delete, so that outputs of a later run with the same id are not among them.
+        owned = yield from _owned_by(run_ids)
         count += yield retention.delete_runs(run_ids, condition)
         yield from _dropping_unowned(owned)
     return count
@@ -78,9 +78,12 @@ def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *
 def _moving(run_ids: Sequence[str], condition: Mapping[str, Any], collection: str, stored_name: str) -> Procedure[int]:
     """Copy these runs to the archive, then delete those that the archive holds. Returns how many were deleted."""
     if collection != ARCHIVE:
-        owned = yield files.files_of_runs(run_ids)
-        if owned:  # otherwise `dropping_orphans` would take them for orphans: it knows no other archive
-            yield files.mark_archived([file["_id"] for file in owned], stored_name)
+        # Otherwise `dropping_orphans` would take them for orphans: it knows no other archive.
+        owned = yield from _owned_by(run_ids)
+        if file_ids := [beside.id for beside in owned if beside.is_file]:
+            yield files.mark_archived(file_ids, stored_name)
+        if output_ids := [beside.id for beside in owned if not beside.is_file]:
+            yield outputs.mark_outputs_archived(output_ids, stored_name)
     yield retention.copy_runs(run_ids, condition, stored_name)
     copies = yield retention.identify_runs(collection, run_ids)
     moved: int = (yield retention.delete_same_runs(copies)) if copies else 0
@@ -143,30 +146,60 @@ def _forgetting_outdated(before: Any) -> Procedure[int]:
 
 
 def dropping_orphans() -> Procedure[int]:
-    """Delete files whose run exists nowhere, after a crash between two writes or a removal by the TTL. Returns how many."""
+    """Delete outputs whose run exists nowhere, after a crash between two writes or a removal by the TTL. Returns how many."""
     dropped = 0
     after: str | None = ""
     while after is not None:
         old = retention.uploaded_before(_ORPHAN_AGE_S)
         after, found = yield retention.scan(FILES, after, old, ("metadata",))
-        dropped += yield from _dropping_unowned(found)
+        dropped += yield from _dropping_unowned([_file(record) for record in found])
+    run_ids = yield outputs.runs_with_outputs("", SLICE)
+    while run_ids:
+        # The runs first: most exist, and then no output of theirs is read.
+        gone = yield from _gone(ARCHIVE, (yield from _gone("runs", run_ids)))
+        if gone:
+            owned = [_output(record) for record in (yield outputs.outputs_of_runs(gone, _ORPHAN_AGE_S))]
+            dropped += yield from _dropping_unowned(owned)
+        run_ids = yield outputs.runs_with_outputs(run_ids[-1], SLICE)
     return dropped
 
 
-def _dropping_unowned(owned: Sequence[Mapping[str, Any]]) -> Procedure[int]:
-    """Delete those of the files whose run is neither stored nor archived."""
+class _Beside(NamedTuple):
+    """An output that is stored beside its run, or a file."""
+
+    id: str
+    run_id: str
+    archives: Sequence[str]  # stored names of the collections into which the run was archived, except the usual one
+    is_file: bool
+
+
+def _file(record: Mapping[str, Any]) -> _Beside:
+    return _Beside(record["_id"], record["metadata"]["runId"], record["metadata"].get("archives") or (), is_file=True)
+
+
+def _output(record: Mapping[str, Any]) -> _Beside:
+    return _Beside(record["_id"], record["runId"], record.get("archives") or (), is_file=False)
+
+
+def _owned_by(run_ids: Sequence[str]) -> Procedure[list[_Beside]]:
+    """Everything that is stored beside these runs, also that to which no run refers."""
+    owned = [_output(record) for record in (yield outputs.outputs_of_runs(run_ids))]
+    return owned + [_file(record) for record in (yield files.files_of_runs(run_ids))]
+
+
+def _dropping_unowned(owned: Sequence[_Beside]) -> Procedure[int]:
+    """Delete those whose run is neither stored nor archived."""
     runs: dict[str, set[str]] = {}
-    for file in owned:
-        metadata = file["metadata"]
-        archives = {f"/{name}" for name in metadata.get("archives") or ()}
-        runs.setdefault(metadata["runId"], set()).update(archives)
+    for beside in owned:
+        runs.setdefault(beside.run_id, set()).update(f"/{name}" for name in beside.archives)
     # The runs are read before the archives: a run that is moved between the two reads is then found by the second.
     gone = yield from _gone("runs", list(runs))
     gone = yield from _gone(ARCHIVE, gone)
     for archive in sorted({name for run_id in gone for name in runs[run_id]}):
         gone = yield from _gone(archive, gone)
     lost = set(gone)
-    return (yield from dropping_files([file["_id"] for file in owned if file["metadata"]["runId"] in lost]))
+    dropped = yield from dropping_outputs([beside.id for beside in owned if beside.run_id in lost and not beside.is_file])
+    return dropped + (yield from dropping_files([beside.id for beside in owned if beside.run_id in lost and beside.is_file]))
 
 
 def _gone(collection: str, run_ids: list[str]) -> Procedure[list[str]]:

@@ -25,7 +25,7 @@ def test_an_archived_run_equals_the_run_byte_for_byte(app: Streamline) -> None:
 
 @pytest.mark.parametrize(
     "to",
-    ["", "workflow_runs", "workflow_hosts", "workflow_signals", "workflow_files.files", "workflow_files.chunks", "a$b", "system.x", ".a",
+    ["", "workflow_runs", "workflow_hosts", "workflow_signals", "workflow_outputs", "workflow_files.files", "a$b", "system.x", ".a",
      "a.", "a..b", "a\0b", "x" * 121, "\ud800", 7, ["a"]],
     ids=shown,
 )  # fmt: skip

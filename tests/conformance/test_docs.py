@@ -29,7 +29,7 @@ import streamline_pool
 from streamline_pool import Context, ErrorCode, EventBus, Run, Streamline, Workflow
 from streamline_pool.config.settings import OPTIONS
 from streamline_pool.events.event import ENGINE_EVENTS
-from streamline_pool.protocol.engine_indexes import HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.engine_indexes import HOST_INDEXES, OUTPUT_INDEXES, RUN_INDEXES
 from streamline_pool.supervisor.cli import main
 from streamline_pool.supervisor.cli.console import ExitCode
 from streamline_pool.supervisor.steward.metrics import exposition
@@ -294,7 +294,7 @@ def test_every_stored_field_and_index_is_in_the_reference(mongodb_uri: str, data
     stored = {**run.to_dict(), **cancelled.to_dict()}
     for name in {*stored, *(field for step in stored["steps"] for field in step)}:
         assert re.search(rf"`[^`]*\b{name}\b[^`]*`", text), f"field {name}"
-    for index in (*RUN_INDEXES, *HOST_INDEXES):
+    for index in (*RUN_INDEXES, *HOST_INDEXES, *OUTPUT_INDEXES):
         assert f"`{index.name}`" in text
 
 

@@ -17,7 +17,8 @@ from streamline_pool.protocol.codec import encode_payload
 from streamline_pool.protocol.files import CHUNK_BYTES
 from streamline_pool.protocol.operations import Command, Find, Op, Signal
 from streamline_pool.protocol.payloads import split_output
-from streamline_pool.storage.files import dropping_files, loading_outputs, putting_file
+from streamline_pool.storage.files import dropping_files, putting_file
+from streamline_pool.storage.outputs import loading_outputs
 from streamline_pool.storage.procedures import Effect
 from streamline_pool.storage.store import Store
 from support import REPOSITORY
@@ -163,12 +164,12 @@ def test_a_missing_or_damaged_file_is_a_corruption_that_names_it(app: Streamline
     """A truncated output must not be taken for a complete one by the next step."""
     put(app, "f", b"x" * 1_000_000)
     chunks = app.store().collection("files.chunks")
-    with pytest.raises(DataCorruptionError, match=r"run r: output of step a is in file g, and there is no such file of this run") as caught:
+    with pytest.raises(DataCorruptionError, match=r"run r: output of step a .* id g, and there is no such output of this run") as caught:
         load(app, "g")
-    assert caught.value.context == {"run_id": "r", "file_id": "g"}
+    assert caught.value.context == {"run_id": "r", "output_id": "g"}
     for lost in (3, 1, 0):
         chunk = chunks.find_one_and_delete({"files_id": "f", "n": lost})
-        with pytest.raises(DataCorruptionError, match=r"output of step a is in file f, and it has \d+ of \d+ bytes"):
+        with pytest.raises(DataCorruptionError, match=r"output of step a is stored beside the run under id f, and it has \d+ of \d+ bytes"):
             load(app, "f")
         chunks.insert_one(chunk)
     assert load(app, "f") == b"x" * 1_000_000
@@ -181,7 +182,7 @@ def test_a_forged_marker_opens_no_file_of_another_run(app: Streamline) -> None:
     """The answer of a person or a webhook could contain the marker of another run's output."""
     put(app, "f", "secret", run_id="theirs")
     assert load(app, "f", run_id="theirs") == "secret"
-    with pytest.raises(DataCorruptionError, match="there is no such file of this run"):
+    with pytest.raises(DataCorruptionError, match="there is no such output of this run"):
         load(app, "f", run_id="mine")
 
 
@@ -234,7 +235,7 @@ def test_a_marker_passes_a_holders_write(app: Streamline) -> None:
     """MongoDB restricts field names with a dollar sign in updates."""
     flow = app.workflow("flow", steps={"a": lambda ctx: 1})
     run = flow.start()
-    marker = split_output("x" * 300_000, "output", "f").stored
+    marker = split_output("x" * 300_000, "output", lambda: "f").stored
     step = {**run.document["steps"][0], "output": marker}
     change = {"$set": {"steps.0": step, "output": marker}}
     body = {"updates": [{"q": {"_id": run.id}, "u": change}], "ordered": False}

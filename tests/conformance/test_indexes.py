@@ -14,13 +14,13 @@ from old_runs import put_run
 from pymongo import ASCENDING
 
 from streamline_pool import StoreUnavailableError, Streamline, ValidationError
-from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, RUN_INDEXES
+from streamline_pool.protocol.engine_indexes import EVENT_INDEXES, HOST_INDEXES, OUTPUT_INDEXES, RUN_INDEXES
 from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import Store
 from support import REPOSITORY, present, shown
 
 TERMINAL = ["cancelled", "done", "failed"]
-ENGINE = [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES)]
+ENGINE = [index.name for index in (*RUN_INDEXES, *HOST_INDEXES, *EVENT_INDEXES, *OUTPUT_INDEXES)]
 
 
 def indexes(app: Streamline) -> dict[str, dict[str, Any]]:

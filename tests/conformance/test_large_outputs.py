@@ -1,4 +1,4 @@
-"""Outputs that do not fit into a run's document: stored as files, returned like any other output, limited to 64 MiB."""
+"""Outputs that are too large for a run's document: stored beside it, returned like any other output, limited to 64 MiB."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from workers import run_until_idle
 
 from streamline_pool import DataCorruptionError, PayloadTooLargeError, Streamline, create_hook
 from streamline_pool.protocol import recovery
+from streamline_pool.protocol.outputs import DOCUMENT_BYTES_MAX
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES, OUTPUT_BYTES_MAX
 from support import present
 
@@ -22,8 +23,8 @@ def marker(stored: Any) -> bool:
     return isinstance(stored, dict) and list(stored) == ["$external"]
 
 
-def test_a_large_output_is_stored_as_a_file_and_readers_get_its_value(app: Streamline) -> None:
-    """A document of many megabytes would be rewritten at every step, and cannot be larger than 16 MiB."""
+def test_a_large_output_is_stored_beside_the_run_and_readers_get_its_value(app: Streamline) -> None:
+    """A large document would be rewritten at every step, and cannot be larger than 16 MiB."""
     seen: list[Any] = []
     flow = app.workflow(
         "flow",
@@ -106,7 +107,7 @@ def test_a_payload_above_the_limit_is_refused_and_nothing_is_stored(app: Streaml
     with pytest.raises(PayloadTooLargeError):
         flow.resume(run.id, b"x" * (OUTPUT_BYTES_MAX + 1))
     assert flow.resume(run.id, "small").step("ask").output == "small"
-    assert app.store().collection("files.files").count_documents({}) == 0
+    assert app.store().collection("outputs").count_documents({}) == app.store().collection("files.files").count_documents({}) == 0
 
 
 def test_an_output_that_looks_like_a_marker_comes_back_as_it_was(app: Streamline) -> None:
@@ -116,10 +117,10 @@ def test_an_output_that_looks_like_a_marker_comes_back_as_it_was(app: Streamline
     assert flow.execute(flow.start().id).output == [odd]
 
 
-def test_a_lost_file_fails_only_its_run_and_is_named(app: Streamline) -> None:
+def test_a_lost_output_fails_only_its_run_and_is_named(app: Streamline) -> None:
     flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "end": lambda ctx: 1})
     run = flow.execute(flow.start().id)
-    app.store().collection("files.files").delete_many({})
+    app.store().collection("outputs").delete_many({})
     run_until_idle(app)
     stored = app.runs.find_one({"_id": run.id})
     assert (stored["status"], stored["error"]["code"], stored["error"]["stepId"]) == ("failed", "DATA_CORRUPTION", "end")
@@ -143,7 +144,7 @@ CRASHING = """
 import os, signal, sys
 from streamline_pool import Streamline
 app = Streamline(sys.argv[1], database=sys.argv[2])
-flow = app.workflow("flow", steps={"make": lambda ctx: b"x" * 300_000})
+flow = app.workflow("flow", steps={"make": lambda ctx: b"x" * int(sys.argv[5])})
 from streamline_pool.storage.store import AsyncStore
 run_op = AsyncStore.run
 async def dying(self, op, session=None):
@@ -155,23 +156,30 @@ flow.execute(sys.argv[4])
 """
 
 
-@pytest.mark.parametrize("operation", ["insert_file", "insert_chunks", "commit_runs"])
-def test_a_crash_between_file_and_commit_loses_nothing(
-    make_app: Callable[..., Streamline], mongodb_uri: str, database: str, operation: str
+FILE_BYTES = DOCUMENT_BYTES_MAX + 1  # is stored as a file
+
+
+@pytest.mark.parametrize(
+    ("size", "operation", "left"),
+    [(20_000, "insert_outputs", 0), (20_000, "commit_runs", 1), (FILE_BYTES, "insert_file", 0), (FILE_BYTES, "insert_chunks", 1)],
+)
+def test_a_crash_between_output_and_commit_loses_nothing(
+    make_app: Callable[..., Streamline], mongodb_uri: str, database: str, size: int, operation: str, left: int
 ) -> None:
-    """The step and its file are repeated, and the file of the dead process must be deleted with the run."""
+    """The step and its output are repeated, and the output of the dead process must be deleted with the run."""
     app = make_app(lease_s=0.5)
-    flow = app.workflow("flow", steps={"make": lambda ctx: b"y" * 300_000})
+    flow = app.workflow("flow", steps={"make": lambda ctx: b"y" * size})
     run = flow.start()
-    died = subprocess.run([sys.executable, "-c", CRASHING, mongodb_uri, database, operation, run.id], timeout=50, capture_output=True)
+    command = [sys.executable, "-c", CRASHING, mongodb_uri, database, operation, run.id, str(size)]
+    died = subprocess.run(command, timeout=50, capture_output=True)
     assert died.returncode == -9, died.stderr
     app.runs.update_one({"_id": run.id}, {"$set": {"lease.expiresAt": run.created_at}})
     app.store().run(recovery.recover_expired(3))
     run_until_idle(app)
     ended = flow.wait_for(run.id, timeout=20)
-    assert ended.output == b"y" * 300_000
+    assert ended.output == b"y" * size
     assert ended.step("make").attempts == 2
-    files = app.store().collection("files.files")
-    assert files.count_documents({}) == (1 if operation == "insert_file" else 2)
+    beside = {name: app.store().collection(name) for name in ("outputs", "files.files", "files.chunks")}
+    assert beside["files.files" if size == FILE_BYTES else "outputs"].count_documents({}) == left + 1
     assert app.cleanup_old_runs(0) == 1
-    assert files.count_documents({}) == app.store().collection("files.chunks").count_documents({}) == 0
+    assert {name: collection.count_documents({}) for name, collection in beside.items()} == dict.fromkeys(beside, 0)

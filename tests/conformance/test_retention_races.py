@@ -82,7 +82,7 @@ def test_thousands_take_few_commands(app: Streamline) -> None:
     assert sum(names.values()) == 6 + 25 * 3 + 2, names  # two for events that no run can need any more
     names.clear()
     assert app.cleanup_old_runs(30) == 0
-    assert sum(names.values()) == 4, names  # two queries for runs, and two for events
+    assert sum(names.values()) == 5, names  # for runs, files, outputs, and two for events that no run can need any more
 
 
 @pytest.mark.slow

@@ -17,7 +17,9 @@ from stored_runs import stored
 from workers import Pool, check_invariants
 
 from streamline_pool import Streamline
+from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
+LARGE = EXTERNAL_BYTES + 1
 OPERATIONS_MAX = 60  # a run needs about 25; more would mean that a fault causes endless repetition
 
 
@@ -51,7 +53,32 @@ class Retrying(EntryLog):
         return f"{ctx.get_output('count') >= 2} {ctx.get_checkpoint()}"
 
 
-async def drive(app: Streamline, scenario: Retrying, faults: Faults) -> dict[str, Any]:
+class Producing(EntryLog):
+    """A workflow whose outputs are stored beside its runs, and are asked for on a thread, on the event loop, and after a sleep."""
+
+    def __init__(self, app: Streamline) -> None:
+        super().__init__(app)
+        steps = {"make": self.make, "nap": self.nap, "use": self.use, "end": self.end}
+        self.workflow = app.workflow("producing", steps=steps)
+
+    async def make(self, ctx: Any) -> str:
+        self.enter(ctx)
+        return "x" * LARGE
+
+    def nap(self, ctx: Any) -> None:
+        self.enter(ctx)
+        ctx.sleep(0.02)
+
+    def use(self, ctx: Any) -> str:
+        self.enter(ctx)
+        return str(ctx.get_output("make")) + "y"
+
+    async def end(self, ctx: Any) -> str:
+        self.enter(ctx)
+        return str(ctx.get_output("use")) + "z"
+
+
+async def drive(app: Streamline, scenario: Retrying | Producing, faults: Faults) -> dict[str, Any]:
     """Start one run and drive it to its end under `faults`. Returns its document."""
     store = app.connections.use(FaultyAsyncStore(app.where, app.env))
     run = await scenario.workflow.start_async()
@@ -94,6 +121,38 @@ def test_a_run_ends_whichever_of_its_operations_fails(make_app: Callable[..., St
             entered = scenario.times(step["stepId"])
             # A granted attempt may be lost before its handler is entered, but no handler is entered without a grant.
             assert entered <= step["attempts"], f"{where}: {step}, entered {entered} times"
+        if not faults.hit:
+            assert number > 10, "the loop ended before it tested anything"
+            return
+    raise AssertionError(f"a run needed {OPERATIONS_MAX} operations: something repeats without end")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("count", [pytest.param(1, id="once"), pytest.param(OUTAGE, id="for a while", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lost", "unknown", "late"])
+def test_outputs_beside_a_run_are_complete_whichever_operation_fails(make_app: Callable[..., Streamline], kind: str, count: int) -> None:
+    """An output is stored by one write and referred to by another; between the two, anything may fail."""
+    app = make_app(env=hasty_env(), lease_s=0.5, max_crashes=20)
+    install_faults(app)
+    scenario = Producing(app)
+    outputs = app.store().collection("outputs")
+    for number in range(1, OPERATIONS_MAX):
+        faults = Faults(kind, number, count)
+        scenario.entries.clear()
+        document = asyncio.run(drive(app, scenario, faults))
+        where = f"operation {number} ({', '.join(faults.hit)}) {kind}"
+        check_invariants([document])
+        assert document["status"] == "done", f"{where}: {document}"
+        assert not scenario.too_late, f"{where}: {scenario.too_late}"
+        run = scenario.workflow.get(document["_id"])
+        assert run is not None, where
+        assert run.output == "x" * LARGE + "yz", where
+        assert run.step("make").output == "x" * LARGE, where
+        referred = {step["output"]["$external"] for step in document["steps"] if step["output"] is not None}
+        stored_ids = set(outputs.distinct("_id", {"runId": document["_id"]}))
+        assert referred <= stored_ids, where
+        if not CLAIMS & set(faults.hit):
+            assert referred == stored_ids, f"{where}: a repeated write must not store a second copy"
         if not faults.hit:
             assert number > 10, "the loop ended before it tested anything"
             return

@@ -17,7 +17,7 @@ OVERHEAD = len(encode_payload("", "x"))
 
 @pytest.mark.parametrize("value", [None, True, 1, 1.5, "text", b"bytes", [1, (2, 3)], {"a": {"$b.c": 1}}, {"$external": 7}, {}], ids=shown)
 def test_small_values_are_stored_as_they_are(value: Any) -> None:
-    stored, content, size = split_output(value, "output", "f-1")
+    stored, content, size = split_output(value, "output", lambda: "f-1")
     assert (stored, size) == as_payload(value, "output")
     assert content is None
 
@@ -26,7 +26,7 @@ def test_small_values_are_stored_as_they_are(value: Any) -> None:
 def test_the_boundary_is_exact(over: int) -> None:
     """One byte off, and the limit that users read about is another one."""
     value = "x" * (EXTERNAL_BYTES - OVERHEAD + over)
-    stored, content, size = split_output(value, "output", "f-1")
+    stored, content, size = split_output(value, "output", lambda: "f-1")
     if over:
         assert stored == {"$external": "f-1"}
         assert content is not None
@@ -38,33 +38,33 @@ def test_the_boundary_is_exact(over: int) -> None:
 
 def test_a_value_that_looks_like_a_marker_is_never_taken_for_one() -> None:
     """A handler that returns another run's marker would otherwise read that run's output."""
-    stored, content, _ = split_output({"$external": "f-of-another-run"}, "output", "f-1")
+    stored, content, _ = split_output({"$external": "f-of-another-run"}, "output", lambda: "f-1")
     assert stored == {"$external": "f-1"}
     assert content is not None
     assert decode_payload(content) == {"$external": "f-of-another-run"}
     for value in ({"$external": "f", "more": 1}, {"$external": None}, [{"$external": "f"}], "$external"):
         assert not is_external(value)
-        assert split_output(value, "output", "f-1").content is None
+        assert split_output(value, "output", lambda: "f-1").content is None
 
 
 def test_limits_of_outputs_and_of_everything_else() -> None:
     between = b"x" * (PAYLOAD_BYTES_MAX + 1)
-    assert split_output(between, "output", "f-1").stored == {"$external": "f-1"}
+    assert split_output(between, "output", lambda: "f-1").stored == {"$external": "f-1"}
     for call in (as_payload, check_payload):
         with pytest.raises(PayloadTooLargeError, match=f"limit is {PAYLOAD_BYTES_MAX}"):
             call(between, "checkpoint")
     assert as_payload(between, "output", OUTPUT_BYTES_MAX)[0] == between
     exact = b"x" * (OUTPUT_BYTES_MAX - len(encode_payload(b"", "x")))
-    assert split_output(exact, "output", "f-1").content is not None
+    assert split_output(exact, "output", lambda: "f-1").content is not None
     with pytest.raises(PayloadTooLargeError, match=f"output of step a: {OUTPUT_BYTES_MAX + 1} bytes, and the limit is {OUTPUT_BYTES_MAX}"):
-        split_output(exact + b"x", "output of step a", "f-1")
+        split_output(exact + b"x", "output of step a", lambda: "f-1")
     with pytest.raises(ValidationError, match=r"output\.a: cannot store"):
-        split_output({"a": object(), "b": between}, "output", "f-1")
+        split_output({"a": object(), "b": between}, "output", lambda: "f-1")
 
 
 def test_what_a_later_step_sees_is_what_a_reader_sees() -> None:
     value = {"rows": [(1, datetime(2024, 1, 2, 3, 4, 5, 678_999, UTC))], "bulk": "x" * EXTERNAL_BYTES}
-    content = split_output(value, "output", "f-1").content
+    content = split_output(value, "output", lambda: "f-1").content
     assert content is not None
     assert decode_payload(content)["rows"] == [[1, datetime(2024, 1, 2, 3, 4, 5, 678_000, UTC)]]
 

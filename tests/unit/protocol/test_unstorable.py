@@ -179,7 +179,7 @@ def test_a_key_that_is_no_text_names_the_way_out() -> None:
 )  # fmt: skip
 def test_a_datetime_without_a_time_zone_is_refused_with_its_path(shape: Any, path: str, naive: datetime) -> None:
     """It was taken for UTC. What a user in New York meant lies five hours away from it."""
-    for call in (as_payload, check_payload, lambda value, where: split_output(value, where, "f")):
+    for call in (as_payload, check_payload, lambda value, where: split_output(value, where, lambda: "f")):
         with pytest.raises(ValidationError) as caught:
             call(shape(naive), "input")
         text = str(caught.value)
@@ -208,4 +208,4 @@ def test_the_result_of_a_ctx_call_is_stored_as_nothing() -> None:
     """`lambda ctx: ctx.set("k", 1)` and a tuple of such calls are handlers that users write."""
     assert as_payload(DONE, "output")[0] is None
     assert as_payload([DONE, {"a": DONE}], "output")[0] == [None, {"a": None}]
-    assert split_output(DONE, "output", "f").stored is None
+    assert split_output(DONE, "output", lambda: "f").stored is None

@@ -167,7 +167,7 @@ def test_a_crash_between_output_and_commit_loses_nothing(
     make_app: Callable[..., Streamline], mongodb_uri: str, database: str, size: int, operation: str, left: int
 ) -> None:
     """The step and its output are repeated, and the output of the dead process must be deleted with the run."""
-    app = make_app(lease_s=0.5)
+    app = make_app()  # with its usual lease: 16 MiB take a while on a busy machine
     flow = app.workflow("flow", steps={"make": lambda ctx: b"y" * size})
     run = flow.start()
     command = [sys.executable, "-c", CRASHING, mongodb_uri, database, operation, run.id, str(size)]

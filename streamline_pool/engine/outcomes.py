@@ -15,7 +15,7 @@ from streamline_pool.domain import transitions, waits
 from streamline_pool.domain.change import Change
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import RunDocument, WaitDocument
-from streamline_pool.domain.errors import ErrorCode, ValidationError, WorkflowError
+from streamline_pool.domain.errors import ErrorCode, WorkflowError
 from streamline_pool.domain.transitions import Failure
 from streamline_pool.protocol.outputs import NewOutput
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, split_output, with_outputs
@@ -24,9 +24,9 @@ from streamline_pool.protocol.run_document import parse_run
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of, timeout_failure
-from .intents import Intents, SleepSuspension, Suspension, WaitSuspension, changed_in_place
+from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
 
-__all__ = ["Decided", "Moment", "allowed", "attempt_ended", "check_context", "damaged", "failed", "version_mismatch"]
+__all__ = ["Decided", "Moment", "allowed", "attempt_ended", "damaged", "failed", "version_mismatch"]
 
 
 class Decided(NamedTuple):
@@ -59,23 +59,9 @@ def attempt_ended(document: RunDocument, definition: Definition, place: int, att
         if reason in ("shutdown", "lease-lost"):
             return Decided(transitions.release(document, place, at.now, was_entered=True))
         return Decided(failed(document, step, place, failure_of(outcome.value), at))
-    try:
-        check_context(document, intents, f"the handler of step {step.id}")
-    except ValidationError as exc:
-        return Decided(failed(document, step, place, failure_of(exc), at))
     if suspension is not None:
         return Decided(_suspended(document, place, suspension, intents.sets, at), intents.sets_bytes)
     return _returned(document, step, place, outcome.value, intents, at)
-
-
-def check_context(document: RunDocument, intents: Intents, who: str) -> None:
-    """Raises ValidationError if user code, named by `who`, changed a value of `ctx.context` that it did not set."""
-    key = changed_in_place(intents, document.get("context") or {})
-    if key is not None:
-        raise ValidationError(
-            f"{who} changed ctx.context[{key!r}] in place, and that change would be lost: call ctx.set({key!r}, value) after it, "
-            f"or change a copy, copy.deepcopy(ctx.context[{key!r}])"
-        )
 
 
 def _returned(document: RunDocument, step: StepDefinition, place: int, value: Any, intents: Intents, at: Moment) -> Decided:

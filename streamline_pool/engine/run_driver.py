@@ -15,7 +15,7 @@ from typing import Any
 from streamline_pool.config.env import Env
 from streamline_pool.domain import transitions, waits
 from streamline_pool.domain.change import Change, ChangeKind
-from streamline_pool.domain.document import WaitDocument
+from streamline_pool.domain.document import RunDocument, WaitDocument
 from streamline_pool.domain.errors import DataCorruptionError
 from streamline_pool.domain.model import StepStatus
 from streamline_pool.protocol import durable_events
@@ -30,8 +30,8 @@ from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of
 from .group_outputs import GroupOutputs
-from .intents import Intents
-from .outcomes import Decided, allowed, attempt_ended, check_context, damaged, failed, version_mismatch
+from .intents import Intents, changed_in_place
+from .outcomes import Decided, allowed, attempt_ended, damaged, failed, version_mismatch
 from .output_demand import OutputDemand
 from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
@@ -173,7 +173,6 @@ class RunDriver:
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
         try:
             enter = await allowed(active.step, context, active.document, active.outputs)
-            check_context(active.document, intents, f"a condition of step {active.step.id}")
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._state.closed:
                 raise
@@ -182,6 +181,7 @@ class RunDriver:
             return failed(active.document, active.step, place, failure_of(exc), self._writer.moment())
         finally:
             self._observe_demand(active)
+            _warn_of_lost_changes(active.document, intents, "a condition")
         if enter:
             return transitions.decide_entry(active.document, place)
         return transitions.skip(active.document, place, intents.sets, self._store.now())
@@ -199,6 +199,7 @@ class RunDriver:
         self.close_attempt(active, attempt)
         if active.is_saving:
             await active.saves_done()  # before the decision, which stores the step as it is now
+        _warn_of_lost_changes(active.document, attempt.intents, "the handler")
         self._state.steps_total += 1
         self._env.probe("handler.after")
         return self.decide(active, attempt, outcome)
@@ -220,3 +221,14 @@ class RunDriver:
         if outcome.value is not None and outcome.value is active.outputs.damaged:
             return Decided(damaged(active.document, active.place, active.outputs.damaged, self._store.now()))
         return attempt_ended(active.document, active.definition, active.place, attempt, outcome, self._writer.moment())
+
+
+def _warn_of_lost_changes(document: RunDocument, intents: Intents, who: str) -> None:
+    """Log that user code changed a list or mapping of `ctx.context` which it did not set. It may be scratch data, so no error."""
+    key = changed_in_place(intents, document.get("context") or {})
+    if key is not None:
+        fields = {"run_id": document["_id"], "workflow_id": document["workflowId"], "step_id": document["currentStepId"]}
+        # The whole sentence is the message: it is for the handler's author, whose test or program may print nothing else.
+        log.warning(
+            "context_changed: %s changed ctx.context[%r] in place, which is not stored without ctx.set(%r, …)", who, key, key, extra=fields
+        )

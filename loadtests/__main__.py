@@ -9,7 +9,7 @@ import signal
 import sys
 from types import FrameType, ModuleType
 
-from . import cancel, idle, lanes, latency, memory, outputs, scale, throughput, timers
+from . import cancel, idle, lanes, latency, memory, outputs, scale, storm, throughput, timers
 from .common import Report, UsageError, report_progress, serving
 
 QUESTIONS: dict[str, ModuleType] = {
@@ -22,7 +22,9 @@ QUESTIONS: dict[str, ModuleType] = {
     "memory": memory,
     "timers": timers,
     "cancel": cancel,
+    "storm": storm,
 }
+NOT_IN_ALL = {"storm"}  # it measures no speed, and takes ten minutes
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         summary = (module.__doc__ or "").splitlines()[0]
         question = commands.add_parser(name, parents=[shared], help=summary, description=module.__doc__)
         module.add_options(question)
-    commands.add_parser("all", parents=[shared], help="every question, one after the other")
+    commands.add_parser("all", parents=[shared], help="every question but the storm, one after the other")
     return parser.parse_args(arguments)
 
 
@@ -44,8 +46,9 @@ def ask(question: str, options: argparse.Namespace) -> Report:
     """Answer one question on a server of its own."""
     report_progress(f"--- {question}")
     load = os.getloadavg()[0]
-    with serving(options.mongodb_uri) as server:
-        report: Report = QUESTIONS[question].measure(server, options)
+    module = QUESTIONS[question]
+    with getattr(module, "serving", serving)(options.mongodb_uri) as server:
+        report: Report = module.measure(server, options)
     report.settings["load_average_before_and_after"] = [load, os.getloadavg()[0]]
     return report
 
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # so that SIGTERM, too, ends every process that was started
     reports = []
     try:
-        for question in QUESTIONS if options.question == "all" else [options.question]:
+        for question in [name for name in QUESTIONS if name not in NOT_IN_ALL] if options.question == "all" else [options.question]:
             report = ask(question, _all_options(options, question) if options.question == "all" else options)
             reports.append(report)
             if not options.json:

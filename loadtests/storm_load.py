@@ -1,0 +1,315 @@
+"""The clients of the storm: threads that start runs, answer, send events, control runs and clean up, and note every call.
+
+An `Act` is one call on one run: begun, ended, and `ok` (acknowledged), `refused` (an error that says that nothing happened) or
+`unknown` (the database did not answer, so it may have happened). `Acts` numbers begins and ends, so that a later judgement knows
+which call came after which.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pymongo.errors import PyMongoError
+
+from streamline_pool import HookTokenError, InvalidStateError, StoreUnavailableError, Streamline, WorkflowNotFoundError
+
+from .storm_app import HOOKS, NEVER
+from .storm_audit import ENDED, Audit, kind_of
+
+__all__ = ["Act", "Acts", "Load"]
+
+_REFUSALS = (InvalidStateError, WorkflowNotFoundError, HookTokenError)
+_KEYS = 20  # idempotency keys in use at a time; each is used for a second
+_PATIENCE_S = 1.0  # how long a run waits or is paused before a client acts on it
+_CLEAN_S = 0.7  # between two clean-ups
+_AGES_S = {"archive": 3.0, "old": 4.0}  # of ended runs that clean-ups remove; the TTL takes those that they leave
+
+
+@dataclass(slots=True)
+class Act:
+    """One call on one run."""
+
+    kind: str  # start, answer, event, cancel, pause, resume, rewind
+    run_id: str
+    begun: int
+    ended: int = 0  # 0 while under way
+    outcome: str = "unknown"  # ok, refused or unknown
+    payload: str | None = None  # what the run must see
+    generation: int = 0  # of a rewind: the run's `rewinds` after it
+    status: str = ""  # the run's, as returned
+
+
+@dataclass(slots=True)
+class Acts:
+    """All acts, by run."""
+
+    by_run: dict[str, list[Act]] = field(default_factory=lambda: defaultdict(list))
+    counts: Counter[str] = field(default_factory=Counter)
+    _numbers: Any = field(default_factory=itertools.count)
+
+    def begin(self, kind: str, run_id: str, payload: str | None = None) -> Act:
+        """Note a call before it is made."""
+        act = Act(kind, run_id, next(self._numbers) + 1, payload=payload)
+        self.by_run[run_id].append(act)
+        return act
+
+    def end(self, act: Act, outcome: str) -> None:
+        """Note its outcome."""
+        act.ended, act.outcome = next(self._numbers) + 1, outcome
+        self.counts[f"{act.kind} {outcome}"] += 1
+
+    def overridden(self, act: Act) -> bool:
+        """True if a rewind or a cancel of the same run began later or was under way: what `act` did may be void."""
+        others = [other for other in self.by_run[act.run_id] if other.kind in ("rewind", "cancel") and other is not act]
+        return any(other.outcome != "refused" and (not other.ended or other.ended > act.begun) for other in others)
+
+    def has_event(self, run_id: str) -> bool:
+        """True if an event to the run was acknowledged, or may have arrived, and nothing voided it."""
+        acts = [act for act in self.by_run.get(run_id, ()) if act.kind == "event"]
+        return any(act.outcome == "ok" and not self.overridden(act) for act in acts)
+
+
+class Load:
+    """The clients. `start_runs` ends with `stop_starting`, the other loops with `stop`."""
+
+    def __init__(self, app: Streamline, audit: Audit, rate: float, live_max: int) -> None:
+        self.app, self.audit, self.acts = app, audit, Acts()
+        self.streamed: Counter[str] = Counter()
+        self.cleaned: Counter[str] = Counter()
+        self.last_streamed_at = 0.0
+        self._rate, self._live_max = rate, live_max
+        self._numbers = itertools.count()
+        self._starting, self._running = threading.Event(), threading.Event()
+        self._starting.set()
+        self._running.set()
+        self._agenda: list[tuple[float, int, Callable[[], Any]]] = []
+        self._lock = threading.Lock()
+
+    def stop_starting(self) -> None:
+        """Start, pause, cancel and rewind nothing more. Answers, events, resumes and clean-ups go on."""
+        self._starting.clear()
+
+    def stop(self) -> None:
+        """End every loop."""
+        self._starting.clear()
+        self._running.clear()
+
+    def act(self, kind: str, run_id: str, call: Callable[[], Any], payload: str | None = None) -> Any:
+        """Make the call and note it. Returns its result, or None if there is none."""
+        act = self.acts.begin(kind, run_id, payload)
+        try:
+            result = call()
+        except StoreUnavailableError:
+            self.acts.end(act, "unknown")
+            return None
+        except _REFUSALS:
+            self.acts.end(act, "refused")
+            return None
+        run = getattr(result, "run", result)
+        if hasattr(run, "to_dict"):
+            act.status, act.generation = str(run.status), run.to_dict().get("rewinds", 0)
+        self.acts.end(act, "ok")
+        return result
+
+    # --- starting --------------------------------------------------------------------------------------------------
+
+    def start_runs(self) -> None:
+        """Start runs of random kinds at the rate, and do later to some what their plans say. Several threads do this."""
+        ways = (
+            [self._start_one] * 12 + [self._start_many] + [self._start_with_a_key] * 3 + [self._start_an_audience] + [self._rewind_an_ended]
+        )
+        next_at = time.monotonic()
+        while self._starting.is_set():
+            self._do_what_is_due()
+            if time.monotonic() < next_at or len(self.audit.live()) > self._live_max:
+                time.sleep(0.02)
+                continue
+            next_at = max(next_at + random.expovariate(self._rate), time.monotonic() - 1.0)
+            random.choice(ways)()
+
+    def _later(self, delay_s: float, call: Callable[[], Any]) -> None:
+        with self._lock:
+            heapq.heappush(self._agenda, (time.monotonic() + delay_s, next(self._numbers), call))
+
+    def _do_what_is_due(self) -> None:
+        while True:
+            with self._lock:
+                if not self._agenda or self._agenda[0][0] > time.monotonic():
+                    return
+                call = heapq.heappop(self._agenda)[2]
+            call()
+
+    def _pick(self) -> Any:
+        return random.choice(list(self.app.workflows.values()))
+
+    def _input(self, **more: Any) -> dict[str, Any]:
+        return {"n": next(self._numbers), "seconds": random.uniform(0.4, 2.5), "event": "storm-one", **more}
+
+    def _start_one(self) -> None:
+        workflow = self._pick()
+        run_id = f"storm-{next(self._numbers)}"
+        options: dict[str, Any] = {"priority": random.choice((0, 0, 0, 5, -5))}
+        given = self._input()
+        if random.random() < 0.1:
+            options["start_at"] = random.uniform(0.3, 3.0)
+            given["not_before"] = time.time() + options["start_at"]
+        if random.random() < 0.1:
+            options["queue"] = random.choice(("default", "second"))
+        if self.act("start", run_id, lambda: workflow.start(given, run_id=run_id, tags=["storm"], **options)) is None:
+            return
+        if kind_of(workflow.id) in ("event-one", "event-all"):  # before it waits, or while it does
+            self._later(random.uniform(0.0, 1.5), lambda: self._send(run_id, "storm-one"))
+        self._plan(workflow, run_id)
+
+    def _plan(self, workflow: Any, run_id: str) -> None:
+        """One in four runs is paused, cancelled or rewound at a random moment of its life."""
+        control = random.choice(("pause", "cancel", "rewind", "rewind", *[""] * 12))
+        delay_s = random.uniform(0.0, 3.0)
+        if control == "pause":
+            self._later(delay_s, lambda: self.act("pause", run_id, lambda: workflow.pause(run_id, reason="storm")))
+        elif control == "cancel":
+            self._later(delay_s, lambda: self.act("cancel", run_id, lambda: workflow.cancel(run_id, reason="storm")))
+        elif control == "rewind":
+            self._later(delay_s, lambda: self._rewind(workflow, run_id))
+
+    def _rewind(self, workflow: Any, run_id: str) -> None:
+        step_id = random.choice(workflow.steps)
+        self.act("rewind", run_id, lambda: workflow.rewind_to(run_id, step_id))
+
+    def _start_many(self) -> None:
+        workflow = self._pick()
+        inputs = [self._input() for _ in range(random.randint(2, 8))]
+        try:
+            runs = workflow.start_many(inputs)
+        except StoreUnavailableError:
+            self.acts.counts["start unknown"] += len(inputs)
+            return
+        for run in runs:
+            self.acts.end(self.acts.begin("start", run.id), "ok")
+            self._plan(workflow, run.id)
+
+    def _start_with_a_key(self) -> None:
+        """Clients that start with the same key at about the same time must get the same run, as long as it is stored."""
+        number = int(time.monotonic()) * _KEYS + random.randrange(_KEYS)
+        workflow = list(self.app.workflows.values())[number % len(self.app.workflows)]
+        for _ in range(random.randint(1, 3)):
+            try:
+                run = workflow.start(self._input(), idempotency_key=f"storm-{number}")
+            except StoreUnavailableError:
+                self.acts.counts["start unknown"] += 1
+                continue
+            self.acts.end(self.acts.begin("start", run.id), "ok")
+
+    def _start_an_audience(self) -> None:
+        """Five runs, and one event to all: each must get it, whether it waits already or will."""
+        workflow, name = self.app.workflows["event-all_0"], f"storm-all-{next(self._numbers)}"
+        run_ids = [f"storm-{next(self._numbers)}" for _ in range(5)]
+        for run_id in run_ids:
+            self.act("start", run_id, lambda run_id=run_id: workflow.start(self._input(event=name), run_id=run_id))  # type: ignore[misc]
+        self._later(random.uniform(0.0, 1.5), lambda: self._send_to_all(name, run_ids))
+
+    def _send_to_all(self, name: str, run_ids: list[str]) -> None:
+        """One call that is an act on each of its hearers whose start was acknowledged."""
+        payload = f"event-{next(self._numbers)}"
+        started = [run_id for run_id in run_ids if any(act.outcome == "ok" for act in self.acts.by_run[run_id])]
+        acts = [self.acts.begin("event", run_id, payload) for run_id in started]
+        try:
+            self.app.send_event(name, {"act": payload})
+            outcome = "ok"
+        except StoreUnavailableError:
+            outcome = "unknown"
+        for act in acts:
+            self.acts.end(act, outcome)
+
+    def _send(self, run_id: str, name: str) -> None:
+        payload = f"event-{next(self._numbers)}"
+        self.act("event", run_id, lambda: self.app.send_event(name, {"act": payload}, run_id=run_id), payload)
+
+    def _rewind_an_ended(self) -> None:
+        run_id = random.choice(list(self.audit.recent) or [""])
+        story = self.audit.stories.get(run_id)
+        if story is not None and story.deleted is None:
+            self._rewind(self.app.workflows[story.workflow_id], run_id)
+
+    # --- answering -------------------------------------------------------------------------------------------------
+
+    def look_after_runs(self) -> None:
+        """Answer waits, give an event to runs that wait for one and were sent none, and resume paused runs."""
+        while self._running.is_set():
+            self._do_what_is_due()
+            try:
+                self._answer_people()
+                self._answer_hooks()
+                self._send_missing_events()
+                self._resume_paused()
+            except PyMongoError:
+                pass  # a failover: the next turn reads again
+            time.sleep(0.3)
+
+    def _find(self, filter: dict[str, Any]) -> list[dict[str, Any]]:
+        """Runs that nothing has changed for a while."""
+        quiet = {"updatedAt": {"$lt": datetime.now(UTC) - timedelta(seconds=_PATIENCE_S)}}
+        shown = {"workflowId": 1, "currentStepId": 1, "steps.stepId": 1, "steps.waitingFor": 1}
+        return list(self.app.runs.find({**filter, **quiet}, shown).limit(100))
+
+    def _answer_people(self) -> None:
+        for run in self._find({"status": "waiting", "paused": {"$ne": True}, "steps.waitingFor.type": "human"}):
+            payload = f"answer-{next(self._numbers)}"
+            resume = self.app.workflows[run["workflowId"]].resume
+            self.act("answer", run["_id"], lambda: resume(run["_id"], {"act": payload}), payload)  # noqa: B023
+
+    def _answer_hooks(self) -> None:
+        """Answer each token once; those of the kind `hook-late` after some seconds, when the run waits."""
+        hooks = self.app.store().collection(HOOKS)
+        for hook in list(hooks.find({"over": {"$exists": False}}).limit(100)):
+            story = self.audit.stories.get(hook["_id"].split(".")[0])
+            if story is None or (story.kind == "hook-late" and random.random() < 0.8):
+                continue
+            payload = f"hook-{next(self._numbers)}"
+            self.act("answer", hook["run"], lambda: self.app.resume_hook(hook["_id"], {"act": payload}), payload)  # noqa: B023
+            if self.acts.by_run[hook["run"]][-1].outcome != "unknown":
+                hooks.update_one({"_id": hook["_id"]}, {"$set": {"over": True}})
+
+    def _send_missing_events(self) -> None:
+        """Never to a run whose event was acknowledged: if such a run waits for ever, its event was lost, and the storm must see it."""
+        for run in self._find({"status": "waiting", "steps.waitingFor.type": "event"}):
+            waiting = next((step["waitingFor"] for step in run["steps"] if step["stepId"] == run["currentStepId"]), None) or {}
+            name = waiting.get("eventName")
+            if name and name != NEVER and not self.acts.has_event(run["_id"]):
+                self._send(run["_id"], name)
+
+    def _resume_paused(self) -> None:
+        for run in self._find({"paused": True, "status": {"$nin": list(ENDED)}}):
+            resume = self.app.workflows[run["workflowId"]].resume
+            self.act("resume", run["_id"], lambda: resume(run["_id"]))  # noqa: B023
+
+    # --- cleaning and following ------------------------------------------------------------------------------------
+
+    def clean_up(self) -> None:
+        """Archive and delete ended runs all the time. The TTL index of the database does it beside this."""
+        while self._running.is_set():
+            for name, call in (
+                ("expired", self.app.cleanup_expired),
+                ("archived", lambda: self.app.archive_old_runs(timedelta(seconds=_AGES_S["archive"]))),
+                ("old", lambda: self.app.cleanup_old_runs(timedelta(seconds=_AGES_S["old"]))),
+            ):
+                try:
+                    self.cleaned[name] += call()
+                except StoreUnavailableError:
+                    self.cleaned["store unavailable"] += 1
+                time.sleep(_CLEAN_S)
+
+    def follow(self, stream: Any) -> None:
+        """Count the events of a stream. Ends when it is closed."""
+        for event in stream:
+            self.streamed[event.name] += 1
+            self.last_streamed_at = time.monotonic()

@@ -25,9 +25,9 @@ see different results of one step; two runs that were stored with one idempotenc
 
 early: a handler that was entered before the end of its run's sleep, or before `start_at`.
 
-Memory is the resident memory (RSS) of every process that lives from the third minute to the end. It is flat if the median of its
-last minute exceeds that of its third by at most 5 MiB or 10 %, whichever is more. A run of less than five minutes has no such
-budget.
+Memory is the resident memory (RSS) of every process of both pools that lives for at least four minutes. It is flat if the median of
+its last minute exceeds that of its third minute by at most 5 MiB or 10 %, whichever is more. A storm of less than five minutes has no
+such budget.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from .storm_load import Load
 __all__ = ["add_options", "measure", "serving"]
 
 _CLIENTS = 4
-_TTL_S = 6
+_TTL_S = 5
 _QUIET_S = 60.0  # after so long without a change of any run, those that are left are wedged
 _DRAIN_S = 300.0
-_MEMORY_FROM_S, _MEMORY_WINDOW_S = 120.0, 60.0
+_MEMORY_SETTLE_S, _MEMORY_WINDOW_S = 120.0, 60.0
 _MEMORY_MIB, _MEMORY_SHARE = 5.0, 0.1
 _MEMORY_MINUTES = 5.0  # shorter storms have no budget for memory
 
@@ -87,7 +87,7 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         server.client[database].command("collMod", app.runs.name, index={"name": "streamline_ttl", "expireAfterSeconds": _TTL_S})
         audit = Audit(server.uri, database, app.runs.name)
         load = Load(app, audit, options.rate / _CLIENTS, options.live)
-        faults, memory = Faults(server=server, pools=pools, app=app), Memory(pools)
+        faults, memory = Faults(server=server, pools=pools), Memory(pools)
         with app.events.stream(["workflow:completed", "storm:slow"]) as stream, _Crew() as crew:
             crew.start(audit.run, audit.stop)
             sampling = crew.start(memory.run, memory.stop)
@@ -204,13 +204,19 @@ class _Evidence:
 
 
 def _figures(options: argparse.Namespace, verdict: Verdict, audit: Audit, load: Load, faults: Faults, memory: Memory) -> dict[str, Any]:
-    processes = memory.rows(_memory_from_s(options), _MEMORY_WINDOW_S, _MEMORY_MIB, _MEMORY_SHARE)
+    processes = memory.rows(*_memory_times(options), _MEMORY_MIB, _MEMORY_SHARE)
+    by_ttl = audit.deleted - sum(count for name, count in load.cleaned.items() if name != "not answered")
     return {
         **{name: len(getattr(verdict, name)) for name in ("lost", "wedged", "doubled", "early")},
         "processes_not_flat": sum(not row["flat"] for row in processes),
         "findings": [f"{run_id}: {'; '.join(reasons)}" for run_id, reasons in list(verdict.all().items())[:20]],
         "faults": dict(faults.counts),
-        "load": {"runs": len(audit.stories), "deleted": audit.deleted, "ends": dict(audit.ended), "cleaned": dict(load.cleaned)},
+        "load": {
+            "runs": len(audit.stories),
+            "deleted": audit.deleted,
+            "ends": dict(audit.ended),
+            "cleaned": {**load.cleaned, "by_ttl": by_ttl},
+        },
         "acts": dict(sorted(load.acts.counts.items())),
         "checked": dict(verdict.checked),
         "streamed": dict(load.streamed),
@@ -218,8 +224,9 @@ def _figures(options: argparse.Namespace, verdict: Verdict, audit: Audit, load: 
     }
 
 
-def _memory_from_s(options: argparse.Namespace) -> float:
-    return _MEMORY_FROM_S if options.minutes >= _MEMORY_MINUTES else options.minutes * 20
+def _memory_times(options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds from the birth of a process to the first window, and of a window."""
+    return (_MEMORY_SETTLE_S, _MEMORY_WINDOW_S) if options.minutes >= _MEMORY_MINUTES else (options.minutes * 20, options.minutes * 10)
 
 
 def _report(server: Server, options: argparse.Namespace, figures: dict[str, Any], evidence: str | None) -> Report:
@@ -228,8 +235,8 @@ def _report(server: Server, options: argparse.Namespace, figures: dict[str, Any]
         **server.facts,
         **{"minutes": options.minutes, "rate_per_s": options.rate, "live_max": options.live, "workflows": WORKFLOWS},
         **{"pools": 2, "workers": 4, "lease_s": LEASE_S, "ttl_s": _TTL_S},
-        "memory": f"RSS; medians of {_MEMORY_WINDOW_S:g} s from {_memory_from_s(options):g} s on and at the end of the load",
+        "memory": "RSS; medians of {1:g} s, after {0:g} s of a process's life and at its end".format(*_memory_times(options)),
     }
-    notes = ["findings: run and reason, at most 20", "child: a steward, or a worker that replaced another one"]
+    notes = ["findings: run and reason, at most 20"]
     notes += [f"the stories of the runs with findings, and the logs of the pools, are in {evidence}"] if evidence else []
     return Report(question="storm", settings=settings, figures=figures, budgets=[Budget(key=key, limit=0) for key in judged], notes=notes)

@@ -68,6 +68,7 @@ class Audit:
         self.deleted = 0
         self._begun = time.monotonic()
         self._place = 0
+        self._live: dict[str, Story] = {}
         self._stop = threading.Event()
         self._client = MongoClient[dict[str, Any]](uri, tz_aware=True)
         self._stream = self._client[database][collection].watch([{"$project": _SHOWN}], max_await_time_ms=200)
@@ -87,7 +88,11 @@ class Audit:
 
     def live(self) -> list[Story]:
         """The runs that have not ended."""
-        return [story for story in list(self.stories.values()) if story.live]
+        return list(self._live.values())
+
+    def live_count(self) -> int:
+        """How many they are."""
+        return len(self._live)
 
     def _note(self, change: dict[str, Any]) -> None:
         run_id, operation = change["documentKey"]["_id"], change["operationType"]
@@ -134,6 +139,10 @@ class Audit:
             self.ended[status] += 1
             self.recent.append(story.run_id)
         story.status = status
+        if story.live:
+            self._live[story.run_id] = story
+        else:
+            self._live.pop(story.run_id, None)
 
 
 def _done_steps(updated: dict[str, Any]) -> Iterator[str]:

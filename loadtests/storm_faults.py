@@ -10,28 +10,31 @@ import os
 import random
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from streamline_pool import Streamline, embedded
+from streamline_pool import embedded
 from streamline_pool.embedded import EmbeddedServer
 
 from .common import Pool, Server, pool, report_progress, until
 
-__all__ = ["LEASE_S", "Faults", "Members", "Memory", "Pools", "replica_set"]
+__all__ = ["LEASE_S", "Faults", "Members", "Memory", "Pools", "replica_set", "wait_until_whole"]
 
 LEASE_S = 5.0
 _FROZEN_S = LEASE_S + 2.0
 _ELECTION_MS = 3_000
+_CALM_S = 2.0  # between two faults, so that the child that was killed is replaced
 _DOWN_S = 6.0  # between the kill of a primary and its restart
 _OPTIONS = (
     *("--queue", "default", "--queue", "second"),  # with them, every workflow's runs are claimed from both queues
@@ -64,28 +67,29 @@ def replica_set() -> Iterator[Members]:
     """Three private servers, the TTL monitor of each at its shortest period of one second."""
     report_progress("starting a replica set of three")
     with ExitStack() as stack:
-        members = [stack.enter_context(embedded.start(None, initiate=False)) for _ in range(3)]
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="streamline-storm-mongod-"))
+        program = _mongod_with_a_quick_ttl(Path(folder, "mongod"))
+        members = [stack.enter_context(embedded.start(None, mongod=program, initiate=False)) for _ in range(3)]
         hosts = [f"127.0.0.1:{member.port}" for member in members]
         with MongoClient[dict[str, Any]](hosts[0], directConnection=True) as first:
             first.admin.command("replSetInitiate", _configuration(hosts))
         client = stack.enter_context(MongoClient[dict[str, Any]](f"mongodb://{','.join(hosts)}/?replicaSet=rs0", tz_aware=True))
         client.admin.command("ping")
-        for member in members:
-            hurry_ttl(member)
         facts = {"mongodb": client.server_info()["version"], "replica_set": "rs0", "members": 3, "cpus": os.cpu_count()}
         uri = f"mongodb://{','.join(hosts)}/?replicaSet=rs0"
         yield Members(uri=uri, pid=None, client=client, facts=facts, databases=[], members=members)
 
 
+def _mongod_with_a_quick_ttl(script: Path) -> Path:
+    """A program that is mongod with one more parameter. When it is set later, it counts from the monitor's next turn on, in a minute."""
+    script.write_text(f'#!/bin/sh\nexec "{embedded.find_mongod()}" "$@" --setParameter ttlMonitorSleepSecs=1\n')
+    script.chmod(0o700)
+    return script
+
+
 def _configuration(hosts: list[str]) -> dict[str, Any]:
     members = [{"_id": number, "host": host} for number, host in enumerate(hosts)]
     return {"_id": "rs0", "members": members, "settings": {"electionTimeoutMillis": _ELECTION_MS}}
-
-
-def hurry_ttl(member: EmbeddedServer) -> None:
-    """The TTL monitor runs once a minute by default."""
-    with MongoClient[dict[str, Any]](f"127.0.0.1:{member.port}", directConnection=True) as client:
-        client.admin.command("setParameter", 1, ttlMonitorSleepSecs=1)
 
 
 # --- the pools -----------------------------------------------------------------------------------------------------
@@ -98,6 +102,7 @@ class Pools:
         self._server, self._database = server, database
         self._stacks = {"struck": ExitStack(), "spared": ExitStack()}
         self.running: dict[str, Pool] = {}
+        self.stewards: dict[str, int] = {}  # their pids
         self.logs: list[str] = []  # of pools that have ended
 
     def __enter__(self) -> Pools:
@@ -114,7 +119,8 @@ class Pools:
     def start(self, name: str) -> None:
         """Start a pool, and wait until it is ready."""
         context = pool(self._server, self._database, *_OPTIONS, app="loadtests.storm_app:app")
-        self.running[name] = self._stacks[name].enter_context(context)
+        running = self._stacks[name].enter_context(context)
+        self.running[name], self.stewards[name] = running, running.steward_pid()
 
     def stop(self, name: str) -> None:
         """Drain a pool by SIGTERM, and keep its log."""
@@ -128,6 +134,10 @@ class Pools:
         """Drain both."""
         for name in self._stacks:
             self.stop(name)
+
+    def workers(self, name: str) -> list[int]:
+        """The pids of a pool's workers now."""
+        return [pid for pid in self.running[name].pids()[1:] if pid != self.stewards[name]]
 
     def log_text(self) -> str:
         """The logs so far, of all pools."""
@@ -143,7 +153,6 @@ class Faults:
 
     server: Members
     pools: Pools
-    app: Streamline  # for the pids of the workers
     counts: Counter[str] = field(default_factory=Counter)
     failed_over_at: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -162,7 +171,7 @@ class Faults:
         """Perform the plan."""
         begun = time.monotonic()
         for at_s, happen in self.plan(seconds):
-            if self._stop.wait(max(0.0, begun + at_s - time.monotonic())):
+            if self._stop.wait(max(_CALM_S, begun + at_s - time.monotonic())):
                 return
             report_progress(f"{time.monotonic() - begun:.0f} s: {happen.__name__}")
             happen()
@@ -171,28 +180,21 @@ class Faults:
         """Let nothing more happen."""
         self._stop.set()
 
-    def _workers(self, name: str) -> list[int]:
-        """The pids of a pool's workers; none while the database does not answer."""
-        try:
-            known = {worker["pid"] for reported in self.app.workers() for worker in reported["workers"]}
-        except Exception as exc:  # noqa: BLE001 - any error of the database: the next fault comes soon
-            report_progress(f"no workers known: {exc}")
-            return []
-        return [pid for pid in self.pools.running[name].pids()[1:] if pid in known]
-
     def kill_worker(self) -> None:
         """SIGKILL one worker."""
-        self._signal("workers killed", self._workers("struck"), signal.SIGKILL)
+        self._signal("workers killed", self.pools.workers("struck"), signal.SIGKILL)
 
     def kill_steward(self) -> None:
-        """SIGKILL the steward: the child that is no worker."""
-        workers = self._workers("struck")
-        stewards = [pid for pid in self.pools.running["struck"].pids()[1:] if pid not in workers]
-        self._signal("stewards killed", stewards if workers else [], signal.SIGKILL)
+        """SIGKILL the steward, and wait until it is replaced."""
+        running = self.pools.running["struck"]
+        before = set(running.pids())
+        self._signal("stewards killed", [self.pools.stewards["struck"]], signal.SIGKILL)
+        until(lambda: bool(set(running.pids()) - before), "the steward is replaced", _CALM_S)
+        self.pools.stewards["struck"] = (set(running.pids()) - before).pop()
 
     def freeze_worker(self) -> None:
         """SIGSTOP one worker for longer than its leases, then SIGCONT it."""
-        pid = self._signal("workers frozen", self._workers(random.choice(("struck", "spared"))), signal.SIGSTOP)
+        pid = self._signal("workers frozen", self.pools.workers(random.choice(("struck", "spared"))), signal.SIGSTOP)
         if pid is not None:
             self._stop.wait(_FROZEN_S)
             self._signal("workers continued", [pid], signal.SIGCONT)
@@ -222,7 +224,6 @@ class Faults:
         self.counts["primaries killed"] += 1
         self._stop.wait(_DOWN_S)
         member.restart()
-        hurry_ttl(member)
 
     def step_down(self) -> None:
         """Have the primary step down."""
@@ -252,7 +253,7 @@ class Memory:
         while not self._stop.wait(self.period_s):
             for name, running in list(self.pools.running.items()):
                 for place, pid in enumerate(running.pids()):
-                    role = "supervisor" if place == 0 else "worker" if pid in running.worker_pids else "child"
+                    role = "supervisor" if place == 0 else "steward" if pid == self.pools.stewards[name] else "worker"
                     try:
                         rss = psutil.Process(pid).memory_info().rss / _MIB
                     except psutil.NoSuchProcess:
@@ -263,29 +264,28 @@ class Memory:
         """End `run`."""
         self._stop.set()
 
-    def rows(self, from_s: float, window_s: float, limit_mib: float, limit_share: float) -> list[dict[str, Any]]:
-        """One row for each process that lived from `from_s` to the end: its quartiles, and its growth from the first window to the last."""
-        last_s = max((series[-1][0] for series in self.samples.values()), default=0.0)
+    def rows(self, settle_s: float, window_s: float, limit_mib: float, limit_share: float) -> list[dict[str, Any]]:
+        """One row for each process that lived long enough: quartiles, and growth from the window after `settle_s` to its last window."""
         rows = []
         for (name, role, pid), series in self.samples.items():
-            kept = [(at, rss) for at, rss in series if at >= from_s]
-            if series[0][0] > from_s or series[-1][0] < last_s - 3 * self.period_s or len(kept) < 4:
+            born_s, last_s = series[0][0], series[-1][0]
+            kept = [(at, rss) for at, rss in series if at >= born_s + settle_s]
+            if last_s - born_s < settle_s + 2 * window_s or len(kept) < 4:
                 continue
-            first = statistics.median([rss for at, rss in kept if at <= from_s + window_s])
+            first = statistics.median([rss for at, rss in kept if at <= born_s + settle_s + window_s])
             last = statistics.median([rss for at, rss in kept if at >= last_s - window_s])
             low, middle, high = statistics.quantiles([rss for _, rss in kept], n=4)
-            grown = last - first
             rows.append(
                 {
-                    **{"pool": name, "role": role, "pid": pid, "first_mib": first, "last_mib": last, "grown_mib": grown},
-                    **{"p25_mib": low, "p50_mib": middle, "p75_mib": high},
-                    "flat": grown <= max(limit_mib, limit_share * first),
+                    **{"pool": name, "role": role, "pid": pid, "lived_s": last_s - born_s, "first_mib": first, "last_mib": last},
+                    **{"grown_mib": last - first, "p25_mib": low, "p50_mib": middle, "p75_mib": high},
+                    "flat": last - first <= max(limit_mib, limit_share * first),
                 }
             )
         return rows
 
 
-def wait_until_whole(server: Members, timeout_s: float = 60.0) -> None:
+def wait_until_whole(server: Members, timeout_s: float = 120.0) -> None:
     """Return when every member of the set is primary or secondary."""
 
     def whole() -> bool:

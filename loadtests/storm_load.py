@@ -30,8 +30,8 @@ __all__ = ["Act", "Acts", "Load"]
 _REFUSALS = (InvalidStateError, WorkflowNotFoundError, HookTokenError)
 _KEYS = 20  # idempotency keys in use at a time; each is used for a second
 _PATIENCE_S = 1.0  # how long a run waits or is paused before a client acts on it
-_CLEAN_S = 0.7  # between two clean-ups
-_AGES_S = {"archive": 3.0, "old": 4.0}  # of ended runs that clean-ups remove; the TTL takes those that they leave
+_CLEAN_S = (0.1, 1.5)  # between two clean-ups, at random
+_AGE_S = (0.5, 6.0)  # of the ended runs that they take, at random; the TTL takes what they leave
 
 
 @dataclass(slots=True)
@@ -130,7 +130,7 @@ class Load:
         next_at = time.monotonic()
         while self._starting.is_set():
             self._do_what_is_due()
-            if time.monotonic() < next_at or len(self.audit.live()) > self._live_max:
+            if time.monotonic() < next_at or self.audit.live_count() > self._live_max:
                 time.sleep(0.02)
                 continue
             next_at = max(next_at + random.expovariate(self._rate), time.monotonic() - 1.0)
@@ -296,17 +296,18 @@ class Load:
 
     def clean_up(self) -> None:
         """Archive and delete ended runs all the time. The TTL index of the database does it beside this."""
+        clean_ups: dict[str, Callable[[], int]] = {
+            "expired": self.app.cleanup_expired,
+            "archived": lambda: self.app.archive_old_runs(timedelta(seconds=random.uniform(*_AGE_S))),
+            "deleted": lambda: self.app.cleanup_old_runs(timedelta(seconds=random.uniform(*_AGE_S))),
+        }
         while self._running.is_set():
-            for name, call in (
-                ("expired", self.app.cleanup_expired),
-                ("archived", lambda: self.app.archive_old_runs(timedelta(seconds=_AGES_S["archive"]))),
-                ("old", lambda: self.app.cleanup_old_runs(timedelta(seconds=_AGES_S["old"]))),
-            ):
-                try:
-                    self.cleaned[name] += call()
-                except StoreUnavailableError:
-                    self.cleaned["store unavailable"] += 1
-                time.sleep(_CLEAN_S)
+            name = random.choice(list(clean_ups))
+            try:
+                self.cleaned[name] += clean_ups[name]()
+            except StoreUnavailableError:
+                self.cleaned["not answered"] += 1
+            time.sleep(random.uniform(*_CLEAN_S))
 
     def follow(self, stream: Any) -> None:
         """Count the events of a stream. Ends when it is closed."""

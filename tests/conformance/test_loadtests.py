@@ -105,6 +105,15 @@ def test_a_server_of_another_machine_is_refused(uri: str) -> None:
     assert "loopback" in answer.stderr or "DNS" in answer.stderr
 
 
+def test_the_storm_refuses_a_given_server() -> None:
+    """It kills the primary. That must never be a server that others use."""
+    answer = ask("storm", "--json", "--mongodb-uri", "mongodb://127.0.0.1/")
+
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert "leave out --mongodb-uri" in answer.stderr
+
+
 def test_an_interrupted_load_test_leaves_no_process_behind(mongodb_uri: str) -> None:
     """A pool that goes on by itself would distort the next measurement, and load the machine."""
     process = subprocess.Popen([*MODULE, "memory", "--mongodb-uri", mongodb_uri, "--settle", "60"], cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -23,7 +23,8 @@ acknowledged. A stream of events that delivers nothing after the failover counts
 doubled: a step's result that the database accepted twice without a rewind in between; two entries of one generation of a run that
 see different results of one step; two runs that were stored with one idempotency key at the same time.
 
-early: a handler that was entered before the end of its run's sleep, or before `start_at`.
+early: a handler that was entered before the end of its run's sleep, before `start_at`, or during a pause. The one handler whose step
+was granted before the pause may still be entered.
 
 Memory is the resident memory (RSS) of every process of both pools that lives for at least four minutes. It is flat if the median of
 its last minute exceeds that of its third minute by at most 5 MiB or 10 %, whichever is more. A storm of less than five minutes has no

@@ -140,6 +140,17 @@ def _judge_acts(verdict: Verdict, story: Story, acts: Acts, of_run: list[Act], e
             verdict.checked["rewinds"] += 1
             if not any(_generation(entry) >= act.generation for entry in entries):
                 verdict.lost[story.run_id].append(f"no handler was entered after its rewind number {act.generation}")
+        if act.kind == "pause" and act.paused:
+            _judge_pause(verdict, act, of_run, entries)
+
+
+def _judge_pause(verdict: Verdict, pause: Act, of_run: list[Act], entries: list[Entry]) -> None:
+    """One handler may still be entered after a pause has returned: that of the step which was granted before."""
+    verdict.checked["pauses"] += 1
+    until = min((act.called_at for act in of_run if act.kind == "resume" and act.begun > pause.begun), default=float("inf"))
+    entered = [entry for entry in entries if pause.returned_at < entry["at"] < until]
+    if len(entered) > 1:
+        verdict.early[pause.run_id].append(f"{len(entered)} handlers were entered while it was paused")
 
 
 def _outputs(entries: list[Entry]) -> Iterator[Mapping[str, Any]]:

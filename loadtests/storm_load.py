@@ -46,6 +46,9 @@ class Act:
     payload: str | None = None  # what the run must see
     generation: int = 0  # of a rewind: the run's `rewinds` after it
     status: str = ""  # the run's, as returned
+    paused: bool = False  # the same
+    called_at: float = field(default_factory=time.time)
+    returned_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -64,7 +67,7 @@ class Acts:
 
     def end(self, act: Act, outcome: str) -> None:
         """Note its outcome."""
-        act.ended, act.outcome = next(self._numbers) + 1, outcome
+        act.ended, act.outcome, act.returned_at = next(self._numbers) + 1, outcome, time.time()
         self.counts[f"{act.kind} {outcome}"] += 1
 
     def overridden(self, act: Act) -> bool:
@@ -116,7 +119,7 @@ class Load:
             return None
         run = getattr(result, "run", result)
         if hasattr(run, "to_dict"):
-            act.status, act.generation = str(run.status), run.to_dict().get("rewinds", 0)
+            act.status, act.paused, act.generation = str(run.status), run.paused, run.to_dict().get("rewinds", 0)
         self.acts.end(act, "ok")
         return result
 

@@ -26,7 +26,8 @@ def test_a_short_storm_loses_nothing_and_leaves_nothing_stuck(tmp_path: Path) ->
     report = json.loads(storm.stdout)
     assert {budget["key"]: budget["figure"] for budget in report["budgets"]} == {"lost": 0, "wedged": 0, "doubled": 0, "early": 0}
     assert {"workers killed", "workers frozen", "stewards killed", "pools restarted", "primaries killed"} <= set(report["faults"])
-    for checked in ("acknowledged starts", "answers", "runs with an event", "cancels", "rewinds", "idempotency keys", "results seen"):
+    calls = ("acknowledged starts", "answers", "runs with an event", "cancels", "rewinds", "pauses")
+    for checked in (*calls, "idempotency keys", "results seen"):
         assert report["checked"][checked] > 0, checked
     for clean_up in ("expired", "archived", "deleted", "by_ttl"):
         assert report["load"]["cleaned"][clean_up] > 0, clean_up

@@ -17,7 +17,7 @@ from loadtests.storm_load import Acts
 
 def entry(step: str, *, generation: int = 0, **seen: Any) -> dict[str, Any]:
     key = f"r:{step}:{generation}" if generation else f"r:{step}"
-    return {"run": "r", "step": step, "key": key, "seen": seen, "last": step == "end"}
+    return {"run": "r", "step": step, "key": key, "at": 0.0, "seen": seen, "last": step == "end"}
 
 
 def result(nonce: str) -> dict[str, str]:
@@ -163,6 +163,19 @@ def test_a_rewind_gives_a_step_a_second_result_and_makes_an_answer_void() -> Non
     case.act("answer", payload="a2")
 
     assert case.judged().all() == {}
+
+
+@pytest.mark.parametrize(("entered_at", "found"), [([11.0, 21.0, 22.0], 0), ([11.0, 12.0, 21.0], 1)])
+def test_a_second_handler_that_is_entered_during_a_pause_is_found(entered_at: list[float], found: int) -> None:
+    """The first is allowed: its step was granted before the pause."""
+    case = Case()
+    case.act("pause", paused=True)
+    case.acts.by_run["r"][-1].returned_at = 10.0
+    case.act("resume", called_at=20.0)
+    for one, at in zip(case.ledger, entered_at, strict=True):
+        one["at"] = at
+
+    assert len(case.judged().early) == found
 
 
 def test_a_run_that_is_left_is_stuck_and_an_early_entry_is_found() -> None:

@@ -88,19 +88,18 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         server.client[database].command("collMod", app.runs.name, index={"name": "streamline_ttl", "expireAfterSeconds": _TTL_S})
         audit = Audit(server.uri, database, app.runs.name)
         load = Load(app, audit, options.rate / _CLIENTS, options.live)
-        faults, memory = Faults(server=server, pools=pools), Memory(pools)
+        memory = Memory(pools)
         with app.events.stream(["workflow:completed", "storm:slow"]) as stream, _Crew() as crew:
+            faults = Faults(server=server, pools=pools, wait=crew.wait)
             crew.start(audit.run, audit.stop)
             sampling = crew.start(memory.run, memory.stop)
             for loop in (load.look_after_runs, load.clean_up, *[load.start_runs] * _CLIENTS):
                 crew.start(loop, load.stop)
             crew.start(lambda: load.follow(stream), stream.close)
-            striking = crew.start(lambda: faults.run(seconds), faults.stop)
-            crew.wait(seconds)
+            faults.run(seconds)
             load.stop_starting()
-            for stop, thread in ((memory.stop, sampling), (faults.stop, striking)):
-                stop()
-                thread.join()
+            memory.stop()
+            sampling.join()
             wait_until_whole(server)
             drained_s = _drain(load, audit, crew)
         stored = {run["_id"]: run for run in app.runs.find({"status": {"$nin": list(ENDED)}})}

@@ -149,13 +149,16 @@ class Pools:
 
 @dataclass(slots=True, kw_only=True)
 class Faults:
-    """Performs a plan of faults, on a thread of its own."""
+    """Performs a plan of faults.
+
+    On the main thread: the kernel kills a pool of the load tests when the thread that started it has ended (ending.py).
+    """
 
     server: Members
     pools: Pools
+    wait: Callable[[float], None]  # for so many seconds; raises what has failed meanwhile
     counts: Counter[str] = field(default_factory=Counter)
     failed_over_at: float = 0.0
-    _stop: threading.Event = field(default_factory=threading.Event)
 
     def plan(self, seconds: float) -> list[tuple[float, Callable[[], None]]]:
         """Instants in seconds from the beginning, and what happens then."""
@@ -168,17 +171,15 @@ class Faults:
         return sorted(plan, key=lambda item: item[0])
 
     def run(self, seconds: float) -> None:
-        """Perform the plan."""
+        """Perform the plan, as far as there is time for it. Return after `seconds`, or when the last fault is over."""
         begun = time.monotonic()
         for at_s, happen in self.plan(seconds):
-            if self._stop.wait(max(_CALM_S, begun + at_s - time.monotonic())):
+            self.wait(max(_CALM_S, begun + at_s - time.monotonic()))
+            if time.monotonic() - begun > seconds:
                 return
             report_progress(f"{time.monotonic() - begun:.0f} s: {happen.__name__}")
             happen()
-
-    def stop(self) -> None:
-        """Let nothing more happen."""
-        self._stop.set()
+        self.wait(begun + seconds - time.monotonic())
 
     def kill_worker(self) -> None:
         """SIGKILL one worker."""
@@ -196,8 +197,10 @@ class Faults:
         """SIGSTOP one worker for longer than its leases, then SIGCONT it."""
         pid = self._signal("workers frozen", self.pools.workers(random.choice(("struck", "spared"))), signal.SIGSTOP)
         if pid is not None:
-            self._stop.wait(_FROZEN_S)
-            self._signal("workers continued", [pid], signal.SIGCONT)
+            try:
+                self.wait(_FROZEN_S)
+            finally:
+                self._signal("workers continued", [pid], signal.SIGCONT)
 
     def _signal(self, name: str, pids: list[int], signum: signal.Signals) -> int | None:
         if not pids:
@@ -222,7 +225,7 @@ class Faults:
         member.kill()
         self.failed_over_at = time.monotonic()
         self.counts["primaries killed"] += 1
-        self._stop.wait(_DOWN_S)
+        self.wait(_DOWN_S)
         member.restart()
 
     def step_down(self) -> None:

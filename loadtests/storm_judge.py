@@ -126,6 +126,8 @@ def _judge_acts(verdict: Verdict, story: Story, acts: Acts, of_run: list[Act], e
         if not any(act.payload in payloads for act in events):
             verdict.lost[story.run_id].append("no event that was acknowledged has reached it")
     for act in of_run:
+        if act.outcome == "corrupted" and story.deleted is None:  # a run that is deleted while it is read loses its files, too
+            verdict.lost[story.run_id].append(f"{act.kind}: {act.status}")
         if act.outcome != "ok":
             continue
         if act.kind == "answer" and story.status == "done" and not acts.overridden(act):

@@ -20,7 +20,7 @@ from typing import Any
 
 from pymongo.errors import PyMongoError
 
-from streamline_pool import HookTokenError, InvalidStateError, StoreUnavailableError, Streamline, WorkflowNotFoundError
+from streamline_pool import DataCorruptionError, HookTokenError, InvalidStateError, StoreUnavailableError, Streamline, WorkflowNotFoundError
 
 from .storm_app import HOOKS, NEVER
 from .storm_audit import ENDED, Audit, kind_of
@@ -42,7 +42,7 @@ class Act:
     run_id: str
     begun: int
     ended: int = 0  # 0 while under way
-    outcome: str = "unknown"  # ok, refused or unknown
+    outcome: str = "unknown"  # ok, refused, unknown, or corrupted: what the call read of the run had no whole output
     payload: str | None = None  # what the run must see
     generation: int = 0  # of a rewind: the run's `rewinds` after it
     status: str = ""  # the run's, as returned
@@ -116,6 +116,10 @@ class Load:
             return None
         except _REFUSALS:
             self.acts.end(act, "refused")
+            return None
+        except DataCorruptionError as exc:  # judged later: it is right only if the run is still stored
+            act.status = str(exc)
+            self.acts.end(act, "corrupted")
             return None
         run = getattr(result, "run", result)
         if hasattr(run, "to_dict"):
@@ -207,8 +211,8 @@ class Load:
         for _ in range(random.randint(1, 3)):
             try:
                 run = workflow.start(self._input(), idempotency_key=f"storm-{number}")
-            except StoreUnavailableError:
-                self.acts.counts["start unknown"] += 1
+            except (StoreUnavailableError, DataCorruptionError) as exc:  # the latter as in `act`, of a run that has ended
+                self.acts.counts[f"start {type(exc).__name__}"] += 1
                 continue
             self.acts.end(self.acts.begin("start", run.id), "ok")
 

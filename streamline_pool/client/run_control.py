@@ -64,7 +64,12 @@ def getting_run(workflow_id: str | None, run_id: str) -> Procedure[Run | None]:
     """The run with that id, of that workflow or (None) of any."""
     check_run_id(run_id)
     found = yield run_lifecycle.get_run(workflow_id, run_id)
-    return (yield from making_run(found[0])) if found else None
+    if not found:
+        return None
+    try:
+        return (yield from making_run(found[0]))
+    except WorkflowNotFoundError:  # it was deleted while its outputs were read
+        return None
 
 
 def listing_pools() -> Procedure[list[dict[str, Any]]]:
@@ -74,11 +79,21 @@ def listing_pools() -> Procedure[list[dict[str, Any]]]:
 
 
 def making_run(document: Document) -> Procedure[Run]:
-    """The `Run` of a stored document, with outputs that are stored beside it. Raises DataCorruptionError."""
+    """The `Run` of a stored document, with outputs that are stored beside it.
+
+    Raises DataCorruptionError, and WorkflowNotFoundError for a run that is deleted while they are read.
+    """
     run = parse_run(document)  # an unreadable document is reported before its outputs are read
     if not external_ids(document):
         return run
-    return replace(parse_run((yield from loading_outputs(document))), document=document)
+    try:
+        loaded = yield from loading_outputs(document)
+    except DataCorruptionError:
+        # The outputs of a run are deleted after its document, so without it nothing is corrupted.
+        if not (yield run_lifecycle.get_run(None, document["_id"])):
+            raise WorkflowNotFoundError(f"run {document['_id']!r} was deleted while it was read", run_id=document["_id"]) from None
+        raise
+    return replace(parse_run(loaded), document=document)
 
 
 def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:

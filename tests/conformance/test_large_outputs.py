@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from workers import run_until_idle
 
-from streamline_pool import DataCorruptionError, PayloadTooLargeError, Streamline, create_hook
+from streamline_pool import DataCorruptionError, PayloadTooLargeError, Streamline, WorkflowNotFoundError, create_hook
+from streamline_pool.client.run_control import getting_run, pausing_run
 from streamline_pool.protocol import recovery
+from streamline_pool.protocol.operations import Find
 from streamline_pool.protocol.outputs import DOCUMENT_BYTES_MAX
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES, OUTPUT_BYTES_MAX
+from streamline_pool.storage.procedures import ProcedureRun
 from support import present
 
 LARGE = b"x" * (EXTERNAL_BYTES + 1)
@@ -129,6 +132,28 @@ def test_a_lost_output_fails_only_its_run_and_is_named(app: Streamline) -> None:
     with pytest.raises(DataCorruptionError, match="output of step make"):
         flow.rewind_to(run.id, "end")
     assert flow.rewind_to(run.id, "make").status == "running"
+
+
+@pytest.mark.parametrize("call", ["get", "pause"])
+def test_a_run_that_is_deleted_while_it_is_read_is_not_there_and_not_corrupted(app: Streamline, call: str) -> None:
+    """A reader reads the document, and then its files. A clean-up in between deletes both, and a false report of damage alarms people."""
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE})
+    run = flow.execute(flow.start().id)
+    procedure: Any = getting_run(flow.id, run.id) if call == "get" else pausing_run(app.services, flow.id, run.id, None)
+    reading: Any = ProcedureRun(procedure)
+
+    def go_on(until: Callable[[], bool]) -> Any:
+        while not until():
+            reading.answer(app.store().run(reading.effect))
+        return reading.result()
+
+    go_on(lambda: isinstance(reading.effect, Find) and reading.effect.collection != "runs")
+    assert app.cleanup_old_runs(0) == 1
+    if call == "get":
+        assert go_on(lambda: reading.effect is None) is None
+    else:
+        with pytest.raises(WorkflowNotFoundError):
+            go_on(lambda: reading.effect is None)
 
 
 def test_subscribers_get_the_value(app: Streamline) -> None:

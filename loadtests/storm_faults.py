@@ -37,7 +37,6 @@ _ELECTION_MS = 3_000
 _CALM_S = 2.0  # between two faults, so that the child that was killed is replaced
 _DOWN_S = 6.0  # between the kill of a primary and its restart
 _OPTIONS = (
-    *("--queue", "default", "--queue", "second"),  # with them, every workflow's runs are claimed from both queues
     *("--workers", "2", "--lease", f"{LEASE_S:g}", "--stall-timeout", "60"),
     *("--restart-budget", "1000", "--max-crashes", "10"),
 )

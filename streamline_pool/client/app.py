@@ -112,8 +112,12 @@ class Streamline:
             _ = workflow.definition
 
     def lanes(self, queues: Sequence[str] = ()) -> tuple[str, ...]:
-        """What a worker of this app may claim: each workflow on its own queue, or on each of `queues` if any are named."""
-        return tuple(workflow.definition.lane_of(queue) for workflow in self._workflows.values() for queue in (queues or [workflow.queue]))
+        """What a worker of this app may claim: each workflow on each of `queues`, or on every queue of the app if none are named.
+
+        A run can be started on the queue of another workflow.
+        """
+        served = queues or list(dict.fromkeys(workflow.queue for workflow in self._workflows.values()))
+        return tuple(workflow.definition.lane_of(queue) for workflow in self._workflows.values() for queue in served)
 
     def definition_of(self, document: Mapping[str, Any]) -> Definition | None:
         """The definition that a stored run was started with, if this app has that workflow and version."""

@@ -46,6 +46,15 @@ def test_a_worker_claims_only_what_is_on_its_queues(make_app: Callable[..., Stre
     assert present(workflow.get(plain.id)).status == "done"
 
 
+def test_a_run_on_the_queue_of_another_workflow_is_claimed_by_a_worker_of_all_queues(app: Streamline) -> None:
+    """Without --queue a pool serves every queue of its application. Such a run waited for ever."""
+    letters = app.workflow("letters", steps={"a": lambda ctx: 1})
+    app.workflow("mail", steps={"a": lambda ctx: 1}, queue="mail")
+    run, own = letters.start(queue="mail"), letters.start()
+    run_until_idle(app)
+    assert [present(letters.get(run_id)).status for run_id in (run.id, own.id)] == ["done", "done"]
+
+
 def test_what_a_caller_does_to_its_input_afterwards_changes_nothing(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: ctx.input})
     mine: dict[str, Any] = {"list": [1]}

@@ -46,6 +46,14 @@ class _Queue:
     def __init__(self) -> None:
         self.items: deque[_Item] = deque()
         self.filled = asyncio.Event()
+        self.closed = False
+
+    def close(self) -> None:
+        """Cancel what was not sent, and what still comes. The outcome of these statements is unknown."""
+        self.closed = True
+        for _, future in self.items:
+            future.cancel()
+        self.items.clear()
 
 
 class GroupCommitter:
@@ -71,9 +79,7 @@ class GroupCommitter:
         """Stop sending; statements still waiting are cancelled, their outcome unknown."""
         await end_tasks(self._senders)
         for queue in (self._queue, self._urgent):
-            for _, future in queue.items:
-                future.cancel()
-            queue.items.clear()
+            queue.close()
 
     def write(self, statement: Statement, *, urgent: bool = False) -> asyncio.Future[WriteOutcome]:
         """Queue a statement. Its outcome comes when the database has shown it, however long that takes.
@@ -84,11 +90,21 @@ class GroupCommitter:
         """
         future: asyncio.Future[WriteOutcome] = self._loop.create_future()
         queue = self._urgent if urgent else self._queue
+        if queue.closed:
+            future.cancel()
+            return future
         queue.items.append((statement, future))
         queue.filled.set()
         return future
 
     async def _run(self, queue: _Queue) -> None:
+        try:
+            await self._send_batches(queue)
+        finally:
+            # `asyncio.run` cancels all tasks when its main one ends. A driver must not wait for a sender that is gone.
+            queue.close()
+
+    async def _send_batches(self, queue: _Queue) -> None:
         while True:
             while not queue.items:
                 queue.filled.clear()

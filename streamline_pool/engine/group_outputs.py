@@ -42,16 +42,26 @@ class _Group(Generic[T, R]):
         self._size_of = size_of  # in bytes
         self._items: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._filled = asyncio.Event()
+        self._closed = False
 
     def call(self, item: T) -> asyncio.Future[R]:
         """Queue an item. The future has its result."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            future.cancel()
+            return future
         self._items.append((item, future))
         self._filled.set()
         return future
 
     async def run(self) -> None:
         """Send batches without end."""
+        try:
+            await self._send_batches()
+        finally:
+            self.close()  # as in group_commit.py
+
+    async def _send_batches(self) -> None:
         while True:
             while not self._items:
                 self._filled.clear()
@@ -74,7 +84,8 @@ class _Group(Generic[T, R]):
                     future.set_result(result)
 
     def close(self) -> None:
-        """Cancel what was not sent."""
+        """Cancel what was not sent, and what still comes."""
+        self._closed = True
         _cancel(self._items)
         self._items.clear()
 

@@ -91,8 +91,12 @@ def test_an_execution_whose_caller_is_cancelled_releases_the_run_uncounted(app: 
     run = workflow.start()
 
     async def work() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(workflow.execute_async(run.id), 0.2)
+        call = asyncio.create_task(workflow.execute_async(run.id))
+        while not signals:  # a cancellation before that may meet the claim, whose run is then recovered after its lease
+            await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
         while "wakeAt" not in app.runs.find_one({"_id": run.id}):
             await asyncio.sleep(0.01)
         assert (await workflow.execute_async(run.id)).status == "done"
@@ -101,6 +105,27 @@ def test_an_execution_whose_caller_is_cancelled_releases_the_run_uncounted(app: 
     asyncio.run(work())
     document = app.runs.find_one({"_id": run.id})
     assert (signals[0].reason, document["crashes"], document["failures"], document["steps"][0]["attempts"]) == ("shutdown", 0, 0, 2)
+
+
+def test_a_program_that_fails_while_it_executes_a_run_ends(app: Streamline) -> None:
+    """`asyncio.run` cancels all tasks. The run's driver waited for a sender that was cancelled before it, and the program never ended."""
+    program = f"""
+import asyncio
+from streamline_pool import Streamline
+app = Streamline({app.where.uri!r}, database={app.where.database!r})
+entered = asyncio.Event()
+async def hang(ctx):
+    entered.set()
+    await asyncio.sleep(60)
+workflow = app.workflow("w", steps={{"a": hang}})
+async def main():
+    call = asyncio.create_task(workflow.execute_async((await workflow.start_async()).id))
+    await entered.wait()
+    raise SystemExit(7)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 7, done.stderr
 
 
 def test_closing_the_app_while_it_executes_ends_the_call_and_keeps_the_run(app: Streamline) -> None:

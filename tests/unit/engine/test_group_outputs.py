@@ -60,10 +60,12 @@ def test_calls_that_are_not_sent_are_cancelled_by_the_close_and_a_defect_reaches
 
     async def work() -> None:
         group: _Group[int, int] = _Group(send, lambda item: item)
-        waiting = group.call(1)
-        group.close()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+        closed: _Group[int, int] = _Group(send, lambda item: item)
+        waiting = closed.call(1)
+        closed.close()
+        for call in (waiting, closed.call(1)):
+            with pytest.raises(asyncio.CancelledError):
+                await call
         calls = [group.call(1), group.call(2)]
         sender = asyncio.get_running_loop().create_task(group.run())
         for call in calls:

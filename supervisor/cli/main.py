@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # an arrow that the terminal cannot show is no reason to crash
     try:
         code = cli.main(args=typed, prog_name="streamline-pool", standalone_mode=False)
+    except SystemExit as exc:  # of Click, when the reader of standard output is gone; a normal exit would wait, see `_exit_now`
+        code = exc.code if isinstance(exc.code, int) else ExitCode.CRASH
     except Exception as exc:  # noqa: BLE001 -- the last frame: every remaining error is reported and becomes an exit code
         code = _report_error(exc, log_format)
     _exit_now(int(code or 0))

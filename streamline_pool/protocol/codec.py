@@ -162,7 +162,7 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
     return encoded
 
 
-def _inside(value: Any) -> Mapping[str, Any] | list[Any] | tuple[Any, ...] | None:
+def _inside(value: Any) -> Mapping[Any, Any] | list[Any] | tuple[Any, ...] | None:
     """The values inside of `value`, as a container; None if it holds no others. A reference and a code's scope are documents too."""
     if isinstance(value, (Mapping, list, tuple)):
         return value
@@ -227,7 +227,7 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     return path, ""
 
 
-def _first_in_container(value: Mapping[str, Any] | list[Any] | tuple[Any, ...], path: str, above: tuple[int, ...]) -> tuple[str, str]:
+def _first_in_container(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...], path: str, above: tuple[int, ...]) -> tuple[str, str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):

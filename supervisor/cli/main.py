@@ -7,6 +7,7 @@ pool_commands.py, run_commands.py and their neighbours; what options mean is in 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -197,6 +198,8 @@ def _report_error(exc: Exception, log_format: str) -> ExitCode:
             message, code = exc.message, ExitCode.USAGE
         case WorkflowError():
             message, code = str(exc), ExitCode.CRASH
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            message, code = f"cannot write: {exc.strerror}", ExitCode.CRASH
         case _:
             _log.critical("crash", exc_info=exc)
             return ExitCode.CRASH

@@ -288,3 +288,12 @@ def test_a_command_without_a_reader_or_without_standard_output_ends(shell: Shell
         done = subprocess.run(["bash", "-c", line], cwd=shell.folder, env=shell.environ, stderr=subprocess.PIPE, text=True, timeout=40)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_standard_output_on_a_full_disk_is_no_crash(shell: Shell) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "runs", "list", "--json"], cwd=shell.folder, env=shell.environ, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "Error: cannot write: No space left on device\n")

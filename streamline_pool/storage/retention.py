@@ -36,6 +36,8 @@ _COPY_MAX = 200
 """Runs copied by one command. Measured: some 50 ms for small runs, and more at once are no faster. With runs of one MiB each
 the command must still end within the socket timeout."""
 
+_MARK_MAX = 1_000  # outputs that one command marks as archived: a command ends at 16 MiB
+
 _ENGINE_COLLECTIONS = ("runs", "hosts", "signals", "events", "outputs", "files.files", "files.chunks")
 _NAME_BYTES_MAX = 120  # MongoDB allows 255 with the database's name and a dot
 
@@ -94,10 +96,12 @@ def _marking_archived(run_ids: Sequence[str], collection: str, stored_name: str)
     if collection == ARCHIVE:
         return
     owned = [beside for beside in (yield from _owned_by(run_ids)) if stored_name not in beside.archives]
-    if file_ids := [beside.id for beside in owned if beside.is_file]:
-        yield files.mark_archived(file_ids, stored_name)
-    if output_ids := [beside.id for beside in owned if not beside.is_file]:
-        yield outputs.mark_outputs_archived(output_ids, stored_name)
+    for start in range(0, len(owned), _MARK_MAX):
+        batch = owned[start : start + _MARK_MAX]
+        if file_ids := [beside.id for beside in batch if beside.is_file]:
+            yield files.mark_archived(file_ids, stored_name)
+        if output_ids := [beside.id for beside in batch if not beside.is_file]:
+            yield outputs.mark_outputs_archived(output_ids, stored_name)
 
 
 def _reconciling(run_ids: Sequence[str], copies: Sequence[Mapping[str, Any]], collection: str, stored_name: str) -> Procedure[None]:

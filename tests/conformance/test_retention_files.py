@@ -126,3 +126,11 @@ def test_an_output_of_a_run_that_ended_again_before_its_copy_is_no_orphan(app: S
     assert app.client[app.where.database]["attic"].find_one()["output"] == {"$external": "late"}
     app.cleanup_old_runs(30)
     assert left(app) == {"late"}
+
+
+def test_more_outputs_than_one_command_can_name_are_archived(app: Streamline) -> None:
+    """Rewound runs keep the outputs of each execution. The command that marks them was too large, so no such run could be archived."""
+    put_run(app, "run")
+    outputs(app).insert_many({"_id": f"{number:05}{'x' * 995}", "runId": "run", "at": None, "data": b""} for number in range(17_000))
+    assert app.archive_old_runs(30, to="attic") == 1
+    assert outputs(app).count_documents({"archives": "attic"}) == 17_000

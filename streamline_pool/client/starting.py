@@ -5,7 +5,7 @@ Owns the order of the inserts and of the "due" signals. new_runs.py checks the i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -52,8 +52,8 @@ def starting_runs(
     session: Any = None,
 ) -> Procedure[list[Run]]:
     """Store one run for each input; see `Workflow.start_many`."""
-    inputs = list(inputs)
-    given: Sequence[str | None] = [None] * len(inputs) if keys is None else list(keys)
+    inputs = _check_sequence(inputs, "inputs")
+    given: Sequence[str | None] = [None] * len(inputs) if keys is None else _check_sequence(keys, "idempotency_keys")
     if len(given) != len(inputs):
         raise ValidationError(f"start_many: {len(inputs)} inputs, but {len(given)} idempotency_keys; give one for each input")
     requests = [RunRequest(input=input, idempotency_key=key) for input, key in zip(inputs, given, strict=True)]
@@ -61,6 +61,13 @@ def starting_runs(
     maker = RunMaker(services.env, definition, options, services.now())
     new = [maker.make(place, request) for place, request in enumerate(requests)]
     return (yield from _inserting(services, definition, new, ask_first=session is not None))
+
+
+def _check_sequence(value: object, where: str) -> list[Any]:
+    """The items of an argument of `start_many`. A text would be its characters, a mapping its keys, and a set has no order."""
+    if isinstance(value, (str, bytes, Mapping, set, frozenset)) or not isinstance(value, Iterable):
+        raise ValidationError(f"start_many: {where}: a list, not {type(value)}")
+    return list(value)
 
 
 def _inserting(services: Services, definition: Definition, new: list[NewRun], *, ask_first: bool) -> Procedure[list[Run]]:

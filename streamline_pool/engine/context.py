@@ -136,7 +136,7 @@ class Context:
     def context(self) -> ContextView:
         """The run's context as this attempt sees it: a dict for reading. Change it by `set`; an assignment raises ValidationError.
 
-        Its lists and mappings are copies. If the handler changes one of them and does not `set` its key, the attempt fails.
+        Its lists and mappings are copies. A change of one of them whose key the handler does not `set` is lost, and logged.
         """
         if self._context is None:
             self._context = self._intents.view = ContextView(_copy(self._document.get("context") or {}))

@@ -11,6 +11,7 @@ from typing import Any
 
 import bson
 from bson.codec_options import TypeRegistry
+from bson.dbref import DBRef
 from bson.raw_bson import RawBSONDocument
 
 from streamline_pool.domain.done import DONE
@@ -161,12 +162,22 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
     return encoded
 
 
+def _inside(value: Any) -> Mapping[Any, Any] | list[Any] | tuple[Any, ...] | None:
+    """The values inside of `value`, as a container; None if it holds no others. A reference and a code's scope are documents too."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return value
+    if isinstance(value, DBRef):
+        return value.as_doc()
+    return value.scope if isinstance(value, bson.Code) else None
+
+
 def _is_acceptable(value: Any) -> bool:
     """False if the value has more than PAYLOAD_DEPTH_MAX levels, or a datetime without a time zone, which is encoded as if it were UTC.
 
     Looks at the types of a container's items first, so that long lists of numbers or texts cost little.
     """
-    level = [value] if isinstance(value, (Mapping, list, tuple)) else []
+    outermost = _inside(value)
+    level = [] if outermost is None else [outermost]
     if isinstance(value, datetime):
         return value.utcoffset() is not None
     for _ in range(PAYLOAD_DEPTH_MAX):
@@ -184,8 +195,8 @@ def _is_acceptable(value: Any) -> bool:
                 elif isinstance(item, datetime):
                     if item.utcoffset() is None:
                         return False
-                elif isinstance(item, (Mapping, list, tuple)):
-                    deeper.append(item)
+                elif (inside := _inside(item)) is not None:
+                    deeper.append(inside)
         if not deeper:
             return True
         level = deeper
@@ -202,8 +213,8 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     if len(above) > PAYLOAD_DEPTH_MAX:
         return path, f"nested more than {PAYLOAD_DEPTH_MAX} levels deep"
     try:
-        if isinstance(value, (Mapping, list, tuple)):
-            return _first_in_container(value, path, (*above, id(value)))
+        if (inside := _inside(value)) is not None:
+            return _first_in_container(inside, path, (*above, id(value)))
         if isinstance(value, datetime) and value.utcoffset() is None:
             return path, NAIVE
         bson.encode({"": value}, codec_options=CODEC)
@@ -216,7 +227,7 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     return path, ""
 
 
-def _first_in_container(value: Any, path: str, above: tuple[int, ...]) -> tuple[str, str]:
+def _first_in_container(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...], path: str, above: tuple[int, ...]) -> tuple[str, str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):

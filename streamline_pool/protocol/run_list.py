@@ -147,7 +147,7 @@ def serving_indexes(wanted: RunFilter, indexes: Sequence[Mapping[str, Any]]) -> 
     """
     keys = [list(index["key"]) for index in indexes if _serves_every_query(index)]
     filtered = [path for path in _matching(wanted) if path != "createdAt"]
-    by_age = any(key[0] == "createdAt" for key in keys)
+    by_age = any(key[:2] == ["createdAt", "_id"] for key in keys)
     if any(key[0] in filtered and key[1:] == ["createdAt", "_id"] for key in keys):
         return Serving(True, ())
     if by_age and (not filtered or wanted.created_from is not None):

@@ -36,6 +36,8 @@ _COPY_MAX = 200
 """Runs copied by one command. Measured: some 50 ms for small runs, and more at once are no faster. With runs of one MiB each
 the command must still end within the socket timeout."""
 
+_MARK_MAX = 1_000  # outputs that one command marks as archived: a command ends at 16 MiB
+
 _ENGINE_COLLECTIONS = ("runs", "hosts", "signals", "events", "outputs", "files.files", "files.chunks")
 _NAME_BYTES_MAX = 120  # MongoDB allows 255 with the database's name and a dot
 
@@ -77,19 +79,29 @@ def archiving(condition: Mapping[str, Any], collection: str, stored_name: str, *
 
 def _moving(run_ids: Sequence[str], condition: Mapping[str, Any], collection: str, stored_name: str) -> Procedure[int]:
     """Copy these runs to the archive, then delete those that the archive holds. Returns how many were deleted."""
-    if collection != ARCHIVE:
-        # Otherwise `dropping_orphans` would take them for orphans: it knows no other archive.
-        owned = yield from _owned_by(run_ids)
-        if file_ids := [beside.id for beside in owned if beside.is_file]:
-            yield files.mark_archived(file_ids, stored_name)
-        if output_ids := [beside.id for beside in owned if not beside.is_file]:
-            yield outputs.mark_outputs_archived(output_ids, stored_name)
+    # Before the copy, so that no copy refers to an output that counts as an orphan. After it again: a run that was rewound and
+    # has ended again between the two has further outputs.
+    yield from _marking_archived(run_ids, collection, stored_name)
     yield retention.copy_runs(run_ids, condition, stored_name)
+    yield from _marking_archived(run_ids, collection, stored_name)
     copies = yield retention.identify_runs(collection, run_ids)
     moved: int = (yield retention.delete_same_runs(copies)) if copies else 0
     if moved < len(run_ids):
         yield from _reconciling(run_ids, copies, collection, stored_name)
     return moved
+
+
+def _marking_archived(run_ids: Sequence[str], collection: str, stored_name: str) -> Procedure[None]:
+    """Record at what is stored beside these runs where they are archived. `dropping_orphans` knows only the usual archive by itself."""
+    if collection == ARCHIVE:
+        return
+    owned = [beside for beside in (yield from _owned_by(run_ids)) if stored_name not in beside.archives]
+    for start in range(0, len(owned), _MARK_MAX):
+        batch = owned[start : start + _MARK_MAX]
+        if file_ids := [beside.id for beside in batch if beside.is_file]:
+            yield files.mark_archived(file_ids, stored_name)
+        if output_ids := [beside.id for beside in batch if not beside.is_file]:
+            yield outputs.mark_outputs_archived(output_ids, stored_name)
 
 
 def _reconciling(run_ids: Sequence[str], copies: Sequence[Mapping[str, Any]], collection: str, stored_name: str) -> Procedure[None]:

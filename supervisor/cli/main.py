@@ -7,6 +7,7 @@ pool_commands.py, run_commands.py and their neighbours; what options mean is in 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -152,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # an arrow that the terminal cannot show is no reason to crash
     try:
         code = cli.main(args=typed, prog_name="streamline-pool", standalone_mode=False)
+    except SystemExit as exc:  # of Click, when the reader of standard output is gone; a normal exit would wait, see `_exit_now`
+        code = exc.code if isinstance(exc.code, int) else ExitCode.CRASH
     except Exception as exc:  # noqa: BLE001 -- the last frame: every remaining error is reported and becomes an exit code
         code = _report_error(exc, log_format)
     _exit_now(int(code or 0))
@@ -195,6 +198,8 @@ def _report_error(exc: Exception, log_format: str) -> ExitCode:
             message, code = exc.message, ExitCode.USAGE
         case WorkflowError():
             message, code = str(exc), ExitCode.CRASH
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            message, code = f"cannot write: {exc.strerror}", ExitCode.CRASH
         case _:
             _log.critical("crash", exc_info=exc)
             return ExitCode.CRASH

@@ -57,6 +57,8 @@ def context_values(text: str) -> list[Any]:
         return [text]
     if isinstance(value, dict | list):
         raise ValueError(text)
+    if isinstance(value, int) and value >= 2**63:
+        return [text]  # MongoDB has no such number
     return [value] if isinstance(value, str) else [value, text]
 
 

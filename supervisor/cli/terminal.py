@@ -50,7 +50,7 @@ def open_view(*, quiet: bool = False) -> Iterator[View]:
 
 def _console() -> Console | None:
     """The terminal; None: standard output is none, or cannot move its cursor, or `rich` is not installed."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():  # None: the command was started without standard output
         return None
     try:
         from rich.console import Console

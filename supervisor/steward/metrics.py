@@ -23,7 +23,10 @@ def exposition(facts: PoolFacts | None, accept: str) -> tuple[str, bytes]:
     """
     registry = CollectorRegistry(auto_describe=True)  # True: it refuses a name that is declared twice
     registry.register(_PoolCollector(facts))
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # prometheus-client reads no version such as "abc"
+        encode, content_type = choose_encoder("")
     return content_type, encode(registry)
 
 

@@ -210,6 +210,9 @@ def test_which_lists_need_an_index(app: Streamline, stored: Any) -> None:
     assert (slow(tags=["bulk"]), slow(tags=["bulk"], created_before=NOW)) == ("tag", "tag")
     app.connections.drive(indexing_lists(["tag"]))
     assert slow(tags=["bulk"]) is None
+    stored.drop_index("streamline_list_createdAt")
+    stored.create_index([("createdAt", 1)])
+    assert slow() == "created", "without the id the index does not have the order of the list, and all runs would be read and sorted"
     stored.create_index([("queue", 1)], sparse=True)
     assert slow(queue="default") == "queue", "such an index does not hold every run"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -273,3 +274,26 @@ def test_a_reader_that_goes_away_is_no_crash(shell: Shell) -> None:
     assert process.stderr.read() == ""
     assert process.wait(timeout=30) == 1
     process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_command_without_a_reader_or_without_standard_output_ends(shell: Shell) -> None:
+    """A thread of the user's module kept the command alive for ever when its reader was gone."""
+    shell("start", "orders", "--id", "o-1")
+    shell("runs", "cancel", "o-1")
+    with (shell.folder / "shop.py").open("a") as module:
+        module.write("\nimport threading\nthreading.Thread(target=threading.Event().wait).start()\n")
+    command = shlex.join(COMMAND)
+    for line in (f"{command} start orders > >(true)", f"{command} runs watch o-1 >&-"):
+        done = subprocess.run(["bash", "-c", line], cwd=shell.folder, env=shell.environ, stderr=subprocess.PIPE, text=True, timeout=40)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_standard_output_on_a_full_disk_is_no_crash(shell: Shell) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "runs", "list", "--json"], cwd=shell.folder, env=shell.environ, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "Error: cannot write: No space left on device\n")

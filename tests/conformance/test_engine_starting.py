@@ -151,6 +151,16 @@ def test_start_many_stores_nothing_if_one_input_is_bad(app: Streamline, orders: 
     assert orders.start_many([]) == []
 
 
+@pytest.mark.parametrize("bad", ["abc", b"abc", {"a": 1, "b": 2, "c": 3}, {"a", "b", "c"}, 3], ids=lambda bad: type(bad).__name__)
+def test_what_is_no_list_is_refused_by_start_many(app: Streamline, orders: Any, bad: Any) -> None:
+    """Three runs had the keys "a", "b" and "c" because a caller had given one key, and those of a set were in no order."""
+    with pytest.raises(ValidationError, match="start_many: idempotency_keys: a list, not"):
+        orders.start_many([1, 2, 3], idempotency_keys=bad)
+    with pytest.raises(ValidationError, match="start_many: inputs: a list, not"):
+        orders.start_many(bad)
+    assert app.runs.count_documents({}) == 0
+
+
 def test_start_many_is_split_into_commands_of_legal_size(app: Streamline, orders: Any) -> None:
     """The server accepts 16 MiB in one command, and a run is larger than its input."""
     runs = orders.start_many(range(250), {"note": "x" * 100_000})

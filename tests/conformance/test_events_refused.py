@@ -161,3 +161,15 @@ def test_a_delivery_that_a_fail_over_interrupts_is_repeated_and_not_taken_for_re
         with pytest.raises(StoreUnavailableError) as caught:
             delivery.parse({"n": 0, "writeErrors": [refused, {"index": 1, "code": code, "errmsg": "stepping down"}]})
         assert caught.value.context["transient"] is True
+
+
+def test_one_command_of_a_broadcast_is_never_too_large(app: Streamline) -> None:
+    """With a long name and long ids it was, so the event stayed pending for ever and no run received it."""
+    name = "\N{GRINNING FACE}" * 200
+    flow = app.workflow("long", steps={"receive": lambda ctx: ctx.wait_for(name)})
+    first = begun(flow)
+    document = app.runs.find_one_and_delete({"_id": first.id})
+    ids = [f"{number:03}{name[:97]}" for number in range(500)]
+    app.runs.insert_many([{**document, "_id": run_id} for run_id in ids])
+    assert app.send_event(name, b"x" * 30_500) == len(ids)
+    assert events(app).find_one()["pending"] is False

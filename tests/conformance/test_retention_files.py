@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from old_runs import archive, file_ids, files, ids, killed_at, meddling, outputs, put_file, put_output, put_run
+from old_runs import archive, file_ids, files, ids, killed_at, meddling, outputs, put_file, put_output, put_run, revive
 
 from streamline_pool import Streamline
 
@@ -109,3 +110,27 @@ def test_orphans_are_found_beside_many_outputs_of_stored_runs(app: Streamline) -
     app.cleanup_old_runs(30)
     assert outputs(app).count_documents({}) == 1_200
     assert files(app).count_documents({}) == 0
+
+
+@KINDS
+def test_an_output_of_a_run_that_ended_again_before_its_copy_is_no_orphan(app: Streamline, put: Put, left: Left) -> None:
+    """Its first output came after the archiver had looked for outputs, so it was deleted although the copy refers to it."""
+    put_run(app, "run")
+
+    def run_again() -> None:
+        put(app, "late", "run", days=50)
+        revive(app, "run", status="done", endedAt=datetime.now(UTC) - timedelta(days=40), output={"$external": "late"})
+
+    meddling(app, "copy_runs", run_again)
+    assert app.archive_old_runs(30, to="attic") == 1
+    assert app.client[app.where.database]["attic"].find_one()["output"] == {"$external": "late"}
+    app.cleanup_old_runs(30)
+    assert left(app) == {"late"}
+
+
+def test_more_outputs_than_one_command_can_name_are_archived(app: Streamline) -> None:
+    """Rewound runs keep the outputs of each execution. The command that marks them was too large, so no such run could be archived."""
+    put_run(app, "run")
+    outputs(app).insert_many({"_id": f"{number:05}{'x' * 995}", "runId": "run", "at": None, "data": b""} for number in range(17_000))
+    assert app.archive_old_runs(30, to="attic") == 1
+    assert outputs(app).count_documents({"archives": "attic"}) == 17_000

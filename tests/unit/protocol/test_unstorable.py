@@ -18,7 +18,7 @@ import pytest
 
 from streamline_pool import ValidationError
 from streamline_pool.domain.done import DONE
-from streamline_pool.protocol.codec import as_payload, check_payload
+from streamline_pool.protocol.codec import PAYLOAD_DEPTH_MAX, as_payload, check_payload
 from streamline_pool.protocol.payloads import split_output
 from streamline_pool.protocol.run_document import make_context
 from support import shown
@@ -175,6 +175,8 @@ def test_a_key_that_is_no_text_names_the_way_out() -> None:
         (lambda at: at, "input"), (lambda at: {"a": at}, "input.a"), (lambda at: [1, at], "input[1]"), (lambda at: (at,), "input[0]"),
         (lambda at: {"items": [{"when": AWARE}, {"when": at}]}, "input.items[1].when"),
         (lambda at: OrderedDict(when=at), "input.when"), (lambda at: {"many": list(range(5000)), "when": at}, "input.when"),
+        (lambda at: bson.DBRef("orders", 1, None, {"when": [at]}), "input.when[0]"),
+        (lambda at: [bson.Code("x", {"when": at})], "input[0].when"),
     ],
 )  # fmt: skip
 def test_a_datetime_without_a_time_zone_is_refused_with_its_path(shape: Any, path: str, naive: datetime) -> None:
@@ -209,3 +211,12 @@ def test_the_result_of_a_ctx_call_is_stored_as_nothing() -> None:
     assert as_payload(DONE, "output")[0] is None
     assert as_payload([DONE, {"a": DONE}], "output")[0] == [None, {"a": None}]
     assert split_output(DONE, "output", lambda: "f").stored is None
+
+
+def test_levels_inside_of_a_reference_count() -> None:
+    """MongoDB refused such a run at the insert, with STORE_UNAVAILABLE, as if a repetition could help."""
+    value: Any = 1
+    for _ in range(PAYLOAD_DEPTH_MAX + 1):
+        value = {"a": value}
+    with pytest.raises(ValidationError, match="levels deep"):
+        check_payload(bson.DBRef("orders", value), "input")

@@ -77,6 +77,12 @@ def test_a_scraper_chooses_the_format() -> None:
     assert b"streamline_runs_total 5.0\n" in found.body
 
 
+def test_a_version_that_is_no_number_gets_the_text() -> None:
+    """prometheus-client raises TypeError for it, and the client got no answer."""
+    found = asked("/metrics", FACTS, "application/openmetrics-text; version=abc")
+    assert (found.status, found.content_type) == (HTTPStatus.OK, "text/plain; version=0.0.4; charset=utf-8")
+
+
 def test_without_the_extra_metrics_says_what_to_install_and_the_probes_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ["prometheus_client", *(name for name in sys.modules if name.startswith("prometheus_client."))]:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed

@@ -58,7 +58,7 @@ def _grouped(lanes: Sequence[str]) -> list[_Group]:
 class _ScanStart:
     """What the last full poll has shown of some queues and slots."""
 
-    since: datetime  # everything due before that was claimed, or is of a lower priority than what was found
+    since: datetime  # everything due before that was chosen, or is of a lower priority than what was found
     priorities: frozenset[int]  # whose runs due before `since` were all found
     settled: bool  # the last poll reached the end of the queue, so nothing of a lower priority was left before `since`
     full_at: float  # monotonic; from then on the next full poll is affordable
@@ -106,6 +106,16 @@ class Poller:
         """Make the next poll a full one: there may be runs that are due since long, and were not a moment ago."""
         self._scan_starts = {}  # a new one: a poll that is under way writes to the old one, which is dropped
 
+    def keep_in_sight(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """A poll has found these runs, and this worker does not claim them now: the next poll is to show them if they are still due.
+
+        They may have been due since long: they were released or recovered. No other worker has to claim them soon.
+        """
+        earliest = min((row["wakeAt"] for row in rows), default=None)
+        if earliest is not None:
+            for scan_start in self._scan_starts.values():
+                scan_start.since = min(scan_start.since, earliest)
+
     def skip_for_now(self, run_ids: Iterable[str]) -> None:
         """Do not show these runs for a while: they cannot be claimed, and would be found first again and again."""
         until = self._env.clock.monotonic() + _SKIP_S
@@ -127,6 +137,7 @@ class Poller:
             if len(rows) < limit and self._slots is not None:
                 own, rows = rows, await self._find(store, group, None, limit, crashes_below)
                 chosen = self._share_of(own, rows)
+                self.keep_in_sight(_without(rows, chosen))
             if rows:
                 self._turn += seen + 1
                 return chosen, len(chosen) < len(rows) or len(rows) == limit or seen + 1 < len(self._groups)
@@ -188,6 +199,11 @@ class Poller:
         found = frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
         self._priorities = found | self._priorities if len(self._priorities) < _PRIORITIES_MAX else found
         return frozenset(priority for priority in self._priorities if priority >= min(found, default=priority + 1))
+
+
+def _without(rows: Iterable[Mapping[str, Any]], chosen: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    run_ids = {row["_id"] for row in chosen}
+    return [row for row in rows if row["_id"] not in run_ids]
 
 
 def _start_of_next(query: _Query, rows: Sequence[Mapping[str, Any]], settled: bool) -> datetime:

@@ -209,6 +209,7 @@ class RunDriver:
         attempt.intents.closed = True
         active.attempt = None
         active.left_attempt = attempt if attempt.goes_on else None
+        self._solitude.handler_left(attempt)
         self._observe_demand(active)
 
     def decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:

@@ -12,7 +12,7 @@ import pytest
 from stored_runs import stored
 from workers import Pool, run_until_idle
 
-from streamline_pool import DataCorruptionError, Run, Streamline
+from streamline_pool import DataCorruptionError, Run, StepOptions, StoreUnavailableError, Streamline
 from streamline_pool.protocol.codec import encode_payload
 from streamline_pool.protocol.operations import Op
 from streamline_pool.protocol.outputs import DOCUMENT_BYTES_MAX, NewOutput, insert_outputs
@@ -347,3 +347,34 @@ def test_a_condition_gets_the_whole_run(app: Streamline) -> None:
     flow.step("end", condition=lambda ctx, run: run.step("make").output == LARGE)(small)
     reads_of(app, flow, 2)
     assert [run["output"] for run in app.runs.find()] == [1, 1]
+
+
+def test_a_condition_whose_output_cannot_be_read_now_is_asked_again(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is away for a moment. The condition has one attempt, and that failed the run."""
+
+    def asks(ctx: Any) -> bool:
+        return ctx.input == "first" or len(ctx.get_output("make")) == len(LARGE)
+
+    options: StepOptions = {"run_if": asks, "retries": 1}
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "use": (lambda ctx: "used", options)})
+    flow.start("first")
+    faults: list[str] = []
+    store = app.store()
+    drive = store.drive
+
+    def failing(procedure: Any) -> Any:
+        if faults:
+            raise StoreUnavailableError(faults.pop(), transient=True)
+        return drive(procedure)
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until_idle()
+            second = await flow.start_async("second")
+            monkeypatch.setattr(store, "drive", failing)
+            faults.append("away")
+            await pool.until(lambda: app.runs.find_one({"_id": second.id})["status"] in ("done", "failed"))
+            assert faults == []
+
+    asyncio.run(play())
+    assert [(document["status"], document["output"]) for document in app.runs.find()] == [("done", "used")] * 2

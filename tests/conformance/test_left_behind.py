@@ -58,9 +58,8 @@ def test_the_runs_beside_a_suspect_are_found_after_another_worker_has_claimed_it
             async def faster(op: Any, session: Any = None) -> Any:
                 if op.name == "claim_runs":
                     # Another worker claims the suspect first.
-                    await asyncio.to_thread(
-                        app.runs.update_one, {"_id": suspect}, {"$unset": {"wakeAt": ""}, "$set": {"lease": {"id": "other", "owner": "other"}}}
-                    )
+                    claimed = {"$unset": {"wakeAt": ""}, "$set": {"lease": {"id": "other", "owner": "other"}}}
+                    await asyncio.to_thread(app.runs.update_one, {"_id": suspect}, claimed)
                 return await run(op, session)
 
             store.run = faster  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -378,3 +379,36 @@ def test_a_condition_whose_output_cannot_be_read_now_is_asked_again(app: Streaml
 
     asyncio.run(play())
     assert [(document["status"], document["output"]) for document in app.runs.find()] == [("done", "used")] * 2
+
+
+def test_a_handler_left_behind_that_asks_for_an_output_after_the_end_of_its_worker_does_not_wait_for_ever(app: Streamline) -> None:
+    """Its thread would keep the program from ending."""
+    entered, go, over = threading.Event(), threading.Event(), threading.Event()
+
+    def use(ctx: Any) -> None:
+        if ctx.input == "first":
+            return
+        entered.set()
+        go.wait(20)
+        try:
+            ctx.get_output("make")
+        finally:
+            over.set()
+
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "use": use})
+    flow.start("first")
+
+    async def play() -> None:
+        pool = Pool(app)
+        async with pool:
+            await pool.until_idle()
+            await flow.start_async("second")
+            await pool.until(entered.is_set)
+            pool.workers[0].stop(0.1)
+        go.set()
+        assert await asyncio.to_thread(over.wait, 3)
+
+    try:
+        asyncio.run(play())
+    finally:
+        go.set()

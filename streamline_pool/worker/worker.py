@@ -347,6 +347,7 @@ class Worker:
             consecutive_failures=self._consecutive_failures,
             recycle=self._recycle,
             running=tuple((active.run_id, str(active.document["currentStepId"])) for active in active_runs[:_RUNNING_SHOWN]),
+            kept=self._demand.is_kept,
             lru=engine.cache.counters() if engine is not None else {},
         )
 

@@ -277,3 +277,23 @@ def test_a_suspect_is_not_alone_beside_a_handler_that_goes_on_after_its_timeout(
             await pool.until_idle()
 
     asyncio.run(play())
+
+
+def test_a_worker_reports_that_it_is_kept_for_a_suspect(app: Streamline) -> None:
+    """Otherwise it gets the runs whose timers fire as well, which wait there for the suspect."""
+    go = asyncio.Event()
+
+    async def work(ctx: Any) -> None:
+        await go.wait()
+
+    accuse(app, [app.workflow("w", steps={"work": work}).start()])
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(lambda: pool.statuses()[0].in_flight)
+            assert pool.statuses()[0].kept
+            go.set()
+            await pool.until_idle()
+            assert not pool.statuses()[0].kept
+
+    asyncio.run(play())

@@ -201,6 +201,7 @@ class _WorkerProcess:
             parked=parked,
             idle_check=self._idle_check,
             subscribers_served=self._subscribers_served,
+            kept=status.kept,
         )
 
 

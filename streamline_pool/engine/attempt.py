@@ -62,6 +62,7 @@ class Attempt:
     __slots__ = (
         "_forks",
         "_loop",
+        "_on_returned",
         "_on_stuck",
         "_stuck",
         "_task",
@@ -87,6 +88,7 @@ class Attempt:
         self._work: Future[Outcome] | None = None  # what a thread is working on
         self.result: asyncio.Future[Outcome] | None = None  # of a thread
         self._thread_over: asyncio.Future[None] | None = None  # made by the first `handler_over`
+        self._on_returned: Callable[[], None] | None = None  # of a coroutine
         self._stuck = False
         self.over = False  # the outcome is decided; what the handler does from here on has no effect
 
@@ -99,6 +101,16 @@ class Attempt:
     def goes_on(self) -> bool:
         """True while a thread works on the handler and does not count as stuck, also after the outcome."""
         return self._work is not None and not self._work.done() and not self._stuck
+
+    def call_when_returned(self, callback: Callable[[], None]) -> bool:
+        """Have `callback` called in the loop when the handler returns. False: it has returned. A stuck handler may never do so."""
+        if self._work is not None and not self._work.done():
+            self._work.add_done_callback(lambda _: self._call_soon(callback))
+            return True
+        if self._task is not None:
+            self._on_returned = callback
+            return True
+        return False
 
     async def handler_over(self) -> None:
         """After an abort: return once `goes_on` is false. This takes no longer than the grace."""
@@ -131,6 +143,9 @@ class Attempt:
             outcome = Outcome(Kind.RAISED, exc)
         if _forks != self._forks:
             os._exit(0)  # the handler forked, and this is the child process: the run belongs to the parent
+        self._task = None
+        if self._on_returned is not None:
+            self._on_returned()
         if task.cancelling():
             # A cancellation that was meant for the handler must not hit the driver's next await.
             while task.uncancel():
@@ -175,9 +190,12 @@ class Attempt:
 
     def _thread_done(self, work: Future[Outcome]) -> None:
         outcome = Outcome(Kind.ABANDONED, None) if work.cancelled() else work.result()
+        self._call_soon(self._resolve, outcome)
+        self._call_soon(self._end_thread)
+
+    def _call_soon(self, callback: Callable[..., object], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending, and has released the run
-            self._loop.call_soon_threadsafe(self._resolve, outcome)
-            self._loop.call_soon_threadsafe(self._end_thread)
+            self._loop.call_soon_threadsafe(callback, *args)
 
     def _end_thread(self) -> None:
         if self._thread_over is not None and not self._thread_over.done():

@@ -121,6 +121,9 @@ class Engine:
         reason = validate_run_document(document)
         definition = self._definition_of(document) if reason is None else None
         run_id = document["_id"]
+        held = self.active_runs.held.get(run_id)
+        if reason is None and held is not None and held.task is not None and held.document["token"] > document["token"]:
+            return held.task  # the answers of two claims came in the wrong order, and this claim is lost already
         claimed_again = self._supersede(run_id)
         if definition is None:
             task = self.loop.create_task(self._mark_corrupt(run_id, reason or _unknown(document)))

@@ -178,6 +178,8 @@ class RunDriver:
                 raise
             if exc is active.outputs.damaged:
                 return damaged(active.document, place, exc, self._store.now())
+            if exc is active.interruption:  # the database did not answer `get_output`: the condition is asked again
+                return transitions.release(active.document, place, self._store.now(), was_entered=False)
             return failed(active.document, active.step, place, failure_of(exc), self._writer.moment())
         finally:
             self._observe_demand(active)
@@ -209,6 +211,7 @@ class RunDriver:
         attempt.intents.closed = True
         active.attempt = None
         active.left_attempt = attempt if attempt.goes_on else None
+        self._solitude.handler_left(attempt)
         self._observe_demand(active)
 
     def decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:

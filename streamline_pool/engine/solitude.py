@@ -15,6 +15,7 @@ from streamline_pool.protocol import commits
 
 from .active_run import STATEMENT_BYTES, ActiveRun
 from .active_runs import ActiveRuns
+from .attempt import Attempt
 from .group_commit import GroupCommitter
 from .run_writer import EngineState
 from .write_outcome import WriteOutcome
@@ -39,6 +40,7 @@ class Solitude:
         self._now = now  # the server's time
         self._suspect_from = suspect_from  # lost workers; None: no run of this engine has to be alone
         self._suspect: ActiveRun | None = None
+        self._left: set[Attempt] = set()  # their outcome came before the end of their handler, which goes on
 
     def admitted(self, active: ActiveRun) -> None:
         """A run was claimed. Beside a suspect it is released before it enters a handler; a suspect has the others released."""
@@ -56,6 +58,15 @@ class Solitude:
             self._suspect = None
         self.changed()
 
+    def handler_left(self, attempt: Attempt) -> None:
+        """An attempt is over. Its handler may go on, and count as stuck: a suspect beside it would not be alone."""
+        if attempt.call_when_returned(lambda: self._returned(attempt)):
+            self._left.add(attempt)
+
+    def _returned(self, attempt: Attempt) -> None:
+        self._left.discard(attempt)
+        self.changed()
+
     def changed(self) -> None:
         """What the suspect waits for may have come."""
         if self._suspect is not None:
@@ -65,7 +76,7 @@ class Solitude:
         """For a suspect: return once it is alone and this is stored, or once it must not enter a handler here."""
         if active is not self._suspect or active.is_alone:
             return
-        while len(self._active_runs) > 1 and not self._must_stop(active):
+        while (len(self._active_runs) > 1 or self._left) and not self._must_stop(active):
             await active.woken()
         if not self._must_stop(active):
             await self._mark_alone(active)

@@ -173,6 +173,11 @@ class Demand:
         return not (self._claims_under_way or self._backlog or self._named or self._timers) and self.room(active_runs) > 0
 
     @property
+    def is_kept(self) -> bool:
+        """Whether nothing is claimed until a suspect has run alone."""
+        return self._suspect is not None
+
+    @property
     def state(self) -> Literal["starting", "ready", "holding", "draining"]:
         """Whether this worker claims; `holding`: the operator has stopped it."""
         return "holding" if self._held and self._phase == "ready" else self._phase

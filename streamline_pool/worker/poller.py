@@ -28,6 +28,7 @@ _QUEUES_MAX = 60  # in one find, which leaves room for three priorities; a worke
 _PRIORITIES_MAX = 50  # remembered
 _FULL_SHARE = 1 / 50  # of the time that full polls may take; a guess
 _MARGIN = timedelta(seconds=5)  # runs become visible later than their `wakeAt` says, by an insert's duration and clock errors
+_ALL_SLOTS_S = 5.0  # how long a run in the slots of a full worker waits behind a backlog in those of the others; a guess
 _SKIP_S = 30.0  # then the run is shown again: an operator may have repaired it
 _SKIPPED_MAX = 100
 
@@ -58,7 +59,7 @@ def _grouped(lanes: Sequence[str]) -> list[_Group]:
 class _ScanStart:
     """What the last full poll has shown of some queues and slots."""
 
-    since: datetime  # everything due before that was claimed, or is of a lower priority than what was found
+    since: datetime  # everything due before that was chosen, or is of a lower priority than what was found
     priorities: frozenset[int]  # whose runs due before `since` were all found
     settled: bool  # the last poll reached the end of the queue, so nothing of a lower priority was left before `since`
     full_at: float  # monotonic; from then on the next full poll is affordable
@@ -94,6 +95,7 @@ class Poller:
         self._scan_starts: dict[tuple[str, bool], _ScanStart] = {}  # by (first lane, whether all slots were polled)
         self._priorities: frozenset[int] = frozenset()  # of the runs that were found lately
         self._skipped: dict[str, float] = {}  # run id -> until when (monotonic)
+        self._own_slots_until: float | None = None  # monotonic; then a poll is for all slots. None: the last one was
         self.reslot(index, total)
 
     def reslot(self, index: int, total: int) -> None:
@@ -105,6 +107,32 @@ class Poller:
     def forget(self) -> None:
         """Make the next poll a full one: there may be runs that are due since long, and were not a moment ago."""
         self._scan_starts = {}  # a new one: a poll that is under way writes to the old one, which is dropped
+
+    def keep_in_sight(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """A poll has found these runs, and this worker does not claim them now: the next poll is to show them if they are still due.
+
+        They may have been due since long: they were released or recovered. No other worker has to claim them soon.
+        """
+        self._keep_in_sight(rows, self._scan_starts.values())
+
+    def _keep_in_sight(self, rows: Iterable[Mapping[str, Any]], scan_starts: Iterable[_ScanStart | None]) -> None:
+        earliest = min((row["wakeAt"] for row in rows), default=None)
+        for scan_start in scan_starts:
+            if earliest is not None and scan_start is not None:
+                scan_start.since = min(scan_start.since, earliest)
+
+    def _is_turn_of_all_slots(self) -> bool:
+        """Whether the next poll is for all slots, without shares.
+
+        The worker of the other slots may be full for hours, while the backlog in this worker's own never ends.
+        """
+        return self._own_slots_until is not None and self._env.clock.monotonic() >= self._own_slots_until
+
+    def _polled(self, *, all_slots: bool) -> None:
+        if all_slots:
+            self._own_slots_until = None
+        elif self._own_slots_until is None:
+            self._own_slots_until = self._env.clock.monotonic() + _ALL_SLOTS_S
 
     def skip_for_now(self, run_ids: Iterable[str]) -> None:
         """Do not show these runs for a while: they cannot be claimed, and would be found first again and again."""
@@ -123,10 +151,13 @@ class Poller:
         """Up to `limit` due runs `{_id, crashes, priority, wakeAt}`, and whether there may be more."""
         for seen in range(len(self._groups)):
             group = self._groups[(self._turn + seen) % len(self._groups)]
-            rows = chosen = await self._find(store, group, self._slots, limit, crashes_below)
-            if len(rows) < limit and self._slots is not None:
+            slots = None if self._is_turn_of_all_slots() else self._slots
+            rows = chosen = await self._find(store, group, slots, limit, crashes_below)
+            self._polled(all_slots=slots is None or len(rows) < limit)
+            if len(rows) < limit and slots is not None:
                 own, rows = rows, await self._find(store, group, None, limit, crashes_below)
                 chosen = self._share_of(own, rows)
+                self._keep_in_sight(_without(rows, chosen), [self._scan_starts.get((group.lanes[0], True))])
             if rows:
                 self._turn += seen + 1
                 return chosen, len(chosen) < len(rows) or len(rows) == limit or seen + 1 < len(self._groups)
@@ -188,6 +219,11 @@ class Poller:
         found = frozenset(row["priority"] for row in rows if isinstance(row.get("priority"), int))
         self._priorities = found | self._priorities if len(self._priorities) < _PRIORITIES_MAX else found
         return frozenset(priority for priority in self._priorities if priority >= min(found, default=priority + 1))
+
+
+def _without(rows: Iterable[Mapping[str, Any]], chosen: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    run_ids = {row["_id"] for row in chosen}
+    return [row for row in rows if row["_id"] not in run_ids]
 
 
 def _start_of_next(query: _Query, rows: Sequence[Mapping[str, Any]], settled: bool) -> datetime:

@@ -22,4 +22,5 @@ class WorkerStatus:
     consecutive_failures: int  # since the last answer
     recycle: str | None  # why this worker should be replaced; None: no reason
     running: tuple[tuple[str, str], ...]  # (run id, step id) of up to five active runs
+    kept: bool = False  # it claims nothing until a suspect has run alone
     lru: Mapping[str, int] = field(default_factory=dict)  # counters of the run cache

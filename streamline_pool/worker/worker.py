@@ -231,7 +231,13 @@ class Worker:
         rows, more = await self._poller.poll(engine.store, claim.limit, claim.crashes_below)
         self.store_answered(True)
         chosen = self._demand.choose(rows)
-        won = await claimer.claim_runs(chosen.run_ids, crashes_below=chosen.crashes_below) if chosen.run_ids else 0
+        if len(chosen.run_ids) < len(rows):
+            self._poller.keep_in_sight(rows)  # a suspect is chosen alone
+        try:
+            won = await claimer.claim_runs(chosen.run_ids, crashes_below=chosen.crashes_below) if chosen.run_ids else 0
+        except WorkflowError:
+            self._poller.keep_in_sight(rows)
+            raise
         pause_s = self._demand.polled(more=more, tried=len(chosen.run_ids), won=won)
         if pause_s:
             engine.loop.call_later(pause_s, self._poll_again)
@@ -341,6 +347,7 @@ class Worker:
             consecutive_failures=self._consecutive_failures,
             recycle=self._recycle,
             running=tuple((active.run_id, str(active.document["currentStepId"])) for active in active_runs[:_RUNNING_SHOWN]),
+            kept=self._demand.is_kept,
             lru=engine.cache.counters() if engine is not None else {},
         )
 

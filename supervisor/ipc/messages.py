@@ -163,6 +163,7 @@ class Beat:
     parked: tuple[tuple[int, str], ...] = ()  # (wakeAt in epoch ms, run id) written since the last heartbeat
     idle_check: int = 0  # the highest `IdleCheck.seq` received
     subscribers_served: int = 0  # the highest `ServeSubscribers.seq` received
+    kept: bool = False  # it claims nothing until a suspect has run alone
 
 
 @message

@@ -44,13 +44,15 @@ def send_owed_wake_up(state: State, now: float) -> Decision:
 def share_timers(state: State, run_ids: Sequence[str], now: float) -> Decision:
     """Divide the runs whose timers fired among the workers, idle or not; no run goes to two workers.
 
-    If there are idle workers, they get all of them. The other workers are busy, and have only a few places for such runs.
+    If there are idle workers, they get all of them. The other workers are busy, and have only a few places for such runs. One that
+    is kept for a suspect has none.
     """
     if not _may_claim(state):
         return state, []  # a worker that may claim again polls all that is due
     able = [m for m in state.active_workers if m.phase == "ready"]
     idle = [m for m in able if _is_idle(m)]
-    chosen = sorted(idle or able, key=lambda m: m.woken_at)[: len(run_ids)]
+    busy = [m for m in able if m.beat is None or not m.beat.kept]
+    chosen = sorted(idle or busy or able, key=lambda m: m.woken_at)[: len(run_ids)]
     shares = [Send(pid=m.pid, message=TimersFired(run_ids=tuple(run_ids[place :: len(chosen)]))) for place, m in enumerate(chosen)]
     return _woken(state, chosen, now), [*shares]
 

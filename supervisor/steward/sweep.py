@@ -40,6 +40,7 @@ class Sweep:
         self._subscribers = subscribers
         self._sweeps = 0
         self._due_from_start_at = 0.0  # monotonic: from then on a search from the start of the queue is affordable
+        self._searched_at: datetime | None = None  # the last search for due runs that succeeded
 
     async def run(self) -> None:
         while True:
@@ -68,11 +69,19 @@ class Sweep:
         """Wake up workers for runs that are due, and set timers for those that will be before the next but one sweep."""
         now = self._tools.store.now
         ahead = timedelta(seconds=2 * self._tools.settings.sweep_interval_s)
-        until, overdue = now() + ahead, now() - OVERDUE
-        rows = await self._find_due(until, self._search_start(overdue - ahead))
+        searched_at, overdue = now(), now() - OVERDUE
+        until = searched_at + ahead
+        start = self._search_start(min(overdue - ahead, (self._searched_at or searched_at) - OVERDUE))
+        rows = await self._find_due(until, start)
         if len(rows) == SWEEP_LIMIT:
-            # A backlog hides the runs that are not due yet, which need a timer most of all when there is a backlog.
-            rows += await self._find_due(until, now())
+            # A search shows one queue after another, so the runs of one may hide those of the next. Those that are due must not hide
+            # those that will be, which need a timer most of all when there is a backlog, nor either of them the overdue ones.
+            rows = [
+                *await self._find_due(overdue, start),
+                *await self._find_due(searched_at, overdue),
+                *await self._find_due(until, searched_at),
+            ]
+        self._searched_at = searched_at
         for found in rows:
             if found["wakeAt"] <= overdue:
                 self._wake_ups.wake_up(found["_id"], 1, overdue=True)  # workers may poll only behind its place
@@ -98,9 +107,11 @@ class Sweep:
                 # The collection or its indexes were dropped while the pool runs: claims do not succeed, either.
                 await self._tools.store.ensure_again()
             raise
-        if since is None:
-            ended_at = self._tools.env.clock.monotonic()
-            self._due_from_start_at = ended_at + (ended_at - started_at) / FROM_START_SHARE
+        finally:
+            if since is None:
+                # Also after a failure: a search that takes longer than its timeout would fail in every sweep, before leases are recovered.
+                ended_at = self._tools.env.clock.monotonic()
+                self._due_from_start_at = ended_at + (ended_at - started_at) / FROM_START_SHARE
         return due
 
     async def _recover_expired(self, full: bool) -> None:

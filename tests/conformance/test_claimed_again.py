@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -194,4 +195,30 @@ def test_a_wake_up_for_a_run_that_is_in_progress_here_leads_to_one_read(make_app
     rewound.play(play)
     assert operations.count("taken_runs") == 1
     assert not {"claim_run", "claim_runs"} & set(operations)
+    assert len(rewound.entries) == 1
+
+
+def test_the_answer_of_an_earlier_claim_that_comes_late_does_not_end_the_execution_of_the_later_one(app: Streamline) -> None:
+    """Named claims and polls run side by side. The late one would run without a lease, and the valid lease would not be renewed."""
+    rewound = Rewound(app, "async", polite=True)
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            worker = pool.workers[0]
+            await pool.until(lambda: rewound.entries)
+            worker.hold(True)
+            pool.stop_waking_up()
+            engine = present(worker._engine)
+            held = engine.active_runs.held[rewound.run.id]
+            late = copy.deepcopy(held.document)
+            late["token"] -= 1
+            late["lease"] = {**present(late["lease"]), "id": "earlier", "token": late["token"]}
+            engine.admit(late, held.deadline)
+            await asyncio.sleep(0.1)
+            assert engine.active_runs.held[rewound.run.id] is held
+            assert (held.lost, pool.statuses()[0].in_flight) == (None, 1)
+            rewound.go.set()
+            await pool.until(lambda: rewound.status() == "done")
+
+    rewound.play(play)
     assert len(rewound.entries) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from stored_runs import stored
 from workers import Pool, run_until_idle
 
-from streamline_pool import DataCorruptionError, Run, Streamline
+from streamline_pool import DataCorruptionError, Run, StepOptions, StoreUnavailableError, Streamline
 from streamline_pool.protocol.codec import encode_payload
 from streamline_pool.protocol.operations import Op
 from streamline_pool.protocol.outputs import DOCUMENT_BYTES_MAX, NewOutput, insert_outputs
@@ -347,3 +348,67 @@ def test_a_condition_gets_the_whole_run(app: Streamline) -> None:
     flow.step("end", condition=lambda ctx, run: run.step("make").output == LARGE)(small)
     reads_of(app, flow, 2)
     assert [run["output"] for run in app.runs.find()] == [1, 1]
+
+
+def test_a_condition_whose_output_cannot_be_read_now_is_asked_again(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is away for a moment. The condition has one attempt, and that failed the run."""
+
+    def asks(ctx: Any) -> bool:
+        return ctx.input == "first" or len(ctx.get_output("make")) == len(LARGE)
+
+    options: StepOptions = {"run_if": asks, "retries": 1}
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "use": (lambda ctx: "used", options)})
+    flow.start("first")
+    faults: list[str] = []
+    store = app.store()
+    drive = store.drive
+
+    def failing(procedure: Any) -> Any:
+        if faults:
+            raise StoreUnavailableError(faults.pop(), transient=True)
+        return drive(procedure)
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until_idle()
+            second = await flow.start_async("second")
+            monkeypatch.setattr(store, "drive", failing)
+            faults.append("away")
+            await pool.until(lambda: app.runs.find_one({"_id": second.id})["status"] in ("done", "failed"))
+            assert faults == []
+
+    asyncio.run(play())
+    assert [(document["status"], document["output"]) for document in app.runs.find()] == [("done", "used")] * 2
+
+
+def test_a_handler_left_behind_that_asks_for_an_output_after_the_end_of_its_worker_does_not_wait_for_ever(app: Streamline) -> None:
+    """Its thread would keep the program from ending."""
+    entered, go, over = threading.Event(), threading.Event(), threading.Event()
+
+    def use(ctx: Any) -> None:
+        if ctx.input == "first":
+            return
+        entered.set()
+        go.wait(20)
+        try:
+            ctx.get_output("make")
+        finally:
+            over.set()
+
+    flow = app.workflow("flow", steps={"make": lambda ctx: LARGE, "nap": lambda ctx: ctx.sleep(0.01), "use": use})
+    flow.start("first")
+
+    async def play() -> None:
+        pool = Pool(app)
+        async with pool:
+            await pool.until_idle()
+            await flow.start_async("second")
+            await pool.until(entered.is_set)
+            pool.workers[0].stop(0.1)
+        go.set()
+        assert await asyncio.to_thread(over.wait, 3)
+
+    try:
+        asyncio.run(play())
+    finally:
+        go.set()

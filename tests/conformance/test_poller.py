@@ -301,3 +301,18 @@ def test_a_host_that_takes_for_due_what_the_server_does_not_polls_no_more_than_a
     asyncio.run(play())
     assert len(polls) < 20
     assert app.runs.count_documents({"token": 0}) == 20
+
+
+def test_a_run_in_the_slots_of_a_worker_that_is_full_does_not_wait_for_the_end_of_the_backlog(app: Streamline, flow: Workflow) -> None:
+    """The other worker may be busy for hours, or be kept for a suspect. Here the backlog in this worker's own slots never ends."""
+    urgent = flow.start(priority=9)
+    others = [run.id for run in flow.start_many([None] * 80)]
+    app.runs.update_one({"_id": urgent.id}, {"$set": {"slot": 1}})
+    app.runs.update_many({"_id": {"$in": others}}, {"$set": {"slot": 0}})
+
+    async def use(watch: Watch) -> None:
+        watch.clock.cost_s = 0.5
+        taken = [run_id for _ in range(20) for run_id in await watch.take(3)]
+        assert urgent.id in taken
+
+    watch(app, use, workers=2)

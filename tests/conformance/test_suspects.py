@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import Run, Streamline
+from streamline_pool import Run, StepOptions, Streamline
 from streamline_pool.protocol import recovery
 from support import present
 
@@ -232,3 +234,66 @@ def test_a_cancelled_suspect_that_waits_to_be_alone_is_let_go(app: Streamline) -
 
     asyncio.run(play())
     assert entered == [fresh.id]
+
+
+@pytest.mark.parametrize("kind", ["def", "async"])
+def test_a_suspect_is_not_alone_beside_a_handler_that_goes_on_after_its_timeout(app: Streamline, kind: str) -> None:
+    """The handler's run has failed, and counts no more. If the handler kills the worker, the suspect would be convicted for it."""
+    go = threading.Event()
+    at_work: list[str] = []
+    beside: list[list[str]] = []
+
+    def hang(ctx: Any) -> None:
+        at_work.append(ctx.run_id)
+        go.wait(20)
+        at_work.clear()
+
+    async def hang_async(ctx: Any) -> None:
+        at_work.append(ctx.run_id)
+        while not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        at_work.clear()
+
+    handler: Any = hang if kind == "def" else hang_async
+    options: StepOptions = {"timeout": 0.2, "retries": 1}
+    hanging = app.workflow("hanging", steps={"hang": (handler, options)})
+    workflow = app.workflow("w", steps={"work": lambda ctx: beside.append(list(at_work))})
+    hung = hanging.start()
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            try:
+                await pool.until(lambda: at_work)
+                suspect = await workflow.start_async()
+                await asyncio.to_thread(accuse, app, [suspect])
+                await pool.until(lambda: present(hanging.get(hung.id)).status == "failed")
+                await pool.until(lambda: pool.statuses()[0].recycle)  # the handler counts as stuck
+                await asyncio.sleep(0.2)  # a wrong step would be entered within a few milliseconds
+                assert beside == []
+            finally:
+                go.set()
+            await pool.until(lambda: beside == [[]])
+            await pool.until_idle()
+
+    asyncio.run(play())
+
+
+def test_a_worker_reports_that_it_is_kept_for_a_suspect(app: Streamline) -> None:
+    """Otherwise it gets the runs whose timers fire as well, which wait there for the suspect."""
+    go = asyncio.Event()
+
+    async def work(ctx: Any) -> None:
+        await go.wait()
+
+    accuse(app, [app.workflow("w", steps={"work": work}).start()])
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until(lambda: pool.statuses()[0].in_flight)
+            assert pool.statuses()[0].kept
+            go.set()
+            await pool.until_idle()
+            assert not pool.statuses()[0].kept
+
+    asyncio.run(play())

@@ -160,3 +160,17 @@ def test_a_cancellation_goes_to_the_lease_holder_or_to_all() -> None:
     assert script.sent(CheckRun) == [(102, CheckRun(run_id="r"))]
     script.on_message(STEWARD, RunChanged(run_id="r", owner=None))
     assert [pid for pid, _ in script.sent(CheckRun)] == [101, 102]
+
+
+def test_no_timer_goes_to_a_worker_that_is_kept_for_a_suspect() -> None:
+    """It claims nothing for as long as the suspect takes, so the run would wait behind the backlog of the other workers."""
+    script = Script(workers=2).started()
+    script.beat(101, idle=False, kept=True)
+    script.beat(102, idle=False)
+    for _ in range(2):
+        script.now += 0.001
+        script.on_message(STEWARD, TimersFired(run_ids=("a", "b")))
+        assert script.sent(TimersFired) == [(102, TimersFired(run_ids=("a", "b")))]
+    script.beat(102, idle=False, kept=True)
+    script.on_message(STEWARD, TimersFired(run_ids=("a",)))
+    assert len(script.sent(TimersFired)) == 1, "with no other worker, one of them keeps it"

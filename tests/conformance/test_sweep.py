@@ -1,0 +1,89 @@
+"""The steward's sweep on a real server: what it finds when there is more than one search shows."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from streamline_pool import Streamline
+from streamline_pool.storage.store import AsyncStore
+from streamline_pool.supervisor.ipc.messages import FromSteward, WorkDue
+from streamline_pool.supervisor.steward.duty import DutyTools, StewardBoot
+from streamline_pool.supervisor.steward.stream_subscribers import StreamSubscribers
+from streamline_pool.supervisor.steward.sweep import SWEEP_LIMIT, Sweep
+from streamline_pool.supervisor.steward.wake_ups import WakeUps
+
+
+class Received:
+    """The supervisor's end of the pipe."""
+
+    unsent_bytes = 0
+
+    def __init__(self) -> None:
+        self.messages: list[FromSteward] = []
+
+    def send(self, message: FromSteward) -> None:
+        self.messages.append(message)
+
+
+class SlowSearches(AsyncStore):
+    """A store that does not answer searches for due runs from the start of the queue."""
+
+    names: tuple[str, ...] = ()
+
+    async def run(self, op: Any, session: Any = None) -> Any:
+        self.names += (op.name,)
+        if op.name == "find_due_before" and "$gt" not in op.filter["wakeAt"]:
+            await asyncio.sleep(3600)
+        return await super().run(op, session)
+
+
+async def sweep(app: Streamline, store: AsyncStore | None = None, times: int = 1) -> list[FromSteward]:
+    received = Received()
+    boot = StewardBoot(host_id="host:1:x", host="host", pid=1, first=False)
+    tools = DutyTools(app, app.settings, app.env, boot, received)
+    if store is not None:
+        tools.store = store
+    duty_sweep = Sweep(tools, WakeUps(tools), StreamSubscribers(tools))
+    await tools.store.ensure()
+    try:
+        for _ in range(times):
+            await tools.attempt(duty_sweep._sweep)
+        await asyncio.sleep(0.01)
+        return received.messages
+    finally:
+        await tools.publisher.close()
+        await app.close_async()
+
+
+def test_runs_that_are_due_soon_do_not_hide_one_that_is_overdue_in_another_queue(app: Streamline) -> None:
+    """A thousand timers in the next seconds are an ordinary load. The wake-up of the overdue run was lost."""
+    busy = app.workflow("busy", queue="a", steps={"only": lambda ctx: None})
+    quiet = app.workflow("quiet", queue="b", steps={"only": lambda ctx: None})
+    busy.start_many([None] * (SWEEP_LIMIT + 100))
+    now = app.store().now()
+    app.runs.update_many({}, {"$set": {"wakeAt": now + timedelta(seconds=5)}})
+    overdue = quiet.start()
+    app.runs.update_one({"_id": overdue.id}, {"$set": {"wakeAt": now - timedelta(minutes=1)}})
+    messages = asyncio.run(sweep(app))
+    assert [message.run_id for message in messages if isinstance(message, WorkDue) and message.overdue] == [overdue.id]
+
+
+def test_a_search_that_takes_too_long_does_not_keep_the_sweep_from_expired_leases(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of due runs that no worker can run make a search from the start of the queue longer than its timeout."""
+    flow = app.workflow("flow", steps={"only": lambda ctx: None})
+    run = flow.start()
+    lease = {"id": "x", "owner": "dead", "token": 1, "expiresAt": app.store().now() - timedelta(seconds=5)}
+    app.runs.update_one({"_id": run.id}, {"$unset": {"wakeAt": ""}, "$set": {"lease": lease}})
+    monkeypatch.setattr("streamline_pool.supervisor.steward.sweep.READ_TIMEOUT_S", 0.1)
+
+    async def play() -> None:
+        store = app.connections.use(SlowSearches(app.where, app.env))
+        await sweep(app, store, times=3)
+        assert "recover_expired" in store.names
+
+    asyncio.run(play())
+    assert "lease" not in app.runs.find_one({})

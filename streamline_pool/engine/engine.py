@@ -244,6 +244,11 @@ class Engine:
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
+    @property
+    def holds_suspect(self) -> bool:
+        """One of the active runs is a suspect: it runs alone, or waits for that."""
+        return self._solitude.holds_suspect
+
     def drain(self) -> None:
         """Start no further step; handlers that run end, their results are stored, their runs released."""
         self._state.draining = True

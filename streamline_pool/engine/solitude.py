@@ -42,6 +42,11 @@ class Solitude:
         self._suspect: ActiveRun | None = None
         self._left: set[Attempt] = set()  # their outcome came before the end of their handler, which goes on
 
+    @property
+    def holds_suspect(self) -> bool:
+        """True while a suspect waits to be alone here, or is alone."""
+        return self._suspect is not None
+
     def admitted(self, active: ActiveRun) -> None:
         """A run was claimed. Beside a suspect it is released before it enters a handler; a suspect has the others released."""
         if self._suspect is not None:

@@ -239,10 +239,15 @@ class Demand:
             del self._expected[next(iter(self._expected))]
         return pauses
 
-    def claim_ended(self, claim: Claim | ClaimFired, active_runs: Collection[str], *, failed: bool = False) -> None:
-        """A claim is over, and what it has brought is active. `active_runs`: the ids of all active runs."""
+    def claim_ended(
+        self, claim: Claim | ClaimFired, active_runs: Collection[str], *, holds_suspect: bool = True, failed: bool = False
+    ) -> None:
+        """A claim is over, and what it has brought is active. `active_runs`: the ids of all active runs.
+
+        `holds_suspect`: one of them is a suspect. A run may have been rewound between the poll and the claim, and then is none.
+        """
         self._claims_under_way -= 1
-        if isinstance(claim, ClaimDue) and self._suspect not in active_runs:
+        if isinstance(claim, ClaimDue) and not (holds_suspect and self._suspect in active_runs):
             self._suspect = None  # it was not claimed
         if isinstance(claim, ClaimDue) and failed:
             self._suspects_left_out = self._suspects_left_out or claim.from_start

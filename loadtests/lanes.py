@@ -89,7 +89,8 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
         raise UsageError("--fresh starts private servers, so it cannot be combined with --mongodb-uri")
     rows = {workflows: _Row() for workflows in options.workflows}
     for number in range(options.turns):
-        for workflows, row in rows.items():
+        # Each turn begins with another row, because mongod's checkpoints come once a minute and would always meet the same one.
+        for workflows, row in _rotated(list(rows.items()), number):
             with _server_for_row(server, options) as used:
                 _take_turn(used, workflows, options, row)
             report_progress(f"turn {number + 1}: {_line(row.summary(workflows))}")
@@ -117,6 +118,11 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
     return Report(
         question="lanes", settings=settings, figures={"rows": table, "to_first": to_first}, budgets=_budgets(to_first), notes=notes
     )
+
+
+def _rotated(rows: list[tuple[int, _Row]], by: int) -> list[tuple[int, _Row]]:
+    first = by % len(rows)
+    return rows[first:] + rows[:first]
 
 
 @contextmanager

@@ -37,12 +37,16 @@ def test_no_more_tasks_than_concurrency_run_at_once_and_they_start_in_order(call
     """The limit protects a service that the tasks use."""
     lock, at_work, most, begun = threading.Lock(), 0, 0, []
 
+    full = threading.Event()
+
     def enter(place: int) -> None:
         nonlocal at_work, most
         with lock:
             at_work += 1
             most = max(most, at_work)
             begun.append(place)
+            if at_work == 3:
+                full.set()
 
     def leave(place: int) -> int:
         nonlocal at_work
@@ -52,12 +56,16 @@ def test_no_more_tasks_than_concurrency_run_at_once_and_they_start_in_order(call
 
     def plain(place: int) -> int:
         enter(place)
+        full.wait(5)  # on a busy machine the first task could end before the third one begins
         threading.Event().wait(0.005)
         return leave(place)
 
     async def work(place: int) -> int:
         enter(place)
-        await asyncio.sleep(0.005)
+        for _ in range(1_000):
+            await asyncio.sleep(0.005)
+            if full.is_set():
+                break
         return leave(place)
 
     task = plain if kind == "def" else work

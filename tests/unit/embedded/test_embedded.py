@@ -33,6 +33,7 @@ GONE_S = 5.0  # measured: 1 s for a clean end, most of it in mongod; the rest is
 OWNER = """
 import json, os, signal, sys
 from streamline_pool import embedded
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored, and tests may be one
 server = embedded.start(sys.argv[1] or None)
 child = 0
 if sys.argv[2] == "fork":

@@ -1,0 +1,79 @@
+"""`python -m tests.simulation.explorer`: play schedules, and report the first that breaks a promise.
+
+Exit code 0: no violation. 1: a violation, which is shrunk and told. 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from streamline_pool import embedded
+
+from .schedule import Played, play, shrink, tell
+from .server import Server
+
+
+def main() -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation.explorer", description=__doc__)
+    parser.add_argument("--schedules", type=int, default=1_000, help="how many (default 1000)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first schedule; the next ones count up (default 1)")
+    parser.add_argument("--replay", action="store_true", help="play the schedule of --seed alone, and tell it")
+    parser.add_argument("--keep-going", action="store_true", help="go on after a violation")
+    parser.add_argument("--no-shrink", action="store_true", help="report a violation as it was found")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    with embedded.start(None) as mongod:
+        server = Server(mongod.uri, "explorer")
+        try:
+            return _replay(server, mongod.uri, options.seed) if options.replay else _explore(server, mongod.uri, options)
+        finally:
+            server.close()
+
+
+def _replay(server: Server, uri: str, seed: int) -> int:
+    played = play(server, uri, seed)
+    print(tell(played))
+    return int(played.violation is not None)
+
+
+def _explore(server: Server, uri: str, options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    faults: Counter[str] = Counter()
+    operations = entries = 0
+    violations: list[str] = []
+    for seed in range(options.seed, options.seed + options.schedules):
+        played = play(server, uri, seed)
+        faults.update(played.faults)
+        operations += played.operations
+        entries += played.entries
+        if played.violation is not None:
+            violations.append(f"seed {seed}: {played.violation}")
+            print(violations[-1], flush=True)
+            if not options.keep_going:
+                _report(server, uri, played, shrinks=not options.no_shrink)
+                break
+    seconds = time.monotonic() - began
+    count = seed - options.seed + 1
+    figures = {
+        "schedules": count, "seconds": round(seconds, 1), "per_second": round(count / seconds, 1), "operations": operations,
+        "entries": entries, "faults": dict(faults.most_common()), "violations": violations,
+    }  # fmt: skip
+    print(f"{count} schedules in {seconds:.1f} s ({count / seconds:.1f} per second), {operations} operations, {sum(faults.values())} faults")
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1))
+    return int(bool(violations))
+
+
+def _report(server: Server, uri: str, played: Played, *, shrinks: bool) -> None:
+    print(tell(shrink(server, uri, played) if shrinks else played))
+    print(f"replay it: python -m tests.simulation.explorer --replay --seed {played.seed}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

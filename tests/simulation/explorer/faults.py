@@ -1,0 +1,51 @@
+"""What can go wrong at one operation, as data.
+
+Owns the kinds of faults and how likely each is at which operation. world.py performs them.
+"""
+
+from __future__ import annotations
+
+from .choices import Choices
+from .store import Request
+
+__all__ = ["CORE", "KINDS", "draw_fault", "draw_theme"]
+
+KINDS = (
+    "request lost",  # the server never gets it; the sender gets an error
+    "reply lost",  # the server performs it; the sender gets an error
+    "late",  # the sender gets an error; the server performs it later
+    "slow reply",  # performed, but the reply comes some time later
+    "crash before",  # the sender dies; the server never gets it
+    "crash after",  # the sender dies; the server performs it
+    "freeze before",  # the sender stops for some time, then its request is performed
+    "freeze after",  # performed, then the sender stops for some time
+    "outage",  # this operation and the next ones fail
+    "lag",  # from now on no write reaches a majority; this ends by catching up or by a fail-over
+    "majority too late",  # the same, and the server says that this write was not acknowledged in time
+    "clock jump",  # the clock of the sender's host jumps
+)
+
+CORE = frozenset(
+    {
+        "claim_run", "claim_runs", "read_claimed", "commit_runs", "read_fences", "read_held", "renew", "recover_expired", "release_owner",
+        "cancel_run", "pause_run", "unpause_run", "rewind_run", "answer_wait", "answer_hook", "deliver_event", "deliver_to_waiters",
+        "record_event", "settle_event", "find_event", "insert_runs", "get_run", "find_waiters", "read_delivered",
+    }
+)  # fmt: skip
+"""Names of the operations by which the protocol decides. Faults prefer them."""
+
+
+def draw_theme(choices: Choices) -> str | None:
+    """The one kind of fault of a schedule with a theme."""
+    return choices.fixed.choice(KINDS) if choices.profile.name == "themed" else None
+
+
+def draw_fault(choices: Choices, request: Request, theme: str | None) -> str | None:
+    """The fault at this operation, or None."""
+    profile = choices.profile
+    chance = profile.near_writes if request.name in CORE else profile.fault
+    if request.call is not None and request.name in CORE:
+        chance *= 2  # a client makes few calls
+    if not chance or not choices.happens(chance):
+        return None
+    return theme if theme is not None else choices.one_of(KINDS)

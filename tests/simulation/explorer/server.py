@@ -1,0 +1,139 @@
+"""The database of a schedule: a real mongod, whose time is virtual and whose last writes can be rolled back.
+
+Owns how an operation reaches the server. Everything is written with `w: 1`, which is quick. What a majority has is the
+database itself, or, while replication lags, a copy that was made when the lag began: reads by majority go to that copy, and a
+fail-over puts it back. So each operation's own read and write concern decides what it sees and when it is acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from bson.codec_options import CodecOptions
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from streamline_pool.protocol import engine_indexes
+from streamline_pool.protocol.codec import CODEC
+from streamline_pool.protocol.operations import Find
+from streamline_pool.storage.requests import find_arguments
+
+__all__ = ["COLLECTIONS", "EPOCH", "Server"]
+
+EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
+"""The server's time at the start of every schedule."""
+
+COLLECTIONS = ("runs", "events", "outputs", "hosts")
+_PREFIX = "workflow_"
+_DATA = ("insert", "update", "delete", "findAndModify", "find", "aggregate", "count", "distinct")
+
+
+class Server:
+    """Two databases on one mongod: what the primary has, and what a majority had when replication began to lag."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        self.client: MongoClient[dict[str, Any]] = MongoClient(uri, tz_aware=True)
+        options: CodecOptions[Any] = CODEC
+        self.primary = self.client.get_database(name, codec_options=options)
+        self.majority = self.client.get_database(f"{name}_majority", codec_options=options)
+        self.name = name
+        self.lags = False
+        self.clock_s = 0.0  # virtual seconds; the world sets it
+        for database in (self.primary, self.majority):
+            for collection in COLLECTIONS:
+                body = engine_indexes.ensure_indexes(collection).body
+                database.command({"createIndexes": _PREFIX + collection, **body})
+
+    def now(self) -> datetime:
+        """The server's time."""
+        return EPOCH + timedelta(milliseconds=round(self.clock_s * 1000))
+
+    def clear(self) -> None:
+        """An empty database, for the next schedule."""
+        self.clock_s = 0.0
+        for collection in COLLECTIONS:
+            self.primary[_PREFIX + collection].delete_many({})
+        self._end_lag()
+
+    def close(self) -> None:
+        """Drop both databases."""
+        for database in (self.primary, self.majority):
+            self.client.drop_database(database.name)
+        self.client.close()
+
+    # --- operations --------------------------------------------------------------------------------------------------
+
+    def command(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Perform a command. Raises PyMongoError."""
+        verb = next(iter(document))
+        sent = {name: value for name, value in document.items() if name != "writeConcern"}
+        if verb in ("create", "createIndexes", "convertToCapped", "collMod"):
+            return {"ok": 1.0}  # the explorer has made what the engine needs
+        if verb in _DATA:
+            sent = _with_time(sent, self.now())
+        reply: dict[str, Any] = dict(self.primary.command(sent, codec_options=self.primary.codec_options))
+        if "localTime" in reply:
+            reply["localTime"] = self.now()
+        return reply
+
+    def find(self, op: Find, *, by_majority: bool) -> list[dict[str, Any]]:
+        """Perform a query."""
+        database = self.majority if by_majority and self.lags else self.primary
+        arguments = find_arguments(op)
+        arguments["filter"] = _with_time(arguments["filter"], self.now())
+        return list(database[_PREFIX + op.collection].find(**arguments))
+
+    def runs(self, *, by_majority: bool = False) -> dict[str, dict[str, Any]]:
+        """All stored runs by id."""
+        database = self.majority if by_majority and self.lags else self.primary
+        return {run["_id"]: run for run in database[_PREFIX + "runs"].find()}
+
+    def all_of(self, collection: str, *, by_majority: bool = False) -> list[dict[str, Any]]:
+        """All documents of another collection."""
+        database = self.majority if by_majority and self.lags else self.primary
+        return list(database[_PREFIX + collection].find())
+
+    # --- replication -------------------------------------------------------------------------------------------------
+
+    def begin_lag(self) -> None:
+        """From now on no write reaches a majority."""
+        for collection in COLLECTIONS:
+            _copy(self.primary[_PREFIX + collection], self.majority[_PREFIX + collection])
+        self.lags = True
+
+    def catch_up(self) -> None:
+        """Every write has reached a majority."""
+        self._end_lag()
+
+    def roll_back(self) -> None:
+        """A fail-over: the new primary has what the majority had."""
+        for collection in COLLECTIONS:
+            _copy(self.majority[_PREFIX + collection], self.primary[_PREFIX + collection])
+        self._end_lag()
+
+    def _end_lag(self) -> None:
+        if self.lags:
+            for collection in COLLECTIONS:
+                self.majority[_PREFIX + collection].delete_many({})
+        self.lags = False
+
+
+def _copy(source: Any, target: Any) -> None:
+    target.delete_many({})
+    documents = list(source.find())
+    if documents:
+        target.insert_many(documents)
+
+
+def _with_time(value: Any, now: datetime) -> Any:
+    """The same operation with the virtual time in the place of `$$NOW`."""
+    if isinstance(value, str):
+        return now if value == "$$NOW" else value
+    if isinstance(value, Mapping):
+        return value if "$literal" in value else {name: _with_time(part, now) for name, part in value.items()}
+    return [_with_time(part, now) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+SERVER_ERRORS = PyMongoError

@@ -1,0 +1,117 @@
+"""The stores of an actor: every operation of the product passes through the world, which decides when and whether it happens.
+
+Owns the way of an operation from the product's store to the world. What the product sends is made by its own code: commands
+with their write concern, queries with their read concern, errors by its own translation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from streamline_pool.config.env import Env
+from streamline_pool.protocol.operations import Command, Find, Op, Signal, Tail
+from streamline_pool.storage.base import StoreBase
+from streamline_pool.storage.requests import command_result
+from streamline_pool.storage.store import AsyncStore, Store
+from streamline_pool.storage.target import DatabaseTarget
+
+if TYPE_CHECKING:
+    from .actors import Actor
+    from .world import World
+
+__all__ = ["ExplorerAsyncStore", "ExplorerStore", "Request"]
+
+
+class Request:
+    """One operation that an actor has sent."""
+
+    def __init__(self, actor: Actor, op: Command | Find, document: dict[str, Any] | None, by_majority: bool) -> None:
+        self.actor = actor
+        self.owner = actor.owner  # the incarnation that sent it
+        self.call = actor.call  # the client's call that it belongs to; None for workers and stewards
+        self.op = op
+        self.document = document  # of a command
+        self.by_majority = by_majority
+        self.future: asyncio.Future[Any] | None = None  # None: no reply is awaited (a late copy, a dead sender)
+        self.leases: dict[str, Any] = {}  # run id -> the lease that was stored when this was sent
+        self.hold = 0  # so many other operations come first
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def writes(self) -> bool:
+        return isinstance(self.op, Command) and self.op.writes
+
+    def answer(self, reply: Any) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_result(reply)
+
+    def fail(self, error: Exception) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_exception(error)
+
+
+def _request(store: StoreBase, actor: Actor, op: Command | Find) -> Request:
+    if isinstance(op, Command):
+        document = store.command_arguments(op, None)["command"]
+        return Request(actor, op, document, document.get("writeConcern", {}).get("w") == "majority")
+    concern = store.cursor(op, None).collection.read_concern.level
+    return Request(actor, op, None, concern == "majority")
+
+
+class ExplorerAsyncStore(AsyncStore):
+    """The asyncio store of an actor."""
+
+    def __init__(self, where: DatabaseTarget, env: Env, world: World, actor: Actor) -> None:
+        StoreBase.__init__(self, where, env, world.server.client)
+        self._world = world
+        self._actor = actor
+        self._ensured = True  # the explorer has made what the engine needs
+        now = env.clock.monotonic()
+        self.clock.read(world.server.now(), now, now)
+
+    async def run(self, op: Op, session: Any = None) -> Any:
+        """See `AsyncStore.run`."""
+        with self.errors_of(op.name, session):
+            if isinstance(op, Signal):
+                self._world.signals.send(dict(op.document))
+                return None
+            reply = await self._world.request(_request(self, self._actor, op))
+            return command_result(op, reply) if isinstance(op, Command) else reply
+
+    async def tail(self, tail: Tail, wait_s: float = 15.0) -> AsyncGenerator[dict[str, Any] | None, None]:
+        """See `AsyncStore.tail`."""
+        with self._world.signals.reader(dict(tail.filter)) as reader:
+            while True:
+                try:
+                    yield await asyncio.wait_for(reader.get(), wait_s)
+                except TimeoutError:
+                    yield None
+
+    async def close(self) -> None:
+        """The connection is the world's."""
+
+
+class ExplorerStore(Store):
+    """The blocking store of an actor, by which handlers on the event loop store their checkpoints."""
+
+    def __init__(self, where: DatabaseTarget, env: Env, world: World, actor: Actor) -> None:
+        StoreBase.__init__(self, where, env, world.server.client)
+        self._world = world
+        self._actor = actor
+
+    def run(self, op: Op, session: Any = None) -> Any:
+        """See `Store.run`."""
+        with self.errors_of(op.name, session):
+            if isinstance(op, Signal):
+                self._world.signals.send(dict(op.document))
+                return None
+            reply = self._world.request_blocking(_request(self, self._actor, op))
+            return command_result(op, reply) if isinstance(op, Command) else reply
+
+    def close(self) -> None:
+        """The connection is the world's."""

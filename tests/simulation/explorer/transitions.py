@@ -1,0 +1,378 @@
+"""The rules that every change of a run obeys, whatever the order of operations was. Checked after each write.
+
+Owns the rules about single changes, handler entries and the passing of time. Rules about the end of a schedule are in judgement.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .ledger import Entry, Violation
+from .server import EPOCH
+
+if TYPE_CHECKING:
+    from .actors import Actor
+    from .store import Request
+    from .world import World
+
+__all__ = ["TERMINAL", "Rules"]
+
+TERMINAL = ("done", "failed", "cancelled")
+MAX_CRASHES = 3
+FENCE_GRACE_S = 1.0  # a handler may be aborted so late: one tick of the self-fence
+
+Run = Mapping[str, Any]
+
+
+class Rules:
+    """Sees every change of the stored runs."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.history: list[tuple[int, str, dict[str, Any] | None]] = []  # (number of the change, run id, the run after it)
+        self.changes = 0
+        self.granted: dict[str, float] = {}  # lease id -> until when the server has granted it, virtual seconds
+        self.taken: set[str] = set()  # lease ids that were taken away from their holders
+        self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
+        self._dead: set[str] = set()
+        self._lag_at = 0
+        self._lag_runs: dict[str, dict[str, Any]] = {}
+        self._entered_under_pause: dict[tuple[str, Any], int] = {}
+        self._thawed_at: dict[str, float] = {}
+        self.events: dict[str, Any] = {}  # event id -> call
+        self.deleted: set[str] = set()
+        self.answered: set[tuple[str, str]] = set()  # (run id, id of an answer or event) that has ended a step's wait
+
+    # --- changes -----------------------------------------------------------------------------------------------------
+
+    def changed(self, request: Request) -> None:
+        """A write to the runs was performed: compare them with what they were."""
+        after = self._world.server.runs()
+        before, self.runs = self.runs, after
+        for run_id in {**before, **after}:
+            old, new = before.get(run_id), after.get(run_id)
+            if old == new:
+                continue
+            self.changes += 1
+            self.history.append((self.changes, run_id, new))
+            try:
+                self._check(request, run_id, old, new)
+            except Violation as violation:
+                raise Violation(f"{violation} (by {request.name} of {request.owner}, run {run_id})") from None
+            finally:
+                self._tell(request, run_id, old, new)
+
+    def _check(self, request: Request, run_id: str, old: Run | None, new: Run | None) -> None:
+        if old is None:
+            assert new is not None, "a change has two different sides"
+            self._effect(request, "start", run_id, new.get("startId"))
+            return
+        if new is None:
+            if old["status"] not in TERMINAL:
+                raise Violation(f"a run that is {old['status']} was deleted")
+            self.deleted.add(run_id)
+            return
+        self._check_counters(old, new)
+        self._check_lease(request, old, new)
+        self._check_states(old, new)
+        self._check_pause(request, old, new)
+        self._check_waits(request, old, new)
+        self._note_effects(request, run_id, old, new)
+        self._note_lease(new)
+
+    def _check_counters(self, old: Run, new: Run) -> None:
+        for name in ("token", "rev", "acts", "waitGen"):
+            if new.get(name, 0) < old.get(name, 0):
+                raise Violation(f"{name} went from {old[name]} to {new[name]}")
+        if new["rev"] > old["rev"] + 1:
+            raise Violation(f"rev went from {old['rev']} to {new['rev']}")
+        if not set(old.get("seen") or ()) <= set(new.get("seen") or ()):
+            raise Violation("an event id was removed from `seen`")
+        seen = list(new.get("seen") or ())
+        if len(seen) != len(set(seen)):
+            raise Violation(f"an event reached the run twice: seen {seen}")
+
+    def _check_lease(self, request: Request, old: Run, new: Run) -> None:
+        held, holds = old.get("lease"), new.get("lease")
+        held_id, holds_id = (held or {}).get("id"), (holds or {}).get("id")
+        is_holder = held is not None and self._claimer_of.get(held_id) == request.owner
+        if new["rev"] > old["rev"]:
+            if held is None or not is_holder:
+                raise Violation(f"a holder's write was accepted, but the lease is {held}")
+            if request.leases.get(new["_id"]) != held_id:
+                raise Violation("a holder's write was accepted that was sent under another lease")
+        if held_id == holds_id:
+            if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"] and not is_holder:
+                raise Violation(f"{request.owner} renewed the lease of {held['owner']}")
+            if held is not None and holds is not None and new["rev"] == old["rev"] and self._is_done_by_other(request, old, new):
+                raise Violation("a result was stored without `rev`")
+            return
+        if holds is not None:
+            self._check_claim(old, new)
+            self._claimer_of[holds_id] = request.owner
+            return
+        assert held is not None, "one of the two sides has a lease"
+        if new["rev"] > old["rev"]:
+            return  # released by its holder
+        if new["token"] == old["token"]:
+            raise Violation("a lease was taken away, and the token is the same")
+        self.taken.add(str(held_id))
+        if request.call is not None or request.name == "deliver_to_waiters":
+            return  # a control operation, an answer or an event
+        self._check_recovery(request, old, new)
+
+    def _is_done_by_other(self, request: Request, old: Run, new: Run) -> bool:
+        return request.name == "commit_runs" and old["steps"] != new["steps"]
+
+    def _check_claim(self, old: Run, new: Run) -> None:
+        if old.get("lease") is not None:
+            raise Violation(f"claimed while {old['lease']['owner']} holds the lease {old['lease']}")
+        if old.get("paused") is True:
+            raise Violation("claimed while paused")
+        if old["status"] in TERMINAL:
+            raise Violation(f"claimed although it is {old['status']}")
+        wake_at = old.get("wakeAt")
+        if wake_at is None or wake_at > self._world.server.now():
+            raise Violation(f"claimed before it was due: {wake_at}")
+        if new["token"] != old["token"] + 1:
+            raise Violation("claimed without a new token")
+
+    def _check_recovery(self, request: Request, old: Run, new: Run) -> None:
+        lease = old["lease"]
+        if lease["expiresAt"] > self._world.server.now() and self._claimer_of.get(lease["id"]) not in self._dead:
+            raise Violation(f"the lease of {lease['owner']}, which lives, was taken away before it expired")
+        if new["status"] == "failed" and old["status"] != "failed":
+            if lease.get("alone") is not True:
+                raise Violation("convicted, although it did not run alone")
+            if old["crashes"] + 1 < MAX_CRASHES:
+                raise Violation(f"convicted after {old['crashes'] + 1} lost workers")
+        elif new["crashes"] != old["crashes"] + 1:
+            raise Violation(f"recovered, and the count of lost workers went from {old['crashes']} to {new['crashes']}")
+
+    def _check_states(self, old: Run, new: Run) -> None:
+        if new.get("rewinds", 0) > old.get("rewinds", 0):
+            if old["status"] == "cancelled":
+                raise Violation("a cancelled run was rewound")
+            return
+        if old["status"] in TERMINAL and new["status"] != old["status"]:
+            raise Violation(f"went from {old['status']} to {new['status']}")
+        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            if earlier["status"] in ("done", "skipped", "failed") and later != earlier and old["status"] not in TERMINAL:
+                raise Violation(f"step {earlier['stepId']} had ended as {earlier['status']}, and was changed")
+        places = [place for place, step in enumerate(new["steps"]) if step["status"] != "pending"]
+        if places != list(range(len(places))):
+            raise Violation(f"a step was reached before the one in front of it: {[step['status'] for step in new['steps']]}")
+
+    def _check_pause(self, request: Request, old: Run, new: Run) -> None:
+        if not (old.get("paused") is True and new.get("paused") is True) or new.get("rewinds") != old.get("rewinds"):
+            return
+        if request.call is not None:
+            return
+        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            if earlier["status"] == "pending" and later["status"] == "running":
+                raise Violation(f"step {later['stepId']} was started while the run was paused")
+            if earlier["status"] == "waiting" and later["status"] != "waiting" and request.name == "commit_runs":
+                raise Violation(f"the wait of step {later['stepId']} was ended while the run was paused")
+        if new["status"] in ("done",) and old["status"] != new["status"] and old["steps"] == new["steps"]:
+            raise Violation("the run was finished while it was paused")
+
+    def _check_waits(self, request: Request, old: Run, new: Run) -> None:
+        """A wait ends by an answer, or when its time has come by the server's clock."""
+        now = self._world.server.now()
+        if new.get("rewinds") != old.get("rewinds"):
+            return
+        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            if earlier["status"] != "waiting" or later["status"] == "waiting":
+                continue
+            waiting_for = earlier["waitingFor"]
+            if "answer" in later:
+                if waiting_for["type"] == "timer":
+                    raise Violation(f"an answer has ended the sleep of step {later['stepId']}")
+                if (new["_id"], str(later["answer"])) in self.answered:
+                    raise Violation(f"the answer or event {later['answer']} was taken twice")
+                self.answered.add((new["_id"], str(later["answer"])))
+                continue
+            due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
+            if later["status"] == "done" and (due is None or due > now):
+                raise Violation(f"the wait of step {later['stepId']} ended before its time: {waiting_for}")
+
+    def _note_effects(self, request: Request, run_id: str, old: Run, new: Run) -> None:
+        if new.get("acts", 0) > old.get("acts", 0):
+            if new.get("acts", 0) != old.get("acts", 0) + 1:
+                raise Violation("one write counted as several control operations")
+            self._effect(request, "act", run_id, new.get("lastAct"))
+        for event_id in set(new.get("seen") or ()) - set(old.get("seen") or ()):
+            self._effect(request, "event", run_id, event_id)
+            in_inbox = any(item.get("id") == event_id for item in new.get("inbox") or ())
+            if not in_inbox and not any(step.get("answer") == event_id for step in new["steps"]):
+                raise Violation(f"event {event_id} was noted as seen, and is neither in the inbox nor a step's answer")
+        known = _answer_ids(old)
+        for answer_id in _answer_ids(new) - known:
+            if answer_id not in (new.get("seen") or ()):
+                self._effect(request, "answer", run_id, answer_id)
+
+    def _effect(self, request: Request, kind: str, run_id: str, effect_id: Any) -> None:
+        call = request.call
+        if call is None:
+            return
+        call.effects.append((self.changes, kind, run_id, effect_id))
+        mine = [effect for effect in call.effects if effect[1] == kind and effect[2] == run_id]
+        if len(mine) > 1:
+            raise Violation(f"{call} took effect twice")
+        if call.outcome == "refused":
+            raise Violation(f"{call} was refused, and took effect afterwards")
+
+    def _note_lease(self, new: Run) -> None:
+        lease = new.get("lease")
+        if lease is not None:
+            until = (lease["expiresAt"] - EPOCH).total_seconds()
+            self.granted[lease["id"]] = max(self.granted.get(lease["id"], 0.0), until)
+
+    def _tell(self, request: Request, run_id: str, old: Run | None, new: Run | None) -> None:
+        self._world.ledger.tell(self._world.loop.time(), f"{request.owner}: {request.name}: {run_id}: {_difference(old, new)}")
+
+    # --- fail-over ---------------------------------------------------------------------------------------------------
+
+    def lag_began(self) -> None:
+        """From here on changes may be rolled back."""
+        self._lag_at = self.changes
+        self._lag_runs = dict(self.runs)
+        self._lag_answered = set(self.answered)
+        self._lag_granted = dict(self.granted)
+
+    def rolled_back(self) -> None:
+        """A fail-over: the changes since `lag_began` have not happened. None of them may have been acknowledged."""
+        self.runs = self._world.server.runs()
+        self.changes += 1
+        self.answered = self._lag_answered
+        self.granted = self._lag_granted
+        for call in self._world.ledger.calls:
+            lost = [effect for effect in call.effects if effect[0] > self._lag_at]
+            if lost and call.outcome == "ok":
+                raise Violation(f"{call} was acknowledged, and its effect was rolled back: {lost}")
+            call.effects = [effect for effect in call.effects if effect[0] <= self._lag_at]
+        self.events = {event_id: at for event_id, at in self.events.items() if at <= self._lag_at}
+
+    def event_recorded(self, request: Request) -> None:
+        """An event to all was stored."""
+        assert request.document is not None, "it is a command"
+        event_id = request.document["documents"][0]["_id"]
+        self.events.setdefault(event_id, self.changes)
+
+    # --- entries and time --------------------------------------------------------------------------------------------
+
+    def entered(self, actor: Actor, ctx: Any) -> Entry:
+        """A handler was entered. Raises Violation."""
+        now = self._world.loop.time()
+        run = self._world.server.runs(by_majority=True).get(ctx.run_id)
+        active = self._active(actor, ctx.run_id)
+        lease_id = active.lease_id if active is not None else None
+        entry = Entry(
+            actor=actor.name, owner=actor.owner, run_id=ctx.run_id, step_id=ctx.step_id, attempt=ctx.attempt,
+            key=ctx.idempotency_key, at=now, lease_id=lease_id, context=ctx,
+        )  # fmt: skip
+        self._world.ledger.entries.append(entry)
+        self._world.ledger.tell(now, f"{actor.owner}: ENTERS {ctx.step_id} of {ctx.run_id}, attempt {ctx.attempt}")
+        if lease_id is not None and self.granted.get(lease_id, 0.0) <= now and self._thawed_at.get(actor.owner, -1.0) < now - 0.5:
+            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
+        if run is None or lease_id in self.taken:
+            return entry  # a control operation came in between
+        rewinds = run.get("rewinds", 0)
+        mine = active.document.get("rewinds", 0) if active is not None else rewinds
+        if mine != rewinds:
+            return entry
+        self._check_entry(actor, run, ctx, lease_id)
+        return entry
+
+    def _check_entry(self, actor: Actor, run: Run, ctx: Any, lease_id: str | None) -> None:
+        place = next(place for place, step in enumerate(run["steps"]) if step["stepId"] == ctx.step_id)
+        who = f"{actor.owner} entered {ctx.step_id} of {run['_id']}"
+        if run["steps"][place]["status"] in ("done", "skipped"):
+            raise Violation(f"{who}, whose result is durable")
+        unfinished = [step["stepId"] for step in run["steps"][:place] if step["status"] not in ("done", "skipped")]
+        if unfinished:
+            raise Violation(f"{who}, but no majority has the result of {unfinished[0]}")
+        lease = run.get("lease") or {}
+        if lease_id is not None and lease.get("id") != lease_id:
+            raise Violation(f"{who} under the lease {lease_id}, and a majority has {lease or 'no lease'}")
+        if run["steps"][place]["status"] != "running":
+            raise Violation(f"{who}, which is {run['steps'][place]['status']}")
+        if run["steps"][place]["attempts"] != ctx.attempt:
+            raise Violation(f"{who} as attempt {ctx.attempt}, and the stored count is {run['steps'][place]['attempts']}")
+        if run.get("paused") is True:
+            number = (run["_id"], run.get("acts"))
+            self._entered_under_pause[number] = self._entered_under_pause.get(number, 0) + 1
+            if self._entered_under_pause[number] > 1:
+                raise Violation(f"{who} although the run is paused, the second handler since then")
+
+    @staticmethod
+    def _active(actor: Actor, run_id: str) -> Any:
+        worker = getattr(actor, "worker", None)
+        engine = getattr(worker, "_engine", None)
+        return None if engine is None else engine.active_runs.held.get(run_id)
+
+    def time_passed(self) -> None:
+        """The clock was set forward: no worker may go on with a lease that has ended."""
+        now = self._world.loop.time()
+        for actor in self._world.workers:
+            if not actor.alive or self._world.loop.is_frozen(actor.owner) or self._thawed_at.get(actor.owner, -9.0) > now - 2.0:
+                continue
+            engine = getattr(actor.worker, "_engine", None)
+            for active in engine.active_runs.all() if engine is not None else ():
+                granted = self.granted.get(active.lease_id)
+                if granted is None or active.lost is not None or active.lease_id in self.taken:
+                    continue
+                if active.deadline > granted:
+                    raise Violation(f"{actor.owner} counts on its lease of {active.run_id} until {active.deadline:.3f}, granted is {granted:.3f}")
+                attempt = active.attempt
+                if attempt is not None and now > granted + FENCE_GRACE_S and not attempt.context.signal.aborted:
+                    raise Violation(f"{actor.owner} goes on with the handler of {active.run_id} after its lease has expired")
+
+    def died(self, actor: Actor, owner: str) -> None:
+        """An actor was killed."""
+        self._dead.add(owner)
+
+    def thawed(self, actor: Actor) -> None:
+        """A frozen actor goes on: it needs a moment to notice how late it is."""
+        self._thawed_at[actor.owner] = self._world.loop.time()
+
+    def published(self, actor: Actor, event: Any) -> None:
+        """A worker published an event: what it reports must be durable."""
+        run = self._world.server.runs(by_majority=True).get(event.run_id)
+        if run is None or run["status"] == "cancelled" or event.name not in ("step:completed", "workflow:completed"):
+            return
+        rewound = any(run_id == event.run_id and later and later.get("rewinds") for _, run_id, later in self.history)
+        if rewound:
+            return
+        if event.name == "workflow:completed" and run["status"] != "done":
+            self._world.fail(Violation(f"{actor.owner} published {event.name} of {event.run_id}, which is {run['status']}"))
+        if event.name == "step:completed":
+            step = next(step for step in run["steps"] if step["stepId"] == event.step_id)
+            if step["status"] != "done":
+                self._world.fail(Violation(f"{actor.owner} published {event.name} of {event.step_id}, which is {step['status']}"))
+
+    def describe_unrest(self) -> str:
+        """What the runs that are not at rest look like."""
+        return "; ".join(f"{run_id}: {_difference(None, run)}" for run_id, run in self.runs.items() if run["status"] not in TERMINAL)
+
+
+def _answer_ids(run: Run) -> set[Any]:
+    return {step["answer"] for step in run["steps"] if "answer" in step} | {item.get("id") for item in run.get("inbox") or ()}
+
+
+def _difference(old: Run | None, new: Run | None) -> str:
+    if new is None:
+        return "deleted"
+    steps = " ".join(f"{step['stepId']}:{step['status']}" for step in new["steps"])
+    lease = new.get("lease")
+    facts = [f"{new['status']}{' PAUSED' if new.get('paused') else ''}", steps, f"rev {new['rev']} token {new['token']} acts {new.get('acts')}"]
+    facts.append(f"lease {lease['id']}" if lease else "no lease")
+    if new.get("wakeAt"):
+        facts.append(f"due {(new['wakeAt'] - EPOCH).total_seconds():.3f}")
+    if new.get("awaits"):
+        facts.append(f"awaits {new['awaits']}")
+    if old is not None and old.get("inbox") != new.get("inbox"):
+        facts.append(f"inbox {[item.get('id') for item in new.get('inbox') or ()]}")
+    return ", ".join(facts)

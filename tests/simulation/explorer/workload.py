@@ -1,0 +1,354 @@
+"""What the actors do: workflows over every kind of step, and clients that start and control their runs.
+
+Owns the plans. A plan is drawn from the seed, apart from the recorded choices, so shrinking a schedule keeps it. A client acts at once,
+after a pause, or at a moment of the protocol: when another actor's claim, commit or call is sent, or has been performed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from streamline_pool import Context, Streamline, create_hook
+from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
+from streamline_pool.protocol.payloads import EXTERNAL_BYTES
+
+from .ledger import Call, Violation
+from .store import Request
+
+if TYPE_CHECKING:
+    from .actors import Actor, ClientActor
+    from .world import World
+
+__all__ = ["Workload"]
+
+KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", "large")
+EVENT = "news"
+ACTIONS = (
+    "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
+    "event", "event", "event to all", "event to all", "start again", "start", "clean up", "execute", "drain", "pause and resume",
+)  # fmt: skip
+FITTING = {
+    "wait": ("answer", "answer", "pause", "rewind", "cancel", "resume"),
+    "hook": ("hook", "hook", "pause", "rewind", "resume"),
+    "event": ("event", "event to all", "pause", "resume", "rewind"),
+    "events": ("event", "event to all", "event to all", "event", "rewind"),
+    "mixed": ("hook", "event", "event to all", "rewind", "pause"),
+    "sleep": ("pause", "resume", "rewind", "execute"),
+}
+MOMENTS = (
+    ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
+    ("done", "call"), ("sent", "recover"), ("done", "recover"), ("sent", "find_event"), ("done", "find_event"), ("sent", "renew"),
+    ("done", "checkpoint"), ("sent", "settle_event"), ("done", "record_event"),
+)  # fmt: skip
+PAUSES_S = (0.0, 0.002, 0.01, 0.1, 1.0, 6.0, 29.0, 35.0)
+WORK_S = (0.0, 0.0, 0.0, 0.003, 0.5, 8.0, 33.0)
+DEADLINES_S = (None, None, 0.5, 20.0, 40.0)
+MOMENT_S = 45.0  # a client waits so long for its moment
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One act of a client's plan."""
+
+    kind: str
+    when: tuple[str, str] | float
+    target: int  # which of the runs, in the order of their start
+    place: int  # of the step to rewind to
+
+
+class Workload:
+    """The plan of one schedule, and what it needs at run time: hook tokens and run ids."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        draw = world.choices.fixed
+        self.clients = draw.randint(1, 3)
+        self.kinds = [draw.choice(KINDS) for _ in range(draw.choice((1, 1, 2)))]
+        self.run_ids: list[str] = []
+        self.tokens: list[tuple[str, str]] = []  # (run id, token), oldest first
+        self._work = {(kind, place): draw.choice(WORK_S) for kind in KINDS for place in range(4)}
+        self._deadline = {kind: draw.choice(DEADLINES_S) for kind in KINDS}
+        self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
+        self._failures = draw.choice((1, 2))
+        self._plans = [self._draw_plan(number) for number in range(self.clients)]
+        self._played: set[str] = set()
+        self._started: asyncio.Future[None] = world.loop.create_future()  # the first run
+        self._moments: list[tuple[ClientActor, str, str, asyncio.Future[None]]] = []
+        self._calls = 0
+        self.kind_of: dict[str, str] = {}
+
+    def _draw_plan(self, number: int) -> list[Action]:
+        draw = self._world.choices.fixed
+        plan = []
+        if number == 0:
+            plan = [Action("start", 0.0, index, 0) for index in range(len(self.kinds))]
+        fitting = [kind for name in self.kinds for kind in FITTING.get(name, ())]
+        for _ in range(draw.randint(1, 4)):
+            kind = draw.choice(fitting) if fitting and draw.random() < 0.6 else draw.choice(ACTIONS)
+            when = draw.choice(MOMENTS) if draw.random() < 0.55 else draw.choice(PAUSES_S)
+            plan.append(Action(kind, when, draw.randrange(len(self.kinds)), draw.choice((0, 0, 1, 2))))
+        return plan
+
+    # --- workflows ---------------------------------------------------------------------------------------------------
+
+    def define(self, app: Streamline, actor: Actor) -> None:
+        """Register every kind of workflow, with handlers that report to the ledger as this actor."""
+        steps: dict[str, list[Callable[[Context], Awaitable[Any]]]] = {
+            "chain": [self._work_step] * 3,
+            "retry": [self._failing_step, self._work_step],
+            "sleep": [self._sleeping_step, self._work_step],
+            "wait": [self._waiting_step, self._work_step],
+            "hook": [self._hook_step, self._work_step],
+            "event": [self._event_step, self._work_step],
+            "events": [self._event_step, self._event_step, self._work_step],
+            "mixed": [self._checkpoint_step, self._hook_step, self._event_step, self._work_step],
+            "large": [self._large_step, self._checkpoint_step, self._large_step],
+        }
+        for kind, behaviours in steps.items():
+            handlers = {f"s{place}": self._handler(actor, kind, place, act) for place, act in enumerate(behaviours)}
+            app.workflow(kind, steps={step: (handler, {"retries": 8, "retry_delay": 0.5}) for step, handler in handlers.items()})
+
+    def _handler(self, actor: Actor, kind: str, place: int, act: Callable[[Context], Awaitable[Any]]) -> Callable[[Context], Awaitable[Any]]:
+        async def handle(ctx: Context) -> Any:
+            try:
+                entry = self._world.rules.entered(actor, ctx)
+            except Violation as violation:
+                self._world.fail(violation)
+                raise
+            number = len(self._world.ledger.entries) - 1
+            try:
+                work_s = self._work[(kind, place)]
+                if work_s:
+                    await asyncio.sleep(work_s)
+                result = await act(ctx)
+                return {"entry": number, "of": result}
+            finally:
+                entry.left = True
+
+        return handle
+
+    async def _work_step(self, ctx: Context) -> str:
+        return ctx.step_id
+
+    async def _failing_step(self, ctx: Context) -> str:
+        if ctx.attempt <= self._failures:
+            raise ValueError("a failure of the workload")
+        return "done"
+
+    async def _sleeping_step(self, ctx: Context) -> None:
+        ctx.sleep(self._sleep_s)
+
+    async def _waiting_step(self, ctx: Context) -> None:
+        ctx.wait("answer me", timeout=self._deadline["wait"])
+
+    async def _hook_step(self, ctx: Context) -> None:
+        hook = create_hook(ctx, "answer me", expires_in=None)
+        self.tokens.append((ctx.run_id, hook.token))
+        self._moment("done", "hook", None)
+        await asyncio.sleep(self._work[("hook", 2)])
+        ctx.wait("answer me", timeout=self._deadline["hook"])
+
+    async def _event_step(self, ctx: Context) -> None:
+        ctx.wait_for(EVENT, timeout=self._deadline["event"])
+
+    async def _checkpoint_step(self, ctx: Context) -> int:
+        so_far = ctx.get_checkpoint() or 0
+        ctx.checkpoint(so_far + 1)
+        self._moment("done", "checkpoint", None)
+        await asyncio.sleep(self._work[("mixed", 3)])
+        ctx.checkpoint(so_far + 2)
+        if ctx.get_checkpoint() != so_far + 2:
+            raise AssertionError("a checkpoint was not kept")
+        return so_far
+
+    async def _large_step(self, ctx: Context) -> str:
+        return "x" * (EXTERNAL_BYTES + 1)
+
+    # --- moments -----------------------------------------------------------------------------------------------------
+
+    def on_sent(self, request: Request) -> None:
+        """An operation was sent: a client may wait for that, to overtake it."""
+        if self._moment("sent", _moment_of(request), request.actor):
+            request.hold = self._world.choices.one_of((0, 1, 2, 4, 8))
+
+    def on_performed(self, request: Request) -> None:
+        """An operation was performed."""
+        self._moment("done", _moment_of(request), request.actor)
+
+    def _moment(self, side: str, name: str, actor: Actor | None) -> bool:
+        waiting = [entry for entry in self._moments if (entry[1], entry[2]) == (side, name) and entry[0] is not actor]
+        for entry in waiting:
+            self._moments.remove(entry)
+            if not entry[3].done():
+                entry[3].set_result(None)
+        return bool(waiting)
+
+    async def _await(self, client: ClientActor, when: tuple[str, str] | float) -> None:
+        if isinstance(when, float):
+            await asyncio.sleep(when)
+            return
+        future: asyncio.Future[None] = self._world.loop.create_future()
+        self._moments.append((client, *when, future))
+        await asyncio.wait([future], timeout=MOMENT_S)
+
+    # --- playing -----------------------------------------------------------------------------------------------------
+
+    def has_played(self, client: ClientActor) -> bool:
+        """Whether the client's plan is over."""
+        return client.name in self._played
+
+    def died(self, client: ClientActor) -> None:
+        """The client was killed."""
+        if client.call is not None:
+            client.call.outcome = "died"
+        self._played.add(client.name)
+
+    async def play(self, client: ClientActor) -> None:
+        """Follow the plan of this client."""
+        for action in self._plans[int(client.name.rpartition("-")[2])]:
+            if action.kind != "start" and not self.run_ids:
+                await asyncio.wait([self._started], timeout=MOMENT_S)
+            await self._await(client, action.when)
+            if self._world._settling:
+                break
+            await self._act(client, action)
+        self._played.add(client.name)
+
+    async def _act(self, client: ClientActor, action: Action) -> None:
+        app = client.app
+        target = self.run_ids[action.target % len(self.run_ids)] if self.run_ids else None
+        match action.kind:
+            case "start":
+                kind = self.kinds[action.target]
+                await self._start(client, kind, None if action.place else f"key-{action.target}")
+            case "start again":
+                await self._start(client, self.kinds[action.target], f"key-{action.target}")
+            case "clean up":
+                await self._call(client, "clean up", None, None, app.cleanup_old_runs_async(timedelta(seconds=1)))
+            case "event to all":
+                await self._call(client, "event to all", None, None, app.send_event_async(EVENT, {"of": client.name}))
+            case "drain":
+                self._drain()
+            case _ if target is not None:
+                await self._act_on(client, action, target)
+
+    async def _act_on(self, client: ClientActor, action: Action, run_id: str) -> None:
+        app = client.app
+        match action.kind:
+            case "pause":
+                await self._call(client, "pause", run_id, None, app.pause_run_async(run_id))
+            case "resume":
+                await self._call(client, "resume", run_id, None, app.resume_run_async(run_id))
+            case "pause and resume":
+                await self._call(client, "pause", run_id, None, app.pause_run_async(run_id))
+                await self._call(client, "resume", run_id, None, app.resume_run_async(run_id))
+            case "cancel":
+                await self._call(client, "cancel", run_id, None, app.cancel_run_async(run_id))
+            case "rewind":
+                await self._call(client, "rewind", run_id, f"s{action.place}", app.rewind_run_async(run_id, f"s{action.place}"))
+            case "answer":
+                await self._call(client, "answer", run_id, None, app.resume_run_async(run_id, {"by": client.name}))
+            case "hook":
+                tokens = [token for of_run, token in self.tokens if of_run == run_id]
+                if tokens:
+                    token = tokens[-1 if action.place == 0 else 0]
+                    await self._call(client, "hook", run_id, None, app.resume_hook_async(token, {"by": client.name}))
+            case "event":
+                await self._call(client, "event", run_id, None, app.send_event_async(EVENT, {"of": client.name}, run_id=run_id))
+            case "execute":
+                kind = self.kind_of[run_id]
+                try:
+                    await app.workflows[kind].execute_async(run_id)
+                except WorkflowError:
+                    return
+
+    def _drain(self) -> None:
+        worker = self._world.workers[0]
+        if worker.alive:
+            worker.drain()
+
+    async def _start(self, client: ClientActor, kind: str, key: str | None) -> None:
+        call = await self._call(
+            client, "start", None, (kind, key), client.app.workflows[kind].start_async({"kind": kind}, idempotency_key=key)
+        )
+        if call.outcome != "ok":
+            return
+        run = call.result
+        self.kind_of[run.id] = kind
+        if run.id not in self.run_ids:
+            self.run_ids.append(run.id)
+            if not self._started.done():
+                self._started.set_result(None)
+        rules = self._world.rules
+        if run.id not in self._world.server.runs(by_majority=True) and run.id not in rules.deleted:
+            self._world.fail(Violation(f"{call} was acknowledged, and no majority has the run {run.id}"))
+
+    async def _call(self, client: ClientActor, kind: str, run_id: str | None, argument: Any, work: Awaitable[Any]) -> Call:
+        self._calls += 1
+        rules = self._world.rules
+        call = Call(number=self._calls, actor=client.owner, kind=kind, run_id=run_id, argument=argument, began=rules.changes)
+        self._world.ledger.calls.append(call)
+        client.call = call
+        self._world.ledger.tell(self._world.loop.time(), f"{call}: begins")
+        try:
+            call.result = await work
+            outcome = "ok"
+        except StoreUnavailableError:
+            outcome = "unknown"
+        except WorkflowNotFoundError as exc:
+            outcome, call.result = "unknown", exc
+        except WorkflowError as exc:
+            outcome, call.result = ("unknown" if "all the time" in exc.message else "refused"), exc
+        finally:
+            client.call = None
+        call.ended = rules.changes
+        self._world.ledger.tell(self._world.loop.time(), f"{call}: {outcome} {call.result if outcome == 'refused' else ''}")
+        try:
+            check_outcome(self._world, call, outcome)
+        except Violation as violation:
+            self._world.fail(violation)
+        call.outcome = outcome
+        return call
+
+
+def _moment_of(request: Request) -> str:
+    name = request.name
+    if request.call is not None:
+        return "call" if request.writes else ""
+    if name in ("claim_run", "claim_runs"):
+        return "claim"
+    return "recover" if name in ("recover_expired", "release_owner") else name
+
+
+def check_outcome(world: World, call: Call, outcome: str) -> None:
+    """What the caller was told is what happened. Raises Violation."""
+    effects = [effect for effect in call.effects if effect[1] != "start"]
+    if call.run_id is not None and call.run_id in world.rules.deleted:
+        return
+    if outcome == "refused" and effects:
+        if call.kind in ("answer", "hook") and _rewound(world, call):
+            return  # its answer counted until the rewind, which removed it
+        raise Violation(f"{call} was refused, and took effect: {effects}; {call.result}")
+    if outcome != "ok" or effects:
+        return
+    states = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ >= call.began and run is not None]
+    before = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ < call.began and run is not None]
+    states += before[-1:]
+    ended = any(run["status"] in ("done", "failed", "cancelled") for run in states)
+    match call.kind:
+        case "rewind" | "answer" | "hook":
+            raise Violation(f"{call} was acknowledged, and had no effect")
+        case "cancel" | "event" if not ended:
+            raise Violation(f"{call} was acknowledged, and had no effect")
+        case "pause" if not ended and not any(run.get("paused") for run in states):
+            raise Violation(f"{call} was acknowledged, and the run was not paused")
+        case "resume" if not ended and all(run.get("paused") for run in states):
+            raise Violation(f"{call} was acknowledged, and the run is paused")
+
+
+def _rewound(world: World, call: Call) -> bool:
+    return any(other.kind == "rewind" and other.run_id == call.run_id and other.effects for other in world.ledger.calls)

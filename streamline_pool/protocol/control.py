@@ -44,7 +44,8 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, control
         "awaits": "$$REMOVE",
         "token": plus_one("$token"),
         **_control_fields(control_id),
-        "actIds": "$$REMOVE",  # no control operation follows
+        # As it was: callers whose replies were lost ask for their ids, and a full run has no room for one more.
+        "actIds": {"$ifNull": ["$actIds", "$$REMOVE"]},
     }
     return change_one("cancel_run", live_run(workflow_id, run_id), [{"$set": sets}])
 

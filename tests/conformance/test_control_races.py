@@ -16,6 +16,7 @@ from waiting_app import waiting_app, waiting_pool
 from workers import check_invariants
 
 from streamline_pool import InvalidStateError, Streamline, WorkflowError, create_hook
+from streamline_pool.client.run_control import pausing_run, rewinding_run
 from streamline_pool.protocol import control
 from support import eventually
 
@@ -67,6 +68,25 @@ def test_the_same_operation_twice_at_once_is_applied_once(app: Streamline) -> No
         if check is False:
             # If the second resume came after the first, the run was not paused any more, and it answered the wait.
             assert document["steps"][0]["status"] in ("waiting", "done")
+
+
+@pytest.mark.parametrize("call", ["pause", "rewind"])
+def test_a_call_whose_reply_was_lost_is_not_refused_because_the_run_was_cancelled_meanwhile(app: Streamline, call: str) -> None:
+    """The caller would take a rewind for refused that has entered handlers again. (The explorer's seed 5083.)"""
+    workflow = app.workflow("w", steps={"one": lambda ctx: ctx.wait("?")})
+    run = workflow.execute(workflow.start().id)
+    calls = {"pause": pausing_run(app.services, None, run.id, None), "rewind": rewinding_run(app.services, None, run.id, "one")}
+    procedure = calls[call]
+    read = next(procedure)
+    write = procedure.send(app.store().run(read))
+    app.store().run(write)
+    app.cancel_run(run.id)
+    effect: Any = procedure.send(app.store().run(write))  # repeated, because its reply was lost
+    with pytest.raises(StopIteration) as ended:
+        while True:
+            effect = procedure.send(app.store().run(effect))
+    assert ended.value.value.status == "cancelled"
+    assert stored(app, run)["acts"] == 2
 
 
 def test_a_late_copy_of_a_pause_or_resume_does_nothing(app: Streamline) -> None:

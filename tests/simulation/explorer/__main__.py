@@ -64,7 +64,9 @@ def _explore(server: Server, uri: str, options: argparse.Namespace) -> int:
         "schedules": count, "seconds": round(seconds, 1), "per_second": round(count / seconds, 1), "operations": operations,
         "entries": entries, "faults": dict(faults.most_common()), "violations": violations,
     }  # fmt: skip
-    print(f"{count} schedules in {seconds:.1f} s ({count / seconds:.1f} per second), {operations} operations, {sum(faults.values())} faults")
+    print(
+        f"{count} schedules in {seconds:.1f} s ({count / seconds:.1f} per second), {operations} operations, {sum(faults.values())} faults"
+    )
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1))
     return int(bool(violations))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from streamline_pool import Settings, Streamline
 from streamline_pool.config.env import Env
 from streamline_pool.supervisor.ipc.messages import Died, Evidence, RunChanged, TimersFired, WorkDue
-from streamline_pool.supervisor.steward.duty import DutyTools, StewardBoot
+from streamline_pool.supervisor.steward.duty import Duty, DutyTools, StewardBoot
 from streamline_pool.supervisor.steward.lease_recovery import LeaseRecovery
 from streamline_pool.supervisor.steward.signal_tail import SignalTail
 from streamline_pool.supervisor.steward.stream_subscribers import StreamSubscribers
@@ -84,11 +84,15 @@ class Actor:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine as this actor."""
-        context = contextvars.Context()
-        context.run(ACTOR.set, self.owner)
-        task = self.world.loop.create_task(work, context=context)
+        task = self.world.loop.create_task(work, context=self.context())
         self.world.watch(self, task)
         return task
+
+    def context(self) -> contextvars.Context:
+        """The context of this incarnation's code."""
+        context = contextvars.Context()
+        context.run(ACTOR.set, self.owner)
+        return context
 
     async def main(self) -> None:
         """What the process does."""
@@ -181,7 +185,7 @@ class StewardActor(Actor):
         subscribers = StreamSubscribers(tools)
         self._wake_ups, self._leases = WakeUps(tools), LeaseRecovery(tools)
         await tools.store.ensure()
-        duties = [SignalTail(tools, self._wake_ups, subscribers), Sweep(tools, self._wake_ups, subscribers), self._leases]
+        duties: list[Duty] = [SignalTail(tools, self._wake_ups, subscribers), Sweep(tools, self._wake_ups, subscribers), self._leases]
         deaths, self._deaths = self._deaths, []
         for died in deaths:
             self._leases.on_died(died)
@@ -194,19 +198,14 @@ class StewardActor(Actor):
         evidence = Evidence(exit_code=None, signal="SIGKILL", stalled=False, rss_bytes=None, uptime_s=1.0)
         died = Died(owner=owner, evidence=evidence)
         if self.alive and self._leases is not None:
-            self.world.loop.call_soon(self._leases.on_died, died, context=self._context())
+            self.world.loop.call_soon(self._leases.on_died, died, context=self.context())
         else:
             self._deaths.append(died)
 
     def parked(self, instants: tuple[tuple[int, str], ...]) -> None:
         """A worker's beat: when its parked runs are due."""
         if self.alive and self._wake_ups is not None and self.world.signals.copies():
-            self.world.loop.call_soon(self._wake_ups.plan_parked, instants, context=self._context())
-
-    def _context(self) -> contextvars.Context:
-        context = contextvars.Context()
-        context.run(ACTOR.set, self.owner)
-        return context
+            self.world.loop.call_soon(self._wake_ups.plan_parked, instants, context=self.context())
 
     def die(self) -> None:
         super().die()

@@ -42,13 +42,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._frozen.setdefault(actor, deque())
 
     def thaw(self, actor: str) -> None:
-        """Let the actor go on."""
+        """Let the actor go on. Not for one that was killed."""
         self._ready.extend(self._frozen.pop(actor, ()))
 
     def kill(self, actor: str) -> None:
-        """Never run anything of this actor again."""
+        """Run nothing of this actor until the end of the schedule, when its tasks are cancelled."""
         self._dead.add(actor)
-        self._frozen.pop(actor, None)
+        self.freeze(actor)
 
     def revive_all(self) -> None:
         """At the end of a schedule: let every task be cancelled."""
@@ -88,8 +88,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if handle._cancelled:
                 continue
             owner = self._owner(handle)
-            if owner in self._dead:
-                continue
             if owner in self._frozen:
                 self._frozen[owner].append(handle)
             else:

@@ -41,6 +41,7 @@ class Server:
         self.name = name
         self.lags = False
         self.clock_s = 0.0  # virtual seconds; the world sets it
+        self._written = set(COLLECTIONS)  # collections that may hold documents
         for database in (self.primary, self.majority):
             for collection in COLLECTIONS:
                 body = engine_indexes.ensure_indexes(collection).body
@@ -53,8 +54,9 @@ class Server:
     def clear(self) -> None:
         """An empty database, for the next schedule."""
         self.clock_s = 0.0
-        for collection in COLLECTIONS:
+        for collection in self._written:
             self.primary[_PREFIX + collection].delete_many({})
+        self._written.clear()
         self._end_lag()
 
     def close(self) -> None:
@@ -72,7 +74,9 @@ class Server:
         if verb in ("create", "createIndexes", "convertToCapped", "collMod"):
             return {"ok": 1.0}  # the explorer has made what the engine needs
         if verb in _DATA:
-            sent = _with_time(sent, self.now())
+            self._written.add(str(sent[verb]).removeprefix(_PREFIX))
+            if verb != "insert":
+                sent = _with_time(sent, self.now())
         reply: dict[str, Any] = dict(self.primary.command(sent, codec_options=self.primary.codec_options))
         if "localTime" in reply:
             reply["localTime"] = self.now()
@@ -85,15 +89,13 @@ class Server:
         arguments["filter"] = _with_time(arguments["filter"], self.now())
         return list(database[_PREFIX + op.collection].find(**arguments))
 
-    def runs(self, *, by_majority: bool = False) -> dict[str, dict[str, Any]]:
-        """All stored runs by id."""
-        database = self.majority if by_majority and self.lags else self.primary
-        return {run["_id"]: run for run in database[_PREFIX + "runs"].find()}
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """All stored runs by id, as the primary has them."""
+        return {run["_id"]: run for run in self.all_of("runs")}
 
-    def all_of(self, collection: str, *, by_majority: bool = False) -> list[dict[str, Any]]:
-        """All documents of another collection."""
-        database = self.majority if by_majority and self.lags else self.primary
-        return list(database[_PREFIX + collection].find())
+    def all_of(self, collection: str) -> list[dict[str, Any]]:
+        """All documents of a collection, as the primary has them."""
+        return list(self.primary[_PREFIX + collection].find()) if collection in self._written else []
 
     # --- replication -------------------------------------------------------------------------------------------------
 

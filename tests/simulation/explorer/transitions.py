@@ -235,6 +235,10 @@ class Rules:
 
     # --- fail-over ---------------------------------------------------------------------------------------------------
 
+    def durable(self) -> Mapping[str, dict[str, Any]]:
+        """The runs as a majority has them."""
+        return self._lag_runs if self._world.server.lags else self.runs
+
     def lag_began(self) -> None:
         """From here on changes may be rolled back."""
         self._lag_at = self.changes
@@ -266,7 +270,7 @@ class Rules:
     def entered(self, actor: Actor, ctx: Any) -> Entry:
         """A handler was entered. Raises Violation."""
         now = self._world.loop.time()
-        run = self._world.server.runs(by_majority=True).get(ctx.run_id)
+        run = self.durable().get(ctx.run_id)
         active = self._active(actor, ctx.run_id)
         lease_id = active.lease_id if active is not None else None
         entry = Entry(
@@ -325,7 +329,9 @@ class Rules:
                 if granted is None or active.lost is not None or active.lease_id in self.taken:
                     continue
                 if active.deadline > granted:
-                    raise Violation(f"{actor.owner} counts on its lease of {active.run_id} until {active.deadline:.3f}, granted is {granted:.3f}")
+                    raise Violation(
+                        f"{actor.owner} counts on its lease of {active.run_id} until {active.deadline:.3f}, granted is {granted:.3f}"
+                    )
                 attempt = active.attempt
                 if attempt is not None and now > granted + FENCE_GRACE_S and not attempt.context.signal.aborted:
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id} after its lease has expired")
@@ -340,7 +346,7 @@ class Rules:
 
     def published(self, actor: Actor, event: Any) -> None:
         """A worker published an event: what it reports must be durable."""
-        run = self._world.server.runs(by_majority=True).get(event.run_id)
+        run = self.durable().get(event.run_id)
         if run is None or run["status"] == "cancelled" or event.name not in ("step:completed", "workflow:completed"):
             return
         rewound = any(run_id == event.run_id and later and later.get("rewinds") for _, run_id, later in self.history)
@@ -367,7 +373,11 @@ def _difference(old: Run | None, new: Run | None) -> str:
         return "deleted"
     steps = " ".join(f"{step['stepId']}:{step['status']}" for step in new["steps"])
     lease = new.get("lease")
-    facts = [f"{new['status']}{' PAUSED' if new.get('paused') else ''}", steps, f"rev {new['rev']} token {new['token']} acts {new.get('acts')}"]
+    facts = [
+        f"{new['status']}{' PAUSED' if new.get('paused') else ''}",
+        steps,
+        f"rev {new['rev']} token {new['token']} acts {new.get('acts')}",
+    ]
     facts.append(f"lease {lease['id']}" if lease else "no lease")
     if new.get("wakeAt"):
         facts.append(f"due {(new['wakeAt'] - EPOCH).total_seconds():.3f}")

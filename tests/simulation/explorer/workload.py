@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Workload"]
 
-KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", "large")
+KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", "large", "poison")
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
@@ -38,6 +38,10 @@ FITTING = {
     "events": ("event", "event to all", "event to all", "event", "rewind"),
     "mixed": ("hook", "event", "event to all", "rewind", "pause"),
     "sleep": ("pause", "resume", "rewind", "execute"),
+    "chain": ("clean up", "rewind", "start again", "pause and resume", "cancel"),
+    "large": ("clean up", "rewind", "cancel"),
+    "retry": ("pause", "resume", "start again"),
+    "poison": ("pause", "rewind"),
 }
 MOMENTS = (
     ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
@@ -68,12 +72,15 @@ class Workload:
         draw = world.choices.fixed
         self.clients = draw.randint(1, 3)
         self.kinds = [draw.choice(KINDS) for _ in range(draw.choice((1, 1, 2)))]
+        if draw.random() < 0.15:
+            self.kinds = [self.kinds[0]] * 3  # runs that go side by side, so that their writes go together
         self.run_ids: list[str] = []
         self.tokens: list[tuple[str, str]] = []  # (run id, token), oldest first
         self._work = {(kind, place): draw.choice(WORK_S) for kind in KINDS for place in range(4)}
         self._deadline = {kind: draw.choice(DEADLINES_S) for kind in KINDS}
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
         self._failures = draw.choice((1, 2))
+        self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
         self._plans = [self._draw_plan(number) for number in range(self.clients)]
         self._played: set[str] = set()
         self._started: asyncio.Future[None] = world.loop.create_future()  # the first run
@@ -106,13 +113,16 @@ class Workload:
             "event": [self._event_step, self._work_step],
             "events": [self._event_step, self._event_step, self._work_step],
             "mixed": [self._checkpoint_step, self._hook_step, self._event_step, self._work_step],
+            "poison": [lambda ctx: self._poisoned_step(actor, ctx), self._work_step],
             "large": [self._large_step, self._checkpoint_step, self._large_step],
         }
         for kind, behaviours in steps.items():
             handlers = {f"s{place}": self._handler(actor, kind, place, act) for place, act in enumerate(behaviours)}
             app.workflow(kind, steps={step: (handler, {"retries": 8, "retry_delay": 0.5}) for step, handler in handlers.items()})
 
-    def _handler(self, actor: Actor, kind: str, place: int, act: Callable[[Context], Awaitable[Any]]) -> Callable[[Context], Awaitable[Any]]:
+    def _handler(
+        self, actor: Actor, kind: str, place: int, act: Callable[[Context], Awaitable[Any]]
+    ) -> Callable[[Context], Awaitable[Any]]:
         async def handle(ctx: Context) -> Any:
             try:
                 entry = self._world.rules.entered(actor, ctx)
@@ -164,6 +174,12 @@ class Workload:
         if ctx.get_checkpoint() != so_far + 2:
             raise AssertionError("a checkpoint was not kept")
         return so_far
+
+    async def _poisoned_step(self, actor: Actor, ctx: Context) -> str:
+        if ctx.attempt <= self._poisoned and not self._world._settling:
+            self._world.kill(actor)
+            await asyncio.Event().wait()
+        return "survived"
 
     async def _large_step(self, ctx: Context) -> str:
         return "x" * (EXTERNAL_BYTES + 1)
@@ -284,7 +300,7 @@ class Workload:
             if not self._started.done():
                 self._started.set_result(None)
         rules = self._world.rules
-        if run.id not in self._world.server.runs(by_majority=True) and run.id not in rules.deleted:
+        if run.id not in rules.durable() and run.id not in rules.deleted:
             self._world.fail(Violation(f"{call} was acknowledged, and no majority has the run {run.id}"))
 
     async def _call(self, client: ClientActor, kind: str, run_id: str | None, argument: Any, work: Awaitable[Any]) -> Call:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from pymongo.errors import AutoReconnect, PyMongoError
 
@@ -18,7 +18,7 @@ from streamline_pool.worker.worker import Worker
 
 from .actors import Actor, ClientActor, StewardActor, WorkerActor
 from .choices import Choices
-from .faults import CORE, draw_fault, draw_theme
+from .faults import draw_fault, draw_theme
 from .judgement import is_quiet, judge
 from .ledger import Ledger, Violation
 from .loop import VirtualLoop
@@ -27,9 +27,6 @@ from .signals import Signals
 from .store import Request
 from .transitions import Rules
 from .workload import Workload
-
-if TYPE_CHECKING:
-    from streamline_pool.domain.errors import WorkflowError
 
 __all__ = ["World"]
 
@@ -63,6 +60,8 @@ class World:
         self.workers = [WorkerActor(self, f"worker-{number}", number) for number in range(2)]
         self.steward = StewardActor(self, "steward")
         self.clients = [ClientActor(self, f"client-{number}") for number in range(self.workload.clients)]
+        for actor in (*self.workers, self.steward, *self.clients):
+            actor.clock.wrong_s = choices.fixed.choice((0.0, 0.0, 0.0, 45.0, -45.0, 3_600.0, -3_600.0))
         self.operations = 0
         self.faults: dict[str, int] = {}
         self._pending: list[Request] = []
@@ -351,6 +350,10 @@ class World:
 
         self.loop.call_later(delay_s, happen, context=contextvars.Context())
 
+    def kill(self, actor: Actor) -> None:
+        """A handler kills its own process."""
+        contextvars.Context().run(self._crash, actor)
+
     def _crash(self, actor: Actor) -> None:
         owner = actor.owner
         actor.die()
@@ -416,22 +419,4 @@ class World:
             return
         for actor in self.workers:
             if actor.alive and actor.worker is not None:
-                context = contextvars.Context()
-                from .loop import ACTOR
-
-                context.run(ACTOR.set, actor.owner)
-                self.loop.call_soon(deliver, actor.worker, context=context)
-
-    def spawn(self, actor: Actor, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine as this actor."""
-        actor.spawn(work)
-
-
-def is_core(request: Request) -> bool:
-    """Whether the protocol decides by this operation."""
-    return request.name in CORE
-
-
-def excused(error: WorkflowError) -> bool:
-    """Whether the outcome of a call that raised this is unknown."""
-    return bool(error.context.get("transient"))
+                self.loop.call_soon(deliver, actor.worker, context=actor.context())

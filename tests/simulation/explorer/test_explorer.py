@@ -1,0 +1,92 @@
+"""The explorer finds no broken promise, repeats a schedule exactly, and does find planted bugs.
+
+1 000 schedules here, 20 000 more in the long suite. `python -m tests.simulation.explorer` plays any number.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from streamline_pool.protocol import commits
+
+from .schedule import play, shrink, tell
+from .server import Server
+
+QUICK_PARTS, QUICK = 10, 100
+SLOW_PARTS, SLOW, SLOW_FIRST = 40, 500, 1_000_000
+
+
+@pytest.fixture(scope="module")
+def server(mongodb_uri: str) -> Iterator[Server]:
+    """The explorer's databases on the tests' server."""
+    server = Server(mongodb_uri, f"streamline_explorer_{uuid4().hex[:8]}")
+    yield server
+    server.close()
+
+
+def explore(server: Server, uri: str, first: int, count: int) -> None:
+    """Play these schedules. A failure shows the shortest schedule that was found, as a story."""
+    began, operations = time.monotonic(), 0
+    for seed in range(first, first + count):
+        played = play(server, uri, seed)
+        operations += played.operations
+        if played.violation is not None:
+            pytest.fail(tell(shrink(server, uri, played)) + f"\nreplay: python -m tests.simulation.explorer --replay --seed {seed}")
+    seconds = time.monotonic() - began
+    print(f"{count} schedules from seed {first}: {count / seconds:.1f} per second, {operations} operations")
+
+
+@pytest.mark.parametrize("part", range(QUICK_PARTS))
+def test_no_schedule_breaks_a_promise(server: Server, mongodb_uri: str, part: int) -> None:
+    """Whatever the order of operations and whatever fails, every invariant holds."""
+    explore(server, mongodb_uri, 1 + part * QUICK, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", range(SLOW_PARTS))
+def test_no_schedule_of_many_breaks_a_promise(server: Server, mongodb_uri: str, part: int) -> None:
+    """The same for 20 000 schedules."""
+    explore(server, mongodb_uri, SLOW_FIRST + part * SLOW, SLOW)
+
+
+def test_a_schedule_repeats_exactly(server: Server, mongodb_uri: str) -> None:
+    """A seed that failed must fail again, or it could not be examined."""
+    for seed in (3, 4, 5):
+        first, second = play(server, mongodb_uri, seed), play(server, mongodb_uri, seed)
+        assert first == second
+        assert play(server, mongodb_uri, seed, first.record) == first
+
+
+def test_a_missing_fence_is_found_shrunk_and_told(server: Server, mongodb_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof that cannot fail is none: without `lease.id` and `rev` in the filter, some schedule shows a stale write."""
+    fenced = commits._fenced
+
+    def without_fence(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        return {name: value for name, value in fenced(*arguments, **keywords).items() if name not in ("lease.id", "rev")}
+
+    monkeypatch.setattr(commits, "_fenced", without_fence)
+    failed = next(played for seed in range(1, 500) if (played := play(server, mongodb_uri, seed)).violation is not None)
+    shrunk = shrink(server, mongodb_uri, failed, tries=25)
+    assert shrunk.violation is not None
+    assert sum(map(bool, shrunk.record)) <= sum(map(bool, failed.record))
+    assert "ENTERS" in tell(shrunk)
+    assert play(server, mongodb_uri, shrunk.seed, shrunk.record) == shrunk
+
+
+def test_every_kind_of_fault_is_met(server: Server, mongodb_uri: str) -> None:
+    """A fault that never happens proves nothing."""
+    from .faults import KINDS
+
+    met: set[str] = set()
+    for seed in range(2_000, 2_400):
+        met |= set(play(server, mongodb_uri, seed).faults)
+        if met >= set(KINDS):
+            return
+    pytest.fail(f"never met: {set(KINDS) - met}; seed of the process: {os.environ.get('PYTHONHASHSEED')}")

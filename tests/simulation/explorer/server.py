@@ -27,6 +27,7 @@ EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 
 COLLECTIONS = ("runs", "events", "outputs", "hosts")
 _PREFIX = "workflow_"
+_FOUND_MAX = 1_000  # no schedule has as many documents
 _DATA = ("insert", "update", "delete", "findAndModify", "find", "aggregate", "count", "distinct")
 
 
@@ -85,9 +86,14 @@ class Server:
     def find(self, op: Find, *, by_majority: bool) -> list[dict[str, Any]]:
         """Perform a query."""
         database = self.majority if by_majority and self.lags else self.primary
-        arguments = find_arguments(op)
-        arguments["filter"] = _with_time(arguments["filter"], self.now())
-        return list(database[_PREFIX + op.collection].find(**arguments))
+        given = find_arguments(op)
+        command: dict[str, Any] = {"find": _PREFIX + op.collection, "filter": _with_time(given["filter"], self.now())}
+        for name in ("projection", "limit", "hint"):
+            if given[name]:
+                command[name] = given[name]
+        if given["sort"]:
+            command["sort"] = dict(given["sort"])
+        return _all_found(database, command)
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """All stored runs by id, as the primary has them."""
@@ -95,7 +101,7 @@ class Server:
 
     def all_of(self, collection: str) -> list[dict[str, Any]]:
         """All documents of a collection, as the primary has them."""
-        return list(self.primary[_PREFIX + collection].find()) if collection in self._written else []
+        return _all_found(self.primary, {"find": _PREFIX + collection}) if collection in self._written else []
 
     # --- replication -------------------------------------------------------------------------------------------------
 
@@ -120,6 +126,11 @@ class Server:
             for collection in COLLECTIONS:
                 self.majority[_PREFIX + collection].delete_many({})
         self.lags = False
+
+
+def _all_found(database: Any, command: dict[str, Any]) -> list[dict[str, Any]]:
+    reply = database.command({**command, "batchSize": _FOUND_MAX, "singleBatch": True}, codec_options=database.codec_options)
+    return list(reply["cursor"]["firstBatch"])
 
 
 def _copy(source: Any, target: Any) -> None:

@@ -336,6 +336,10 @@ class Rules:
                 if attempt is not None and now > granted + FENCE_GRACE_S and not attempt.context.signal.aborted:
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id} after its lease has expired")
 
+    def handlers_run(self) -> bool:
+        """Whether a worker is in a handler."""
+        return any(not entry.left and entry.owner not in self._dead for entry in self._world.ledger.entries)
+
     def died(self, actor: Actor, owner: str) -> None:
         """An actor was killed."""
         self._dead.add(owner)

@@ -116,7 +116,8 @@ class Workload:
             "poison": [lambda ctx: self._poisoned_step(actor, ctx), self._work_step],
             "large": [self._large_step, self._checkpoint_step, self._large_step],
         }
-        for kind, behaviours in steps.items():
+        for kind in dict.fromkeys(self.kinds):
+            behaviours = steps[kind]
             handlers = {f"s{place}": self._handler(actor, kind, place, act) for place, act in enumerate(behaviours)}
             app.workflow(kind, steps={step: (handler, {"retries": 8, "retry_delay": 0.5}) for step, handler in handlers.items()})
 

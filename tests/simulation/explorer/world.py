@@ -39,6 +39,7 @@ LAGS_S = (1.0, 5.0, 20.0)
 LATE_S = (0.0, 0.01, 0.5, 5.0, 40.0)
 JUMPS_S = (3_600.0, -3_600.0, 40.0, -40.0)
 OUTAGES = (2, 5, 12)
+_AT_ANY_TIME = ("freeze after", "crash after")
 
 
 class _Crashed(BaseException):
@@ -160,7 +161,22 @@ class World:
         self.loop.advance(timer)
         self.server.clock_s = self.loop.time()
         self.rules.time_passed()
+        if not self._settling and self._theme in (None, *_AT_ANY_TIME):
+            self._disturb()
         return True
+
+    def _disturb(self) -> None:
+        """Stop or kill a worker in whose handlers time passes, without any operation under way."""
+        chance = self.choices.profile.near_writes / 4
+        if not chance or not self.rules.handlers_run() or not self.choices.happens(chance):
+            return
+        actor = self.choices.one_of(self.workers)
+        if not actor.alive or self.loop.is_frozen(actor.owner):
+            return
+        fault = self.choices.one_of(_AT_ANY_TIME)
+        self.faults[fault] = self.faults.get(fault, 0) + 1
+        self.ledger.tell(self.loop.time(), f"{actor.owner}: at work: {fault.upper()}")
+        self._freeze(actor) if fault == "freeze after" else self._crash(actor)
 
     def _time_passes(self) -> bool:
         return not self._settling and self.choices.happens(self.choices.profile.delay)
@@ -216,8 +232,8 @@ class World:
         request.future = _Caller()  # type: ignore[assignment]
         self._note_leases(request)
         fault = contextvars.Context().run(self._draw, request)
-        if fault in ("slow reply", "freeze before", "freeze after", "lag", "majority too late"):
-            fault = None  # a blocking caller cannot be interrupted in the loop
+        if fault in ("slow reply", "lag", "majority too late"):
+            fault = None  # the caller would block the loop; a frozen one goes on to its next `await`
         contextvars.Context().run(self._perform, request, fault)
         if not request.actor.alive or request.owner != request.actor.owner:
             raise _Crashed
@@ -314,17 +330,17 @@ class World:
 
     def _on_server(self, request: Request) -> Any:
         """Perform it. Returns the reply, or the driver's error."""
-        writes_runs = request.writes and request.op.collection == "runs"
+        reply: Any = None
         try:
             if isinstance(request.op, Find):
-                reply: Any = self.server.find(request.op, by_majority=request.by_majority)
+                reply = self.server.find(request.op, by_majority=request.by_majority)
             else:
                 assert request.document is not None, "a command has a document"
                 reply = self.server.command(request.document)
         except PyMongoError as exc:
             return exc
         finally:
-            if writes_runs:
+            if request.writes and request.op.collection == "runs" and not _matched_nothing(reply):
                 self.rules.changed(request)
         if request.name == "record_event":
             self.rules.event_recorded(request)
@@ -420,3 +436,8 @@ class World:
         for actor in self.workers:
             if actor.alive and actor.worker is not None:
                 self.loop.call_soon(deliver, actor.worker, context=actor.context())
+
+
+def _matched_nothing(reply: Any) -> bool:
+    """Whether a write has certainly changed no run."""
+    return isinstance(reply, dict) and (reply.get("n") == 0 or ("lastErrorObject" in reply and reply.get("value") is None))

@@ -96,6 +96,8 @@ class Rules:
 
     def _check_lease(self, request: Request, old: Run, new: Run) -> None:
         held, holds = old.get("lease"), new.get("lease")
+        if holds is not None and not {"id", "owner", "expiresAt"} <= set(holds):
+            raise Violation(f"a lease without its fields: {holds}")
         held_id, holds_id = (held or {}).get("id"), (holds or {}).get("id")
         is_holder = held is not None and self._claimer_of.get(held_id) == request.owner
         if new["rev"] > old["rev"]:
@@ -382,7 +384,7 @@ def _difference(old: Run | None, new: Run | None) -> str:
         steps,
         f"rev {new['rev']} token {new['token']} acts {new.get('acts')}",
     ]
-    facts.append(f"lease {lease['id']}" if lease else "no lease")
+    facts.append(f"lease {lease.get('id')}" if lease else "no lease")
     if new.get("wakeAt"):
         facts.append(f"due {(new['wakeAt'] - EPOCH).total_seconds():.3f}")
     if new.get("awaits"):

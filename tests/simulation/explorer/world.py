@@ -316,7 +316,7 @@ class World:
         match fault:
             case "reply lost":
                 request.fail(AutoReconnect("the reply was lost"))
-            case "slow reply":
+            case "slow reply" if not self._waits_for_majority(request):
                 self._later(lambda: self._acknowledge(request, reply), self.choices.one_of(LATE_S))
             case "crash after":
                 self._crash(request.actor)
@@ -347,10 +347,13 @@ class World:
         self.workload.on_performed(request)
         return reply
 
+    def _waits_for_majority(self, request: Request) -> bool:
+        return request.writes and request.by_majority and self.server.lags
+
     def _acknowledge(self, request: Request, reply: Any) -> None:
         if isinstance(reply, Exception):
             request.fail(reply)
-        elif request.writes and request.by_majority and self.server.lags:
+        elif self._waits_for_majority(request):
             self._unacknowledged.append((request, reply))
         else:
             request.answer(reply)

@@ -68,6 +68,7 @@ class World:
         self._pending: list[Request] = []
         self._unacknowledged: list[tuple[Request, Any]] = []
         self._theme = draw_theme(choices)
+        self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
         self._failing = 0  # operations that an outage still refuses
         self._settling = False
         self._failure: BaseException | None = None
@@ -190,6 +191,8 @@ class World:
         self._settling = True
         self._settle_until = self.loop.time() + SETTLE_S
         self._failing = 0
+        self._pending.extend(entry[1] for entry in self._late)
+        self._late.clear()
         if self.server.lags:
             self._catch_up()
         for actor in (*self.workers, self.steward):
@@ -233,8 +236,15 @@ class World:
         self._note_leases(request)
         fault = contextvars.Context().run(self._draw, request)
         if fault in ("slow reply", "lag", "majority too late"):
-            fault = None  # the caller would block the loop; a frozen one goes on to its next `await`
-        contextvars.Context().run(self._perform, request, fault)
+            fault = None  # the loop is blocked: no timer could end these
+        if fault == "freeze before":
+            self._block(request.actor)
+            contextvars.Context().run(self._perform, request, None)
+        elif fault == "freeze after":
+            contextvars.Context().run(self._perform, request, None)
+            self._block(request.actor)
+        else:
+            contextvars.Context().run(self._perform, request, fault)
         if not request.actor.alive or request.owner != request.actor.owner:
             raise _Crashed
         if not result:  # held back until a majority has it
@@ -244,6 +254,22 @@ class World:
         if error is not None:
             raise error
         return value
+
+    def _block(self, actor: Actor) -> None:
+        """Stop an actor in the middle of a blocking call: the others go on meanwhile, in the same loop."""
+        self.ledger.tell(self.loop.time(), f"{actor.owner}: stopped in a blocking call")
+        self.faults["freeze before"] = self.faults.get("freeze before", 0) + 1
+        over: list[bool] = []
+        self._later(lambda: over.append(True), self.choices.one_of(FREEZES_S))
+        owner, task = actor.owner, asyncio.current_task(self.loop)
+        self.loop.freeze(owner)
+        asyncio.tasks._leave_task(self.loop, task)  # type: ignore[arg-type]
+        try:
+            while not over and self._failure is None:
+                self.loop._run_once()
+        finally:
+            asyncio.tasks._enter_task(self.loop, task)  # type: ignore[arg-type]
+        self._thaw(actor, owner)
 
     def _check_life(self, request: Request) -> None:
         if self._failure is not None:
@@ -286,6 +312,7 @@ class World:
         if fault is not None:
             self.faults[fault] = self.faults.get(fault, 0) + 1
             self.ledger.tell(self.loop.time(), f"{request.owner}: {request.name}: {fault.upper()}")
+        self._release_late(request)
         actor = request.actor
         match fault:
             case "request lost":
@@ -299,7 +326,7 @@ class World:
                 request.fail(AutoReconnect("the connection broke"))
                 copy = Request(actor, request.op, request.document, request.by_majority)
                 copy.owner, copy.call, copy.leases = request.owner, request.call, request.leases
-                self._later(lambda: self._pending.append(copy), self.choices.one_of(LATE_S))
+                self._send_late(copy)
                 return
             case "crash before":
                 self._crash(actor)
@@ -357,6 +384,22 @@ class World:
             self._unacknowledged.append((request, reply))
         else:
             request.answer(reply)
+
+    def _send_late(self, copy: Request) -> None:
+        """A copy comes after some time, or behind the next writes of its sender, where it does most harm."""
+        behind = self.choices.one_of((0, 1, 2, 3))
+        if behind:
+            self._late.append([behind, copy])
+        else:
+            self._later(lambda: self._pending.append(copy), self.choices.one_of(LATE_S))
+
+    def _release_late(self, request: Request) -> None:
+        """A write is about to be performed: the copies that wait for it come next."""
+        for entry in [entry for entry in self._late if entry[1].owner == request.owner and request.writes]:
+            entry[0] -= 1
+            if entry[0] < 0:
+                self._late.remove(entry)
+                self._pending.insert(0, entry[1])
 
     # --- faults ------------------------------------------------------------------------------------------------------
 

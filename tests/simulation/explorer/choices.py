@@ -31,9 +31,10 @@ PROFILES = (
     Profile(name="uniform", fault=0.04, near_writes=0.04, reorder=0.5, delay=0.03),
     Profile(name="biased", fault=0.004, near_writes=0.10, reorder=0.25, delay=0.01),
     Profile(name="rare", fault=0.002, near_writes=0.025, reorder=0.15, delay=0.005),
-    Profile(name="themed", fault=0.0, near_writes=0.12, reorder=0.2, delay=0.01),  # one kind of fault only
+    Profile(name="themed", fault=0.0, near_writes=0.2, reorder=0.2, delay=0.01),  # one kind of fault only
     Profile(name="orders", fault=0.0, near_writes=0.0, reorder=0.7, delay=0.04),
 )
+_SHARES = (1, 2, 1, 3, 1)  # of these profiles
 
 
 class Choices:
@@ -46,7 +47,7 @@ class Choices:
         self._random = random.Random(seed)
         # Drawn apart from the record, so that a shrunken record keeps the schedule's profile and workload.
         self.fixed = random.Random(seed ^ 0x5EED)
-        self.profile = self.fixed.choice(PROFILES)
+        self.profile = self.fixed.choices(PROFILES, weights=_SHARES)[0]
 
     def happens(self, chance: float) -> bool:
         """True with this chance."""

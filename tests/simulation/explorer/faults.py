@@ -33,11 +33,13 @@ CORE = frozenset(
     }
 )  # fmt: skip
 """Names of the operations by which the protocol decides. Faults prefer them."""
+_HARMFUL = ("late", "late", "freeze before", "freeze before", "freeze after", "crash after", "reply lost", "lag")
+"""Kinds that have found the most planted bugs: themes prefer them."""
 
 
 def draw_theme(choices: Choices) -> str | None:
     """The one kind of fault of a schedule with a theme."""
-    return choices.fixed.choice(KINDS) if choices.profile.name == "themed" else None
+    return choices.fixed.choice((*KINDS, *_HARMFUL)) if choices.profile.name == "themed" else None
 
 
 def draw_fault(choices: Choices, request: Request, theme: str | None) -> str | None:

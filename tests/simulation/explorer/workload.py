@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Workload"]
 
-KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", "large", "poison")
+KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", "mixed", "large", "poison")
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_pool import Settings, Streamline
 from streamline_pool.config.env import Env
+from streamline_pool.engine.engine import Engine
 from streamline_pool.supervisor.ipc.messages import Died, Evidence, RunChanged, TimersFired, WorkDue
 from streamline_pool.supervisor.steward.duty import Duty, DutyTools, StewardBoot
 from streamline_pool.supervisor.steward.lease_recovery import LeaseRecovery
@@ -64,6 +65,11 @@ class Actor:
     """One process. `owner` names its incarnation; a new one is made after each death."""
 
     call: Call | None = None
+
+    @property
+    def engine(self) -> Engine | None:
+        """What holds runs in this process; a steward holds none."""
+        return None
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
@@ -147,6 +153,12 @@ class WorkerActor(Actor):
         self.app.events = Bus(lambda event: self.world.rules.published(self, event))  # type: ignore[assignment]
         self.worker = worker = Worker(self.app, SETTINGS, owner=self.owner, index=self._index, total=2, notify=self._beat_soon)
         await worker.run()
+        self.world.drained(self)
+
+    @property
+    def engine(self) -> Engine | None:
+        """What holds runs in this process."""
+        return None if self.worker is None else self.worker._engine
 
     def _beat_soon(self) -> None:
         self.world.loop.call_soon(self._beat)
@@ -161,10 +173,6 @@ class WorkerActor(Actor):
         """SIGTERM."""
         if self.worker is not None:
             self.worker.drain()
-
-    def ended(self) -> bool:
-        """Whether the worker has drained."""
-        return self.worker is not None and self.worker.status().state == "stopped"
 
 
 class StewardActor(Actor):
@@ -236,3 +244,9 @@ class ClientActor(Actor):
     async def main(self) -> None:
         self.use_store()
         await self.world.workload.play(self)
+
+    @property
+    def engine(self) -> Engine | None:
+        """What executes runs in this program."""
+        runner = self.app.connections._runners.get(self.world.loop)
+        return None if runner is None else runner._engine

@@ -52,6 +52,8 @@ def _judge_run(run: Run) -> None:
             raise Violation(f"{where} is {status}, and would be claimed or woken: {sorted(run)}")
         if status == "failed" and not (run.get("error") or {}).get("code"):
             raise Violation(f"{where} failed, and does not say why")
+        if status == "failed" and run["error"]["code"] == "DATA_CORRUPTION":
+            raise Violation(f"{where} failed, and nothing has damaged it: {run['error']['message']}")
         if status == "done" and any(step["status"] not in ("done", "skipped") for step in run["steps"]):
             raise Violation(f"{where} is done, but not its steps: {run['steps']}")
         return

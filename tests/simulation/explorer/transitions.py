@@ -108,6 +108,10 @@ class Rules:
         if held_id == holds_id:
             if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"] and not is_holder:
                 raise Violation(f"{request.owner} renewed the lease of {held['owner']}")
+            if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"]:
+                active = self._active(request.actor, new["_id"])
+                if active is None and request.actor.alive and request.actor.owner == request.owner:
+                    raise Violation(f"{request.owner} renewed a lease whose run it does not drive")
             if held is not None and holds is not None and new["rev"] == old["rev"] and self._is_done_by_other(request, old, new):
                 raise Violation("a result was stored without `rev`")
             return
@@ -307,6 +311,10 @@ class Rules:
             raise Violation(f"{who}, which is {run['steps'][place]['status']}")
         if run["steps"][place]["attempts"] != ctx.attempt:
             raise Violation(f"{who} as attempt {ctx.attempt}, and the stored count is {run['steps'][place]['attempts']}")
+        if run["crashes"] >= MAX_CRASHES - 1 and actor in self._world.workers and actor.engine is not None:
+            others = [active.run_id for active in actor.engine.active_runs.all() if active.run_id != run["_id"]]
+            if lease.get("alone") is not True or others:
+                raise Violation(f"{who}, a suspect, beside {others or 'nothing, but the lease does not say so'}")
         if run.get("paused") is True:
             number = (run["_id"], run.get("acts"))
             self._entered_under_pause[number] = self._entered_under_pause.get(number, 0) + 1
@@ -315,9 +323,7 @@ class Rules:
 
     @staticmethod
     def _active(actor: Actor, run_id: str) -> Any:
-        worker = getattr(actor, "worker", None)
-        engine = getattr(worker, "_engine", None)
-        return None if engine is None else engine.active_runs.held.get(run_id)
+        return None if actor.engine is None else actor.engine.active_runs.held.get(run_id)
 
     def time_passed(self) -> None:
         """The clock was set forward: no worker may go on with a lease that has ended."""
@@ -325,12 +331,11 @@ class Rules:
         for actor in self._world.workers:
             if not actor.alive or self._world.loop.is_frozen(actor.owner) or self._thawed_at.get(actor.owner, -9.0) > now - 2.0:
                 continue
-            engine = getattr(actor.worker, "_engine", None)
-            for active in engine.active_runs.all() if engine is not None else ():
+            for active in actor.engine.active_runs.all() if actor.engine is not None else ():
                 granted = self.granted.get(active.lease_id)
-                if granted is None or active.lost is not None or active.lease_id in self.taken:
+                if granted is None:
                     continue
-                if active.deadline > granted:
+                if active.deadline > granted and active.lost is None:
                     raise Violation(
                         f"{actor.owner} counts on its lease of {active.run_id} until {active.deadline:.3f}, granted is {granted:.3f}"
                     )

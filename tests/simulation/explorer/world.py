@@ -430,6 +430,12 @@ class World:
             self._later(lambda: self.steward.died(owner), self.choices.one_of((0.01, 1.0, 20.0)))  # else its leases expire
         self._later(actor.start, self.choices.one_of((0.01, 1.0, 40.0)))
 
+    def drained(self, actor: Actor) -> None:
+        """A worker has finished its steps and released its runs; the supervisor starts a new one."""
+        actor.die()
+        self.rules.died(actor, actor.owner)
+        contextvars.Context().run(self._later, actor.start, 0.1)
+
     def _freeze(self, actor: Actor) -> None:
         owner = actor.owner
         if self.loop.is_frozen(owner):

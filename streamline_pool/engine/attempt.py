@@ -163,9 +163,11 @@ class Attempt:
         """
         if self.over:
             return
+        is_first = not self.context.signal.aborted
         fire_signal(self.context.signal, reason)
         if self._task is not None:
-            self._task.cancel()
+            if is_first:  # a second cancellation would end the handler's clean-up
+                self._task.cancel()
         elif reason != "shutdown" or (self._work is not None and self._work.cancel()):
             self._resolve(Outcome(Kind.ABANDONED, None))
         self._timers.append(self._loop.call_later(grace_s, self._out_of_grace))

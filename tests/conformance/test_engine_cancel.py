@@ -138,3 +138,33 @@ def test_the_process_that_cancels_publishes_the_event(app: Streamline) -> None:
     workflow = app.workflow("w", steps={"a": lambda ctx: 1})
     run = workflow.cancel(workflow.start().id, reason="why")
     eventually(lambda: received == [(run.id, "why")])
+
+
+def test_a_handler_that_is_stopped_twice_cleans_up_once_and_whole(app: Streamline) -> None:
+    """The self-fence stops a handler again in each second; that must not interrupt its clean-up."""
+    log: list[str] = []
+
+    async def work(ctx: Any) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            log.append("cleans up")
+            await asyncio.sleep(0.2)
+            log.append("cleaned up")
+
+    workflow = app.workflow("w", steps={"work": work})
+    run = workflow.start()
+
+    async def stop_twice() -> None:
+        async with Pool(app) as pool:
+            await pool.until(lambda: pool.statuses()[0].in_flight)
+            engine = present(pool.workers[0]._engine)
+            (active,) = engine.active_runs.held.values()
+            await pool.until(lambda: active.attempt is not None)
+            await app.cancel_run_async(run.id)
+            await pool.until(lambda: log)
+            active.abort("lease-lost")
+            await pool.until(lambda: not pool.statuses()[0].in_flight)
+
+    asyncio.run(stop_twice())
+    assert log == ["cleans up", "cleaned up"]

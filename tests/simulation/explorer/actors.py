@@ -117,7 +117,7 @@ class Actor:
             new_id=self._new_id,
             new_secret=lambda: f"{chance.getrandbits(128):032x}",
             random=chance.random,
-            sleep=_no_sleep,
+            sleep=lambda seconds: self.world.block(self, seconds),
             async_sleep=asyncio.sleep,
             probe=lambda _point: None,
         )
@@ -134,10 +134,6 @@ class Actor:
     def use_store(self) -> ExplorerAsyncStore:
         """Give the application its asyncio store, in the running loop."""
         return self.app.connections.use(ExplorerAsyncStore(self.app.where, self.app.env, self.world, self))
-
-
-def _no_sleep(_seconds: float) -> None:
-    """A blocking caller that waits. Time does not pass for it: it repeats at once."""
 
 
 class WorkerActor(Actor):

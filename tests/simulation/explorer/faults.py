@@ -19,7 +19,7 @@ KINDS = (
     "crash after",  # the sender dies; the server performs it
     "freeze before",  # the sender stops for some time, then its request is performed
     "freeze after",  # performed, then the sender stops for some time
-    "outage",  # this operation and the next ones fail
+    "outage",  # this operation and all others of some time fail
     "lag",  # from now on no write reaches a majority; this ends by catching up or by a fail-over
     "majority too late",  # the same, and the server says that this write was not acknowledged in time
     "clock jump",  # the clock of the sender's host jumps
@@ -33,7 +33,18 @@ CORE = frozenset(
     }
 )  # fmt: skip
 """Names of the operations by which the protocol decides. Faults prefer them."""
-_HARMFUL = ("late", "late", "freeze before", "freeze before", "freeze after", "crash after", "reply lost", "lag")
+_HARMFUL = (
+    "late",
+    "late",
+    "freeze before",
+    "freeze before",
+    "freeze after",
+    "crash after",
+    "reply lost",
+    "lag",
+    "majority too late",
+    "outage",
+)
 """Kinds that have found the most planted bugs: themes prefer them."""
 
 

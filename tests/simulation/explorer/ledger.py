@@ -29,6 +29,7 @@ class Entry:
     lease_id: str | None  # of the claim under which the handler was entered
     context: Any
     left: bool = False
+    tidied: bool = False  # its clean-up was not interrupted
 
 
 @dataclass(slots=True, kw_only=True)

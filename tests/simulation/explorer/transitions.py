@@ -144,6 +144,10 @@ class Rules:
             raise Violation(f"claimed before it was due: {wake_at}")
         if new["token"] != old["token"] + 1:
             raise Violation("claimed without a new token")
+        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            is_entered = earlier["stepId"] == old["currentStepId"] and earlier["status"] in ("pending", "running")
+            if is_entered and (later["attempts"], later["status"]) != (earlier["attempts"] + 1, "running"):
+                raise Violation(f"the claim has not counted the attempt: {later}")
 
     def _check_recovery(self, request: Request, old: Run, new: Run) -> None:
         lease = old["lease"]
@@ -225,7 +229,7 @@ class Rules:
             return
         call.effects.append((self.changes, kind, run_id, effect_id))
         mine = [effect for effect in call.effects if effect[1] == kind and effect[2] == run_id]
-        if len(mine) > 1:
+        if len(mine) > 1 and run_id not in self.deleted:  # a run that was cleaned up in between is started again
             raise Violation(f"{call} took effect twice")
         if call.outcome == "refused":
             raise Violation(f"{call} was refused, and took effect afterwards")
@@ -285,8 +289,11 @@ class Rules:
         )  # fmt: skip
         self._world.ledger.entries.append(entry)
         self._world.ledger.tell(now, f"{actor.owner}: ENTERS {ctx.step_id} of {ctx.run_id}, attempt {ctx.attempt}")
-        if lease_id is not None and self.granted.get(lease_id, 0.0) <= now and self._thawed_at.get(actor.owner, -1.0) < now - 0.5:
+        if lease_id is not None and self.granted.get(lease_id, 0.0) <= now:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
+        self._check_alone(entry)
+        if active is not None and active.document.get("paused") is True:
+            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and has read that the run is paused")
         if run is None or lease_id in self.taken:
             return entry  # a control operation came in between
         rewinds = run.get("rewinds", 0)
@@ -295,6 +302,12 @@ class Rules:
             return entry
         self._check_entry(actor, run, ctx, lease_id)
         return entry
+
+    def _check_alone(self, entry: Entry) -> None:
+        """A process has one handler of a run at a time, whatever it knew of its leases."""
+        for other in self._world.ledger.entries[:-1]:
+            if other.owner == entry.owner and other.run_id == entry.run_id and not other.left:
+                raise Violation(f"{entry.owner} entered {entry.step_id} of {entry.run_id} beside its handler of {other.step_id}")
 
     def _check_entry(self, actor: Actor, run: Run, ctx: Any, lease_id: str | None) -> None:
         place = next(place for place, step in enumerate(run["steps"]) if step["stepId"] == ctx.step_id)

@@ -43,6 +43,24 @@ FITTING = {
     "retry": ("pause", "resume", "start again"),
     "poison": ("pause", "rewind"),
 }
+DUELS: dict[str, tuple[tuple[tuple[str, int], ...], ...]] = {
+    "wait": ((("answer", 0), ("rewind", 0), ("answer", 0)), (("pause", 0), ("resume", 0), ("answer", 0))),
+    "hook": ((("hook", 0), ("rewind", 0), ("hook", 1)), (("hook", 1), ("hook", 0)), (("pause", 0), ("hook", 0), ("resume", 0))),
+    "event": (
+        (("event", 0), ("rewind", 0), ("event", 0)),
+        (("event to all", 0), ("rewind", 0)),
+        (("pause", 0), ("event", 0), ("resume", 0)),
+    ),
+    "events": ((("event to all", 0), ("event to all", 0)), (("event", 0), ("event", 0)), (("event to all", 0), ("rewind", 1))),
+    "chain": (
+        (("rewind", 1), ("clean up", 0), ("rewind", 0)),
+        (("clean up", 0), ("start again", 0)),
+        (("pause", 0), ("resume", 0), ("pause", 0)),
+    ),
+    "mixed": ((("hook", 0), ("event", 0), ("rewind", 1)), (("event", 0), ("hook", 0))),
+    "sleep": ((("pause", 0), ("resume", 0)), (("rewind", 0), ("execute", 0))),
+}
+"""Sequences of calls (kind, place) that have met planted bugs, by the kind of the first workflow."""
 MOMENTS = (
     ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
     ("done", "call"), ("sent", "recover"), ("done", "recover"), ("sent", "find_event"), ("done", "find_event"), ("sent", "renew"),
@@ -80,6 +98,7 @@ class Workload:
         self._deadline = {kind: draw.choice(DEADLINES_S) for kind in KINDS}
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
         self._differs = draw.random() < 0.12  # the second worker has another application
+        self._tidies = draw.random() < 0.2
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
         self._plans = [self._draw_plan(number) for number in range(self.clients)]
@@ -94,6 +113,10 @@ class Workload:
         plan = []
         if number == 0:
             plan = [Action("start", 0.0, index, 0) for index in range(len(self.kinds))]
+        if self.kinds[0] in DUELS and draw.random() < 0.3:
+            duel = draw.choice(DUELS[self.kinds[0]])
+            plan += [Action(kind, draw.choice((*PAUSES_S, *MOMENTS)), 0, place) for kind, place in duel]
+            return plan
         fitting = [kind for name in self.kinds for kind in FITTING.get(name, ())]
         for _ in range(draw.randint(1, 4)):
             kind = draw.choice(fitting) if fitting and draw.random() < 0.6 else draw.choice(ACTIONS)
@@ -142,7 +165,12 @@ class Workload:
                 result = await act(ctx)
                 return {"entry": number, "of": result}
             finally:
-                entry.left = True
+                try:
+                    if self._tidies:
+                        await asyncio.sleep(0.5)  # a handler may clean up after its cancellation
+                        entry.tidied = True
+                finally:
+                    entry.left = True
 
         return handle
 

@@ -38,7 +38,7 @@ FREEZES_S = (2.0, 12.0, 28.0, 31.0, 45.0, 70.0)  # shorter and longer than a lea
 LAGS_S = (1.0, 5.0, 20.0)
 LATE_S = (0.0, 0.01, 0.5, 5.0, 40.0)
 JUMPS_S = (3_600.0, -3_600.0, 40.0, -40.0)
-OUTAGES = (2, 5, 12)
+OUTAGES_S = (0.3, 3.0, 15.0, 40.0)
 _AT_ANY_TIME = ("freeze after", "crash after")
 
 
@@ -69,7 +69,7 @@ class World:
         self._unacknowledged: list[tuple[Request, Any]] = []
         self._theme = draw_theme(choices)
         self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
-        self._failing = 0  # operations that an outage still refuses
+        self._away_until = -1.0  # an outage ends
         self._settling = False
         self._failure: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -190,7 +190,7 @@ class World:
         self.ledger.tell(self.loop.time(), "--- from here on nothing goes wrong")
         self._settling = True
         self._settle_until = self.loop.time() + SETTLE_S
-        self._failing = 0
+        self._away_until = -1.0
         self._pending.extend(entry[1] for entry in self._late)
         self._late.clear()
         if self.server.lags:
@@ -238,11 +238,11 @@ class World:
         if fault in ("slow reply", "lag", "majority too late"):
             fault = None  # the loop is blocked: no timer could end these
         if fault == "freeze before":
-            self._block(request.actor)
+            self.block(request.actor, self.choices.one_of(FREEZES_S))
             contextvars.Context().run(self._perform, request, None)
         elif fault == "freeze after":
             contextvars.Context().run(self._perform, request, None)
-            self._block(request.actor)
+            self.block(request.actor, self.choices.one_of(FREEZES_S))
         else:
             contextvars.Context().run(self._perform, request, fault)
         if not request.actor.alive or request.owner != request.actor.owner:
@@ -255,12 +255,11 @@ class World:
             raise error
         return value
 
-    def _block(self, actor: Actor) -> None:
+    def block(self, actor: Actor, seconds: float) -> None:
         """Stop an actor in the middle of a blocking call: the others go on meanwhile, in the same loop."""
-        self.ledger.tell(self.loop.time(), f"{actor.owner}: stopped in a blocking call")
-        self.faults["freeze before"] = self.faults.get("freeze before", 0) + 1
+        self.ledger.tell(self.loop.time(), f"{actor.owner}: blocked for {seconds:g} s")
         over: list[bool] = []
-        self._later(lambda: over.append(True), self.choices.one_of(FREEZES_S))
+        self._later(lambda: over.append(True), seconds)
         owner, task = actor.owner, asyncio.current_task(self.loop)
         self.loop.freeze(owner)
         asyncio.tasks._leave_task(self.loop, task)  # type: ignore[arg-type]
@@ -299,9 +298,8 @@ class World:
     def _draw(self, request: Request) -> str | None:
         if self._settling or not request.actor.alive or request.future is None:
             return None
-        if self._failing > 0:
-            self._failing -= 1
-            return "request lost" if self._failing % 2 else "reply lost"
+        if self.loop.time() < self._away_until:
+            return "request lost"
         return draw_fault(self.choices, request, self._theme)
 
     def _perform(self, request: Request, fault: str | None) -> None:
@@ -319,7 +317,7 @@ class World:
                 request.fail(AutoReconnect("the request was lost"))
                 return
             case "outage":
-                self._failing = self.choices.one_of(OUTAGES)
+                self._away_until = self.loop.time() + self.choices.one_of(OUTAGES_S)
                 request.fail(AutoReconnect("the server is away"))
                 return
             case "late":

@@ -16,7 +16,7 @@ from streamline_pool import Streamline
 from streamline_pool.config.env import SystemClock, system_env
 from streamline_pool.protocol.operations import Op
 from streamline_pool.storage.store import AsyncStore
-from support import present
+from support import eventually, present
 
 
 class Threads:
@@ -144,3 +144,17 @@ def test_leases_are_renewed_after_a_renewal_has_failed_for_any_reason(make_app: 
     run_until_idle(app, recover_every_s=0.05)
     done = present(workflow.get(run.id))
     assert (done.status, done.output, done.step("work").attempts, done.document["crashes"]) == ("done", None, 1, 0)
+
+
+def test_an_event_for_which_no_thread_can_be_started_affects_no_run(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are published after the write. An error there would leave a finished step with a lease that expires as a lost worker's."""
+    threads = Threads(monkeypatch, "streamline-events")
+    seen: list[str] = []
+    app.events.on("step:completed", lambda event: seen.append(str(event.step_id)))
+    workflow = app.workflow("w", steps={"first": lambda ctx: 1, "second": lambda ctx: 2})
+    threads.exhausted = True
+    done = workflow.execute(workflow.start().id)
+    assert (done.status, done.document["crashes"], threads.refused > 0) == ("done", 0, True)
+    threads.exhausted = False
+    workflow.execute(workflow.start().id)
+    eventually(lambda: seen == ["first", "second"] * 2)

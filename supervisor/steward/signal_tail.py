@@ -13,6 +13,7 @@ from typing import Any
 from streamline_pool.domain.backoff import Backoff
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import signals
+from streamline_pool.protocol.codec import Tick
 from streamline_pool.supervisor.ipc.messages import RunChanged
 from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, RETRY, WRITE_TIMEOUT_S, DutyTools
 from streamline_pool.supervisor.steward.stream_subscribers import SUBSCRIBER_SIGNALS, StreamSubscribers
@@ -38,14 +39,16 @@ class SignalTail:
     async def run(self) -> None:
         """A broken tail is opened again where it broke; the sweep covers the gap."""
         store = self._tools.store
-        since = store.now()
+        position: Tick | None = None
         failures = 0
         while True:
             try:
-                async for signal in store.tail(signals.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
+                if position is None:
+                    position = signals.tick_of(await self._tools.run(signals.latest_signal(), READ_TIMEOUT_S))
+                async for signal in store.tail(signals.signals_after(position, kind={"$in": list(SIGNAL_KINDS)})):
                     failures = 0
                     if signal is not None:
-                        since = max(since, min(signal["at"], store.now()))  # not from the future, or the tail would skip others
+                        position = signals.beyond(position, signal)
                         self._on_signal(signal)
             except WorkflowError as exc:
                 failures += 1

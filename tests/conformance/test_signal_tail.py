@@ -9,10 +9,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from bson import ObjectId
 
 from streamline_pool import StoreUnavailableError, Streamline
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.protocol import signals
+from streamline_pool.protocol.codec import SERVER_TICK
 from streamline_pool.protocol.operations import Op, Tail
 from streamline_pool.storage.base import TAIL_AWAIT_S
 from streamline_pool.storage.store import AsyncStore
@@ -153,5 +155,28 @@ def test_a_signal_of_a_process_whose_clock_is_behind_is_read(app: Streamline) ->
     async def during(received: Received) -> None:
         await heard(app, received, "right")
         await heard(app, received, "behind", behind=timedelta(hours=1))
+
+    asyncio.run(tailing(app, during))
+
+
+def test_malformed_signals_of_another_program_end_nothing(make_app: Callable[..., Streamline]) -> None:
+    """A steward that fails on one takes all duties of its host with it, and each restart is counted."""
+    app = make_app()
+    app.workflow("w", steps={"a": lambda ctx: 1})
+    app.init_db()
+    (lane,) = app.lanes()
+    due = {"kind": "due", "lane": lane}
+    malformed: list[dict[str, Any]] = [
+        {"kind": "cancel"}, {"kind": "cancel", "runId": 7}, {"kind": "cancel", "runId": ObjectId()},
+        {"kind": "cancel", "runId": "r", "owner": 7},
+        due, due | {"wakeAt": "soon"}, due | {"at": 5}, due | {"wakeAt": app.store().now(), "count": "many"},
+        due | {"wakeAt": app.store().now(), "runId": 7}, {"kind": "due", "lane": ["x"]},
+    ]  # fmt: skip
+
+    async def during(received: Received) -> None:
+        await heard(app, received, "before")
+        app.store().collection("signals").insert_many([{"tick": SERVER_TICK, **signal} for signal in malformed])
+        await heard(app, received, "after")
+        assert all(isinstance(run_id, str) for run_id in received.run_ids)
 
     asyncio.run(tailing(app, during))

@@ -32,7 +32,7 @@ log = logging.getLogger("streamline_pool")
 
 _WAITERS_MAX = 500  # runs woken by one command; a guess; fewer when `_CHUNK_BYTES` says so
 _CHUNK_BYTES = 16 * 1024 * 1024
-_WAITER_BYTES = 5_000  # of the command for one run, beside the event's data; measured: 4 412 with the longest name and the longest id
+_WAITER_BYTES = 5_500  # of the command for one run, beside the event's data; measured: 4 925 with the longest name and the longest id
 _ROUNDS_MAX = 20  # attempts on a run that other clients change at the same moment; a guess
 _SENDER_S = 15.0  # a sender that has not finished by then counts as dead; above the time for which a procedure is repeated
 _PENDING_MAX = 100  # events finished for dead senders at a time

@@ -7,6 +7,7 @@ decision. Event delivery is in event_delivery.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from streamline_pool.domain.waits import arrived
 from streamline_pool.engine.hooks import hash_token, run_id_of
 from streamline_pool.protocol import answers, control, run_lifecycle
 from streamline_pool.protocol.codec import check_text, decode_payload, size_of
+from streamline_pool.protocol.expressions import NON_TERMINAL_TEXTS
 from streamline_pool.protocol.hosts import list_hosts
 from streamline_pool.protocol.inbox import INBOX_BYTES_MAX, INBOX_MAX
 from streamline_pool.protocol.operations import Command
@@ -41,6 +43,8 @@ __all__ = [
     "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "listing_pools", "making_run", "pausing_run",
     "publish_resumed", "reading_run", "resuming_run", "rewinding_run", "signalling_due",
 ]  # fmt: skip
+
+log = logging.getLogger("streamline_pool")
 
 Document = Mapping[str, Any]  # a run document whose steps, waits and inbox another program may have changed
 
@@ -96,14 +100,38 @@ def making_run(document: Document) -> Procedure[Run]:
     return replace(parse_run(loaded), document=document)
 
 
+def changed_run(document: Document) -> Procedure[Run]:
+    """The `Run` after an operation that took effect. That an output beside it is missing, or it was deleted since, makes no call fail."""
+    try:
+        return (yield from making_run(document))
+    except (DataCorruptionError, WorkflowNotFoundError) as exc:
+        log.warning("outputs_missing", extra={"run_id": document["_id"], "error": exc.message})
+        return parse_run(document)  # with the references in place of the outputs
+
+
 def reading_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
     """The stored document. Raises WorkflowNotFoundError if there is none, DataCorruptionError if it cannot be read as a run."""
+    document = yield from _finding_run(workflow_id, run_id)
+    parse_run(document)  # an unreadable document is reported, not changed
+    return document
+
+
+def _finding_run(workflow_id: str | None, run_id: str) -> Procedure[dict[str, Any]]:
     found = yield run_lifecycle.get_run(workflow_id, run_id)
     if not found:
         raise WorkflowNotFoundError(f"no run {run_id!r}{f' of workflow {workflow_id}' if workflow_id else ''}", run_id=run_id)
     document: dict[str, Any] = found[0]
-    parse_run(document)  # an unreadable document is reported, not changed
     return document
+
+
+def _check_result(found: Document, **changes: Any) -> None:
+    """Raise DataCorruptionError if the run could not be read after these changes: a call must not raise when it has taken effect."""
+    parse_run({**found, **changes})
+
+
+def _check_due(found: Document, **changes: Any) -> None:
+    """As `_check_result`, for an operation that makes the run due, unless it is paused."""
+    _check_result(found, status=RunStatus.RUNNING.value, lease=None, wakeAt=found["createdAt"], **changes)
 
 
 def _reading_valid_run(workflow_id: str | None, run_id: str) -> Procedure[RunDocument]:
@@ -125,20 +153,21 @@ def cancelling_run(services: Services, workflow_id: str | None, run_id: str, rea
     if reason is not None:
         check_text(reason, "cancel: reason")
     control_id = services.env.new_id()
-    while True:
-        document = yield control.cancel_run(workflow_id, run_id, reason, control_id)
-        if document is None:
-            found = yield from reading_run(workflow_id, run_id)
-            stored = parse_run(found)
-            if not stored.is_terminal:
-                continue  # it changed between the two operations: decide again
-            if found.get("lastAct") != control_id:
-                return (yield from making_run(found))
-            document = found  # our own write was committed, and its reply was lost
-        yield from _notifying_holder(services, run_id)
-        yield from services.signal("ended", runs=[run_id])
-        services.publish(document, "workflow:cancelled", reason)
-        return (yield from making_run(document))
+    document = None
+    while document is None:
+        found = yield from _finding_run(workflow_id, run_id)
+        if found.get("status") in NON_TERMINAL_TEXTS:
+            _check_result(found, status=RunStatus.CANCELLED.value)  # also a run that no worker finds can be cancelled
+            document = yield control.cancel_run(workflow_id, run_id, reason, control_id)  # None: it has changed, so decide again
+            continue
+        parse_run(found)
+        if found.get("lastAct") != control_id:
+            return (yield from making_run(found))
+        document = found  # our own write was committed, and its reply was lost
+    yield from _notifying_holder(services, run_id)
+    yield from services.signal("ended", runs=[run_id])
+    services.publish(document, "workflow:cancelled", reason)
+    return (yield from changed_run(document))
 
 
 def pausing_run(services: Services, workflow_id: str | None, run_id: str, reason: str | None) -> Procedure[Run]:
@@ -157,7 +186,7 @@ def pausing_run(services: Services, workflow_id: str | None, run_id: str, reason
     if applied:
         yield from _notifying_holder(services, run_id)
         services.publish(document, "workflow:paused", reason)
-    return (yield from making_run(document))
+    return (yield from changed_run(document) if applied else making_run(document))
 
 
 # --- resume and answer -------------------------------------------------------------------------------------------------
@@ -181,13 +210,15 @@ def _unpausing_run(services: Services, workflow_id: str | None, run_id: str) -> 
     def decide(found: Document) -> Command | None:
         if found.get("paused") is not True or found["status"] in TERMINAL:
             return None  # another client has resumed or ended it meanwhile
+        held = isinstance(found.get("lease"), dict)
+        _check_result(found, paused=False, wakeAt=None if held else found.get("pausedWakeAt"))
         return control.unpause_run(workflow_id, run_id, found.get("acts"), control_id)
 
     document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
         yield from signalling_due(services, document)
         services.publish(document, "workflow:resumed")
-    return (yield from making_run(document))
+    return (yield from changed_run(document) if applied else making_run(document))
 
 
 def _answering_wait(services: Services, workflow_id: str | None, found: RunDocument, answer: SplitOutput) -> Procedure[Run]:
@@ -196,6 +227,7 @@ def _answering_wait(services: Services, workflow_id: str | None, found: RunDocum
         raise InvalidStateError(
             f"run {run_id} is not paused, and waits for no answer: it is {_standing(found)}", run_id=run_id, status=found["status"]
         )
+    _check_due(found)
     answer_id = services.env.new_id()
     yield from _putting(answer, run_id)
     document = yield answers.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
@@ -210,7 +242,7 @@ def _answering_wait(services: Services, workflow_id: str | None, found: RunDocum
             )
     yield from signalling_due(services, document)
     publish_resumed(services, document, step["stepId"], _value(answer))
-    return (yield from making_run(document))
+    return (yield from changed_run(document))
 
 
 def answering_hook(services: Services, token: str, payload: Any) -> Procedure[HookResult]:
@@ -219,11 +251,13 @@ def answering_hook(services: Services, token: str, payload: Any) -> Procedure[Ho
     answer = split_output(payload, "resume_hook: payload", services.env.new_id)
     size = answer.size + ITEM_BYTES
     try:
-        step, hook = _hook_of((yield from _reading_valid_run(None, run_id)), token_hash)
+        found = yield from _reading_valid_run(None, run_id)
     except WorkflowNotFoundError:
         raise _bad_token() from None
+    step, hook = _hook_of(found, token_hash)
     if step is None or hook is None:
         raise _bad_token()
+    _check_due(found)
     answer_id = services.env.new_id()
     yield from _putting(answer, run_id)
     document = yield answers.answer_hook(
@@ -239,7 +273,7 @@ def answering_hook(services: Services, token: str, payload: Any) -> Procedure[Ho
     if answered_step(document, answer_id) is not None:
         yield from signalling_due(services, document)
         publish_resumed(services, document, step["stepId"], _value(answer))
-    return HookResult(run_id, (yield from making_run(document)))
+    return HookResult(run_id, (yield from changed_run(document)))
 
 
 def _putting(answer: SplitOutput, run_id: str) -> Procedure[None]:
@@ -292,13 +326,14 @@ def rewinding_run(services: Services, workflow_id: str | None, run_id: str, step
         step_ids = [step["stepId"] for step in found["steps"][place:]]
         lane = f"{found.get('queue', 'default')}/{found['workflowId']}/{found['version']}"
         slot = int(services.env.random() * SLOTS)
+        _check_due(found, lane=lane if found.get("lane") is None else found["lane"])
         return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids, lane, slot, control_id)
 
     document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
         yield from _notifying_holder(services, run_id)
         yield from signalling_due(services, document)
-    return (yield from making_run(document))
+    return (yield from changed_run(document) if applied else making_run(document))
 
 
 def _place_to_rewind_to(found: Document, step_id: str) -> int:
@@ -380,7 +415,8 @@ def _current_step(document: RunDocument) -> StepDocument | None:
 
 def answered_step(document: Document, answer_id: str) -> str | None:
     """The id of the step that this answer or event has ended, or None. The steps may have any shape."""
-    steps = document["steps"] if isinstance(document["steps"], list) else ()
+    stored = document.get("steps")
+    steps = stored if isinstance(stored, list) else ()
     return next((step["stepId"] for step in steps if isinstance(step, dict) and step.get("answer") == answer_id), None)
 
 

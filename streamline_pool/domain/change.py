@@ -51,7 +51,7 @@ class Change(NamedTuple):
     releases: bool = False  # the lease is released with this write
     not_before: datetime | None = None  # the server's clock must have passed this time, else nothing is written
     unless_arrived: Mapping[str, Any] | None = None  # nothing is written if the inbox holds an item with these fields
-    takes: Mapping[str, Any] | None = None  # items with these fields leave the inbox
+    takes: tuple[Mapping[str, Any], ...] = ()  # items with the fields of one of these leave the inbox
     seen: str | None = None  # id of a broadcast event that this run has received, and must never receive again
     unset: tuple[str, ...] = ()  # top-level fields that end with this write
 
@@ -92,8 +92,9 @@ def apply(document: RunDocument, change: Change) -> None:
         document["steps"][place] = step
     for name in change.unset:
         stored.pop(name, None)
-    if change.takes is not None:
-        document["inbox"] = [item for item in document.get("inbox") or () if not item_has(item, change.takes)]
+    if change.takes:
+        kept = (item for item in document.get("inbox") or () if not any(item_has(item, taken) for taken in change.takes))
+        document["inbox"] = list(kept)
     if change.seen is not None:
         document["seen"] = [*(document.get("seen") or ()), change.seen]
     document["rev"] += 1

@@ -78,7 +78,7 @@ def advance(document: RunDocument, place: int, output: Any, sets: Mapping[str, A
     change = _next_step(document, place, done, ("step:completed", step["stepId"], output), sets, now)
     if "hooks" in step or "awaits" in document:
         # The step's hooks end with it, and so do answers to them that arrived unasked; the run awaits no event any more.
-        takes = {"stepId": step["stepId"]} if "hooks" in step else None
+        takes = ({"stepId": step["stepId"]},) if "hooks" in step else ()
         change = change._replace(takes=takes, unset=("awaits",) if "awaits" in document else ())
     return change
 

@@ -80,9 +80,12 @@ def take(document: RunDocument, waiting: Change, now: datetime) -> Change | None
     (place,) = waiting.steps
     change = advance(document, place, item.get("data"), {}, now)
     kept = {name: value for name, value in waiting.fields.items() if name in ("waitGen", "context") or name.startswith("context.")}
-    # `advance` takes a hook's answers out of the inbox with the step; an event is one item of several.
-    takes = change.takes if "stepId" in item else {"id": item.get("id")}
-    return _answered(change._replace(fields={**change.fields, **kept}, takes=takes), place, item.get("id"))
+    return _answered(_taking(change._replace(fields={**change.fields, **kept}), item), place, item.get("id"))
+
+
+def _taking(change: Change, item: Mapping[str, Any]) -> Change:
+    """The item leaves the inbox. `advance` takes the answers to the step's hooks out with the step; an event is one item of several."""
+    return change if "stepId" in item else change._replace(takes=(*change.takes, {"id": item.get("id")}))
 
 
 # --- ending --------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def wait_answered(document: RunDocument, place: int, item: Mapping[str, Any], no
     change = _resumed(document, place, item.get("data"), now)._replace(kind=ChangeKind.WAIT_ANSWERED)
     if "_id" in item:
         return _answered(change._replace(seen=item["_id"]), place, item["_id"])
-    return _answered(change._replace(takes={"id": item.get("id")}), place, item.get("id"))
+    return _answered(_taking(change, item), place, item.get("id"))
 
 
 def park(document: RunDocument, place: int) -> Change:

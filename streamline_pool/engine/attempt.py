@@ -43,6 +43,7 @@ class Kind(Enum):
     RAISED = "raised"  # value: the exception, of any kind
     SUSPENDED = "suspended"  # value: the `Suspension` that ctx.sleep, ctx.wait or ctx.wait_for raised
     ABANDONED = "abandoned"  # the engine asked it to stop, and it has not; value: None
+    NOT_ENTERED = "not entered"  # this process could not start a thread for it; value: None
 
 
 class Outcome(NamedTuple):
@@ -125,12 +126,21 @@ class Attempt:
         if step.is_async:
             outcome = await self._run_async(step.handler)
         else:
-            self.result = self._loop.create_future()
-            self._work = threads.submit(_run_sync, step.handler, self.context, self._forks)
-            self._work.add_done_callback(self._thread_done)
-            outcome = await self.result
+            outcome = await self._run_on_thread(step.handler, threads)
         self._finish()
         return outcome
+
+    async def _run_on_thread(self, handler: Handler, threads: Executor) -> Outcome:
+        self.result = self._loop.create_future()
+        try:
+            self._work = threads.submit(_run_sync, handler, self.context, self._forks)
+        except RuntimeError as exc:
+            # The executor has queued the call before it tried to start a thread: one that becomes free must not enter the handler.
+            fire_signal(self.context.signal, "shutdown")
+            self._on_stuck(self, f"run {self.context.run_id}: no thread for the handler of step {self.context.step_id}: {exc}")
+            return Outcome(Kind.NOT_ENTERED, None)
+        self._work.add_done_callback(self._thread_done)
+        return await self.result
 
     async def _run_async(self, handler: Handler) -> Outcome:
         task = self._task = asyncio.current_task(self._loop)

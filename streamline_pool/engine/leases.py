@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from streamline_pool.config.asyncio_tasks import end_tasks
@@ -32,6 +32,9 @@ _RENEW_AFTER = 1 / 3  # of the lease, so that two renewals may fail before anoth
 _RENEWAL_PATIENCE = 1 / 4  # of the lease; as long as a tick and two such waits fit in before self-fencing
 
 
+_SELF_FENCE = "self-fence"
+
+
 class LeaseKeeper:
     """Keeps the leases of one engine's active runs; the engine adds and removes them."""
 
@@ -51,8 +54,20 @@ class LeaseKeeper:
     def start(self) -> None:
         """Begin, in the running loop."""
         loop = asyncio.get_running_loop()
-        duties = {"renew": self._renew_forever(), "self-fence": self._fence_forever(), "check": self._check_forever()}
-        self._tasks = [loop.create_task(duty, name=name) for name, duty in duties.items()]
+        duties = {"renew": self._renew_forever, _SELF_FENCE: self._fence_forever, "check": self._check_forever}
+        self._tasks = [loop.create_task(self._insist(name, duty), name=name) for name, duty in duties.items()]
+
+    async def _insist(self, name: str, duty: Callable[[], Awaitable[None]]) -> None:
+        """A duty that fails, as by a clock that cannot be read, begins again. Handlers that were not fenced meanwhile stop."""
+        while True:
+            try:
+                await duty()
+            except Exception:
+                log.exception("lease_duty_failed", extra={"duty": name})
+                if name == _SELF_FENCE:
+                    for active in list(self._held.values()):
+                        active.abort("lease-lost")
+                await self._env.async_sleep(self._tick_s)
 
     async def close(self) -> None:
         """Stop."""

@@ -28,6 +28,8 @@ from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
 
 __all__ = ["Decided", "Moment", "allowed", "attempt_ended", "damaged", "failed", "version_mismatch"]
 
+_NO_THREAD_PAUSE_S = 0.5  # a guess: this worker is recycled meanwhile, or a thread has become free; without it claims would follow at once
+
 
 class Decided(NamedTuple):
     """What is to be stored of a run."""
@@ -54,6 +56,9 @@ def attempt_ended(document: RunDocument, definition: Definition, place: int, att
     step, intents, reason = definition.steps[place], attempt.intents, attempt.context.signal.reason
     if reason == "timeout":
         return Decided(failed(document, step, place, timeout_failure(step), at))
+    if outcome.kind is Kind.NOT_ENTERED:
+        released = transitions.release(document, place, at.now, was_entered=False)
+        return Decided(released._replace(wake_at=at.after(_NO_THREAD_PAUSE_S)))
     suspension = intents.suspension or (outcome.value if outcome.kind is Kind.SUSPENDED else None)
     if suspension is None and outcome.kind is not Kind.RETURNED:
         if reason in ("shutdown", "lease-lost"):

@@ -31,7 +31,7 @@ class Observer(Protocol):
         """A command to the database succeeded or failed."""
 
     def on_stuck(self, what: str) -> None:
-        """A handler goes on after its attempt is over and cannot be stopped."""
+        """A handler goes on after its attempt is over and cannot be stopped, or no thread could be started for it."""
 
 
 class EnginePort(Protocol):

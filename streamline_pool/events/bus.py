@@ -104,7 +104,11 @@ class EventBus:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._deliver, name="streamline-events", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError as exc:
+                    # The system has no thread left. The event is queued, and the next one tries again.
+                    log.warning("subscribers_wait", extra={"error": str(exc)})
 
     def _deliver(self) -> None:
         """The thread: call the subscribers of each event, until `close` queues None."""

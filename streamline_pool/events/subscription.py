@@ -13,13 +13,13 @@ import os
 import socket
 import threading
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.backoff import Backoff
 from streamline_pool.domain.errors import WorkflowError
-from streamline_pool.protocol import event_stream
+from streamline_pool.protocol import event_stream, signals
 from streamline_pool.protocol.event_stream import SUBSCRIBER_TTL_S
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import Store
@@ -37,7 +37,6 @@ _SUBSCRIBE_S = 2.0  # how long `subscribe` waits for the pools that are alive
 _CALL_AGAIN_S = 0.25  # a signal may be lost
 _POOL_SEEN_S = 65.0  # a pool writes every 30 s that it is alive; twice that, and some
 _TAIL_S = 1.0  # how long one read of the signals waits; a stream that was dropped without `close` ends within it
-_OVERLAP = timedelta(seconds=2)  # clocks differ; the ledger recognises by its number what is read twice
 _RETRY = Backoff(0.05, 1.0)
 _FAILURES_WARNED = 5  # a guess: the fifth failure in a row is no short failover
 _CLOSE_S = 2.0
@@ -66,7 +65,7 @@ class Subscription:
     def subscribe(self) -> None:
         """Ask the pools for their events. Return when every pool that is alive has answered, or after `_SUBSCRIBE_S`."""
         self._store.drive(self._store.ensuring())
-        self._since = self._store.now()
+        self._position = signals.tick_of(self._store.drive(_find_latest()))
         self._store.drive(self._announce())
         self._thread.start()
         deadline = self._env.clock.monotonic() + _SUBSCRIBE_S
@@ -97,12 +96,12 @@ class Subscription:
         failures = 0
         try:
             while not self._closing.is_set():
-                since = self._since
+                position = self._position
                 try:
                     self._follow()
                 except WorkflowError as exc:
                     # Events that are lost until the tail is open again are counted by the ledger.
-                    failures = 1 if self._since > since else failures + 1
+                    failures = 1 if self._position > position else failures + 1
                     level = logging.WARNING if failures == _FAILURES_WARNED else logging.DEBUG
                     log.log(level, "stream_broken", extra={"error": exc.message})
                     self._closing.wait(_RETRY.delay_s(failures, self._env.random()))
@@ -115,7 +114,7 @@ class Subscription:
                 self._store.run(event_stream.unlisten(self.id, self._store.now()))
 
     def _follow(self) -> None:
-        tail = self._store.tail(event_stream.stream_tail(self.id, self._since - _OVERLAP), _TAIL_S)
+        tail = self._store.tail(event_stream.stream_tail(self.id, self._position), _TAIL_S)
         with contextlib.closing(tail):
             for signal in tail:
                 if self._closing.is_set():
@@ -127,7 +126,7 @@ class Subscription:
 
     def _on_signal(self, signal: Mapping[str, Any]) -> None:
         try:
-            self._since = max(self._since, min(signal["at"], self._store.now()))
+            self._position = signals.beyond(self._position, signal)
             match signal["kind"]:
                 case "events":
                     self._on_batch(signal)
@@ -179,6 +178,11 @@ class Subscription:
             with contextlib.suppress(WorkflowError):
                 self._store.run(event_stream.unlisten(self.id, self._store.now()))  # wakes our own thread, too
             self._thread.join(_CLOSE_S)
+
+
+def _find_latest() -> Procedure[list[dict[str, Any]]]:
+    latest: list[dict[str, Any]] = yield signals.latest_signal()
+    return latest
 
 
 def _find_pools() -> Procedure[list[dict[str, Any]]]:

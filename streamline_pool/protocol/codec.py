@@ -25,6 +25,7 @@ __all__ = [
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
     "SERVER_TICK",
+    "Tick",
     "as_payload",
     "check_payload",
     "check_text",
@@ -65,7 +66,10 @@ PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
 PAYLOAD_DEPTH_MAX = 100
 """Levels of a payload. MongoDB stores 180 levels and takes 200 in a command, which adds some around the payload."""
 
-SERVER_TICK = bson.Timestamp(0, 0)
+Tick = bson.Timestamp
+"""The server's logical time: it is the same for all members of a replica set, and never goes back."""
+
+SERVER_TICK = Tick(0, 0)
 """As a field of an inserted document: the server stores its logical time instead, which is higher than all earlier ones.
 
 It shows which of two inserts came first. No clock could: the clocks of two hosts differ.

@@ -62,8 +62,8 @@ def _commit_update(fence: Fence, change: Change, now: datetime, wake_field: str)
             sets[wake_field] = change.wake_at
     if unset:
         update["$unset"] = unset
-    if change.takes is not None:
-        update["$pull"] = {"inbox": change.takes}
+    if change.takes:
+        update["$pull"] = {"inbox": {"$or": list(change.takes)} if len(change.takes) > 1 else change.takes[0]}
     if change.seen is not None:
         update["$push"] = {"seen": change.seen}
     return update

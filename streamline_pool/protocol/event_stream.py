@@ -14,6 +14,7 @@ from typing import Any
 from streamline_pool.domain.errors import ValidationError
 
 from . import hosts, signals
+from .codec import SERVER_TICK, Tick
 from .operations import Command, Find, Reply, Signal, Tail, error_text
 
 __all__ = [
@@ -75,7 +76,7 @@ def answer_subscribers(pool: str, subscribers: Sequence[str], at: datetime) -> S
 def _batch(publisher: str, first: int, events: Sequence[Any], greets: Mapping[str, int], at: datetime) -> dict[str, Any]:
     """Events numbered from `first` on. `greets`: for each new subscriber, the number of the first event that it receives."""
     greeting = [{"listener": subscriber, "number": number} for subscriber, number in greets.items()]
-    return {"kind": "events", "at": at, "publisher": publisher, "first": first, "events": events, "greets": greeting}
+    return {"kind": "events", "at": at, "tick": SERVER_TICK, "publisher": publisher, "first": first, "events": events, "greets": greeting}
 
 
 def send_events(publisher: str, first: int, events: Sequence[Any], greets: Mapping[str, int], at: datetime) -> Command:
@@ -97,7 +98,7 @@ def events_signal(publisher: str, first: int, events: Sequence[Any], at: datetim
     return Signal(name="signal_events", document=_batch(publisher, first, events, {}, at))
 
 
-def stream_tail(subscriber: str, since: datetime) -> Tail:
-    """All signals for one subscriber, written from about `since` on."""
+def stream_tail(subscriber: str, position: Tick) -> Tail:
+    """All signals for one subscriber. `position`: as in `Tail.after`."""
     mine = {"kind": {"$in": ["listen", "unlisten"]}, "listener": subscriber}
-    return Tail(filter={"at": {"$gte": since}, "$or": [{"kind": "events"}, mine, {"kind": "heard", "listeners": subscriber}]})
+    return Tail(match={"$or": [{"kind": "events"}, mine, {"kind": "heard", "listeners": subscriber}]}, after=position)

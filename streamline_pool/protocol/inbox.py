@@ -52,8 +52,7 @@ def deliver_item(hit: Expression | bool, item: InboxItem, *, is_event: bool = Fa
         "pausedWakeAt": _on_hit({"$cond": [IS_PAUSED, "$$NOW", "$$REMOVE"]}, "$pausedWakeAt"),
         "updatedAt": "$$NOW",
     }
-    if hit is not True:
-        sets["inbox"] = _on_hit("$inbox", {"$concatArrays": [INBOX, [{"$mergeObjects": ["$_item", {"at": "$$NOW"}]}]]})
+    sets["inbox"] = _on_hit(_WITHOUT_ANSWERS, {"$concatArrays": [INBOX, [{"$mergeObjects": ["$_item", {"at": "$$NOW"}]}]]})
     if is_event:
         sets["seen"] = {"$concatArrays": [{"$cond": [{"$isArray": ["$seen"]}, "$seen", []]}, ["$_item.id"]]}
     # The command holds the item once, however often it is referred to: an answer may be large, and a command ends at
@@ -64,6 +63,11 @@ def deliver_item(hit: Expression | bool, item: InboxItem, *, is_event: bool = Fa
 def _on_hit(value: Any, otherwise: Any) -> Expression:
     return {"$cond": ["$_hit", value, otherwise]}
 
+
+_IS_ANSWER = {"$eq": [{"$ifNull": ["$$item.stepId", None]}, "$currentStepId"]}
+_FILTERED = {"$filter": {"input": INBOX, "as": "item", "cond": {"$not": [_IS_ANSWER]}}}
+_WITHOUT_ANSWERS: Expression = {"$cond": [{"$isArray": ["$inbox"]}, _FILTERED, "$inbox"]}
+"""The inbox without answers to hooks of the step that ends: no wait can take them any more."""
 
 _DURATION = {"$cond": [{"$eq": [{"$type": "$$step.startedAt"}, "date"]}, {"$subtract": ["$$NOW", "$$step.startedAt"]}, 0]}
 _DONE_STEP: Expression = {

@@ -62,9 +62,13 @@ class Find:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tail:
-    """A tailing read of the signals that match `filter`; for `Store.tail`."""
+    """A tailing read of the signals that match `match`; for `Store.tail`.
 
-    filter: Mapping[str, Any]
+    `after`: a tick that the server has given a signal; signals from about then on. None: all that the collection holds.
+    """
+
+    match: Mapping[str, Any]
+    after: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,9 @@ from pymongo.write_concern import WriteConcern
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol import engine_indexes, run_lifecycle, server_codes
-from streamline_pool.protocol.codec import CODEC
+from streamline_pool.protocol.codec import CODEC, Tick
 from streamline_pool.protocol.operations import Command, Find, Tail
-from streamline_pool.protocol.signals import ensure_signals
+from streamline_pool.protocol.signals import ensure_signals, tail_query
 
 from .driver_errors import DriverErrors, has_code
 from .procedures import AwaitSignal, Effect, Procedure, ProcedureRun, Sleep, repeating
@@ -144,10 +144,10 @@ class StoreBase:
         """The collection of signals, for an insert that waits for no reply."""
         return self.database.get_collection(self.where.collection("signals"), write_concern=WriteConcern(w=0))
 
-    def tail_cursor(self, tail: Tail, wait_s: float) -> Any:
-        """A tailing read, not sent yet, that waits up to `wait_s` seconds for each signal."""
+    def tail_cursor(self, tail: Tail, position: Tick, wait_s: float) -> Any:
+        """A tailing read from `position` on, not sent yet, that waits up to `wait_s` seconds for each signal."""
         signals = self.database.get_collection(self.where.collection("signals"))
-        return signals.find(tail.filter, cursor_type=CursorType.TAILABLE_AWAIT).max_await_time_ms(milliseconds(wait_s))
+        return signals.find(tail_query(tail, position), cursor_type=CursorType.TAILABLE_AWAIT).max_await_time_ms(milliseconds(wait_s))
 
     @contextmanager
     def counted_tail(self) -> Iterator[None]:

@@ -15,7 +15,9 @@ from pymongo.synchronous.client_session import ClientSession
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.protocol.codec import SERVER_TICK
 from streamline_pool.protocol.operations import Find, Op, Signal, Tail
+from streamline_pool.protocol.signals import beyond
 
 from .base import DEAD_CURSOR_PAUSE_S, TAIL_AWAIT_S, StoreBase
 from .procedures import AwaitSignal, Effect, Procedure, Sleep, is_hint
@@ -87,12 +89,18 @@ class Store(StoreBase):
                 return self.run(op, None if is_hint(op) else session)
 
     def tail(self, tail: Tail, wait_s: float) -> Generator[_Stored | None, None, None]:
-        """Matching signals as they are written; None after each `wait_s` seconds without one. Ends only by an error."""
+        """Matching signals as they are written; None after each `wait_s` seconds without one. Ends only by an error.
+
+        A cursor that the server ends is opened again where it was.
+        """
+        position = SERVER_TICK
         with self.counted_tail(), self.errors_of("tail_signals"):
             while True:
-                with self.tail_cursor(tail, wait_s) as cursor:
+                with self.tail_cursor(tail, position, wait_s) as cursor:
                     while cursor.alive:
-                        yield next(cursor, None)
+                        signal = next(cursor, None)
+                        position = position if signal is None else beyond(position, signal)
+                        yield signal
                 self.env.sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
                 yield None
 
@@ -150,11 +158,14 @@ class AsyncStore(StoreBase):
 
     async def tail(self, tail: Tail, wait_s: float = TAIL_AWAIT_S) -> AsyncGenerator[_Stored | None, None]:
         """Matching signals, as `Store.tail` yields them."""
+        position = SERVER_TICK
         with self.counted_tail(), self.errors_of("tail_signals"):
             while True:
-                async with self.tail_cursor(tail, wait_s) as cursor:
+                async with self.tail_cursor(tail, position, wait_s) as cursor:
                     while cursor.alive:
-                        yield await anext(cursor, None)
+                        signal = await anext(cursor, None)
+                        position = position if signal is None else beyond(position, signal)
+                        yield signal
                 await self.env.async_sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
                 yield None
 

@@ -7,12 +7,13 @@ collection, and the sweep finds later what it announced.
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from streamline_pool.domain.backoff import Backoff
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol import signals
+from streamline_pool.protocol.codec import Tick
 from streamline_pool.supervisor.ipc.messages import RunChanged
 from streamline_pool.supervisor.steward.duty import READ_TIMEOUT_S, RETRY, WRITE_TIMEOUT_S, DutyTools
 from streamline_pool.supervisor.steward.stream_subscribers import SUBSCRIBER_SIGNALS, StreamSubscribers
@@ -38,14 +39,16 @@ class SignalTail:
     async def run(self) -> None:
         """A broken tail is opened again where it broke; the sweep covers the gap."""
         store = self._tools.store
-        since = store.now()
+        position: Tick | None = None
         failures = 0
         while True:
             try:
-                async for signal in store.tail(signals.signals_since(since, kind={"$in": list(SIGNAL_KINDS)})):
+                if position is None:
+                    position = signals.tick_of(await self._tools.run(signals.latest_signal(), READ_TIMEOUT_S))
+                async for signal in store.tail(signals.signals_after(position, kind={"$in": list(SIGNAL_KINDS)})):
                     failures = 0
                     if signal is not None:
-                        since = max(since, min(signal["at"], store.now()))  # not from the future, or the tail would skip others
+                        position = signals.beyond(position, signal)
                         self._on_signal(signal)
             except WorkflowError as exc:
                 failures += 1
@@ -70,17 +73,31 @@ class SignalTail:
             await self._tools.run(signals.cap_signals(), WRITE_TIMEOUT_S)
 
     def _on_signal(self, signal: dict[str, Any]) -> None:
+        try:
+            self._act_on(signal)
+        except (LookupError, TypeError) as exc:  # another program may have stored anything
+            log.warning("signal_malformed", extra={"signal": str(signal)[:500], "error": f"{type(exc).__name__}: {exc}"})
+
+    def _act_on(self, signal: dict[str, Any]) -> None:
         kind, lane = signal["kind"], signal.get("lane")
         if kind == "cancel":
-            self._tools.hint(RunChanged(run_id=signal["runId"], owner=signal.get("owner")))
+            run_id, owner = _typed(signal["runId"], str), _typed(signal.get("owner"), str, type(None))
+            self._tools.hint(RunChanged(run_id=run_id, owner=owner))
         elif kind in SUBSCRIBER_SIGNALS:
             self._subscribers.on_signal(signal)
         elif isinstance(lane, str) and lane in self._tools.lane_set:
             self._on_due(signal)
 
     def _on_due(self, signal: dict[str, Any]) -> None:
-        at, run_id = signal.get("wakeAt") or signal["at"], signal.get("runId")
+        at = _typed(signal.get("wakeAt") or signal["at"], datetime)
+        run_id, count = _typed(signal.get("runId"), str, type(None)), _typed(signal.get("count", 1), int)
         # A start for "now" from a host whose clock is ahead of ours is an ordinary wake-up, not a timer with a name.
         soon = timedelta(0) < at - self._tools.store.now() < STARTS_NOW
-        self._wake_ups.plan(at, None if soon else run_id, signal.get("count", 1))
+        self._wake_ups.plan(at, None if soon else run_id, count)
         self._wake_ups.set_timer()
+
+
+def _typed(value: Any, *types: type) -> Any:
+    if not isinstance(value, types):
+        raise TypeError(f"{type(value).__name__} instead of {types[0].__name__}")
+    return value

@@ -221,6 +221,26 @@ def test_a_hook_answers_nothing_but_a_wait(app: Streamline, ending: str) -> None
     refused(app, tokens[0])
 
 
+@pytest.mark.parametrize("how", ["in the inbox", "to one", "to all"])
+def test_an_early_answer_leaves_the_inbox_with_the_step_that_an_event_ends(app: Streamline, how: str) -> None:
+    """An answer that no wait can take any more would occupy the inbox, which is bounded, until the run is deleted."""
+
+    def offer(ctx: Any) -> None:
+        app.resume_hook(create_hook(ctx, "sign here").token, "early")
+        app.send_event("other", "of a later step", run_id=ctx.run_id)
+        if how == "in the inbox":
+            app.send_event("news", "by the event", run_id=ctx.run_id)
+        ctx.wait_for("news")
+
+    workflow = app.workflow("w", steps={"offer": offer, "use": lambda ctx: ctx.wait_for("later")})
+    run = workflow.execute(workflow.start().id)
+    if how != "in the inbox":
+        assert app.send_event("news", "by the event", run_id=run.id if how == "to one" else None) == 1
+        run = workflow.execute(run.id)
+    assert (run.step("offer").output, run.current_step_id) == ("by the event", "use")
+    assert [item["data"] for item in run.document["inbox"]] == ["of a later step"]
+
+
 # --- before the wait ------------------------------------------------------------------------------------------------
 
 

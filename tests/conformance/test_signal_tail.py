@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from bson import ObjectId
 
 from streamline_pool import StoreUnavailableError, Streamline
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.protocol import signals
+from streamline_pool.protocol.codec import SERVER_TICK
 from streamline_pool.protocol.operations import Op, Tail
 from streamline_pool.storage.base import TAIL_AWAIT_S
 from streamline_pool.storage.store import AsyncStore
@@ -59,8 +62,10 @@ class Received:
                 self._on_first()
 
 
-def cancel_signal(app: Streamline, run_id: str) -> None:
-    app.store().collection("signals").insert_one({"kind": "cancel", "at": app.store().now(), "runId": run_id, "owner": None})
+def cancel_signal(app: Streamline, run_id: str, *, behind: timedelta = timedelta()) -> None:
+    """Write a signal as a process does whose clock is `behind`."""
+    store = app.store()
+    store.run(signals.send_signal("cancel", store.now() - behind, runId=run_id, owner=None))
 
 
 async def tailing(
@@ -86,12 +91,12 @@ async def tailing(
     return store
 
 
-async def heard(app: Streamline, received: Received, run_id: str) -> None:
+async def heard(app: Streamline, received: Received, run_id: str, *, behind: timedelta = timedelta()) -> None:
     """Send one signal after the other until the tail has read one of them."""
     numbers = itertools.count()
 
     def sent_and_read() -> bool:
-        cancel_signal(app, f"{run_id}-{next(numbers)}")
+        cancel_signal(app, f"{run_id}-{next(numbers)}", behind=behind)
         return any(name.startswith(run_id) for name in received.run_ids)
 
     await asyncio.to_thread(eventually, sent_and_read)
@@ -141,3 +146,37 @@ def test_an_ordinary_collection_of_signals_is_made_capped_and_read(app: Streamli
     store = asyncio.run(tailing(app, lambda received: heard(app, received, "later")))
     assert store.names.count("cap_signals") == 1
     assert facts(app) == (True, signals.SIGNALS_BYTES)
+
+
+def test_a_signal_of_a_process_whose_clock_is_behind_is_read(app: Streamline) -> None:
+    """Its server time may come from a member of the replica set with a wrong clock. Its wake-ups would all be left to the sweep."""
+    app.init_db()
+
+    async def during(received: Received) -> None:
+        await heard(app, received, "right")
+        await heard(app, received, "behind", behind=timedelta(hours=1))
+
+    asyncio.run(tailing(app, during))
+
+
+def test_malformed_signals_of_another_program_end_nothing(make_app: Callable[..., Streamline]) -> None:
+    """A steward that fails on one takes all duties of its host with it, and each restart is counted."""
+    app = make_app()
+    app.workflow("w", steps={"a": lambda ctx: 1})
+    app.init_db()
+    (lane,) = app.lanes()
+    due = {"kind": "due", "lane": lane}
+    malformed: list[dict[str, Any]] = [
+        {"kind": "cancel"}, {"kind": "cancel", "runId": 7}, {"kind": "cancel", "runId": ObjectId()},
+        {"kind": "cancel", "runId": "r", "owner": 7},
+        due, due | {"wakeAt": "soon"}, due | {"at": 5}, due | {"wakeAt": app.store().now(), "count": "many"},
+        due | {"wakeAt": app.store().now(), "runId": 7}, {"kind": "due", "lane": ["x"]},
+    ]  # fmt: skip
+
+    async def during(received: Received) -> None:
+        await heard(app, received, "before")
+        app.store().collection("signals").insert_many([{"tick": SERVER_TICK, **signal} for signal in malformed])
+        await heard(app, received, "after")
+        assert all(isinstance(run_id, str) for run_id in received.run_ids)
+
+    asyncio.run(tailing(app, during))

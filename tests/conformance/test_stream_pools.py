@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pool_client import loaded_app
@@ -18,6 +19,7 @@ from stream_reading import read_until
 from streamline_pool import Streamline, embedded
 from streamline_pool.events import subscription
 from streamline_pool.protocol import event_stream
+from streamline_pool.protocol.codec import SERVER_TICK
 from support import eventually
 
 APP = """
@@ -213,9 +215,9 @@ def test_malformed_records_of_another_program_are_ignored(app: Streamline, start
     hosts.insert_many([{"_id": 5, "listener": True}, {"_id": "x", "listener": True, "expireAt": "never"}])
     pool = start(1, "--lease", "2").ready()
     with app.events.stream("workflow:completed") as stream:
-        now = app.store().now()
-        signals.insert_many([{"kind": kind, "at": now, "listener": 7} for kind in ("listen", "unlisten", "heard", "events")])
-        signals.insert_one({"kind": "heard", "at": now, "listeners": [stream._subscription.id]})
+        malformed: list[dict[str, Any]] = [{"kind": kind, "listener": 7} for kind in ("listen", "unlisten", "heard", "events")]
+        malformed.append({"kind": "heard", "listeners": [stream._subscription.id]})
+        signals.insert_many([{"tick": SERVER_TICK, **signal} for signal in malformed])
         run_two(app, 1)
         read_until(stream, "workflow:completed")
     assert not pool.logged("child_died")

@@ -326,7 +326,7 @@ def test_only_what_is_waited_for_is_taken() -> None:
 
 
 def test_a_broadcast_that_was_taken_is_remembered_and_one_from_the_inbox_leaves_it() -> None:
-    assert (CHANGES["search, broadcast"][1].seen, CHANGES["search, broadcast"][1].takes) == ("e2", None)
+    assert (CHANGES["search, broadcast"][1].seen, CHANGES["search, broadcast"][1].takes) == ("e2", ())
     assert (CHANGES["search, inbox"][1].seen, applied("search, inbox")[2]["inbox"]) == (None, [])
     for name, answer in (("search, broadcast", "e2"), ("search, inbox", "e1")):
         assert applied(name)[2]["steps"][0]["answer"] == answer
@@ -361,7 +361,7 @@ def test_hooks_live_through_a_retry_and_die_with_their_step() -> None:
     """A person may hold the token of the failed attempt; a step that has ended must not be answered."""
     assert applied("retry with a hook")[2]["steps"][0]["hooks"] == hooked()["steps"][0]["hooks"]
     assert "hooks" not in applied("advance with a hook")[2]["steps"][0]
-    assert CHANGES["advance with a hook"][1].takes == {"stepId": "a"}, "an answer without a wait is removed, too"
+    assert CHANGES["advance with a hook"][1].takes == ({"stepId": "a"},), "an answer without a wait is removed, too"
 
 
 def test_a_wait_and_its_end_reset_the_counts_of_failures_and_lost_workers() -> None:

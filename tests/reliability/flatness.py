@@ -1,9 +1,9 @@
 """Decides whether a measured series is flat. Owns the bounds and their arithmetic; it reads no process and no file.
 
-A series is a list of points `(runs that had ended, value)`. What happens during the first fifth of the runs is warm-up and is not judged: caches
-fill, threads and connections are made as they are needed. The rest is cut into thirds. A series is not flat if both of these hold: its
-slope is above the bound, and the median of its last third is above that of its first third by as much as this slope would give. One high
-reading, or one step up and down again, moves neither.
+A series is a list of points `(runs that had ended, value)`. What happens during the first fifth of the runs is warm-up and is not
+judged: caches fill, threads and connections are made as they are needed. The rest is cut into thirds. A series is not flat if both of
+these hold: its slope is above the bound, and the median of its last third is above that of its first third by more than a slope at the
+bound would give. One high reading, or one step up and down again, moves neither.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Reads what processes hold: memory, descriptors, threads, sockets, and the server's connections. Owns readings; judges nothing. Linux only."""
+"""Reads what processes hold: memory, descriptors, threads, sockets, and the server's connections.
+
+Owns the readings; flatness.py judges them. Linux only.
+"""
 
 from __future__ import annotations
 

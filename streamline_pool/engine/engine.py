@@ -134,7 +134,7 @@ class Engine:
         self.active_runs.add(active)
         self._solitude.admitted(active)
         self.leases.run_admitted()
-        self.cache.put(run_id, RunNote(document["version"], document["token"], deadline, True))
+        self.cache.put(run_id, RunNote(definition.version, document["token"], deadline, True))
         active.task = self.loop.create_task(self._run_after_others(active) if claimed_again else self._run_task(active))
         return active.task
 
@@ -199,7 +199,7 @@ class Engine:
         self.active_runs.remove(active)
         self._solitude.removed(active)
         if active.run_id not in self.active_runs.held:  # else this process has claimed the run again, and the newer note counts
-            self.cache.put(active.run_id, RunNote(active.document["version"], active.document["token"], active.deadline, False))
+            self.cache.put(active.run_id, RunNote(active.definition.version, active.document["token"], active.deadline, False))
         self._observer.on_finished(active.run_id, active.document["status"] if active.lost is None else "lost")
 
     def _on_stuck(self, active: ActiveRun, attempt: Attempt, what: str) -> None:

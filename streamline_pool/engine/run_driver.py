@@ -208,7 +208,7 @@ class RunDriver:
 
     def close_attempt(self, active: ActiveRun, attempt: Attempt) -> None:
         """From here on nothing that the handler does has any effect."""
-        attempt.intents.closed = True
+        attempt.intents.close()
         active.attempt = None
         active.left_attempt = attempt if attempt.goes_on else None
         self._solitude.handler_left(attempt)

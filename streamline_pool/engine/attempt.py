@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from streamline_pool.domain.definition import Handler, StepDefinition
 
 from .abort_signal import current_signal, fire_signal
 from .context import Context
+from .handler_threads import HandlerThreads
 from .intents import Intents, Suspension
 
 __all__ = ["ABORT_GRACE_S", "Attempt", "Kind", "Outcome"]
@@ -118,7 +119,7 @@ class Attempt:
             self._thread_over = self._thread_over or self._loop.create_future()
             await self._thread_over
 
-    async def run(self, step: StepDefinition, threads: Executor) -> Outcome:
+    async def run(self, step: StepDefinition, threads: HandlerThreads) -> Outcome:
         """Enter the handler and return its outcome. Raises nothing that the handler raises."""
         if step.timeout_s is not None:
             self._timers.append(self._loop.call_later(step.timeout_s, self.abort, "timeout"))

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -34,6 +33,7 @@ from .active_runs import ActiveRuns
 from .attempt import ABORT_GRACE_S, Attempt, Kind, Outcome
 from .group_commit import GroupCommitter
 from .group_outputs import GroupOutputs
+from .handler_threads import HandlerThreads
 from .leases import LeaseKeeper
 from .ports import Observer
 from .run_cache import RunCache, RunNote
@@ -80,7 +80,7 @@ class Engine:
         self._committer = GroupCommitter(store, env, observer.store_answered)
         self._outputs = GroupOutputs(store, env, observer.store_answered)
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
-        self._threads = ThreadPoolExecutor(max_workers=2 * config.threads_max + 8, thread_name_prefix="streamline-handler")
+        self._threads = HandlerThreads(2 * config.threads_max + 8, env.clock.monotonic)
         self._writer = RunWriter(store, env, self._committer, self._outputs, self.events, observer, self._state)
         self._solitude = Solitude(self.active_runs, self._committer, self._state, store.now, config.suspect_from)
         self._driver = RunDriver(
@@ -112,7 +112,7 @@ class Engine:
         await self._committer.close()
         await self._outputs.close()
         await self.event_publisher.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
 
     # --- admission -------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,10 @@ def _nemesis(options: Namespace) -> Any:
 
 
 def _soak(options: Namespace) -> Any:
-    return soak.measure(soak.Options(runs=options.runs, workers=options.workers, interval_s=options.interval, seed=options.seed))
+    chosen = soak.Options(
+        runs=options.runs, seconds=60 * options.minutes, workers=options.workers, interval_s=options.interval, seed=options.seed
+    )
+    return soak.measure(chosen)
 
 
 PARTS: dict[str, Callable[[Namespace], Any]] = {"explorer": _explorer, "mutants": _mutants, "nemesis": _nemesis, "soak": _soak}

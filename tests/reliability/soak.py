@@ -38,6 +38,7 @@ class Options:
     """How the soak is made."""
 
     runs: int = 1_000_000
+    seconds: int = 86_400  # after which no more runs are started
     workers: int = 2
     open_max: int = 4000  # runs that are started and not deleted yet
     interval_s: float = 2.0  # between two readings
@@ -87,7 +88,7 @@ def measure(options: Options) -> dict[str, Any]:
 @contextmanager
 def _client(server: Server, database: str, options: Options) -> Iterator[_Client]:
     """The client process. It is killed at the end of the block if it has not ended."""
-    numbers = [str(number) for number in (options.runs, options.open_max, options.seed)]
+    numbers = [str(number) for number in (options.runs, options.seconds, options.open_max, options.seed)]
     command = [sys.executable, "-m", "tests.reliability.soak_client", str(os.getpid()), server.uri, database, *numbers]
     process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     client = _Client(process)

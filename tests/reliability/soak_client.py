@@ -1,6 +1,6 @@
 """The one client process of the soak. Owns starting runs, acting on those that wait, and cleaning up those that ended.
 
-Run as `python -m tests.reliability.soak_client PARENT_PID URI DATABASE RUNS OPEN SEED`. It prints one JSON document a second: `ended`
+Run as `python -m tests.reliability.soak_client PARENT_PID URI DATABASE RUNS SECONDS OPEN SEED`. It prints one JSON document a second: `ended`
 (runs that ended and were deleted), `seen` (how often each thing was done, by name) and `wrong` (what must not happen, at most 20 texts).
 Everything that it remembers of runs is bounded by OPEN, so its own memory must be flat, too.
 """
@@ -38,13 +38,17 @@ _SHOWN = {"workflowId": 1, "paused": 1, "rewinds": 1, "input": 1, "context.token
 
 
 class Client:
-    """Feeds a pool with at most `open_max` runs that have not been cleaned up, until `runs` have ended."""
+    """Feeds a pool with at most `open_max` runs that have not been cleaned up, until `runs` have ended.
 
-    def __init__(self, app: Streamline, runs: int, open_max: int, seed: int) -> None:
+    After `seconds` it starts no more, and the soak is over when those that were started have ended.
+    """
+
+    def __init__(self, app: Streamline, runs: int, seconds: int, open_max: int, seed: int) -> None:
         self.app, self.runs, self.open_max = app, runs, open_max
         self.started = self.ended = 0
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self._feed_until = time.monotonic() + seconds
         self._random = random.Random(seed)
         self._calls = asyncio.Semaphore(_CALLS_MAX)
         self._acted_on: set[str] = set()  # runs with an act under way
@@ -79,6 +83,9 @@ class Client:
     async def _feed(self) -> None:
         names, weights = list(SHARES), list(SHARES.values())
         while self.started < self.runs and not self.is_done:
+            if time.monotonic() > self._feed_until:
+                self.runs = self.started
+                return
             if self.started - self.ended > self.open_max - _BATCH:
                 await asyncio.sleep(0.01)
                 continue
@@ -220,12 +227,12 @@ class Client:
             await asyncio.sleep(1)
 
 
-def main(uri: str, database: str, runs: int, open_max: int, seed: int) -> None:
+def main(uri: str, database: str, runs: int, seconds: int, open_max: int, seed: int) -> None:
     """Serve until all runs have ended."""
 
     async def serve(app: Streamline) -> None:
         try:
-            await Client(app, runs, open_max, seed).serve()
+            await Client(app, runs, seconds, open_max, seed).serve()
         finally:
             await app.close_async()
 
@@ -235,4 +242,4 @@ def main(uri: str, database: str, runs: int, open_max: int, seed: int) -> None:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
-    main(sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:7]))
+    main(sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:8]))

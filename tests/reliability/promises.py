@@ -102,7 +102,11 @@ PROMISES = (
     Promise(
         promise="A process that serves for long holds no more than after its warm-up",
         fault="very many runs over every capability",
-        tests=("tests/reliability/test_soak.py",),
+        tests=(
+            "tests/reliability/test_soak.py",
+            "tests/conformance/test_memory_of_runs.py",
+            "tests/unit/engine/test_handler_threads.py",
+        ),
     ),
 )
 

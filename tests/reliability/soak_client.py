@@ -1,8 +1,8 @@
 """The one client process of the soak. Owns starting runs, acting on those that wait, and cleaning up those that ended.
 
-Run as `python -m tests.reliability.soak_client PARENT_PID URI DATABASE RUNS SECONDS OPEN SEED`. It prints one JSON document a second: `ended`
-(runs that ended and were deleted), `seen` (how often each thing was done, by name) and `wrong` (what must not happen, at most 20 texts).
-Everything that it remembers of runs is bounded by OPEN, so its own memory must be flat, too.
+Run as `python -m tests.reliability.soak_client PARENT_PID URI DATABASE RUNS SECONDS OPEN SEED`. It prints one JSON document a second:
+`ended` (runs that ended and were deleted), `seen` (how often each thing was done, by name) and `wrong` (what must not happen, at most 20
+texts). Everything that it remembers of runs is bounded by OPEN, so its own memory must be flat, too.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _watch(running: Pool, server: Server, client: _Client, options: Options) -> 
             continue
     if client.process.returncode != 0:
         raise RuntimeError(f"the client ended with status {client.process.returncode}")
-    return series
+    return {name: points[:-1] for name, points in series.items()}  # the last reading may be of a client that was closing its connections
 
 
 def _processes(running: Pool, client_pid: int) -> dict[str, psutil.Process]:

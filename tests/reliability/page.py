@@ -131,7 +131,9 @@ def _nemesis(result: Mapping[str, Any]) -> list[str]:
     )
     columns = ("name", "times", "lost", "wedged", "duplicates", "recovery_p50_s", "recovery_p99_s")
     rows = [[_seconds(fault[c]) if c.endswith("_s") else str(fault[c]) for c in columns] for fault in result["faults"]]
-    return [summary, _table(("fault", "times", "lost", "wedged", "duplicates", "recovery p50", "recovery p99"), rows)]
+    table = _table(("fault", "times", "lost", "wedged", "duplicates", "recovery p50", "recovery p99"), rows)
+    left_out = [f"- {name}: {why}" for name, why in result["left_out"].items()]
+    return [summary, table, *(["Left out, because this machine could not make them:", "\n".join(left_out)] if left_out else [])]
 
 
 def _mutants(result: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import soak
+from .forms import mutants_of, nemesis_of
 from .results import ROOT
 
 __all__ = ["PARTS", "PartFailedError"]
@@ -38,11 +39,11 @@ def _explorer(options: Namespace) -> Any:
 
 
 def _mutants(options: Namespace) -> Any:
-    return _run("tests.mutants")
+    return mutants_of(_run("tests.mutants"))
 
 
 def _nemesis(options: Namespace) -> Any:
-    return _run("streamline_pool.supervisor.cli", "chaos", "--embedded")
+    return nemesis_of(_run("streamline_pool.supervisor.cli", "chaos", "--embedded", "--seconds", str(60 * options.nemesis_minutes)))
 
 
 def _soak(options: Namespace) -> Any:

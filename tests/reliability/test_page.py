@@ -22,6 +22,7 @@ EXAMPLES = {
         "faults": [
             {"name": "step-down", "times": 9, "lost": 0, "wedged": 0, "duplicates": 0, "recovery_p50_s": 1.5, "recovery_p99_s": None}
         ],
+        "left_out": {"disk-full": "needs root"},
     },
     "soak": {
         **{"runs": 1000000, "seconds": 3600.0, "runs_per_second": 277.8, "workers": 2},
@@ -66,6 +67,7 @@ def test_every_figure_of_a_result_is_on_the_page(tmp_path: Path) -> None:
     assert "| `unseen` | wait | a \\| b |  | no |" in page
     assert "| `same` | the index is unique |" in page
     assert "| step-down | 9 | 0 | 0 | 0 | 1.50 s | – |" in page
+    assert "- disk-full: needs root" in page
     assert "Series that are not flat: **client threads**" in page
 
 

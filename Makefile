@@ -5,13 +5,14 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= all
+RELIABILITY_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: help demo test test-slow test-all lint format docs bench clean
+.PHONY: help demo test test-slow test-all lint format docs bench reliability clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -25,7 +26,7 @@ $(DOCS_STAMP): $(STAMP)
 	touch $@
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-11s %s\n", $$1, $$2}'
 
 demo: $(STAMP) ## Index the standard library on a private MongoDB, with one worker killed half-way
 	$(BIN)/streamline-pool demo
@@ -55,6 +56,9 @@ docs: $(DOCS_STAMP) ## Build the documentation site into ./site; a warning is an
 
 bench: $(STAMP) ## Run the load tests and print each figure beside its reference
 	$(BIN)/python -m loadtests $(BENCH_ARGS)
+
+reliability: $(STAMP) ## Measure what docs/reliability.md says, which takes hours, and make that page
+	$(BIN)/python -m tests.reliability $(RELIABILITY_ARGS)
 
 clean: ## Remove the virtual environment and everything that was built
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from streamline_pool.domain.definition import Handler, StepDefinition
 
 from .abort_signal import current_signal, fire_signal
 from .context import Context
+from .handler_threads import HandlerThreads
 from .intents import Intents, Suspension
 
 __all__ = ["ABORT_GRACE_S", "Attempt", "Kind", "Outcome"]
@@ -119,7 +120,7 @@ class Attempt:
             self._thread_over = self._thread_over or self._loop.create_future()
             await self._thread_over
 
-    async def run(self, step: StepDefinition, threads: Executor) -> Outcome:
+    async def run(self, step: StepDefinition, threads: HandlerThreads) -> Outcome:
         """Enter the handler and return its outcome. Raises nothing that the handler raises."""
         if step.timeout_s is not None:
             self._timers.append(self._loop.call_later(step.timeout_s, self.abort, "timeout"))
@@ -145,12 +146,7 @@ class Attempt:
     async def _run_async(self, handler: Handler) -> Outcome:
         task = self._task = asyncio.current_task(self._loop)
         assert task is not None, "drivers are tasks"
-        try:
-            outcome = Outcome(Kind.RETURNED, await handler(self.context))
-        except Suspension as suspension:
-            outcome = Outcome(Kind.SUSPENDED, suspension)
-        except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
-            outcome = Outcome(Kind.RAISED, exc)
+        outcome = await _enter_async(handler, self.context)
         if _forks != self._forks:
             os._exit(0)  # the handler forked, and this is the child process: the run belongs to the parent
         self._task = None
@@ -183,7 +179,7 @@ class Attempt:
         self._timers.append(self._loop.call_later(grace_s, self._out_of_grace))
 
     def _out_of_grace(self) -> None:
-        if self._work is not None and self._work.done():
+        if self.on_thread and (self._work is None or self._work.done()):
             return
         self._resolve(Outcome(Kind.ABANDONED, None))
         self.over = self._stuck = True
@@ -210,6 +206,8 @@ class Attempt:
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _end_thread(self) -> None:
+        if self._work is not None and self._work.done():
+            self._work = None  # it keeps its callbacks, which keep this attempt: a circle
         if self._thread_over is not None and not self._thread_over.done():
             self._thread_over.set_result(None)
 
@@ -218,16 +216,31 @@ def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
     if context.signal.aborted:
         return Outcome(Kind.ABANDONED, None)  # it waited for a thread until its attempt was over
     token = current_signal.set(context.signal)
-    try:
-        value = handler(context)
-        outcome = Outcome(Kind.RETURNED, value)
-    except Suspension as suspension:
-        outcome = Outcome(Kind.SUSPENDED, suspension)
-    except BaseException as exc:  # noqa: BLE001 -- as above
-        outcome = Outcome(Kind.RAISED, exc)
-    finally:
-        current_signal.reset(token)  # the thread goes on to other handlers
+    outcome = _enter(handler, context)
+    current_signal.reset(token)  # the thread goes on to other handlers
     if _forks != forks:
         # The handler forked, and this is the child process: the run belongs to the parent.
         os._exit(0)
     return outcome
+
+
+# Both functions return an outcome that no variable of theirs has held. An exception knows the frame that caught it, so a frame that also
+# knows the exception would be a circle: it, the handler's variables and the whole run would stay in memory until a full garbage collection.
+
+
+async def _enter_async(handler: Handler, context: Context) -> Outcome:
+    try:
+        return Outcome(Kind.RETURNED, await handler(context))
+    except Suspension as suspension:
+        return Outcome(Kind.SUSPENDED, suspension)
+    except BaseException as exc:  # noqa: BLE001 -- whatever a handler raises is its attempt's failure, never the worker's
+        return Outcome(Kind.RAISED, exc)
+
+
+def _enter(handler: Handler, context: Context) -> Outcome:
+    try:
+        return Outcome(Kind.RETURNED, handler(context))
+    except Suspension as suspension:
+        return Outcome(Kind.SUSPENDED, suspension)
+    except BaseException as exc:  # noqa: BLE001 -- as above
+        return Outcome(Kind.RAISED, exc)

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -34,6 +33,7 @@ from .active_runs import ActiveRuns
 from .attempt import ABORT_GRACE_S, Attempt, Kind, Outcome
 from .group_commit import GroupCommitter
 from .group_outputs import GroupOutputs
+from .handler_threads import HandlerThreads
 from .leases import LeaseKeeper
 from .ports import Observer
 from .run_cache import RunCache, RunNote
@@ -80,7 +80,7 @@ class Engine:
         self._committer = GroupCommitter(store, env, observer.store_answered)
         self._outputs = GroupOutputs(store, env, observer.store_answered)
         # Threads are made as needed; the margin is for handlers that outlive their attempt until the worker is recycled.
-        self._threads = ThreadPoolExecutor(max_workers=2 * config.threads_max + 8, thread_name_prefix="streamline-handler")
+        self._threads = HandlerThreads(2 * config.threads_max + 8, env.clock.monotonic)
         self._writer = RunWriter(store, env, self._committer, self._outputs, self.events, observer, self._state)
         self._solitude = Solitude(self.active_runs, self._committer, self._state, store.now, config.suspect_from)
         self._driver = RunDriver(
@@ -112,7 +112,7 @@ class Engine:
         await self._committer.close()
         await self._outputs.close()
         await self.event_publisher.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
 
     # --- admission -------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Engine:
         self.active_runs.add(active)
         self._solitude.admitted(active)
         self.leases.run_admitted()
-        self.cache.put(run_id, RunNote(document["version"], document["token"], deadline, True))
+        self.cache.put(run_id, RunNote(definition.version, document["token"], deadline, True))
         active.task = self.loop.create_task(self._run_after_others(active) if claimed_again else self._run_task(active))
         return active.task
 
@@ -199,7 +199,7 @@ class Engine:
         self.active_runs.remove(active)
         self._solitude.removed(active)
         if active.run_id not in self.active_runs.held:  # else this process has claimed the run again, and the newer note counts
-            self.cache.put(active.run_id, RunNote(active.document["version"], active.document["token"], active.deadline, False))
+            self.cache.put(active.run_id, RunNote(active.definition.version, active.document["token"], active.deadline, False))
         self._observer.on_finished(active.run_id, active.document["status"] if active.lost is None else "lost")
 
     def _on_stuck(self, active: ActiveRun, attempt: Attempt, what: str) -> None:

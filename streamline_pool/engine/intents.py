@@ -45,6 +45,16 @@ class Intents:
         self.closed = False  # the attempt's outcome is decided: no call on `ctx` has any effect from here on
         self.view: Mapping[str, Any] | None = None  # what `ctx.context` has shown; None if it was not read
 
+    def close(self) -> None:
+        """No call on `ctx` has any effect from here on.
+
+        How the handler left is kept, and where is forgotten: the handler's frame knows `ctx`, which knows this record. Such a circle
+        would keep the whole run in memory until a full garbage collection.
+        """
+        self.closed = True
+        if self.suspension is not None:
+            self.suspension.__traceback__ = self.suspension.__context__ = None
+
 
 def changed_in_place(intents: Intents, context: Mapping[str, Any]) -> str | None:
     """The first context key whose list or mapping the handler changed without setting it, so that the change would be lost; else None.

@@ -16,7 +16,7 @@ __all__ = ["RunCache", "RunNote"]
 class RunNote(NamedTuple):
     """What a worker knows about one run."""
 
-    version: str  # of its workflow
+    version: str  # of its workflow; the definition's own text, so that ten thousand notes share it
     token: int  # the fencing token that this worker held
     deadline: float  # monotonic seconds: when the lease expires unless renewed
     in_flight: bool  # False once this worker has finished with the run

@@ -9,7 +9,6 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from typing import Any
 
 from streamline_pool.config.env import Env
@@ -30,6 +29,7 @@ from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of
 from .group_outputs import GroupOutputs
+from .handler_threads import HandlerThreads
 from .intents import Intents, changed_in_place
 from .outcomes import Decided, allowed, attempt_ended, damaged, failed, version_mismatch
 from .output_demand import OutputDemand
@@ -57,7 +57,7 @@ class RunDriver:
         outputs: GroupOutputs,
         events: RunEvents,
         state: EngineState,
-        threads: Executor,
+        threads: HandlerThreads,
         solitude: Solitude,
         on_stuck: Callable[[ActiveRun, Attempt, str], None],
     ) -> None:
@@ -208,7 +208,7 @@ class RunDriver:
 
     def close_attempt(self, active: ActiveRun, attempt: Attempt) -> None:
         """From here on nothing that the handler does has any effect."""
-        attempt.intents.closed = True
+        attempt.intents.close()
         active.attempt = None
         active.left_attempt = attempt if attempt.goes_on else None
         self._solitude.handler_left(attempt)

@@ -19,6 +19,10 @@ __all__ = ["DatabaseTarget"]
 _SELECTION_TIMEOUT_MS = 5_000  # how long one operation waits for a primary; the caller repeats it, with back-off
 _SOCKET_TIMEOUT_MS = 20_000  # above the longest wait of a tailing read, below the lease
 
+# A burst of operations opens connections, which the driver would keep for ever. It uses the one that was returned last, so those that
+# are not needed become idle. Firewalls, too, drop connections that are idle for minutes, and tell neither side.
+_IDLE_MAX_MS = 300_000
+
 
 class DatabaseTarget:
     """Server, database and prefix of the collections. Resolved once.
@@ -47,6 +51,7 @@ class DatabaseTarget:
             "serverSelectionTimeoutMS": _SELECTION_TIMEOUT_MS,
             "connectTimeoutMS": _SELECTION_TIMEOUT_MS,
             "socketTimeoutMS": _SOCKET_TIMEOUT_MS,
+            "maxIdleTimeMS": _IDLE_MAX_MS,
             "appname": "streamline-pool",
         }
         return {key: value for key, value in ours.items() if key.lower() not in given}

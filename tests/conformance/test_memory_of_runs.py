@@ -1,0 +1,93 @@
+"""What is left in memory of a run that has left its worker: nothing that only a full garbage collection can remove."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from streamline_pool import Streamline, create_hook, execute_parallel
+from support import eventually
+
+
+@contextmanager
+def circles() -> Iterator[Counter[str]]:
+    """Counts, by type, the objects that became garbage within the block and that reference counts did not free."""
+    found: Counter[str] = Counter()
+    gc.collect()
+    gc.disable()
+    try:
+        yield found
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found.update(type(one).__name__ for one in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+async def _returns_much(ctx: Any) -> Any:
+    return b"x" * 8192
+
+
+async def _plain(ctx: Any) -> Any:
+    return {"attempt": ctx.attempt, "before": ctx.get_output("none")}
+
+
+def _plain_def(ctx: Any) -> Any:
+    return {"input": ctx.input, "attempt": ctx.attempt}
+
+
+async def _fails_once(ctx: Any) -> Any:
+    if ctx.attempt == 1:
+        ctx.checkpoint(1)
+        raise RuntimeError("the first attempt fails")
+    return ctx.get_checkpoint()
+
+
+async def _fans_out(ctx: Any) -> Any:
+    async def task() -> int:
+        return 1
+
+    return await execute_parallel([task, task])
+
+
+async def _falls_asleep(ctx: Any) -> None:
+    ctx.sleep(0)
+
+
+async def _waits(ctx: Any) -> None:
+    create_hook(ctx, "an answer")
+    try:
+        raise ValueError("an error that is handled")
+    except ValueError:
+        ctx.wait("an answer", timeout=0.001)
+
+
+def _waits_in_vain(ctx: Any) -> Any:
+    try:
+        ctx.wait("an answer", timeout=0.001)
+    except BaseException:  # noqa: BLE001 -- what the manual tells handlers not to do
+        return "swallowed"
+
+
+@pytest.mark.parametrize("handler", [_plain, _plain_def, _fails_once, _fans_out, _falls_asleep, _waits, _waits_in_vain])
+def test_a_run_that_has_ended_leaves_no_circle_in_memory(app: Streamline, handler: Callable[[Any], Any]) -> None:
+    """Each run kept its document, context and handler's variables until a full collection: 2 000 ended runs in a busy worker."""
+    steps = {"large": _returns_much, "do": handler, "last": lambda ctx: len(ctx.get_output("large"))}
+    flow = app.workflow("flow", steps=steps, defaults={"retry_delay": 0.001})
+
+    def go_through_a_run() -> None:
+        run_id = flow.start().id
+        eventually(lambda: flow.execute(run_id).output == 8192)  # it rests when it is to be tried again later, or waits
+
+    go_through_a_run()  # what is made once and kept
+    with circles() as found:
+        go_through_a_run()
+
+    assert found["ActiveRun"] == found["Context"] == found["Attempt"] == found["Future"] == 0, found

@@ -1,0 +1,47 @@
+"""What the programs write is what the page expects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .forms import mutants_of, nemesis_of
+
+FAULT = {
+    "turns": 4,
+    "affected": 9,
+    "never_went_on": 0,
+    "lost": 0,
+    "wedged": 1,
+    "duplicates": 0,
+    "recovery_p50_s": 0.2,
+    "recovery_p99_s": None,
+}
+
+
+def test_a_mutant_keeps_who_found_it_and_how_fast_and_the_control_is_left_out() -> None:
+    finding = {"verdict": "found", "seconds": 3.5, "by": "seed 7"}
+    table: list[dict[str, Any]] = [
+        {"name": None, "part": None, "harm": None, "equivalent": None, "found": False, "detectors": {}},
+        {
+            **{"name": "no-fence", "part": "commit", "harm": "two holders", "equivalent": None, "found": True},
+            "detectors": {"explorer": finding, "quick": {**finding, "verdict": "missed"}},
+        },
+        {"name": "same", "part": "claim", "harm": "none", "equivalent": "the index is unique", "found": False, "detectors": {}},
+    ]
+
+    first, second = mutants_of(table)
+
+    assert first == {
+        **{"name": "no-fence", "topic": "commit", "harm": "two holders", "equivalent": False, "argument": ""},
+        "found": {"explorer": 3.5, "quick": None},
+    }
+    assert (second["equivalent"], second["argument"]) == (True, "the index is unique")
+
+
+def test_the_nemesis_keeps_its_totals_each_fault_and_what_it_left_out() -> None:
+    totals = {"runs": 5, "seconds": 9.0, "lost": 0, "wedged": 1, "duplicates": 0, "recovery_p50_s": 0.2, "recovery_p99_s": 1.0}
+
+    result = nemesis_of({**totals, "faults": {"step-down": FAULT}, "left_out": {"disk-full": "needs root"}, "seed": 1})
+
+    expected = {"name": "step-down", "times": 4, "lost": 0, "wedged": 1, "duplicates": 0, "recovery_p50_s": 0.2, "recovery_p99_s": None}
+    assert result == {**totals, "faults": [expected], "left_out": {"disk-full": "needs root"}}

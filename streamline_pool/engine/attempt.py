@@ -131,7 +131,7 @@ class Attempt:
         self._finish()
         return outcome
 
-    async def _run_on_thread(self, handler: Handler, threads: Executor) -> Outcome:
+    async def _run_on_thread(self, handler: Handler, threads: HandlerThreads) -> Outcome:
         self.result = self._loop.create_future()
         try:
             self._work = threads.submit(_run_sync, handler, self.context, self._forks)

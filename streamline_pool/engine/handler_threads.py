@@ -32,14 +32,19 @@ class HandlerThreads:
         self._executor = self._made()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """As `Executor.submit`."""
+        """As `Executor.submit`. Raises RuntimeError if no thread can be started; the function may still run on a thread that becomes free."""
         if self._monotonic() >= self._period_ends:
             self._end_period()
         with self._lock:
             self._running += 1
             self._most_lately = max(self._most_lately, self._running)
             self._most = max(self._most, self._running)
-        future = self._executor.submit(function, *arguments)
+        try:
+            future = self._executor.submit(function, *arguments)
+        except RuntimeError:
+            with self._lock:
+                self._running -= 1
+            raise
         future.add_done_callback(self._ended)
         return future
 

@@ -77,8 +77,8 @@ def test_a_call_whose_reply_was_lost_is_not_refused_because_the_run_was_cancelle
     run = workflow.execute(workflow.start().id)
     calls = {"pause": pausing_run(app.services, None, run.id, None), "rewind": rewinding_run(app.services, None, run.id, "one")}
     procedure = calls[call]
-    read = next(procedure)
-    write = procedure.send(app.store().run(read))
+    read: Any = next(procedure)
+    write: Any = procedure.send(app.store().run(read))
     app.store().run(write)
     app.cancel_run(run.id)
     effect: Any = procedure.send(app.store().run(write))  # repeated, because its reply was lost

@@ -85,7 +85,7 @@ class ExplorerAsyncStore(AsyncStore):
 
     async def tail(self, tail: Tail, wait_s: float = 15.0) -> AsyncGenerator[dict[str, Any] | None, None]:
         """See `AsyncStore.tail`."""
-        with self._world.signals.reader(dict(tail.filter)) as reader:
+        with self._world.signals.reader(dict(tail.match)) as reader:
             while True:
                 try:
                     yield await asyncio.wait_for(reader.get(), wait_s)

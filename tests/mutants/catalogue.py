@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import fence
+from . import claims, control, events, fence, group_commit, leases, outputs_and_cleanup, recovery, starting, waits_and_hooks, waking
 from .mutant import Mutant
 
 __all__ = ["MUTANTS", "named", "tenth"]
 
-MUTANTS: tuple[Mutant, ...] = (*fence.MUTANTS,)
+MUTANTS: tuple[Mutant, ...] = (
+    *fence.MUTANTS,
+    *claims.MUTANTS,
+    *leases.MUTANTS,
+    *recovery.MUTANTS,
+    *control.MUTANTS,
+    *waits_and_hooks.MUTANTS,
+    *events.MUTANTS,
+    *starting.MUTANTS,
+    *group_commit.MUTANTS,
+    *outputs_and_cleanup.MUTANTS,
+    *waking.MUTANTS,
+)
 
 
 def named(names: Sequence[str]) -> list[Mutant]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-__all__ = ["DisarmedError", "Edit", "Mutant", "mutated", "mutants_of"]
+__all__ = ["DisarmedError", "Edit", "Mutant", "mutants_of", "mutated"]
 
 
 class DisarmedError(Exception):

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .catalogue import MUTANTS, named, tenth
-from .copies import ROOT, copied
+from .copies import ROOT, copied, workshop
 from .detectors import DETECTORS, Search, detect
 from .mutant import Mutant
 from .report import Row, as_json, has_failed, line, summary
@@ -71,9 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{mutant.name} [{mutant.part}]: {mutant.harm}{' (equivalent)' if mutant.equivalent else ''}")
         return 0
     search = Search(likely_only=options.likely_only, limit_s=options.limit, schedules=options.schedules, seed=options.seed)
+    with workshop() as shop:
+        return run(options, search, shop)
+
+
+def run(options: argparse.Namespace, search: Search, shop: Path) -> int:
+    """Examine the tree as it is, then each mutant. Yields the exit status."""
     rows: list[Row] = []
     for mutant in [*([] if options.no_control else [None]), *options.chosen]:
-        rows.append(examine(mutant, options.chosen, options.detectors, search))
+        with copied(mutant, shop) as copy:
+            subjects = options.chosen if mutant is None else [mutant]
+            rows.append(Row(mutant, {detector: detect(copy, detector, subjects, search) for detector in options.detectors}))
         print(line(rows[-1]), flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")
@@ -82,13 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     print(summary(rows))
     return int(has_failed(rows))
-
-
-def examine(mutant: Mutant | None, chosen: Sequence[Mutant], detectors: Sequence[str], search: Search) -> Row:
-    """Run the detectors over a copy with this mutant, each to its end. None: over the tree as it is, for all chosen mutants."""
-    with copied(mutant) as copy:
-        subjects = chosen if mutant is None else [mutant]
-        return Row(mutant, {detector: detect(copy, detector, subjects, search) for detector in detectors})
 
 
 if __name__ == "__main__":

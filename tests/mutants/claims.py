@@ -16,8 +16,6 @@ _bug = mutants_of(
     "conformance/test_engine_leases.py",
     "conformance/test_claimed_again.py",
     "conformance/test_pause.py",
-    "conformance/test_invariants.py",
-    "simulation/test_faults.py",
 )
 
 MUTANTS: tuple[Mutant, ...] = (

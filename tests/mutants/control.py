@@ -18,7 +18,6 @@ _pause_bug = mutants_of(
     "conformance/test_control_meets_holders.py",
     "unit/domain/test_transitions.py",
     "conformance/test_hostile_races.py",
-    "conformance/test_invariants_waits.py",
 )
 
 _CONTROL_MUTANTS = (

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from .mutant import Mutant, mutated
 
-__all__ = ["ROOT", "Copy", "CopyError", "copied", "sources_of"]
+__all__ = ["ROOT", "Copy", "CopyError", "copied", "sources_of", "workshop"]
 
 ROOT = Path(__file__).resolve().parents[2]
 _PARTS = ("streamline_pool", "supervisor", "tests", "examples", "loadtests", "docs")  # `streamline_pool/supervisor` is a link
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".mypy_cache", ".pytest_cache", ".streamline")
-_IMPORT_S = 60.0  # generous: a busy machine compiles the package
+_IMPORT_S = 60.0  # generous, for a busy machine
 
 
 class CopyError(Exception):
@@ -32,21 +32,24 @@ class Copy:
 
     tree: Path
     scratch: Path
+    compiled: Path
 
     def environ(self) -> Mapping[str, str]:
         """The environment of a program that imports from this copy, and leaves nothing outside of it."""
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         # `streamline_pool` may be installed from the original; an entry of PYTHONPATH comes before what is installed.
-        return {**os.environ, "PYTHONPATH": str(self.tree), "TMPDIR": str(self.scratch)}
+        return {**kept, "PYTHONPATH": str(self.tree), "PYTHONPYCACHEPREFIX": str(self.compiled), "TMPDIR": str(self.scratch)}
 
     def check_imports(self) -> None:
-        """Raise CopyError unless a program in this copy imports both parts of the package from it."""
-        program = "import streamline_pool as a, streamline_pool.supervisor.pool.decide as b; print(a.__file__); print(b.__file__)"
+        """Raise CopyError unless a program in this copy finds both parts of the package in it."""
+        program = "import importlib.util as i; print(i.find_spec('streamline_pool').origin)"
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=self.tree, env=self.environ(), capture_output=True, text=True, timeout=_IMPORT_S
         )
-        files = [Path(line).resolve() for line in done.stdout.splitlines()]
-        if done.returncode or len(files) != 2 or not all(file.is_relative_to(self.tree.resolve()) for file in files):
-            raise CopyError(f"a program in {self.tree} imports {', '.join(map(str, files)) or done.stderr}")
+        found = Path(done.stdout.strip() or ROOT)
+        package, linked = self.tree / "streamline_pool", self.tree / "streamline_pool" / "supervisor"
+        if found.resolve() != (package / "__init__.py").resolve() or not linked.resolve().is_relative_to(self.tree.resolve()):
+            raise CopyError(f"a program in {self.tree} imports from {found}, and supervisor is {linked.resolve()}; {done.stderr}")
 
 
 def sources_of(mutant: Mutant, root: Path = ROOT) -> dict[str, str]:
@@ -55,12 +58,23 @@ def sources_of(mutant: Mutant, root: Path = ROOT) -> dict[str, str]:
 
 
 @contextmanager
-def copied(mutant: Mutant | None) -> Iterator[Copy]:
-    """A copy of the tree with this mutant applied; None: as it is. It is removed afterwards. Raises DisarmedError, CopyError."""
+def workshop() -> Iterator[Path]:
+    """A folder for copies. It is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="streamline-mutant-", ignore_cleanup_errors=True) as folder:
-        copy = Copy(Path(folder, "tree"), Path(folder, "scratch"))
-        copy.scratch.mkdir()
-        copy.tree.mkdir()
+        yield Path(folder)
+
+
+@contextmanager
+def copied(mutant: Mutant | None, shop: Path) -> Iterator[Copy]:
+    """A copy of the tree with this mutant applied; None: as it is. It is removed afterwards. Raises DisarmedError, CopyError.
+
+    All copies of a workshop have the same path, one after the other, and keep the times of the files. So what Python has compiled for
+    one of them serves the next, which is most of the time that a short test run takes.
+    """
+    copy = Copy(shop / "tree", shop / "scratch", shop / "compiled")
+    try:
+        for folder in (copy.tree, copy.scratch):
+            folder.mkdir()
         for name in _PARTS:
             shutil.copytree(ROOT / name, copy.tree / name, symlinks=True, ignore=_LEFT_OUT)
         for file in ROOT.iterdir():
@@ -71,3 +85,6 @@ def copied(mutant: Mutant | None) -> Iterator[Copy]:
                 (copy.tree / file_name).write_text(text)
         copy.check_imports()
         yield copy
+    finally:
+        for folder in (copy.tree, copy.scratch):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -17,8 +17,6 @@ _bug = mutants_of(
     "conformance/test_events_durable.py",
     "conformance/test_hostile_races.py",
     "simulation/test_faults_control_operations.py",
-    "simulation/test_faults_waits.py",
-    "conformance/test_invariants_waits.py",
 )
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -8,11 +8,8 @@ __all__ = ["MUTANTS"]
 
 _bug = mutants_of(
     "fence",
+    "conformance/test_fence.py",
     "conformance/test_engine_leases.py",
-    "conformance/test_control_meets_holders.py",
-    "conformance/test_claimed_again.py",
-    "simulation/test_faults.py",
-    "conformance/test_invariants.py",
 )
 _COMMITS = "streamline_pool/protocol/commits.py"
 _COMMIT_QUERY = '''query: Document = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev, "paused"'''

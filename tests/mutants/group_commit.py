@@ -17,9 +17,8 @@ _bug = mutants_of(
     "unit/engine/test_resolve_write.py",
     "unit/engine/test_after_write.py",
     "conformance/test_engine_leases.py",
-    "simulation/test_faults.py",
     "simulation/test_faults_checkpoints.py",
-    "simulation/test_faults_waiting_runs.py",
+    "simulation/test_faults.py",
 )
 
 MUTANTS: tuple[Mutant, ...] = (

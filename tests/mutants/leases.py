@@ -9,8 +9,14 @@ __all__ = ["MUTANTS"]
 _LEASES = "streamline_pool/engine/leases.py"
 _COMMITS = "streamline_pool/protocol/commits.py"
 _CLAIMING = "streamline_pool/worker/claiming.py"
-_bug = mutants_of("leases", "conformance/test_engine_leases.py", "conformance/test_claimed_again.py", "conformance/test_engine_cancel.py")
-_durability_bug = mutants_of("durability", "conformance/test_seams.py", "conformance/test_engine_leases.py")
+_bug = mutants_of(
+    "leases",
+    "conformance/test_fence.py",
+    "conformance/test_engine_leases.py",
+    "conformance/test_claimed_again.py",
+    "conformance/test_engine_cancel.py",
+)
+_durability_bug = mutants_of("durability", "conformance/test_durability.py", "conformance/test_seams.py")
 
 MUTANTS: tuple[Mutant, ...] = (
     _bug(

@@ -24,8 +24,6 @@ _wait_bug = mutants_of(
     "conformance/test_hostile_races.py",
     "conformance/test_control_meets_holders.py",
     "simulation/test_faults_waiting_runs.py",
-    "simulation/test_faults_waits.py",
-    "conformance/test_invariants_waits.py",
 )
 _hook_bug = mutants_of(
     "hooks",

@@ -5,7 +5,8 @@ The driver reports each command as it is sent. The tests' server has one member,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStart
 from workers import run_until_idle
 
 from streamline_pool import Context, Streamline
+from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
+from streamline_pool.protocol.run_document import validate_run_document
 from streamline_pool.protocol.run_lifecycle import insert_runs
+from streamline_pool.storage.outputs import loading_outputs
 from streamline_pool.storage.requests import command_result
 from streamline_pool.storage.target import DatabaseTarget
 
@@ -91,3 +95,24 @@ def test_a_write_that_a_majority_has_not_acknowledged_has_an_unknown_outcome() -
         command_result(insert_runs([]), reply)
     assert raised.value.context["transient"] is True
     assert command_result(insert_runs([]), {"n": 1, "ok": 1.0}) == []
+
+
+def test_after_each_write_of_a_worker_another_one_could_go_on(make_app: Callable[..., Streamline]) -> None:
+    """A worker may die between any two of its writes. What the first of them refers to must exist, and its steps must fit together."""
+    seen: list[tuple[str, str | None]] = []
+
+    def probe(point: str) -> None:
+        if point == "commit.after":
+            for document in app.store().collection("runs").find():
+                assert validate_run_document(document) is None
+                app.store().drive(loading_outputs(document))  # raises for an output that is missing
+                seen.append((document["status"], document["currentStepId"]))
+
+    app = make_app(env=replace(system_env(), probe=probe))
+    large = "x" * (EXTERNAL_BYTES + 1)
+    flow = app.workflow("flow", steps={"first": lambda ctx: large, "nap": lambda ctx: ctx.sleep(0.001), "last": lambda ctx: large})
+    run = flow.start()
+    run_until_idle(app)
+    assert [state for state in seen if state[0] == "done"] == [("done", None)]
+    assert ("running", "nap") in seen
+    assert flow.execute(run.id).output == large

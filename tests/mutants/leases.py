@@ -12,6 +12,7 @@ _CLAIMING = "streamline_pool/worker/claiming.py"
 _bug = mutants_of(
     "leases",
     "conformance/test_fence.py",
+    "conformance/test_renewal.py",
     "conformance/test_engine_leases.py",
     "conformance/test_claimed_again.py",
     "conformance/test_engine_cancel.py",

@@ -47,6 +47,8 @@ def test_an_ended_run_cannot_be_claimed(flow: Workflow) -> None:
     run = flow.execute(flow.start().id)
     assert claimed(flow, run, "again") == (None, 0)
     assert flow.execute(run.id) == run
+    flow.app.runs.update_one({"_id": run.id}, [{"$set": {"wakeAt": "$$NOW"}}])  # by another program
+    assert claimed(flow, run, "again") == (None, 0)
 
 
 def test_a_run_of_a_dead_worker_keeps_its_place_in_the_queue(flow: Workflow) -> None:

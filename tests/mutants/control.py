@@ -10,8 +10,14 @@ _CONTROL = "streamline_pool/protocol/control.py"
 _COMMITS = "streamline_pool/protocol/commits.py"
 _RUN_CONTROL = "streamline_pool/client/run_control.py"
 _TRANSITIONS = "streamline_pool/domain/transitions.py"
-_RACES = ("conformance/test_hostile_races.py", "simulation/test_faults_control_operations.py", "conformance/test_control_races.py")
-_bug = mutants_of("control", "conformance/test_control_meets_holders.py", "conformance/test_control_matrix.py", *_RACES)
+_bug = mutants_of(
+    "control",
+    "conformance/test_group_commit.py",
+    "conformance/test_hostile_races.py",
+    "conformance/test_control_meets_holders.py",
+    "conformance/test_control_matrix.py",
+    "simulation/test_faults_control_operations.py",
+)
 _pause_bug = mutants_of(
     "pause",
     "conformance/test_pause.py",

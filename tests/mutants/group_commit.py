@@ -16,6 +16,7 @@ _bug = mutants_of(
     "group commit",
     "unit/engine/test_resolve_write.py",
     "unit/engine/test_after_write.py",
+    "conformance/test_group_commit.py",
     "conformance/test_engine_leases.py",
     "simulation/test_faults_checkpoints.py",
     "simulation/test_faults.py",
@@ -126,7 +127,7 @@ MUTANTS: tuple[Mutant, ...] = (
         write = self._first_write(active, change)
 """,
         harm="A worker that dies between the two writes leaves a run whose current step has ended, which no worker can go on with.",
-        likely=("conformance/test_pause.py", "simulation/test_faults.py", "conformance/test_engine_leases.py"),
+        likely=("conformance/test_durability.py", "conformance/test_pause.py"),
     ),
     _bug(
         name="drain-starts-the-next-step",

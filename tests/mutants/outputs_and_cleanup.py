@@ -10,6 +10,7 @@ _PROTOCOL = "streamline_pool/protocol/retention.py"
 _STORAGE = "streamline_pool/storage/retention.py"
 _output_bug = mutants_of(
     "outputs",
+    "conformance/test_durability.py",
     "conformance/test_outputs_beside_runs.py",
     "conformance/test_large_outputs.py",
     "conformance/test_files.py",

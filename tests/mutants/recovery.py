@@ -9,7 +9,13 @@ __all__ = ["MUTANTS"]
 _RECOVERY = "streamline_pool/protocol/recovery.py"
 _SOLITUDE = "streamline_pool/engine/solitude.py"
 _DEMAND = "streamline_pool/worker/demand.py"
-_bug = mutants_of("recovery", "conformance/test_engine_leases.py", "conformance/test_claim.py", "conformance/test_supervisor.py")
+_bug = mutants_of(
+    "recovery",
+    "conformance/test_group_commit.py",
+    "conformance/test_engine_leases.py",
+    "conformance/test_claim.py",
+    "conformance/test_supervisor.py",
+)
 _suspect_bug = mutants_of("suspects", "conformance/test_suspects.py", "conformance/test_seams.py", "unit/worker/test_demand.py")
 
 MUTANTS: tuple[Mutant, ...] = (

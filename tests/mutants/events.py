@@ -14,6 +14,7 @@ _RETENTION = "streamline_pool/storage/retention.py"
 _SEARCH = """found = waits.arrived(document, {"name": name}) or await self._find_event(active, name)"""
 _bug = mutants_of(
     "events",
+    "conformance/test_event_search.py",
     "conformance/test_events_durable.py",
     "conformance/test_hostile_races.py",
     "simulation/test_faults_control_operations.py",

@@ -6,13 +6,15 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= all
 RELIABILITY_ARGS ?=
+# `make mutants MUTANT_ARGS="--tenth today --detectors explorer,quick --likely-only"`; `MUTANT_ARGS=--help` lists the options.
+MUTANT_ARGS ?= --detectors explorer,quick --likely-only
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: help demo test test-slow test-all lint format docs bench reliability clean
+.PHONY: help demo test test-slow test-all mutants lint format docs bench reliability clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -40,6 +42,9 @@ test-slow: $(STAMP) ## Run the slow tests, then the chaos tests
 	$(BIN)/python -m pytest -m chaos -n 0
 
 test-all: test test-slow ## Run every test
+
+mutants: $(STAMP) ## Plant a bug in a copy of the tree, one after the other, and show which tests find it
+	$(BIN)/python -m tests.mutants $(MUTANT_ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ class HandlerThreads:
         self._executor = self._made()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """As `Executor.submit`. Raises RuntimeError if no thread can be started; the function may still run on a thread that becomes free."""
+        """As `Executor.submit`. Raises RuntimeError if no thread can be started; a thread that becomes free may yet run it."""
         if self._monotonic() >= self._period_ends:
             self._end_period()
         with self._lock:

@@ -47,6 +47,8 @@ def test_an_ended_run_cannot_be_claimed(flow: Workflow) -> None:
     run = flow.execute(flow.start().id)
     assert claimed(flow, run, "again") == (None, 0)
     assert flow.execute(run.id) == run
+    flow.app.runs.update_one({"_id": run.id}, [{"$set": {"wakeAt": "$$NOW"}}])  # by another program
+    assert claimed(flow, run, "again") == (None, 0)
 
 
 def test_a_run_of_a_dead_worker_keeps_its_place_in_the_queue(flow: Workflow) -> None:
@@ -58,3 +60,26 @@ def test_a_run_of_a_dead_worker_keeps_its_place_in_the_queue(flow: Workflow) -> 
     assert store.run(recovery.release_owner("dead", 3, {})) == 1
     first, *_ = store.run(claims.find_due(lanes, None, store.now(), 1, None))
     assert first["_id"] == old.id
+
+
+def test_a_paused_run_cannot_be_claimed_even_with_a_wake_at(flow: Workflow) -> None:
+    """`paused` is in every claim filter: a `wakeAt` that another program wrote, or a defect of ours, must not end a pause."""
+    run = flow.start()
+    flow.pause(run.id)
+    flow.app.runs.update_one({"_id": run.id}, [{"$set": {"wakeAt": "$$NOW"}}])
+    assert claimed(flow, run, "first") == (None, 0)
+
+
+def test_a_run_that_is_due_later_cannot_be_claimed(flow: Workflow) -> None:
+    """A host whose clock is ahead finds it due. The server decides."""
+    run = flow.start(start_at=60)
+    assert claimed(flow, run, "first") == (None, 0)
+
+
+def test_a_claim_reads_back_only_what_it_has_won(flow: Workflow) -> None:
+    """Two workers that have found the same runs both read them back. Neither may take those of the other for its own."""
+    store = flow.app.store()
+    ids = [run.id for run in flow.start_many([None] * 4)]
+    assert store.run(claims.claim_runs(ids[:3], None, "first", "w1", LEASE_S)) == 3
+    assert store.run(claims.claim_runs(ids, None, "second", "w2", LEASE_S)) == 1
+    assert [document["_id"] for document in store.run(claims.read_claimed(ids, "second"))] == ids[3:]

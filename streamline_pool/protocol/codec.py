@@ -15,8 +15,9 @@ from bson.dbref import DBRef
 from bson.raw_bson import RawBSONDocument
 
 from streamline_pool.domain.done import DONE
-from streamline_pool.domain.errors import ValidationError
+from streamline_pool.domain.errors import DataCorruptionError, ValidationError
 
+from .malformed_binaries import readable
 from .replacements import NAIVE, way_out
 from .too_large import above_limit
 
@@ -24,6 +25,7 @@ __all__ = [
     "CODEC",
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
+    "RAW_CODEC",
     "SERVER_TICK",
     "as_payload",
     "check_payload",
@@ -33,6 +35,7 @@ __all__ = [
     "encode_document",
     "encode_payload",
     "packed",
+    "read_document",
     "size_of",
 ]
 
@@ -54,10 +57,12 @@ CODEC: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
 """How every document is written and read: times as aware UTC, UUIDs as BSON subtype 4.
 
 Another program may have stored what Python has no value for: a date beyond the year 9999, or text that is not UTF-8. It is
-read as the nearest value, because one such document must not make a whole batch unreadable.
+read as the nearest value, because one such document must not make a whole batch unreadable. Where PyMongo has no option for
+that, `read_document` does it.
 """
 
-_RAW_CODEC: bson.CodecOptions[Any] = CODEC.with_options(document_class=RawBSONDocument)
+RAW_CODEC: bson.CodecOptions[Any] = CODEC.with_options(document_class=RawBSONDocument)
+"""The same, with documents that are not decoded yet: `read_document` decodes each of them alone."""
 
 PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
 """The largest single payload. A document ends at 16 MiB and also holds the outputs of the other steps."""
@@ -99,8 +104,23 @@ def encode_document(document: Mapping[str, Any]) -> bytes:
 
 
 def decode_document(encoded: bytes) -> dict[str, Any]:
-    """The document that a reader finds after these bytes were stored."""
-    return bson.decode(encoded, codec_options=CODEC)
+    """The document that a reader finds after these bytes were stored. Raises ValueError for bytes that are no document."""
+    try:
+        return bson.decode(encoded, codec_options=CODEC)
+    except bson.errors.InvalidBSON:
+        try:
+            return bson.decode(readable(encoded), codec_options=CODEC)
+        except bson.errors.BSONError as exc:
+            raise ValueError(f"not a BSON document: {exc}") from exc
+
+
+def read_document(raw: RawBSONDocument) -> dict[str, Any]:
+    """A document that was received by `RAW_CODEC`. A binary value that PyMongo cannot read is
+    of subtype 128 (malformed_binaries.py). Raises DataCorruptionError."""
+    try:
+        return decode_document(bytes(raw.raw))
+    except ValueError as exc:
+        raise DataCorruptionError(f"a stored document cannot be read: {exc}; mend it, or delete it") from exc
 
 
 def check_text(value: object, where: str) -> str:
@@ -133,14 +153,14 @@ def packed(document: Mapping[str, Any]) -> tuple[Any, int]:
         encoded = bson.encode(document, codec_options=CODEC)
     except Exception as exc:  # noqa: BLE001 -- as in `encode_payload`
         raise ValidationError(f"cannot store {document.get('name')!r}: {exc}") from None
-    return RawBSONDocument(encoded, codec_options=_RAW_CODEC), len(encoded)
+    return RawBSONDocument(encoded, codec_options=RAW_CODEC), len(encoded)
 
 
 def decode_payload(encoded: bytes) -> Any:
     """The value that `encode_payload` turned into these bytes. Raises ValueError for damaged bytes."""
     try:
-        return bson.decode(encoded, codec_options=CODEC)[""]
-    except (bson.errors.BSONError, KeyError) as exc:
+        return decode_document(encoded)[""]
+    except (ValueError, KeyError) as exc:
         raise ValueError(f"not a payload: {exc}") from exc
 
 

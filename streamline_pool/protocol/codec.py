@@ -5,6 +5,7 @@ Owns the limits on stored values and the codec options. Does no I/O. In this pac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -79,6 +80,10 @@ It shows which of two inserts came first. No clock could: the clocks of two host
 _SCALARS = (type(None), bool, float)
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 _INT64 = 2**63
+_UUID_BYTES = 16
+_REFERENCE = b"\x02$ref\0"  # the first field of a reference, as text
+_BINARY = b"\x05"  # begins every binary value; other values may hold this byte too
+_ODD_UUID = re.compile(rb"\x05[^\0]*\0(?!\x10\0\0\0)....\x04", re.DOTALL)  # a UUID of another length than 16, or what looks like one
 _DATETIME = b"\x09"  # begins every datetime in BSON; other values may hold this byte too
 
 
@@ -176,6 +181,10 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
     if size > bytes_max:
         raise above_limit(f"{where}: {size} bytes", bytes_max, path=where, size=size)
+    if _may_be_misread(value, encoded):
+        path, reason = _first_unstorable(value, where, ())
+        if reason:
+            raise ValidationError(f"{path}: {reason}", path=path)
     if not acceptable:
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or f'nested more than {PAYLOAD_DEPTH_MAX} levels deep'}", path=path)
@@ -233,6 +242,8 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     if len(above) > PAYLOAD_DEPTH_MAX:
         return path, f"nested more than {PAYLOAD_DEPTH_MAX} levels deep"
     try:
+        if reason := _misread(value, is_whole=not above):
+            return path, reason
         if (inside := _inside(value)) is not None:
             return _first_in_container(inside, path, (*above, id(value)))
         if isinstance(value, datetime) and value.utcoffset() is None:
@@ -245,6 +256,23 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     except Exception:  # noqa: BLE001 -- as in `encode_payload`
         return path, f"cannot store {type(value)}{way_out(value)}"
     return path, ""
+
+
+def _may_be_misread(value: Any, encoded: bytes) -> bool:
+    """False if `_misread` has no reason for the value or a part of it. Costs little for a payload of many megabytes."""
+    return _REFERENCE in encoded or (_BINARY in encoded and bool(_ODD_UUID.search(encoded))) or isinstance(value, bson.Timestamp)
+
+
+def _misread(value: Any, *, is_whole: bool) -> str:
+    """Why a reader would not find this value as it is; empty if it would. `is_whole`: it is the payload, not a part of one."""
+    if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE and len(value) != _UUID_BYTES:
+        return f"cannot store a UUID (binary of subtype 4) of {len(value)} bytes: it has {_UUID_BYTES}; use another subtype"
+    if is_whole and isinstance(value, bson.Timestamp) and value == SERVER_TICK:
+        return "cannot store Timestamp(0, 0) by itself: MongoDB stores its own time in place of it; store it within a mapping"
+    fields = value.scope if isinstance(value, bson.Code) else value
+    if isinstance(fields, Mapping) and isinstance(fields.get("$ref"), str) and "$id" in fields and isinstance(fields.get("$db", ""), str):
+        return "cannot store a mapping with the keys $ref and $id: readers get a reference; use bson.DBRef, or rename one of the keys"
+    return ""
 
 
 def _first_in_container(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...], path: str, above: tuple[int, ...]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -67,10 +68,9 @@ def check_each(app: Streamline, damaged: Sequence[Damaged]) -> None:
             and run.error["code"] not in ("DATA_CORRUPTION", "WORKER_CRASHED", "STEP_FAILED", "VERSION_MISMATCH", "MAX_RETRIES_EXCEEDED")
         ):
             complaints.append((each[:3], "failed without saying so", run.error))
-        if not run.is_terminal and "wakeAt" in found and found["wakeAt"] < app.store().now() and not run.paused:
-            complaints.append(
-                (each[:3], "due, and not claimed", {key: found.get(key) for key in ("status", "lane", "queue", "wakeAt", "lease")})
-            )
+        due_at = found.get("wakeAt")
+        if not run.is_terminal and isinstance(due_at, datetime) and due_at < app.store().now() and not run.paused:
+            complaints.append((each[:3], "due, and not claimed", {key: found.get(key) for key in ("status", "lane", "queue", "lease")}))
     assert not complaints, "\n".join(map(str, [len(complaints), *complaints[:25]]))
 
 

@@ -62,5 +62,6 @@ def invoked(arguments: Sequence[str], environ: Mapping[str, str] = {}, stdin: st
         if isinstance(result.exception, SystemExit):
             code = result.exception.code
         elif isinstance(result.exception, Exception):
+            setup_logging(log_format, "info")  # what the command has set up writes to the runner's stream, which is closed
             code = _report_error(result.exception, log_format)
     return Outcome(int(code or 0), result.stdout, result.stderr + err.getvalue())

@@ -16,7 +16,7 @@ from hostile_values import TEXTS, VALUES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamline_pool import Streamline
+from streamline_pool import Streamline, ValidationError
 from streamline_pool.protocol.plain_json import json_text
 from streamline_pool.supervisor.cli.main import cli
 
@@ -111,7 +111,6 @@ def test_every_command_says_what_it_does_and_refuses_what_it_does_not_know(envir
 
 AWKWARD: dict[str, list[str]] = {
     "deep JSON": ["start", "orders", "--input", "[" * 300 + "]" * 300],
-    "a large number": ["start", "orders", "--input", "9" * 30],
     "a number beyond 64 bits": ["start", "orders", "--input", str(2**64 - 1)],
     "a surrogate in JSON": ["start", "orders", "--input", '"\\ud800"'],
     "a reference in JSON": ["start", "orders", "--input", '{"$ref": "c", "$id": 1}'],
@@ -120,7 +119,6 @@ AWKWARD: dict[str, list[str]] = {
     "an age beyond the calendar": ["runs", "list", "--since", "999999999d"],
     "a filter by an operator": ["runs", "list", "--context", "$where=1"],
     "a number that is not whole": ["cleanup", "--days", "nan"],
-    "a huge number of days": ["cleanup", "--days", "1e308"],
     "a name with a line break": ["systemd", "--name", "a\nb"],
     "a user with a line break": ["systemd", "--user", "root\nExecStart=/bin/false"],
     "an index of a wrong path": ["init-db", "--index", "context..x"],
@@ -128,9 +126,19 @@ AWKWARD: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("typed", AWKWARD.values(), ids=AWKWARD)
-def test_an_awkward_argument_is_refused_in_words(environ: dict[str, str], typed: list[str]) -> None:
-    check(typed, environ)
+def test_an_awkward_argument_is_refused_in_words(environ: dict[str, str]) -> None:
+    for name, typed in AWKWARD.items():
+        done = invoked(typed, environ)
+        assert done.code == 2, (name, done)
+        assert done.err.startswith("Error: "), (name, done)
+
+
+def test_ages_that_no_run_has_are_taken(environ: dict[str, str], app: Streamline) -> None:
+    for days in ("1e308", "9" * 300, "1e9"):
+        assert invoked(["cleanup", "--days", days], environ).code == 0
+    assert app.cleanup_old_runs(10**400) == 0
+    with pytest.raises(ValidationError):
+        app.workflow("later", steps={"one": lambda ctx: None}).start(start_at=10**400)
 
 
 def test_what_is_typed_as_json_is_stored_as_it_is(environ: dict[str, str], app: Streamline) -> None:

@@ -60,7 +60,7 @@ class Services:
 
     def publish(self, document: Mapping[str, Any], name: str, data: Any = None, step_id: str | None = None) -> None:
         """Publish an event of the run `document`: to this process now, to other processes when the procedure has ended."""
-        run_id, workflow_id = document["_id"], document.get("workflowId")  # another program may have removed it
+        run_id, workflow_id = document["_id"], str(document.get("workflowId", ""))  # a damaged run can be cancelled, too
         event = Event(name=name, run_id=run_id, workflow_id=workflow_id, step_id=step_id, data=data, at=self.now())
         self._events.publish(event)
         global_event_bus.publish(event)

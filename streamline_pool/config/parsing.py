@@ -61,8 +61,8 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise _unlike("a whole number", value)
         if not low <= value <= high:
-            bounds = f"at least {low}" if high > 10**9 else f"from {low} to {high}"
-            raise ValueError(f"expected a number {bounds}, found {value}")
+            bounds = f"at least {low}" if high > 10**9 and value < low else f"from {low} to {high}"
+            raise ValueError(f"expected a number {bounds}, found {_shown(value)}")
         return value
 
     return check
@@ -71,7 +71,10 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
 def duration(raw: Any) -> float:
     """Seconds from a number, or from text such as `30`, `1.5s`, `500ms`, `5m`, `2h`, `1d`."""
     if isinstance(raw, int | float) and not isinstance(raw, bool):
-        return float(raw)
+        try:
+            return float(raw)
+        except OverflowError:
+            raise _unlike("a duration such as 30, 30s or 5m", raw) from None
     match = _DURATION.fullmatch(raw.strip()) if isinstance(raw, str) else None
     if match is None:
         raise _unlike("a duration such as 30, 30s or 5m", raw)
@@ -101,9 +104,10 @@ def size(raw: Any) -> int:
             raise _unlike("a size such as 512MB, 512MiB or a number of bytes", raw)
         unit = (match["unit"] or "b").lower()
         base = 1000 if len(unit) == 2 and unit.endswith("b") else 1024
-        found = int(float(match["number"]) * (1 if unit == "b" else base ** ("kmgt".index(unit[0]) + 1)))
+        number = float(match["number"]) * (1 if unit == "b" else base ** ("kmgt".index(unit[0]) + 1))
+        found = int(number) if math.isfinite(number) else 0
     if found < 1:
-        raise _unlike("a size of at least one byte", raw)
+        raise _unlike("a size of at least one byte that a computer can have", raw)
     return found
 
 
@@ -175,9 +179,19 @@ def app_path(value: Any) -> str:
 
 def database_name(value: Any) -> str:
     """A check: what MongoDB accepts as the name of a database."""
-    if not isinstance(value, str) or not 0 < len(value.encode()) < 64 or any(char in '/\\. "$*<>:|?\0' for char in value):
+    if (
+        not isinstance(value, str)
+        or not _is_utf8(value)
+        or not 0 < len(value.encode()) < 64
+        or any(char in '/\\. "$*<>:|?\0' for char in value)
+    ):
         raise _unlike('a database name of 1 to 63 bytes without any of / \\ . " $ * < > : | ? or spaces', value)
     return value
+
+
+def _is_utf8(text: str) -> bool:
+    """False for text with lone surrogates: Python reads arguments and variables that are not UTF-8 as such."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def collection_prefix(value: Any) -> str:
@@ -206,6 +220,8 @@ def _is_address(text: str) -> bool:
 def mongodb_uri(value: Any) -> str:
     """A check: `mongodb://` or `mongodb+srv://` with a host. The driver checks the options."""
     text = value.strip() if isinstance(value, str) else ""
+    if not _is_utf8(text):
+        raise _unlike("text in UTF-8", value)
     match = _URI.fullmatch(text)
     if match is None or match["scheme"].lower() not in ("mongodb", "mongodb+srv"):
         raise _unlike("a URI that begins with mongodb:// or mongodb+srv://", value)
@@ -283,5 +299,8 @@ def _unlike(expected: str, value: Any) -> ValueError:
 
 def _shown(value: Any) -> str:
     """`value` for a message: short, without passwords."""
-    text = repr(redact_uri(value)) if isinstance(value, str) else repr(value)
+    try:
+        text = repr(redact_uri(value)) if isinstance(value, str) else repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 200 else text[:197] + "..."

@@ -159,6 +159,7 @@ def _flag(name: str, field_name: str) -> Option:
 
 
 _WORKERS = values.whole(1, 1024)
+_BYTES = values.whole(1, 2**62)
 
 OPTIONS: tuple[Option, ...] = (
     _text("app", "app", values.app_path, optional=True),
@@ -175,7 +176,7 @@ OPTIONS: tuple[Option, ...] = (
     _text("log-level", "log_level", values.one_of("debug", "info", "warning", "error", "critical")),
     _number("health-port", "health_port", 0, 65_535, optional=True),
     _text("health-host", "health_host", values.bind_host),
-    Option(name="max-rss", field="max_rss_bytes", parse=values.size, check=values.whole(1, 2**62), optional=True),
+    Option(name="max-rss", field="max_rss_bytes", parse=lambda raw: _BYTES(values.size(raw)), check=_BYTES, optional=True),
     _number("max-runs-per-worker", "max_runs_per_worker", 1, 2**53, optional=True),
     _duration("lease", "lease_s", 0.1),
     _duration("stall-timeout", "stall_timeout_s", 0.1),
@@ -253,7 +254,7 @@ def _read_toml(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as exc:
         raise SettingError(f"{path.name}: cannot be read: {exc.strerror or exc}", origin="file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # also a number with more digits, or deeper lists, than Python reads
         raise SettingError(f"{path.name}: is not valid TOML: {redact_text(str(exc))}", origin="file") from None
 
 

@@ -6,6 +6,7 @@ derived from the tables here. Does no I/O and knows nothing of MongoDB.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -82,13 +83,16 @@ ENDED_STEPS: frozenset[StepStatus] = frozenset(status for status, following in S
 """Statuses that a step leaves by a rewind only."""
 
 
+_SECONDS_MAX = sys.float_info.max  # an int may be greater
+
+
 def seconds(value: float | timedelta, where: str, *, zero_ok: bool = False) -> float:
     """A duration in seconds from a number or a `timedelta`; anything else, or a negative one, is a ValidationError."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValidationError(f"{where}: a duration is a number of seconds or a timedelta, not {value!r}", where=where)
-    if value < 0 or (value == 0 and not zero_ok) or value == float("inf"):
+    if value < 0 or (value == 0 and not zero_ok) or value > _SECONDS_MAX:
         raise ValidationError(
             f"{where}: a duration must be finite and {'at least 0' if zero_ok else 'above 0'}, not {value!r}", where=where
         )

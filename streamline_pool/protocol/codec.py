@@ -5,6 +5,7 @@ Owns the limits on stored values and the codec options. Does no I/O. In this pac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -15,8 +16,9 @@ from bson.dbref import DBRef
 from bson.raw_bson import RawBSONDocument
 
 from streamline_pool.domain.done import DONE
-from streamline_pool.domain.errors import ValidationError
+from streamline_pool.domain.errors import DataCorruptionError, ValidationError
 
+from .malformed_binaries import readable
 from .replacements import NAIVE, way_out
 from .too_large import above_limit
 
@@ -24,6 +26,7 @@ __all__ = [
     "CODEC",
     "PAYLOAD_BYTES_MAX",
     "PAYLOAD_DEPTH_MAX",
+    "RAW_CODEC",
     "SERVER_TICK",
     "Tick",
     "as_payload",
@@ -34,6 +37,7 @@ __all__ = [
     "encode_document",
     "encode_payload",
     "packed",
+    "read_document",
     "size_of",
 ]
 
@@ -55,10 +59,12 @@ CODEC: bson.CodecOptions[dict[str, Any]] = bson.CodecOptions(
 """How every document is written and read: times as aware UTC, UUIDs as BSON subtype 4.
 
 Another program may have stored what Python has no value for: a date beyond the year 9999, or text that is not UTF-8. It is
-read as the nearest value, because one such document must not make a whole batch unreadable.
+read as the nearest value, because one such document must not make a whole batch unreadable. Where PyMongo has no option for
+that, `read_document` does it.
 """
 
-_RAW_CODEC: bson.CodecOptions[Any] = CODEC.with_options(document_class=RawBSONDocument)
+RAW_CODEC: bson.CodecOptions[Any] = CODEC.with_options(document_class=RawBSONDocument)
+"""The same, with documents that are not decoded yet: `read_document` decodes each of them alone."""
 
 PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
 """The largest single payload. A document ends at 16 MiB and also holds the outputs of the other steps."""
@@ -78,6 +84,10 @@ It shows which of two inserts came first. No clock could: the clocks of two host
 _SCALARS = (type(None), bool, float)
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 _INT64 = 2**63
+_UUID_BYTES = 16
+_REFERENCE = b"\x02$ref\0"  # the first field of a reference, as text
+_BINARY = b"\x05"  # begins every binary value; other values may hold this byte too
+_ODD_UUID = re.compile(rb"\x05[^\0]*\0(?!\x10\0\0\0)....\x04", re.DOTALL)  # a UUID of another length than 16, or what looks like one
 _DATETIME = b"\x09"  # begins every datetime in BSON; other values may hold this byte too
 
 
@@ -103,8 +113,23 @@ def encode_document(document: Mapping[str, Any]) -> bytes:
 
 
 def decode_document(encoded: bytes) -> dict[str, Any]:
-    """The document that a reader finds after these bytes were stored."""
-    return bson.decode(encoded, codec_options=CODEC)
+    """The document that a reader finds after these bytes were stored. Raises ValueError for bytes that are no document."""
+    try:
+        return bson.decode(encoded, codec_options=CODEC)
+    except bson.errors.InvalidBSON:
+        try:
+            return bson.decode(readable(encoded), codec_options=CODEC)
+        except bson.errors.BSONError as exc:
+            raise ValueError(f"not a BSON document: {exc}") from exc
+
+
+def read_document(raw: RawBSONDocument) -> dict[str, Any]:
+    """A document that was received by `RAW_CODEC`. A binary value that PyMongo cannot read is
+    of subtype 128 (malformed_binaries.py). Raises DataCorruptionError."""
+    try:
+        return decode_document(bytes(raw.raw))
+    except ValueError as exc:
+        raise DataCorruptionError(f"a stored document cannot be read: {exc}; mend it, or delete it") from exc
 
 
 def check_text(value: object, where: str) -> str:
@@ -137,14 +162,14 @@ def packed(document: Mapping[str, Any]) -> tuple[Any, int]:
         encoded = bson.encode(document, codec_options=CODEC)
     except Exception as exc:  # noqa: BLE001 -- as in `encode_payload`
         raise ValidationError(f"cannot store {document.get('name')!r}: {exc}") from None
-    return RawBSONDocument(encoded, codec_options=_RAW_CODEC), len(encoded)
+    return RawBSONDocument(encoded, codec_options=RAW_CODEC), len(encoded)
 
 
 def decode_payload(encoded: bytes) -> Any:
     """The value that `encode_payload` turned into these bytes. Raises ValueError for damaged bytes."""
     try:
-        return bson.decode(encoded, codec_options=CODEC)[""]
-    except (bson.errors.BSONError, KeyError) as exc:
+        return decode_document(encoded)[""]
+    except (ValueError, KeyError) as exc:
         raise ValueError(f"not a payload: {exc}") from exc
 
 
@@ -160,6 +185,10 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
     if size > bytes_max:
         raise above_limit(f"{where}: {size} bytes", bytes_max, path=where, size=size)
+    if _may_be_misread(value, encoded):
+        path, reason = _first_unstorable(value, where, ())
+        if reason:
+            raise ValidationError(f"{path}: {reason}", path=path)
     if not acceptable:
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or f'nested more than {PAYLOAD_DEPTH_MAX} levels deep'}", path=path)
@@ -217,6 +246,8 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     if len(above) > PAYLOAD_DEPTH_MAX:
         return path, f"nested more than {PAYLOAD_DEPTH_MAX} levels deep"
     try:
+        if reason := _misread(value, is_whole=not above):
+            return path, reason
         if (inside := _inside(value)) is not None:
             return _first_in_container(inside, path, (*above, id(value)))
         if isinstance(value, datetime) and value.utcoffset() is None:
@@ -229,6 +260,23 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
     except Exception:  # noqa: BLE001 -- as in `encode_payload`
         return path, f"cannot store {type(value)}{way_out(value)}"
     return path, ""
+
+
+def _may_be_misread(value: Any, encoded: bytes) -> bool:
+    """False if `_misread` has no reason for the value or a part of it. Costs little for a payload of many megabytes."""
+    return _REFERENCE in encoded or (_BINARY in encoded and bool(_ODD_UUID.search(encoded))) or isinstance(value, bson.Timestamp)
+
+
+def _misread(value: Any, *, is_whole: bool) -> str:
+    """Why a reader would not find this value as it is; empty if it would. `is_whole`: it is the payload, not a part of one."""
+    if isinstance(value, bson.Binary) and value.subtype == bson.binary.UUID_SUBTYPE and len(value) != _UUID_BYTES:
+        return f"cannot store a UUID (binary of subtype 4) of {len(value)} bytes: it has {_UUID_BYTES}; use another subtype"
+    if is_whole and isinstance(value, bson.Timestamp) and value == SERVER_TICK:
+        return "cannot store Timestamp(0, 0) by itself: MongoDB stores its own time in place of it; store it within a mapping"
+    fields = value.scope if isinstance(value, bson.Code) else value
+    if isinstance(fields, Mapping) and isinstance(fields.get("$ref"), str) and "$id" in fields and isinstance(fields.get("$db", ""), str):
+        return "cannot store a mapping with the keys $ref and $id: readers get a reference; use bson.DBRef, or rename one of the keys"
+    return ""
 
 
 def _first_in_container(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...], path: str, above: tuple[int, ...]) -> tuple[str, str]:

@@ -66,7 +66,7 @@ def uploaded_before(age_s: float) -> Query:
 
 def _at_least_ago(path: str, age_s: float) -> Expression:
     # In an expression a missing value, or one of another type, is less than any date. Only dates have an age.
-    instant = {"$subtract": ["$$NOW", min(round(age_s * 1000), _AGE_MS_MAX)]}
+    instant = {"$subtract": ["$$NOW", round(min(age_s * 1000, _AGE_MS_MAX))]}
     return {"$and": [{"$eq": [{"$type": path}, "date"]}, {"$lte": [path, instant]}]}
 
 

@@ -20,13 +20,13 @@ from pymongo.write_concern import WriteConcern
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.protocol import engine_indexes, run_lifecycle, server_codes
-from streamline_pool.protocol.codec import CODEC, Tick
+from streamline_pool.protocol.codec import CODEC, RAW_CODEC, Tick, read_document
 from streamline_pool.protocol.operations import Command, Find, Tail
 from streamline_pool.protocol.signals import ensure_signals, tail_query
 
 from .driver_errors import DriverErrors, has_code
 from .procedures import AwaitSignal, Effect, Procedure, ProcedureRun, Sleep, repeating
-from .requests import WRITE_CONCERN, command_document, find_arguments, milliseconds
+from .requests import WRITE_CONCERN, command_document, command_result, find_arguments, milliseconds
 from .server_clock import ServerClock
 from .server_facts import server_facts
 from .target import DatabaseTarget
@@ -39,7 +39,7 @@ TAIL_AWAIT_S = 15.0  # four getMore a minute while idle
 DEAD_CURSOR_PAUSE_S = 0.5  # a tail of an empty capped collection ends at once
 
 _TAILS_MAX = 20  # of the hundred connections of a client; further callers poll at intervals instead
-_COMMAND_CODEC = cast("CodecOptions[Mapping[str, Any]]", CODEC)  # the type that `command` takes
+_COMMAND_CODEC = cast("CodecOptions[Mapping[str, Any]]", RAW_CODEC)  # the type that `command` takes
 
 _ENSURE = (
     engine_indexes.ensure_indexes("runs"),
@@ -129,15 +129,22 @@ class StoreBase:
         return DriverErrors(name, self.where, in_transaction=in_transaction(session))
 
     def command_arguments(self, op: Command, session: Any) -> dict[str, Any]:
-        """Keyword arguments of PyMongo's `command`."""
+        """Keyword arguments of PyMongo's `command`. Its reply is for `read_reply`."""
         document = command_document(op, self.where, in_transaction=in_transaction(session))
         return {"command": document, "codec_options": _COMMAND_CODEC, "session": session}
 
+    def read_reply(self, op: Command, reply: Any) -> Any:
+        """What the operation yields. The reply of a write is decoded here, where a value that PyMongo cannot read does not lose it."""
+        return command_result(op, read_document(reply))
+
     def cursor(self, op: Find, session: Any) -> Any:
-        """A majority read on the primary, not sent yet. Within a transaction the transaction has the read concern."""
+        """A majority read on the primary, not sent yet. Within a transaction the transaction has the read concern.
+
+        Its documents are for `read_document`: one that PyMongo cannot read must not make those beside it unreadable.
+        """
         concern = None if in_transaction(session) else ReadConcern("majority")
         name = self.where.collection(op.collection)
-        collection = self.database.get_collection(name, read_concern=concern, read_preference=ReadPreference.PRIMARY)
+        collection = self.database.get_collection(name, RAW_CODEC, read_concern=concern, read_preference=ReadPreference.PRIMARY)
         return collection.find(**find_arguments(op), session=session)
 
     def signals_for_hints(self) -> Any:
@@ -145,8 +152,11 @@ class StoreBase:
         return self.database.get_collection(self.where.collection("signals"), write_concern=WriteConcern(w=0))
 
     def tail_cursor(self, tail: Tail, position: Tick, wait_s: float) -> Any:
-        """A tailing read from `position` on, not sent yet, that waits up to `wait_s` seconds for each signal."""
-        signals = self.database.get_collection(self.where.collection("signals"))
+        """A tailing read from `position` on, not sent yet, that waits up to `wait_s` seconds for each signal.
+
+        Its documents are for `read_document`.
+        """
+        signals = self.database.get_collection(self.where.collection("signals"), RAW_CODEC)
         return signals.find(tail_query(tail, position), cursor_type=CursorType.TAILABLE_AWAIT).max_await_time_ms(milliseconds(wait_s))
 
     @contextmanager

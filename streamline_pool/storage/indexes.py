@@ -101,13 +101,16 @@ def _ttl(days: float | timedelta) -> IndexDefinition:
     return IndexDefinition(name=_TTL, key={"endedAt": 1}, partial={"status": {"$in": TERMINAL_TEXTS}}, expire_after_s=after_s)
 
 
+_DAYS_MAX = 1e9  # nothing is as old, and the seconds of more days can be beyond a float
+
+
 def days_in_seconds(days: object, where: str) -> float:
     """Seconds of a number of days (0 and fractions are allowed) or of a timedelta. Raises ValidationError."""
     if isinstance(days, timedelta):
         days = days.total_seconds() / _DAY_S
     if isinstance(days, bool) or not isinstance(days, (int, float)) or not 0 <= days < float("inf"):
         raise ValidationError(f"{where}: a finite number of days, at least 0, or a timedelta, not {days!r}")
-    return days * _DAY_S
+    return min(days, _DAYS_MAX) * _DAY_S
 
 
 # --- operations ----------------------------------------------------------------------------------------------------

@@ -15,13 +15,12 @@ from pymongo.synchronous.client_session import ClientSession
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import WorkflowError
-from streamline_pool.protocol.codec import SERVER_TICK
+from streamline_pool.protocol.codec import SERVER_TICK, read_document
 from streamline_pool.protocol.operations import Find, Op, Signal, Tail
 from streamline_pool.protocol.signals import beyond
 
 from .base import DEAD_CURSOR_PAUSE_S, TAIL_AWAIT_S, StoreBase
 from .procedures import AwaitSignal, Effect, Procedure, Sleep, is_hint
-from .requests import command_result
 from .target import DatabaseTarget
 
 __all__ = ["AsyncStore", "Store", "open_clients"]
@@ -52,11 +51,11 @@ class Store(StoreBase):
         """
         with self.errors_of(op.name, session):
             if isinstance(op, Find):
-                return list(self.cursor(op, session))
+                return list(map(read_document, self.cursor(op, session)))
             if isinstance(op, Signal):
                 self.signals_for_hints().insert_one(dict(op.document))
                 return None
-            return command_result(op, self.database.command(**self.command_arguments(op, session)))
+            return self.read_reply(op, self.database.command(**self.command_arguments(op, session)))
 
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
         """Run a procedure to its end. Within a transaction no effect is repeated: the owner of the transaction decides that."""
@@ -98,7 +97,8 @@ class Store(StoreBase):
             while True:
                 with self.tail_cursor(tail, position, wait_s) as cursor:
                     while cursor.alive:
-                        signal = next(cursor, None)
+                        found = next(cursor, None)
+                        signal = None if found is None else read_document(found)
                         position = position if signal is None else beyond(position, signal)
                         yield signal
                 self.env.sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))
@@ -120,11 +120,11 @@ class AsyncStore(StoreBase):
         """Run one operation, once. Returns what the operation yields. Raises as `Store.run` does."""
         with self.errors_of(op.name, session):
             if isinstance(op, Find):
-                return await self.cursor(op, session).to_list()
+                return list(map(read_document, await self.cursor(op, session).to_list()))
             if isinstance(op, Signal):
                 await self.signals_for_hints().insert_one(dict(op.document))
                 return None
-            return command_result(op, await self.database.command(**self.command_arguments(op, session)))
+            return self.read_reply(op, await self.database.command(**self.command_arguments(op, session)))
 
     async def drive(self, procedure: Procedure[T], session: AsyncClientSession | None = None) -> T:
         """Run a procedure to its end, as `Store.drive` does."""
@@ -163,7 +163,8 @@ class AsyncStore(StoreBase):
             while True:
                 async with self.tail_cursor(tail, position, wait_s) as cursor:
                     while cursor.alive:
-                        signal = await anext(cursor, None)
+                        found = await anext(cursor, None)
+                        signal = None if found is None else read_document(found)
                         position = position if signal is None else beyond(position, signal)
                         yield signal
                 await self.env.async_sleep(min(wait_s, DEAD_CURSOR_PAUSE_S))

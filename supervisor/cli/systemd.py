@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from streamline_pool.supervisor.cli.options import json_option, setting_options
 
 __all__ = ["systemd", "unit_file"]
 
+_WORD = re.compile(r"[A-Za-z0-9._@:-]{1,200}")  # a line break would begin another line of the unit
 _STOP_MARGIN_S = 15  # after the drain: leases are released, the embedded server writes its checkpoint
 
 _UNIT = """\
@@ -79,6 +81,11 @@ def systemd(name: str, user: str | None, as_json: bool, **values: Any) -> int:
     Options set in a file are not repeated: the service reads the same file. A private server (embedded) is refused:
     name the server that the service is to use.
     """
+    for option, text in (("--name", name), ("--user", user)):
+        if text is not None and not _WORD.fullmatch(text):
+            raise CommandError(
+                f"{option} {text!r}: expected letters, digits, and any of . _ @ : -, which a unit file can hold", ExitCode.USAGE
+            )
     resolved = load_settings(values, quiet=True)
     if resolved.settings.app is None:
         raise CommandError("systemd needs your application: give --app MODULE:ATTR", ExitCode.USAGE)

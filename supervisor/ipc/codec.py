@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import orjson
 
@@ -40,7 +40,7 @@ class MessageError(Exception):
     """The bytes on a pipe are not a message of this version. The stream cannot be trusted any more: end the child."""
 
 
-class Direction(dict[str, Callable[[dict[str, Any]], M_co]]):
+class Direction(dict[str, Callable[[Any], M_co]]):
     """The messages that may travel one way: the name of each, and the function that makes its record from decoded fields."""
 
 
@@ -54,7 +54,7 @@ def decode(body: bytes, direction: Direction[M_co]) -> M_co:
     """The message in a frame's body. MessageError: the body is not a message that may travel in this direction."""
     try:
         version, name, values = orjson.loads(body)
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise MessageError(f"message version {version}, expected {VERSION}")
         return direction[name](values)
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
@@ -90,29 +90,56 @@ def _direction(union: types.UnionType) -> Direction[Any]:
     return Direction({cls.__name__: _record_maker(cls) for cls in get_args(union)})
 
 
-def _record_maker(cls: type) -> Callable[[dict[str, Any]], Any]:
-    """JSON has neither tuples nor records. Which fields must be converted is found once for each class."""
+def _record_maker(cls: type) -> Callable[[Any], Any]:
+    """JSON has neither tuples nor records, and the types of fields are checked here. What each field needs is found once for a class."""
     hints = get_type_hints(cls)
-    convert = {f.name: made for f in fields(cls) if (made := _converter(hints[f.name])) is not None}
+    convert = {f.name: _converter(hints[f.name]) for f in fields(cls)}
 
-    def make(values: dict[str, Any]) -> Any:
-        for name in convert.keys() & values.keys():
-            values[name] = convert[name](values[name])
-        return cls(**values)
+    def make(values: Any) -> Any:
+        return cls(**{name: convert[name](value) for name, value in _of_type(dict, values).items()})
 
     return make
 
 
-def _converter(hint: Any) -> Callable[[Any], Any] | None:
-    """How to restore a value of type `hint` from JSON; None: JSON gives it in the right form."""
+def _converter(hint: Any) -> Callable[[Any], Any]:
+    """How to restore a value of type `hint` from JSON. The function raises TypeError or ValueError for a value of another type."""
     origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple and args[-1] is Ellipsis:
+        item = _converter(args[0])
+        return lambda value: tuple(map(item, _of_type(list, value)))
     if origin is tuple:
-        item = _converter(args[0]) if args[-1] is Ellipsis else None
-        return tuple if item is None else lambda value: tuple(map(item, value))
-    if origin in (Union, types.UnionType):
-        assert not any(map(_converter, args)), f"{hint}: no message has an optional record or tuple"
-        return None
-    return _record_maker(hint) if is_dataclass(hint) and isinstance(hint, type) else None
+        items = tuple(map(_converter, args))
+        return lambda value: tuple(convert(part) for convert, part in zip(items, _of_type(list, value), strict=True))
+    if origin is dict:
+        held = _converter(args[1])  # JSON's keys are text
+        return lambda value: {key: held(part) for key, part in _of_type(dict, value).items()}
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _record_maker(hint)
+    if origin is Literal:
+        return _checker(frozenset({str}), frozenset(args))
+    kinds = frozenset(args if origin in (Union, types.UnionType) else (hint,))
+    assert kinds <= _SCALARS, f"{hint}: no message has an optional record or tuple"
+    return _checker(kinds | {int} if float in kinds else kinds)
+
+
+_SCALARS = frozenset({bool, int, float, str, types.NoneType})
+
+
+def _checker(kinds: frozenset[type], allowed: frozenset[str] | None = None) -> Callable[[Any], Any]:
+    """Passes a value on if it has one of these types, and is one of the `allowed` values if there are such."""
+
+    def check(value: Any) -> Any:
+        if type(value) not in kinds or (allowed is not None and value not in allowed):
+            raise TypeError(f"{type(value).__name__} is not what this field holds")
+        return value
+
+    return check
+
+
+def _of_type(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} in place of a {kind.__name__}")
+    return value
 
 
 TO_WORKER: Direction[ToWorker] = _direction(ToWorker)

@@ -6,16 +6,21 @@ import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 import bson
 import pytest
+from bson import Binary
 from bson.datetime_ms import DatetimeMS
 from workers import run_until_idle
 
 from streamline_pool import Streamline
+from streamline_pool.client.run_lists import listing_runs
 from streamline_pool.protocol import claims, commits, recovery
 from streamline_pool.protocol.operations import Command
+from streamline_pool.protocol.run_list import RunFilter
 from streamline_pool.storage.bulk_update import Updated, update_many
+from support import present
 
 FULL_BYTES = 16 * 1024 * 1024
 
@@ -118,7 +123,16 @@ def test_leases_are_renewed_although_one_cannot_be(app: Streamline) -> None:
     assert [run_id for run_id in ids if (ends[run_id] - ends[runs[2].id]).total_seconds() > 100] == [i for i in ids if i != runs[2].id]
 
 
-@pytest.mark.parametrize("value", [DatetimeMS(2**60), bson.raw_bson.RawBSONDocument(b"\x10\0\0\0\x02t\0\x04\0\0\0a\xffb\0\0")])
+UNREADABLE = {
+    "a date": DatetimeMS(2**60),
+    "text": bson.raw_bson.RawBSONDocument(b"\x10\0\0\0\x02t\0\x04\0\0\0a\xffb\0\0"),
+    "a UUID of 15 bytes": Binary(b"x" * 15, 4),
+    "an empty UUID": {"deep": [Binary(b"", 4)]},
+    "a binary of subtype 2": bson.raw_bson.RawBSONDocument(b"\x14\0\0\0\x05u\0\x07\0\0\0\x02\x1e\0\0\0xxx\0"),
+}
+
+
+@pytest.mark.parametrize("value", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_value_that_python_cannot_read_stops_no_worker(app: Streamline, value: Any) -> None:
     """If decoding failed for the whole batch, each worker would die of it in turn and use up the pool's restarts."""
     workflow = one_step(app)
@@ -126,3 +140,28 @@ def test_a_value_that_python_cannot_read_stops_no_worker(app: Streamline, value:
     app.runs.update_one({"_id": odd.id}, {"$set": {"context.odd": value}})
     run_until_idle(app)
     assert statuses(app) == {"done": 5}
+    assert "odd" in present(workflow.get(odd.id)).context
+    assert len(app.store().drive(listing_runs(RunFilter(), limit=10)).runs) == 5
+
+
+@pytest.mark.parametrize("value", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_claim_and_a_control_operation_survive_a_value_that_python_cannot_read(app: Streamline, value: Any) -> None:
+    """Both change the run and return its document in one command: an error after the change would leave a lease that has no holder."""
+    workflow = one_step(app)
+    run = workflow.start("the input")
+    app.runs.update_one({"_id": run.id}, {"$set": {"meta": {"odd": value}}})
+    assert workflow.pause(run.id).paused
+    assert not workflow.resume(run.id).paused
+    done = workflow.execute(run.id)
+    assert (done.status, done.output) == ("done", "the input")
+    assert app.runs.count_documents({"crashes": 0, "lease": {"$exists": False}}) == 1
+
+
+def test_a_malformed_uuid_is_read_as_its_bytes(app: Streamline) -> None:
+    workflow = one_step(app)
+    run = workflow.start()
+    good = UUID(int=7)
+    app.runs.update_one({"_id": run.id}, {"$set": {"input": [Binary(b"x" * 15, 4), good, Binary(b"y", 5)]}})
+    done = workflow.execute(run.id)
+    assert done.input == [Binary(b"x" * 15, 128), good, Binary(b"y", 5)]
+    assert done.output == done.input

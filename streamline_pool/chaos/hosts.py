@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +31,11 @@ _READY_S = 60.0
 _DRAIN_S = 60.0
 _LAUNCH = (
     "import sys; from streamline_pool.chaos.ending import end_with_parent; end_with_parent(int(sys.argv.pop(1)));"
-    "from streamline_pool.supervisor.cli.main import main; main()"
+    "{more}from streamline_pool.supervisor.cli.main import main; main()"
 )
+# libfaketime 0.9.10 takes the monotonic deadline that `time.sleep` passes to the kernel for one of the faked wall clock: the call
+# fails with EINVAL, whatever the offset. `select` is given a length of time and works.
+_SLEEP_BY_SELECT = "import select, time; time.sleep = lambda seconds: select.select([], [], [], seconds) and None;"
 
 
 @dataclass(slots=True)
@@ -51,9 +54,9 @@ class Host:
 
     name: str
     folder: Path  # its current folder, with its log
-    link: Link
+    link: Link | None  # None: it reaches the database directly, because a proxy cannot read what it says
     options: Sequence[str]
-    uri_of: Callable[[Sequence[str]], str]  # the URI for these addresses
+    uri: str  # by way of `link`, if there is one
     environ: Mapping[str, str] = field(default_factory=dict)
     endings: list[Ending] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)  # pids of its processes that have ended
@@ -75,6 +78,12 @@ class Host:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def network(self) -> Link:
+        """The proxy, for faults that need it."""
+        assert self.link is not None, "a fault that needs the network is left out without a proxy"
+        return self.link
+
+    @property
     def log(self) -> Path:
         return self.folder / "pool.log"
 
@@ -86,8 +95,9 @@ class Host:
 
     def start(self) -> None:
         """Start the pool; `wait_ready` waits for it."""
-        command = [sys.executable, "-c", _LAUNCH, str(os.getpid()), "--app", APP, "--log-format", "json"]
-        command += ["--mongodb-uri", self.uri_of(self.link.addresses), *self.options]
+        launch = _LAUNCH.format(more=_SLEEP_BY_SELECT if "LD_PRELOAD" in self.environ else "")
+        command = [sys.executable, "-c", launch, str(os.getpid()), "--app", APP, "--log-format", "json"]
+        command += ["--mongodb-uri", self.uri, *self.options]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLINE_") or name == FOLDER_VARIABLE}
         self.starts += 1
         self.reading.set()
@@ -215,7 +225,8 @@ class Host:
         try:
             self.drain()
         finally:
-            self.link.close()
+            if self.link is not None:
+                self.link.close()
 
 
 def _end_left_over(pid: int, *, session: int) -> None:

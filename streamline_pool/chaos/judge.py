@@ -12,8 +12,8 @@ missing is an answer, an event or a resume that no client has made, or whose cal
 
 doubled: a step's result that the database accepted twice without a rewind in between; a run that changed after its end; two entries
 of one generation of a run that see different results of one step; a handler that was entered after the result of its step was
-durable; two handlers of one run at the same time, of which neither belonged to a suspended process; two runs that were stored with
-one idempotency key at the same time.
+durable; two handlers of one run at the same time, though the worker of the first could have stopped it (overlaps.py); two runs that
+were stored with one idempotency key at the same time.
 
 early: a handler that was entered before the end of its run's sleep, before `start_at`, or during a pause. The one handler whose step
 was granted before the pause may still be entered.
@@ -74,7 +74,7 @@ def judge(
             _judge_acts(verdict, story, acts, of_acts, entries.get(run_id, []))
     for run_id, story in list(audit.stories.items()):
         _judge_story(verdict, story, entries.get(run_id, []), around)
-        _judge_times(verdict, story, inside.get(run_id, []), acts, around)
+        _judge_times(verdict, story, inside.get(run_id, []), around)
         _judge_checkpoints(verdict, run_id, notes.get(run_id, []))
     _judge_keys(verdict, audit)
     for run_id, document in stored.items():
@@ -146,8 +146,8 @@ def _convicted(story: Story, around: Circumstances) -> bool:
     return story.code == "WORKER_CRASHED" and len(story.owner_pids & around.dead) >= around.crashes_max
 
 
-def _judge_times(verdict: Verdict, story: Story, inside: list[Visit], acts: Acts, around: Circumstances) -> None:
-    found = [*entered_after_durable(story, inside, around), *overlapping(inside, acts.by_run.get(story.run_id, ()), around)]
+def _judge_times(verdict: Verdict, story: Story, inside: list[Visit], around: Circumstances) -> None:
+    found = [*entered_after_durable(story, inside, around), *overlapping(inside, around)]
     if found:
         verdict.doubled[story.run_id] += found
 

@@ -31,8 +31,8 @@ def missing(server: ChaosServer | None, members: int) -> dict[str, str]:
     """Which needs are not met, each with its words. `server`: None for private servers, of which there will be `members`."""
     lacks: dict[str, str] = {}
     if server is not None:
-        lacks |= {"server": "needs a server of its own: --embedded", "disk": "needs a server of its own: --embedded"}
-        lacks["members"] = lacks["server"]
+        lacks |= dict.fromkeys(("server", "disk", "members"), "needs control of the server: --embedded")
+        lacks |= {} if server.can_be_proxied else {"network": "needs a replica set without TLS, which a proxy can read"}
     elif members < 3:
         lacks["members"] = "needs a set of three: --members 3"
     if server is None and not can_mount():

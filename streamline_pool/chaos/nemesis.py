@@ -31,7 +31,7 @@ __all__ = ["Outcome", "Plan", "perform", "temporary_folder"]
 
 _CLIENTS = 3
 _TTL_S = 5
-_CALM_S = 0.7  # between two faults, so that a child that was killed is replaced
+_CALM_S = 0.7  # between two faults at least, so that a child that was killed is replaced
 _SETTLE_S = 60.0
 _WORKERS = 2
 
@@ -117,7 +117,8 @@ def _host(name: str, server: ChaosServer, database: str, plan: Plan, folder: Pat
     home.mkdir()
     options = ["--database", database, "--workers", str(_WORKERS), "--lease", f"{plan.lease_s:g}"]
     environ = {**plan.environ, FOLDER_VARIABLE: str(ledger_folder), **host_environ(name, home, plan.faults)}
-    host = Host(name, home, Link(server.addresses), options, lambda addresses: server.uri(list(addresses)), environ)
+    link = Link(server.addresses) if server.can_be_proxied else None
+    host = Host(name, home, link, options, server.uri(link.addresses if link else None), environ)
     try:
         yield host
     finally:
@@ -153,6 +154,7 @@ def _faults(stage: Stage, plan: Plan, say: Callable[[str], None]) -> list[Turn]:
         say(f"{real_monotonic() - begun:5.0f} s  {fault.name}{f': {turns[-1].no_turn}' if turns[-1].no_turn else ''}  ({counts})")
         stage.wait(_CALM_S)
         _restart_ended(stage, say)
+        _await_recovery(stage, turns[-1], 2 * plan.lease_s)
     return turns
 
 
@@ -166,6 +168,13 @@ def _one_fault(stage: Stage, fault: Fault, hold_s: float) -> Turn:
     finally:
         running.stop()
     return running.turn
+
+
+def _await_recovery(stage: Stage, turn: Turn, timeout_s: float) -> None:
+    """Wait, and do nothing else, until the runs that were hit have gone on: a second fault would be counted as part of the first."""
+    deadline = real_monotonic() + timeout_s
+    while real_monotonic() < deadline and turn.recoveries(stage.audit)[1]:
+        stage.wait(0.1)
 
 
 def _restart_ended(stage: Stage, say: Callable[[str], None]) -> None:

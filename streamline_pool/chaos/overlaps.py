@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .acts import Act
 from .audit import Story
 from .ledger import Note
 
@@ -43,6 +42,7 @@ class Visit:
 
     entry: Note
     left: float | None  # None: the process died inside, or is still there
+    end: str = ""  # "returned", or the class of what it raised
 
 
 def visits(notes: Iterable[Note]) -> list[Visit]:
@@ -56,7 +56,7 @@ def visits(notes: Iterable[Note]) -> list[Visit]:
         )
         if left is not None:
             exits.remove(left)
-        found.append(Visit(entry, None if left is None else left["at"]))
+        found.append(Visit(entry, None) if left is None else Visit(entry, left["at"], left["end"]))
     return found
 
 
@@ -81,16 +81,19 @@ def entered_after_durable(story: Story, of_run: Sequence[Visit], around: Circums
             yield f"{entry['step']} was entered {entry['at'] - durable_at:.3f} s after its result was durable"
 
 
-def overlapping(of_run: Sequence[Visit], acts: Iterable[Act], around: Circumstances) -> Iterator[str]:
-    """Two handlers of the run that were inside at once, though the first one's process ran and no call had taken its lease away."""
-    takers = [act for act in acts if act.kind in ("cancel", "rewind")]
+def overlapping(of_run: Sequence[Visit], around: Circumstances) -> Iterator[str]:
+    """Two handlers of one generation that were inside at once, though the first one's worker could have stopped it.
+
+    It could not while it was suspended, nor while the handler was in a call of the engine that waits for the database, such as
+    `ctx.checkpoint`: that call then refuses (LeaseLostError). The handler of an earlier generation lost its lease by a rewind, of
+    which its worker may learn late.
+    """
     for number, later in enumerate(of_run):
         at = later.entry["at"]
         for earlier in of_run[:number]:
             entry = earlier.entry
-            if earlier.left is None or earlier.left <= at + _MARGIN_S:
+            if earlier.left is None or earlier.left <= at + _MARGIN_S or earlier.end == "LeaseLostError":
                 continue
             suspended = any(one.pid == entry["pid"] and one.begun < at and one.ended > entry["at"] for one in around.suspensions)
-            taken = any(entry["at"] - _MARGIN_S < (act.returned_at or at) and act.called_at < at for act in takers)
-            if not suspended and not taken:
+            if not suspended and generation(entry) == generation(later.entry):
                 yield f"{entry['step']} of pid {entry['pid']} was inside when pid {later.entry['pid']} entered {later.entry['step']}"

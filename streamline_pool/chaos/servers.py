@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamline_pool import embedded
+from streamline_pool import Streamline, embedded
 from streamline_pool.embedded import EmbeddedServer
 from streamline_pool.embedded.wire import run_command
 
 from .ledger import real_monotonic
 
-__all__ = ["ChaosServer", "ask", "can_mount", "given_server", "private_server", "replica_set"]
+__all__ = ["ChaosServer", "NotOurs", "ask", "can_mount", "given_server", "private_server", "replica_set"]
 
 _SET = "rs0"
+_MARKER = "streamline_chaos"  # the collection by which a database of the nemesis is known
 _ELECTION_MS = 2_000
 _TMPFS_MIB = 1200
 
@@ -37,11 +39,19 @@ class ChaosServer:
     disks: dict[int, Path] = field(default_factory=dict)  # port of a member → the small file system that has its data
     given_uri: str = ""
 
+    @property
+    def can_be_proxied(self) -> bool:
+        """The proxy reads what clients and members say, and replaces the members' addresses: not with TLS, nor without a set."""
+        plain = not re.search(r"[?&](tls|ssl)=true|^mongodb\+srv:", self.given_uri, re.IGNORECASE)
+        return plain and bool(self.addresses)
+
     def uri(self, addresses: list[str] | None = None) -> str:
         """The URI for clients of these addresses, by default the members' own."""
-        if self.given_uri and addresses is None:
+        if not self.given_uri:
+            return f"mongodb://{','.join(addresses or self.addresses)}/?replicaSet={self.set_name}"
+        if addresses is None:
             return self.given_uri
-        return f"mongodb://{','.join(addresses or self.addresses)}/?replicaSet={self.set_name}"
+        return re.sub(r"^(mongodb://(?:[^@/]*@)?)[^/?]+", rf"\g<1>{','.join(addresses)}", self.given_uri)
 
     def primary(self, timeout_s: float = 60.0) -> EmbeddedServer:
         """The member of ours that is primary now. Waits for an election."""
@@ -101,9 +111,29 @@ def replica_set(folder: Path, *, small_disk: bool) -> Iterator[ChaosServer]:
         yield server
 
 
-def given_server(uri: str, hello: dict[str, Any]) -> ChaosServer:
-    """The user's server, of which `hello` is the reply to that command."""
-    return ChaosServer(addresses=list(hello.get("hosts", [])), set_name=str(hello.get("setName", "")), given_uri=uri)
+@contextlib.contextmanager
+def given_server(uri: str, database: str) -> Iterator[ChaosServer]:
+    """The user's server. The database must be empty or that of an earlier nemesis, or NotOurs. It is dropped before and after.
+
+    StoreUnavailableError if the server does not answer.
+    """
+    with Streamline(uri, database=database) as app:
+        app.server_info()
+        names = app.client[database].list_collection_names()
+        if names and _MARKER not in names:
+            raise NotOurs(
+                f"the database {database!r} has collections ({', '.join(sorted(names)[:5])}) that no earlier run of this command has made: "
+                "name one that does not exist yet. Everything in it will be deleted."
+            )
+        app.client.drop_database(database)
+        app.client[database][_MARKER].insert_one({"_id": "made by streamline-pool chaos; everything here may be deleted"})
+        hello = app.client.admin.command("hello")
+        yield ChaosServer(addresses=list(hello.get("hosts", [])), set_name=str(hello.get("setName", "")), given_uri=uri)
+        app.client.drop_database(database)
+
+
+class NotOurs(Exception):
+    """The database holds something else."""
 
 
 def _member(
@@ -114,7 +144,8 @@ def _member(
     disk = data if small_disk and _mounted(stack, data) else None
     program = folder / "mongod"
     if not program.exists():  # set later, the parameter counts only from the TTL monitor's next turn on, in a minute
-        program.write_text(f'#!/bin/sh\nexec "{embedded.find_mongod()}" "$@" --setParameter ttlMonitorSleepSecs=1\n')
+        quick = "--setParameter ttlMonitorSleepSecs=1 --setParameter shutdownTimeoutMillisForSignaledShutdown=200"
+        program.write_text(f'#!/bin/sh\nexec "{embedded.find_mongod()}" "$@" {quick}\n')
         program.chmod(0o700)
     return stack.enter_context(embedded.start(data, mongod=program, initiate=initiate)), disk
 

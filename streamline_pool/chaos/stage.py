@@ -18,7 +18,7 @@ from .ledger import real_monotonic
 from .overlaps import Circumstances, Suspension
 from .servers import ChaosServer
 
-__all__ = ["Fault", "NoTurn", "Stage", "Turn", "percentile"]
+__all__ = ["Fault", "NoTurn", "RunningFault", "Stage", "Turn", "past_lease", "percentile", "some_seconds"]
 
 
 class NoTurn(Exception):
@@ -40,12 +40,22 @@ class Turn:
         found, never = [], 0
         for run_id in self.affected:
             story = audit.stories[run_id]
-            went_on = next((at for at in story.went_on if at > self.begun), None)
+            went_on = next((at for at in list(story.went_on) if at > self.begun), None)
             if went_on is not None:
                 found.append(max(0.0, went_on - self.ended))
             elif story.live and not story.paused:
                 never += 1
         return found, never
+
+
+def past_lease(lease_s: float) -> float:
+    """So long that the lease of a frozen holder has expired and another has claimed its run. Sweeps come five times per lease."""
+    return lease_s * 1.4 + 0.8
+
+
+def some_seconds(_lease_s: float) -> float:
+    """Long enough that something is under way when the fault ends."""
+    return 3.0
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -69,10 +79,10 @@ class Stage:
     around: Circumstances = field(default_factory=Circumstances)
     turn: Turn = field(default_factory=lambda: Turn(""))  # the present one
 
-    @property
-    def past_lease_s(self) -> float:
-        """So long that the lease of a frozen holder has expired and another has claimed its run. Sweeps come five times per lease."""
-        return self.lease_s * 1.4 + 0.8
+    @staticmethod
+    def now() -> float:
+        """The clock of the record."""
+        return real_monotonic()
 
     def any_host(self) -> Host:
         """One of the hosts, by chance."""
@@ -157,4 +167,5 @@ class RunningFault:
     def stop(self) -> None:
         """End it, and note when."""
         self._block.__exit__(None, None, None)
-        self.turn.ended = self.turn.begun if self.fault.kill else real_monotonic()
+        if not self.turn.ended:
+            self.turn.ended = self.turn.begun if self.fault.kill else real_monotonic()

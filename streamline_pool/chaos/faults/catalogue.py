@@ -6,11 +6,17 @@ from collections.abc import Iterable
 
 from streamline_pool.chaos.stage import Fault
 
-from . import processes
+from . import clock, database, network, processes, resources
 
 __all__ = ["CATALOGUE", "chosen", "left_out"]
 
-CATALOGUE: tuple[Fault, ...] = (*processes.FAULTS,)
+CATALOGUE: tuple[Fault, ...] = (
+    *processes.FAULTS,
+    *network.FAULTS,
+    *database.FAULTS,
+    *clock.FAULTS,
+    *resources.FAULTS,
+)
 
 
 def chosen(names: Iterable[str] | None) -> list[Fault]:

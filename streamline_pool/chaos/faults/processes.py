@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import psutil
 
 from streamline_pool.chaos.hosts import Host
-from streamline_pool.chaos.stage import Fault, NoTurn, Stage
+from streamline_pool.chaos.stage import Fault, NoTurn, Stage, past_lease
 
 __all__ = ["FAULTS"]
 
-_COMMIT_S = 10.0  # until a commit comes by
+_COMMIT_S = 5.0  # until a commit comes by
 _APPLIED_S = 0.3  # until the database has applied a commit that was held
 
 
@@ -47,20 +47,24 @@ def _kill_supervisor(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _freeze_in_commit(stage: Stage) -> Iterator[None]:
-    host = stage.any_host()
-    host.link.order("hold")
-    if not host.link.wait_held(_COMMIT_S):
-        host.link.order("release")
-        raise NoTurn(f"no worker of host {host.name} committed within {_COMMIT_S:g} s")
-    pid = _process_of(host, host.link.held_port)
-    if pid is None:
-        host.link.order("release")
-        raise NoTurn("the worker whose commit was held has ended")
+    host, pid = _commit_on_the_way(stage)
     stage.strikes([pid])
     with stage.suspended([pid]):
         yield
-        host.link.order("release")  # the database gets the commit only now, long after the lease
+        host.network.order("release")  # the database gets the commit only now, long after the lease
         stage.wait(_APPLIED_S)
+
+
+def _commit_on_the_way(stage: Stage) -> tuple[Host, int]:
+    """A host whose proxy holds a commit, and the worker that sent it."""
+    for host in stage.chance.sample(stage.hosts, len(stage.hosts)):
+        host.network.order("hold")
+        if host.network.wait_held(_COMMIT_S):
+            pid = _process_of(host, host.network.held_port)
+            if pid is not None:
+                return host, pid
+        host.network.order("release")
+    raise NoTurn(f"no worker of either host committed within {_COMMIT_S:g} s")
 
 
 def _process_of(host: Host, port: int | None) -> int | None:
@@ -109,10 +113,6 @@ def _rolling_restart(stage: Stage) -> Iterator[None]:
     yield
 
 
-def _past_lease(lease_s: float) -> float:
-    return lease_s * 1.4 + 0.8
-
-
 FAULTS = (
     Fault(name="kill-worker", what="SIGKILL of a worker that holds runs", happens=_kill_worker, kill=True),
     Fault(name="kill-steward", what="SIGKILL of a steward", happens=_kill_steward, kill=True),
@@ -121,17 +121,18 @@ FAULTS = (
         name="freeze-in-commit",
         what="SIGSTOP of a worker for longer than its leases while its commit is on the way; the commit arrives afterwards",
         happens=_freeze_in_commit,
-        hold_min=_past_lease,
+        needs=frozenset({"network"}),
+        hold_min=past_lease,
         hold_max=12.0,
     ),
     Fault(
         name="freeze-worker",
         what="SIGSTOP of a worker for longer than its leases",
         happens=_freeze_worker,
-        hold_min=_past_lease,
+        hold_min=past_lease,
         hold_max=12.0,
     ),
-    Fault(name="freeze-steward", what="SIGSTOP of a steward", happens=_freeze_steward, hold_min=_past_lease, hold_max=15.0),
-    Fault(name="freeze-supervisor", what="SIGSTOP of a supervisor", happens=_freeze_supervisor, hold_min=_past_lease, hold_max=15.0),
+    Fault(name="freeze-steward", what="SIGSTOP of a steward", happens=_freeze_steward, hold_min=past_lease, hold_max=15.0),
+    Fault(name="freeze-supervisor", what="SIGSTOP of a supervisor", happens=_freeze_supervisor, hold_min=past_lease, hold_max=15.0),
     Fault(name="rolling-restart", what="SIGTERM, end and start of one host after the other", happens=_rolling_restart),
 )

@@ -227,11 +227,20 @@ def test_what_a_suspended_process_does_when_it_continues_is_no_finding() -> None
     assert case.judged().all() == {}
 
 
-def test_a_rewind_excuses_the_handler_that_it_aborts() -> None:
+def test_a_handler_that_waits_in_a_call_of_the_engine_cannot_be_stopped_and_is_no_finding() -> None:
+    """The call refuses when it returns, so the handler changes nothing more."""
     case = Case()
     two_at_once(case)
-    case.act("rewind", called_at=5.0)
-    case.acts.by_run["r"][-1].returned_at = 5.5
+    case.ledger[1]["end"] = "LeaseLostError"
+
+    assert case.judged().all() == {}
+
+
+def test_the_handler_that_a_rewind_aborts_may_still_be_inside() -> None:
+    case = Case()
+    case.act("rewind", generation=1)
+    case.ledger = [entry("first", at=5.0), left("first", at=9.0), entry("first", at=6.0, pid=2, generation=1), entry("end", at=10.0)]
+    case.ledger[3]["seen"] = {"first": result("1"), "ask": {"act": "a1"}}
 
     assert not case.judged().doubled
 

@@ -97,7 +97,9 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
             drained_s = _drain(load, audit, crew)
         stored = {run["_id"]: run for run in app.runs.find({"status": {"$nin": list(ENDED)}})}
         list(tail.read())
-        around = Circumstances(suspensions=faults.suspensions, dead=faults.dead, crashes_max=CRASHES_MAX)
+        around = Circumstances(
+            suspensions=faults.suspensions, dead=faults.dead, strikes=faults.strikes, crashes_max=CRASHES_MAX, lease_s=LEASE_S
+        )
         verdict = judge(audit, load.acts, tail.notes, stored, around)
         if load.last_streamed_at < faults.failed_over_at:
             verdict.wedged["the stream of events"].append("it delivered nothing after the primary was killed")

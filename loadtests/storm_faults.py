@@ -27,7 +27,7 @@ from pymongo.errors import PyMongoError
 from streamline_pool import embedded
 from streamline_pool.chaos.hosts import APP
 from streamline_pool.chaos.ledger import FOLDER_VARIABLE, real_monotonic
-from streamline_pool.chaos.overlaps import Suspension
+from streamline_pool.chaos.overlaps import Strike, Suspension
 from streamline_pool.embedded import EmbeddedServer
 
 from .common import Pool, Server, pool, report_progress, until
@@ -164,6 +164,7 @@ class Faults:
     failed_over_at: float = 0.0
     suspensions: list[Suspension] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)  # pids that were killed
+    strikes: list[Strike] = field(default_factory=list)
 
     def plan(self, seconds: float) -> list[tuple[float, Callable[[], None]]]:
         """Instants in seconds from the beginning, and what happens then."""
@@ -208,6 +209,7 @@ class Faults:
             finally:
                 self._signal("workers continued", [pid], signal.SIGCONT)
                 self.suspensions.append(Suspension(pid, begun, real_monotonic()))
+                self.strikes.append(Strike(frozenset({pid}), begun, real_monotonic()))
 
     def _signal(self, name: str, pids: list[int], signum: signal.Signals) -> int | None:
         if not pids:
@@ -231,6 +233,7 @@ class Faults:
     def kill_primary(self) -> None:
         """SIGKILL the primary. Another member is elected; the dead one comes back as a secondary."""
         member = self.server.primary()
+        self.strikes.append(Strike(None, real_monotonic(), real_monotonic() + 2 * _DOWN_S))
         member.kill()
         self.failed_over_at = time.monotonic()
         self.counts["primaries killed"] += 1
@@ -239,6 +242,7 @@ class Faults:
 
     def step_down(self) -> None:
         """Have the primary step down."""
+        self.strikes.append(Strike(None, real_monotonic(), real_monotonic() + _DOWN_S))
         with MongoClient[dict[str, Any]](self.server.uri) as client:
             try:
                 client.admin.command("replSetStepDown", 20, secondaryCatchUpPeriodSecs=5)

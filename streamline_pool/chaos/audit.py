@@ -43,7 +43,7 @@ class Story:
     changed_at: float = 0.0  # real_monotonic
     owner: str = ""  # of its lease; "" while there is none
     lease_id: str = ""  # the last one
-    owner_pids: set[int] = field(default_factory=set)  # of all that have held it
+    crashed: list[tuple[int, float]] = field(default_factory=list)  # whose lease was recovered, and when; for the present step
     paused: bool = False
     went_on: list[float] = field(default_factory=list)  # when it was claimed, a step was done, or it waited or ended
     done_at: dict[tuple[int, str], float] = field(default_factory=dict)  # (rewinds, place of a step) → when its result was accepted
@@ -187,6 +187,8 @@ class Audit:
             story.done_at.setdefault((story.rewinds, place), real_monotonic())  # no sooner than it was durable
             if story.accepted[place] > 1:
                 story.doubled.append(f"step {place} done {story.accepted[place]} times")
+        if "crashes" in updated or updated.get("error", {}).get("code") == "WORKER_CRASHED":
+            story.crashed = [*story.crashed, (pid_of(story.owner), real_monotonic())] if updated.get("crashes", 1) else []
         claimed = self._leased(story, updated, removed)
         if claimed or done or updated.get("status") in ("waiting", *ENDED):
             story.went_on.append(self._at)
@@ -210,7 +212,6 @@ class Audit:
             return False
         story.lease_id = lease_id
         story.owner = str(lease.get("owner") if isinstance(lease, dict) else updated.get("lease.owner", story.owner))
-        story.owner_pids.add(pid_of(story.owner))
         return True
 
     def _move(self, story: Story, status: str, words: list[str]) -> None:

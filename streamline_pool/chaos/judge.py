@@ -142,8 +142,9 @@ def _judge_story(verdict: Verdict, story: Story, entries: list[Note], around: Ci
 
 
 def _convicted(story: Story, around: Circumstances) -> bool:
-    """It was held by so many workers that died that the engine had to take it for the cause."""
-    return story.code == "WORKER_CRASHED" and len(story.owner_pids & around.dead) >= around.crashes_max
+    """So many of its holders died, or were cut off for longer than their lease, that the engine had to take it for the cause."""
+    enough = len(story.crashed) >= around.crashes_max
+    return story.code == "WORKER_CRASHED" and enough and all(around.excuse(pid, at) for pid, at in story.crashed)
 
 
 def _judge_times(verdict: Verdict, story: Story, inside: list[Visit], around: Circumstances) -> None:

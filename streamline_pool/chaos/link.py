@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -16,6 +17,7 @@ from .ledger import real_monotonic
 __all__ = ["Link"]
 
 _ANSWER_S = 10.0
+_START_S = 60.0  # a guess: 0.3 s on an idle machine
 
 
 class Link:
@@ -29,7 +31,11 @@ class Link:
         self._unread = b""
         self.held_port: int | None = None  # of the client whose commit is held
         self.pid = self._process.pid
-        self.addresses = [f"127.0.0.1:{port}" for port in self._answer("ports", _ANSWER_S)]
+        try:
+            self.addresses = [f"127.0.0.1:{port}" for port in self._answer("ports", _START_S)]
+        except BaseException:
+            self.close()
+            raise
 
     def order(self, mode: str, **more: Any) -> None:
         """Change the mode, and wait until it is in force."""
@@ -66,8 +72,9 @@ class Link:
 
     def close(self) -> None:
         """End the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # an order that was not written yet
+                    pipe.close()

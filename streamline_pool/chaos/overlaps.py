@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from .audit import Story
 from .ledger import Note
 
-__all__ = ["Circumstances", "Suspension", "Visit", "entered_after_durable", "generation", "overlapping", "visits"]
+__all__ = ["Circumstances", "Strike", "Suspension", "Visit", "entered_after_durable", "generation", "overlapping", "visits"]
 
 _MARGIN_S = 0.05  # between a note and the instant that it stands for, on a busy machine; a guess
+_SWEEP_S = 3.0  # an expired lease is found by the next sweep, on a busy machine; a guess
 _AWAKE_S = 0.05  # a process that is suspended between its last check and the entry enters within this time of its SIGCONT
 
 
@@ -26,14 +27,31 @@ class Suspension:
     ended: float
 
 
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault that hit these processes; None: the database, and so all."""
+
+    pids: frozenset[int] | None
+    begun: float
+    ended: float
+
+
 @dataclass(slots=True)
 class Circumstances:
     """What the nemesis did to processes, as far as it excuses them."""
 
     suspensions: list[Suspension] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)  # pids of processes that were killed or died
+    strikes: list[Strike] = field(default_factory=list)
+    lease_s: float = 30.0
     crashes_max: int = 3  # a run may fail after it was held by so many of the dead
     clock_margin_s: float = 0.05  # the engine corrects a host's clock by a measured offset, half a round trip wrong at most
+
+    def excuse(self, pid: int, at: float) -> bool:
+        """True if the process may have lost a lease then: it died, or a fault hit it (or the database) no longer than two leases ago."""
+        return pid in self.dead or any(
+            one.begun <= at <= one.ended + 2 * self.lease_s + _SWEEP_S and (one.pids is None or pid in one.pids) for one in self.strikes
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from .nemesis import Outcome
 from .stage import percentile
+from .workload import FAILING_STEPS
 
 __all__ = ["document", "is_clean", "table"]
 
@@ -31,11 +33,18 @@ def document(outcome: Outcome, left_out: dict[str, str]) -> dict[str, Any]:
         "left_out": left_out,
         "no_turn": {turn.fault: turn.no_turn for turn in outcome.turns if turn.no_turn},
         **{"calls": dict(sorted(load.acts.counts.items())), "aimed": dict(load.aimed), "cleaned": dict(load.cleaned)},
+        "entered_again": _entered_again(outcome),
         "checked": dict(verdict.checked),
         "audit_interruptions": dict(audit.interruptions),
         "endings": [f"host {end.host} {end.how}: {end.code}" for host in outcome.hosts for end in host.endings],
         "findings": [f"{run_id}: {'; '.join(reasons)}" for run_id, reasons in list(verdict.all().items())[:_SHOWN]],
     }
+
+
+def _entered_again(outcome: Outcome) -> int:
+    """How often a handler was entered once more, though its workflow does not let it fail. Allowed, and the price of most faults."""
+    keys = Counter(note["key"] for note in outcome.notes if note["kind"] == "entry" and note["step"] not in FAILING_STEPS)
+    return sum(count - 1 for count in keys.values())
 
 
 def _of_fault(outcome: Outcome, name: str) -> tuple[dict[str, Any], list[float]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from .audit import Audit, pid_of
 from .hosts import Host
 from .ledger import real_monotonic
-from .overlaps import Circumstances, Suspension
+from .overlaps import Circumstances, Strike, Suspension
 from .servers import ChaosServer
 
 __all__ = ["Fault", "NoTurn", "RunningFault", "Stage", "Turn", "past_lease", "percentile", "some_seconds"]
@@ -33,6 +33,7 @@ class Turn:
     begun: float = 0.0  # real_monotonic, as the others
     ended: float = 0.0  # of a kill: as `begun`
     affected: set[str] = field(default_factory=set)  # runs that were held by what the fault struck
+    pids: frozenset[int] | None = frozenset()  # what it hit; None: the database
     no_turn: str = ""
 
     def recoveries(self, audit: Audit) -> tuple[list[float], int]:
@@ -100,6 +101,7 @@ class Stage:
     def strikes(self, pids: Collection[int] | None) -> None:
         """The fault begins now and hits these processes; None: all, because it hits the database."""
         self.turn.begun = real_monotonic()
+        self.turn.pids = None if pids is None else frozenset(pids)
         held = [story for story in self.audit.live() if story.owner]
         self.turn.affected = {story.run_id for story in held if pids is None or pid_of(story.owner) in pids}
 
@@ -153,7 +155,7 @@ class Fault:
         stage.turn = Turn(self.name)
         block = self.happens(stage)
         block.__enter__()
-        return RunningFault(self, stage.turn, block)
+        return RunningFault(self, stage.turn, block, stage.around)
 
 
 @dataclass(slots=True)
@@ -163,9 +165,11 @@ class RunningFault:
     fault: Fault
     turn: Turn
     _block: AbstractContextManager[None]
+    _around: Circumstances
 
     def stop(self) -> None:
         """End it, and note when."""
         self._block.__exit__(None, None, None)
+        self._around.strikes.append(Strike(self.turn.pids, self.turn.begun, real_monotonic()))
         if not self.turn.ended:
             self.turn.ended = self.turn.begun if self.fault.kill else real_monotonic()

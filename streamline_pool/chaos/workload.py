@@ -19,10 +19,11 @@ from streamline_pool import NonRetriableError, Streamline, create_hook, execute_
 
 from .ledger import FOLDER_VARIABLE, Ledger, real_monotonic
 
-__all__ = ["FAILS", "KINDS", "NEVER", "WORKFLOWS", "app", "define"]
+__all__ = ["FAILING_STEPS", "FAILS", "KINDS", "NEVER", "WORKFLOWS", "app", "define"]
 
 WORKFLOWS = 50
 NEVER = "chaos-never"  # an event that is never sent
+FAILING_STEPS = ("flaky", "broken", "hang")  # their handlers fail or hang on purpose
 FAILS = "broken"  # the one kind whose runs are to fail
 
 _CHECKPOINTS = 6

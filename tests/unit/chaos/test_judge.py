@@ -13,7 +13,7 @@ import pytest
 from streamline_pool.chaos.acts import Acts
 from streamline_pool.chaos.audit import Audit, Story
 from streamline_pool.chaos.judge import Verdict, judge
-from streamline_pool.chaos.overlaps import Circumstances, Suspension
+from streamline_pool.chaos.overlaps import Circumstances, Strike, Suspension
 
 PLACES = {"first": 0, "ask": 1, "end": 2}
 
@@ -245,11 +245,20 @@ def test_the_handler_that_a_rewind_aborts_may_still_be_inside() -> None:
     assert not case.judged().doubled
 
 
-@pytest.mark.parametrize(("owners", "lost"), [({1, 2, 3}, 0), ({1, 2, 9}, 1)])
-def test_a_run_may_fail_only_after_as_many_of_its_workers_died_as_convict_it(owners: set[int], lost: int) -> None:
+@pytest.mark.parametrize(
+    ("crashed", "lost"),
+    [
+        ([(1, 5.0), (2, 6.0), (3, 20.0)], 0),  # two died, the third was cut off a moment ago
+        ([(1, 5.0), (2, 6.0)], 1),
+        ([(1, 5.0), (2, 6.0), (9, 20.0)], 1),  # nothing had happened to the third
+        ([(1, 5.0), (2, 6.0), (3, 99.0)], 1),  # long ago
+    ],
+)
+def test_a_run_may_fail_only_after_faults_hit_as_many_of_its_holders_as_convict_it(crashed: list[tuple[int, float]], lost: int) -> None:
     case = Case()
     failed(case)
-    case.story.code, case.story.owner_pids, case.around.dead = "WORKER_CRASHED", owners, {1, 2, 3, 4}
+    case.story.code, case.story.crashed, case.around.dead = "WORKER_CRASHED", crashed, {1, 2}
+    case.around.strikes, case.around.lease_s = [Strike(frozenset({3}), 10.0, 16.0)], 2.0
 
     assert len(case.judged().lost) == lost
 

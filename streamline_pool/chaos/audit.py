@@ -187,7 +187,7 @@ class Audit:
             story.done_at.setdefault((story.rewinds, place), real_monotonic())  # no sooner than it was durable
             if story.accepted[place] > 1:
                 story.doubled.append(f"step {place} done {story.accepted[place]} times")
-        if "crashes" in updated or updated.get("error", {}).get("code") == "WORKER_CRASHED":
+        if "crashes" in updated or (updated.get("error") or {}).get("code") == "WORKER_CRASHED":
             story.crashed = [*story.crashed, (pid_of(story.owner), real_monotonic())] if updated.get("crashes", 1) else []
         claimed = self._leased(story, updated, removed)
         if claimed or done or updated.get("status") in ("waiting", *ENDED):

@@ -181,8 +181,10 @@ def _one_fault(stage: Stage, fault: Fault, hold_s: float) -> Turn:
         return Turn(fault.name, no_turn=str(exc))
     try:
         stage.wait(0.0 if fault.kill else hold_s)
-    finally:
-        running.stop()
+    except BaseException as exc:
+        running.abort(exc)
+        raise
+    running.stop()
     return running.turn
 
 

@@ -173,3 +173,8 @@ class RunningFault:
         self._around.strikes.append(Strike(self.turn.pids, self.turn.begun, real_monotonic()))
         if not self.turn.ended:
             self.turn.ended = self.turn.begun if self.fault.kill else real_monotonic()
+
+    def abort(self, exc: BaseException) -> None:
+        """Undo what would keep processes from ending, and start nothing again: the nemesis itself ends."""
+        with contextlib.suppress(type(exc)):
+            self._block.__exit__(type(exc), exc, exc.__traceback__)

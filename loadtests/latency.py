@@ -23,10 +23,10 @@ from pymongo import MongoClient
 from pymongo.write_concern import WriteConcern
 
 from streamline_pool import Streamline
+from streamline_pool.chaos.ending import end_with_parent
 
 from . import app as pool_app
 from .common import Budget, Report, Server, add_pool_options, percentile, pool, report_progress, until
-from .ending import end_with_parent
 
 __all__ = ["add_options", "measure"]
 

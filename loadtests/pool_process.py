@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from .ending import end_with_parent
+from streamline_pool.chaos.ending import end_with_parent
 
 __all__: list[str] = []
 

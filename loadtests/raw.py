@@ -26,6 +26,7 @@ from typing import Any, cast
 from pymongo import MongoClient, UpdateOne
 from pymongo.write_concern import WriteConcern
 
+from streamline_pool.chaos.ending import end_with_parent
 from streamline_pool.domain import transitions
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol import commits
@@ -35,7 +36,6 @@ from streamline_pool.protocol.run_document import new_run
 
 from .app import noop
 from .common import Server, report_progress
-from .ending import end_with_parent
 from .payload import text_of
 
 __all__ = ["DRIVER_DEFAULT", "RawWriters", "Way", "raw_writers"]

@@ -6,25 +6,11 @@ index at once. Meanwhile workers and a steward are killed, workers are frozen fo
 the primary is killed. Then the faults and the starts end, answers and clean-ups go on, and everything must end.
 
 There are three witnesses. The clients note which calls were acknowledged. Handlers write a ledger of what they see of earlier
-results (storm_app.py). The audit reads the change stream of the stored runs (storm_audit.py), because a run may be deleted as soon
-as it has ended.
-
-lost: a run whose start was acknowledged, and which has neither ended nor is stored; a run that was deleted before its end, that
-failed though its handlers do not, or that ended without its last handler; a handler that was entered without the result of an
-earlier step, or with an older checkpoint than one that was durable; an acknowledged answer or event that no later step of the run
-has seen, an acknowledged cancel after which the run has another end, an acknowledged rewind after which no handler was entered. A
-call does not count if a later or simultaneous cancel or rewind of the same run may have made it void. A call that the database did
-not answer may have happened or not, and counts neither way.
-
-wedged: a run that is stored and has not ended after the drain. The drain ends when no run is left, or when no run has changed for a
-minute. By then every wait was answered: clients answer every wait that they find, but send no second event to a run whose event was
-acknowledged. A stream of events that delivers nothing after the failover counts, too.
-
-doubled: a step's result that the database accepted twice without a rewind in between; two entries of one generation of a run that
-see different results of one step; two runs that were stored with one idempotency key at the same time.
-
-early: a handler that was entered before the end of its run's sleep, before `start_at`, or during a pause. The one handler whose step
-was granted before the pause may still be entered.
+results (streamline_pool/chaos/workload.py). The audit reads the change stream of the stored runs (streamline_pool/chaos/audit.py),
+because a run may be deleted as soon as it has ended. What counts as lost, wedged, doubled and early is said by
+streamline_pool/chaos/judge.py. The drain ends when no run is left, or when no run has changed for a minute. By then every wait was
+answered: clients answer every wait that they find, but send no second event to a run whose event was acknowledged. A stream of events
+that delivers nothing after the failover counts as wedged, too.
 
 Memory is the resident memory (RSS) of every process of both pools that lives for at least four minutes. It is flat if the median of
 its last minute exceeds that of its third minute by at most 5 MiB or 10 %, whichever is more. A storm of less than five minutes has no
@@ -34,22 +20,25 @@ such budget.
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from streamline_pool import Streamline
+from streamline_pool.chaos.audit import ENDED, Audit
+from streamline_pool.chaos.clients import Load
+from streamline_pool.chaos.crew import Crew
+from streamline_pool.chaos.judge import Verdict, judge
+from streamline_pool.chaos.ledger import Ledger, LedgerTail, Note, real_monotonic
+from streamline_pool.chaos.overlaps import Circumstances
+from streamline_pool.chaos.stories import write_stories
+from streamline_pool.chaos.workload import WORKFLOWS, define
 
 from .common import Budget, Report, Server, UsageError, report_progress
-from .storm_app import LEDGER, WORKFLOWS, define
-from .storm_audit import ENDED, Audit
-from .storm_faults import LEASE_S, Faults, Members, Memory, Pools, replica_set, wait_until_whole
-from .storm_judge import Verdict, judge
-from .storm_load import Load
+from .storm_faults import CRASHES_MAX, LEASE_S, Faults, Members, Memory, Pools, replica_set, wait_until_whole
 
 __all__ = ["add_options", "measure", "serving"]
 
@@ -83,17 +72,21 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
     """The storm, the drain, and the judgement."""
     assert isinstance(server, Members), "see `serving`"
     database, seconds = server.database(), options.minutes * 60
-    with define(Streamline(server.uri, database=database)) as app, Pools(server, database) as pools:
+    with ExitStack() as stack:
+        notes = stack.enter_context(tempfile.TemporaryDirectory(prefix="streamline-storm-ledger-"))
+        app = stack.enter_context(define(Streamline(server.uri, database=database), Ledger(notes)))
+        pools = stack.enter_context(Pools(server, database, notes))
         app.setup_indexes(auto_cleanup_days=1)
         server.client[database].command("collMod", app.runs.name, index={"name": "streamline_ttl", "expireAfterSeconds": _TTL_S})
-        audit = Audit(server.uri, database, app.runs.name)
-        load = Load(app, audit, options.rate / _CLIENTS, options.live)
+        audit, tail = Audit(app), LedgerTail(notes)
+        chance = random.randrange(2**31)
+        load = Load(app, audit, tail, Ledger(notes), rate=options.rate / _CLIENTS, live_max=options.live, seed=chance)
         memory = Memory(pools)
-        with app.events.stream(["workflow:completed", "storm:slow"]) as stream, _Crew() as crew:
+        with app.events.stream(["workflow:completed", "chaos:slow"]) as stream, Crew() as crew:
             faults = Faults(server=server, pools=pools, wait=crew.wait)
             crew.start(audit.run, audit.stop)
             sampling = crew.start(memory.run, memory.stop)
-            for loop in (load.look_after_runs, load.clean_up, *[load.start_runs] * _CLIENTS):
+            for loop in (load.read_ledger, load.look_after_runs, load.clean_up, *[load.act_when_due] * 2, *[load.start_runs] * _CLIENTS):
                 crew.start(loop, load.stop)
             crew.start(lambda: load.follow(stream), stream.close)
             faults.run(seconds)
@@ -103,64 +96,26 @@ def measure(server: Server, options: argparse.Namespace) -> Report:
             wait_until_whole(server)
             drained_s = _drain(load, audit, crew)
         stored = {run["_id"]: run for run in app.runs.find({"status": {"$nin": list(ENDED)}})}
-        verdict = judge(audit, load.acts, app.store().collection(LEDGER).find(), stored)
+        list(tail.read())
+        around = Circumstances(
+            suspensions=faults.suspensions, dead=faults.dead, strikes=faults.strikes, crashes_max=CRASHES_MAX, lease_s=LEASE_S
+        )
+        verdict = judge(audit, load.acts, tail.notes, stored, around)
         if load.last_streamed_at < faults.failed_over_at:
             verdict.wedged["the stream of events"].append("it delivered nothing after the primary was killed")
         missed = stream.missed
-        evidence = _Evidence(app, audit, load, pools).write(verdict, options.evidence)
+        evidence = _evidence(load, audit, pools, verdict, tail.notes, options.evidence)
     figures = _figures(options, verdict, audit, load, faults, memory)
     figures["load"].update({"drained_s": drained_s, "events_missed_by_the_stream": missed})
     return _report(server, options, figures, evidence)
 
 
-class _Crew:
-    """Threads. An error in one of them is raised in the thread that waits for them."""
-
-    def __init__(self) -> None:
-        self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
-        self._errors: list[BaseException] = []
-
-    def start(self, loop: Callable[[], None], stop: Callable[[], None]) -> threading.Thread:
-        """Run `loop` on a thread; `stop` ends it."""
-        thread = threading.Thread(target=self._run, args=(loop,), daemon=True)
-        self._threads.append((thread, stop))
-        thread.start()
-        return thread
-
-    def _run(self, loop: Callable[[], None]) -> None:
-        try:
-            loop()
-        except BaseException as exc:  # noqa: BLE001 - raised by `check`
-            self._errors.append(exc)
-
-    def check(self) -> None:
-        """Raise the first error of a thread."""
-        if self._errors:
-            raise self._errors[0]
-
-    def wait(self, seconds: float) -> None:
-        """Let the threads work for that time, or until one fails."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self.check()
-            time.sleep(0.2)
-
-    def __enter__(self) -> _Crew:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for _, stop in self._threads:
-            stop()
-        for thread, _ in self._threads:
-            thread.join(60)
-
-
-def _drain(load: Load, audit: Audit, crew: _Crew) -> float:
+def _drain(load: Load, audit: Audit, crew: Crew) -> float:
     """Wait until every run has ended, or nothing changes any more. Returns how long it took, in seconds."""
-    begun = time.monotonic()
+    begun = real_monotonic()
     while True:
         crew.check()
-        now = time.monotonic()
+        now = real_monotonic()
         live, quiet_s = audit.live(), now - max((story.changed_at for story in audit.live()), default=begun)
         if not live and load.app.runs.count_documents({"status": {"$nin": list(ENDED)}}) == 0:
             return now - begun
@@ -170,37 +125,14 @@ def _drain(load: Load, audit: Audit, crew: _Crew) -> float:
         time.sleep(0.5)
 
 
-class _Evidence:
-    """Writes the stories of the runs with a finding."""
-
-    def __init__(self, app: Streamline, audit: Audit, load: Load, pools: Pools) -> None:
-        self._app = app
-        self._audit, self._load, self._pools = audit, load, pools
-
-    def write(self, verdict: Verdict, folder: str | None) -> str | None:
-        """The folder with one file for each run and the logs of the pools; None if there is nothing to tell."""
-        found = verdict.all()
-        if not found and folder is None:
-            return None
-        target = Path(folder or tempfile.mkdtemp(prefix="streamline-storm-"))
-        target.mkdir(parents=True, exist_ok=True)
-        log = self._pools.log_text()
-        (target / "pools.log").write_text(log)
-        for run_id, reasons in list(found.items())[:50]:
-            (target / f"{run_id.replace('/', '_')}.txt").write_text("\n".join(self._story(run_id, reasons, log)))
-        return str(target)
-
-    def _story(self, run_id: str, reasons: list[str], log: str) -> list[str]:
-        story = self._audit.stories.get(run_id)
-        acts = sorted(self._load.acts.by_run.get(run_id, ()), key=lambda act: act.begun)
-        return [
-            *(run_id, story.workflow_id if story else "never stored", *reasons),
-            *("", "calls of clients", *map(str, acts)),
-            *("", "changes of the stored run", *(story.trail if story else ())),
-            *("", "ledger", *map(str, self._app.store().collection(LEDGER).find({"run": run_id}).sort("at"))),
-            *("", "stored", str(self._app.runs.find_one({"_id": run_id}))),
-            *("", "log", *(line for line in log.splitlines() if run_id in line)),
-        ]
+def _evidence(load: Load, audit: Audit, pools: Pools, verdict: Verdict, notes: list[Note], folder: str | None) -> str | None:
+    """The folder with one file for each run with a finding, and the logs of the pools; None if there is nothing to tell."""
+    found = verdict.all()
+    if not found and folder is None:
+        return None
+    target = Path(folder or tempfile.mkdtemp(prefix="streamline-storm-"))
+    write_stories(target, found, audit, load, notes, pools.log_text())
+    return str(target)
 
 
 def _figures(options: argparse.Namespace, verdict: Verdict, audit: Audit, load: Load, faults: Faults, memory: Memory) -> dict[str, Any]:

@@ -25,20 +25,24 @@ from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from streamline_pool import embedded
+from streamline_pool.chaos.hosts import APP
+from streamline_pool.chaos.ledger import FOLDER_VARIABLE, real_monotonic
+from streamline_pool.chaos.overlaps import Strike, Suspension
 from streamline_pool.embedded import EmbeddedServer
 
 from .common import Pool, Server, pool, report_progress, until
 
-__all__ = ["LEASE_S", "Faults", "Members", "Memory", "Pools", "replica_set", "wait_until_whole"]
+__all__ = ["CRASHES_MAX", "LEASE_S", "Faults", "Members", "Memory", "Pools", "replica_set", "wait_until_whole"]
 
 LEASE_S = 5.0
+CRASHES_MAX = 10
 _FROZEN_S = LEASE_S + 2.0
 _ELECTION_MS = 3_000
 _CALM_S = 2.0  # between two faults, so that the child that was killed is replaced
 _DOWN_S = 6.0  # between the kill of a primary and its restart
 _OPTIONS = (
     *("--workers", "2", "--lease", f"{LEASE_S:g}", "--stall-timeout", "60"),
-    *("--restart-budget", "1000", "--max-crashes", "10"),
+    *("--restart-budget", "1000", "--max-crashes", str(CRASHES_MAX)),
 )
 _MIB = 1024 * 1024
 
@@ -95,10 +99,10 @@ def _configuration(hosts: list[str]) -> dict[str, Any]:
 
 
 class Pools:
-    """The two pools."""
+    """The two pools. `notes` is the folder of their ledger."""
 
-    def __init__(self, server: Server, database: str) -> None:
-        self._server, self._database = server, database
+    def __init__(self, server: Server, database: str, notes: str) -> None:
+        self._server, self._database, self._notes = server, database, notes
         self._stacks = {"struck": ExitStack(), "spared": ExitStack()}
         self.running: dict[str, Pool] = {}
         self.stewards: dict[str, int] = {}  # their pids
@@ -117,7 +121,7 @@ class Pools:
 
     def start(self, name: str) -> None:
         """Start a pool, and wait until it is ready."""
-        context = pool(self._server, self._database, *_OPTIONS, app="loadtests.storm_app:app")
+        context = pool(self._server, self._database, *_OPTIONS, app=APP, environment={FOLDER_VARIABLE: self._notes})
         running = self._stacks[name].enter_context(context)
         self.running[name], self.stewards[name] = running, running.steward_pid()
 
@@ -158,6 +162,9 @@ class Faults:
     wait: Callable[[float], None]  # for so many seconds; raises what has failed meanwhile
     counts: Counter[str] = field(default_factory=Counter)
     failed_over_at: float = 0.0
+    suspensions: list[Suspension] = field(default_factory=list)
+    dead: set[int] = field(default_factory=set)  # pids that were killed
+    strikes: list[Strike] = field(default_factory=list)
 
     def plan(self, seconds: float) -> list[tuple[float, Callable[[], None]]]:
         """Instants in seconds from the beginning, and what happens then."""
@@ -196,10 +203,13 @@ class Faults:
         """SIGSTOP one worker for longer than its leases, then SIGCONT it."""
         pid = self._signal("workers frozen", self.pools.workers(random.choice(("struck", "spared"))), signal.SIGSTOP)
         if pid is not None:
+            begun = real_monotonic()
             try:
                 self.wait(_FROZEN_S)
             finally:
                 self._signal("workers continued", [pid], signal.SIGCONT)
+                self.suspensions.append(Suspension(pid, begun, real_monotonic()))
+                self.strikes.append(Strike(frozenset({pid}), begun, real_monotonic()))
 
     def _signal(self, name: str, pids: list[int], signum: signal.Signals) -> int | None:
         if not pids:
@@ -210,6 +220,8 @@ class Faults:
         except ProcessLookupError:
             return None
         self.counts[name] += 1
+        if signum == signal.SIGKILL:
+            self.dead.add(pid)
         return pid
 
     def restart_pool(self) -> None:
@@ -221,6 +233,7 @@ class Faults:
     def kill_primary(self) -> None:
         """SIGKILL the primary. Another member is elected; the dead one comes back as a secondary."""
         member = self.server.primary()
+        self.strikes.append(Strike(None, real_monotonic(), real_monotonic() + 2 * _DOWN_S))
         member.kill()
         self.failed_over_at = time.monotonic()
         self.counts["primaries killed"] += 1
@@ -229,6 +242,7 @@ class Faults:
 
     def step_down(self) -> None:
         """Have the primary step down."""
+        self.strikes.append(Strike(None, real_monotonic(), real_monotonic() + _DOWN_S))
         with MongoClient[dict[str, Any]](self.server.uri) as client:
             try:
                 client.admin.command("replSetStepDown", 20, secondaryCatchUpPeriodSecs=5)

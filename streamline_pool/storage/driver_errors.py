@@ -5,6 +5,7 @@ Owns the translation of every error that PyMongo raises. No other package knows 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from types import TracebackType
 
@@ -43,8 +44,18 @@ class DriverErrors:
         return None
 
     def __exit__(self, _kind: type[BaseException] | None, exc: BaseException | None, _traceback: TracebackType | None) -> None:
+        if exc is not None and _was_cancelled(exc):
+            raise asyncio.CancelledError from exc
         if isinstance(exc, _DRIVER_ERRORS) and not (self._in_transaction and _repeats_transaction(exc)):
             raise translate(self._name, exc, self._where) from exc
+
+
+def _was_cancelled(exc: BaseException) -> bool:
+    """True for what PyMongo raises in place of CancelledError if the call is cancelled while it waits for a server.
+
+    Its wait loses the lock then, and leaving the lock's block raises RuntimeError (seen with 4.x on Python 3.11).
+    """
+    return type(exc) is RuntimeError and isinstance(exc.__context__, asyncio.CancelledError) and str(exc) == "Lock is not acquired"
 
 
 def _repeats_transaction(exc: Exception) -> bool:

@@ -35,6 +35,7 @@ from streamline_pool.supervisor.cli.application import (
     uri_faults_of,
     wants_private_server,
 )
+from streamline_pool.supervisor.cli.chaos import chaos
 from streamline_pool.supervisor.cli.cleanup import cleanup
 from streamline_pool.supervisor.cli.console import CommandError, ExitCode, print_error, print_json, unreachable_text
 from streamline_pool.supervisor.cli.doctor import doctor
@@ -78,7 +79,7 @@ def cli(context: click.Context, /, print_config: bool, as_json: bool, **values: 
     return _run_the_pool()
 
 
-for command in (*pool_commands.ALL, cleanup, doctor, run_commands.runs, systemd, workers):
+for command in (*pool_commands.ALL, chaos, cleanup, doctor, run_commands.runs, systemd, workers):
     cli.add_command(command)
 
 

@@ -18,8 +18,8 @@ from collections.abc import Awaitable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from loadtests.ending import end_with_parent
 from streamline_pool import Streamline, WorkflowError, WorkflowNotFoundError
+from streamline_pool.chaos.ending import end_with_parent
 
 from .soak_app import SHARES, define
 

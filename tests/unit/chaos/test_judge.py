@@ -1,4 +1,4 @@
-"""The judgement of the storm finds what it is there to find: each case is a storm of one run, with one thing wrong."""
+"""The judge of the nemesis finds what it is there to find: each case has one run, with one thing wrong."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import Any, cast
 
 import pytest
 
-from loadtests.storm_audit import Audit, Story
-from loadtests.storm_judge import Verdict, judge
-from loadtests.storm_load import Acts
+from streamline_pool.chaos.acts import Acts
+from streamline_pool.chaos.audit import Audit, Story
+from streamline_pool.chaos.judge import Verdict, judge
+from streamline_pool.chaos.overlaps import Circumstances, Strike, Suspension
+
+PLACES = {"first": 0, "ask": 1, "end": 2}
 
 
-def entry(step: str, *, generation: int = 0, **seen: Any) -> dict[str, Any]:
+def entry(step: str, *, generation: int = 0, at: float = 0.0, pid: int = 1, **seen: Any) -> dict[str, Any]:
     key = f"r:{step}:{generation}" if generation else f"r:{step}"
-    return {"run": "r", "step": step, "key": key, "at": 0.0, "seen": seen, "last": step == "end"}
+    more = {"place": PLACES[step], "last": step == "end", "early_s": 0.0}
+    return {"kind": "entry", "run": "r", "step": step, "key": key, "at": at, "pid": pid, "seen": seen, **more}
+
+
+def left(step: str, *, at: float, pid: int = 1) -> dict[str, Any]:
+    return {"kind": "exit", "run": "r", "step": step, "key": f"r:{step}", "at": at, "pid": pid, "end": "returned"}
 
 
 def result(nonce: str) -> dict[str, str]:
@@ -35,6 +43,7 @@ class Case:
     )
     others: list[Story] = field(default_factory=list)
     stored: Mapping[str, Any] = field(default_factory=dict)
+    around: Circumstances = field(default_factory=Circumstances)
 
     def __post_init__(self) -> None:
         self.act("start")
@@ -48,7 +57,7 @@ class Case:
 
     def judged(self) -> Verdict:
         audit = SimpleNamespace(stories={story.run_id: story for story in [self.story, *self.others]})
-        return judge(cast(Audit, audit), self.acts, self.ledger, self.stored)
+        return judge(cast(Audit, audit), self.acts, self.ledger, self.stored, self.around)
 
 
 def test_a_run_whose_calls_all_had_their_effect_has_no_finding() -> None:
@@ -106,14 +115,19 @@ def rewind_without_effect(case: Case) -> None:
 
 
 def checkpoint_gone(case: Case) -> None:
-    case.ledger[0]["fault"] = "checkpoint 4 was durable, found 2"
+    case.ledger[1] |= {"found": 2, "at": 1.0}
+    case.ledger.append({"kind": "checkpoint", "run": "r", "key": "r:ask", "n": 4, "at": 0.5})
+
+
+def end_unexplained(case: Case) -> None:
+    case.story.unexplained = ["done without endedAt"]
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
         *(never_stored, gone_while_live, deleted_too_soon, failed, no_last_entry, result_missing, output_damaged),
-        *(answer_unseen, event_unseen, cancel_without_effect, rewind_without_effect, checkpoint_gone),
+        *(answer_unseen, event_unseen, cancel_without_effect, rewind_without_effect, checkpoint_gone, end_unexplained),
     ],
 )
 def test_what_is_lost_is_found(spoil: Callable[[Case], None]) -> None:
@@ -140,7 +154,21 @@ def key_used_twice(case: Case) -> None:
     case.ledger += [{**entry("end"), "run": "earlier"}]
 
 
-@pytest.mark.parametrize("spoil", [two_results, accepted_twice, key_used_twice])
+def changed_after_its_end(case: Case) -> None:
+    case.story.doubled = ["it was done, and changed once more: ['rev']"]
+
+
+def entered_again(case: Case) -> None:
+    case.story.done_at[0, "0"] = 5.0
+    case.ledger.append(entry("first", at=6.0, pid=2))
+
+
+def two_at_once(case: Case) -> None:
+    case.ledger = [entry("first", at=5.0), left("first", at=9.0), entry("first", at=6.0, pid=2), entry("end", at=10.0, ask={"act": "a1"})]
+    case.ledger[3]["seen"]["first"] = result("1")
+
+
+@pytest.mark.parametrize("spoil", [two_results, accepted_twice, key_used_twice, changed_after_its_end, entered_again, two_at_once])
 def test_what_is_doubled_is_found(spoil: Callable[[Case], None]) -> None:
     """Two accepted results of one step, or two runs of one idempotency key, are the worst that a storm could hide."""
     case = Case()
@@ -181,10 +209,86 @@ def test_a_second_handler_that_is_entered_during_a_pause_is_found(entered_at: li
 def test_a_run_that_is_left_is_stuck_and_an_early_entry_is_found() -> None:
     case = Case()
     case.story.status, case.story.deleted = "waiting", None
-    case.stored = {"r": {"status": "waiting", "currentStepId": "ask"}}
-    case.ledger[0]["fault"] = "entered 0.500 s early"
+    case.stored = {"r": {"_id": "r", "status": "running", "currentStepId": "ask", "steps": []}}
+    case.ledger[0]["early_s"] = 0.5
     verdict = case.judged()
 
     assert list(verdict.wedged) == ["r"]
     assert list(verdict.early) == ["r"]
     assert not verdict.lost
+
+
+def test_what_a_suspended_process_does_when_it_continues_is_no_finding() -> None:
+    """Its handler is still inside while another worker has the run; the fence takes care of what it writes."""
+    case = Case()
+    two_at_once(case)
+    case.around.suspensions.append(Suspension(1, 1.0, 8.0))
+
+    assert case.judged().all() == {}
+
+
+def test_a_handler_that_waits_in_a_call_of_the_engine_cannot_be_stopped_and_is_no_finding() -> None:
+    """The call refuses when it returns, so the handler changes nothing more."""
+    case = Case()
+    two_at_once(case)
+    case.ledger[1]["end"] = "LeaseLostError"
+
+    assert case.judged().all() == {}
+
+
+def test_the_handler_that_a_rewind_aborts_may_still_be_inside() -> None:
+    case = Case()
+    case.act("rewind", generation=1)
+    case.ledger = [entry("first", at=5.0), left("first", at=9.0), entry("first", at=6.0, pid=2, generation=1), entry("end", at=10.0)]
+    case.ledger[3]["seen"] = {"first": result("1"), "ask": {"act": "a1"}}
+
+    assert not case.judged().doubled
+
+
+@pytest.mark.parametrize(
+    ("crashed", "lost"),
+    [
+        ([(1, 5.0), (2, 6.0), (3, 20.0)], 0),  # two died, the third was cut off a moment ago
+        ([(1, 5.0), (2, 6.0)], 1),
+        ([(1, 5.0), (2, 6.0), (9, 20.0)], 1),  # nothing had happened to the third
+        ([(1, 5.0), (2, 6.0), (3, 99.0)], 1),  # long ago
+    ],
+)
+def test_a_run_may_fail_only_after_faults_hit_as_many_of_its_holders_as_convict_it(crashed: list[tuple[int, float]], lost: int) -> None:
+    case = Case()
+    failed(case)
+    case.story.code, case.story.crashed, case.around.dead = "WORKER_CRASHED", crashed, {1, 2}
+    case.around.strikes, case.around.lease_s = [Strike(frozenset({3}), 10.0, 16.0)], 2.0
+
+    assert len(case.judged().lost) == lost
+
+
+WAITS = {"_id": "r", "status": "waiting", "currentStepId": "ask"}
+HUMAN = {"steps": [{"stepId": "ask", "waitingFor": {"type": "human"}}]}
+EVENT = {"steps": [{"stepId": "ask", "waitingFor": {"type": "event", "eventName": "e"}}]}
+
+
+@pytest.mark.parametrize(
+    ("document", "call", "wedged"),
+    [
+        (WAITS | HUMAN, "", 0),
+        (WAITS | HUMAN, "answer", 1),
+        (WAITS | HUMAN | {"wakeAt": 1}, "", 1),  # it waits with a deadline, which needs no one
+        (WAITS | EVENT, "", 0),
+        (WAITS | EVENT, "event", 1),
+        (WAITS | HUMAN | {"paused": True}, "pause", 0),
+        (WAITS | HUMAN | {"paused": True}, "resume", 1),
+        (WAITS | HUMAN | {"status": "sleeping"}, "", 1),
+    ],
+)
+def test_a_run_is_wedged_only_if_nothing_that_it_waits_for_is_missing(document: dict[str, Any], call: str, wedged: int) -> None:
+    """The nemesis answers nothing after the last fault, so some runs wait rightly. Those whose call was acknowledged do not."""
+    case = Case(acts=Acts())
+    case.acts.by_run.clear()
+    case.act("start")
+    if call:
+        case.act(call)
+    case.story.status, case.story.deleted, case.ledger = document["status"], None, case.ledger[:2]
+    case.stored = {"r": document}
+
+    assert len(case.judged().wedged) == wedged

@@ -1,140 +1,151 @@
-"""The application of the storm: fifty workflows that use every capability, and whose handlers write a ledger.
+"""The workload: fifty workflows that use every capability, and whose handlers note in the ledger what they see.
 
-At every entry a handler inserts one document into LEDGER: the run, the step, `ctx.idempotency_key`, the time, and what it sees of
-the outputs of all steps before it (`seen`). A handler returns its key and a nonce of this entry, so a later entry shows which
-result was accepted. Ledger writes are repeated through a failover, so that only the engine can fail a run.
+At every entry a handler notes the run, the step, `ctx.idempotency_key`, and what it sees of the outputs of all steps before it
+(`seen`). A handler returns its key and a nonce of this entry, so a later entry shows which result was accepted. At every exit it
+notes how it ended. Owns the workflows; leaves starting and answering runs to clients.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import os
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
-
-from pymongo.errors import DuplicateKeyError, PyMongoError
-from pymongo.write_concern import WriteConcern
 
 from streamline_pool import NonRetriableError, Streamline, create_hook, execute_parallel, execute_parallel_sync, is_timeout
 
-__all__ = ["CHECKPOINTS", "FAILS", "HOOKS", "KINDS", "LEDGER", "NEVER", "WORKFLOWS", "app", "define"]
+from .ledger import FOLDER_VARIABLE, Ledger, real_monotonic
 
-LEDGER, HOOKS, CHECKPOINTS = "storm_ledger", "storm_hooks", "storm_checkpoints"
+__all__ = ["FAILING_STEPS", "FAILS", "KINDS", "NEVER", "WORKFLOWS", "app", "define"]
+
 WORKFLOWS = 50
-NEVER = "storm-never"  # an event that is never sent
+NEVER = "chaos-never"  # an event that is never sent
+FAILING_STEPS = ("flaky", "broken", "hang")  # their handlers fail or hang on purpose
 FAILS = "broken"  # the one kind whose runs are to fail
 
-_LEDGER_TIMEOUT_S = 60.0
-_CLOCK_MARGIN_S = 0.05  # the engine corrects a host's clock by a measured offset
 _CHECKPOINTS = 6
 
 
 class _Steps:
-    """The handlers. `app` is the pool's, for the collections of the ledger."""
+    """The handlers, which note in `ledger`."""
 
-    def __init__(self, app: Streamline) -> None:
-        self._app = app
+    def __init__(self, app: Streamline, ledger: Ledger) -> None:
+        self._app, self._ledger = app, ledger
 
     # --- the ledger ------------------------------------------------------------------------------------------------
 
-    def _collection(self, name: str) -> Any:
-        return self._app.store().collection(name).with_options(write_concern=WriteConcern("majority"))
-
-    def _entry(self, ctx: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the handler returns, and the document for the ledger."""
-        entered_at = time.time()
-        value = {"key": ctx.idempotency_key, "nonce": f"{os.getpid()}-{uuid4().hex[:12]}"}
+    def _enter(self, ctx: Any, **more: Any) -> dict[str, Any]:
+        """Note an entry. Returns what the handler returns."""
+        entered_at = real_monotonic()
+        value = {"key": ctx.idempotency_key, "nonce": f"{os.getpid()}-{os.urandom(6).hex()}"}
         steps = self._app.workflows[ctx.workflow_id].steps
-        seen = {step: _brief(ctx.get_output(step)) for step in steps[: steps.index(ctx.step_id)]}
         slept_until = ctx.context.get("until", 0.0) if ctx.step_id == "end" else 0.0
         starts_at = 0.0 if value["key"].count(":") > 1 else ctx.input.get("not_before", 0.0)  # a rewind makes a draft due at once
-        not_before = max(slept_until, starts_at)
-        early_s = not_before - entered_at
-        document = {
-            **{"_id": value["nonce"], "run": ctx.run_id, "step": ctx.step_id, "key": value["key"], "attempt": ctx.attempt},
-            **{"at": entered_at, "seen": seen, "last": ctx.step_id == steps[-1]},
-            **({"fault": f"entered {early_s:.3f} s early"} if early_s > _CLOCK_MARGIN_S else {}),
-        }
-        return value, document
-
-    async def _enter(self, ctx: Any) -> dict[str, Any]:
-        value, document = self._entry(ctx)
-        await asyncio.to_thread(self._insert, LEDGER, document)
+        self._ledger.note(
+            "entry",
+            **{"run": ctx.run_id, "step": ctx.step_id, "key": value["key"], "nonce": value["nonce"], "attempt": ctx.attempt},
+            seen={step: _brief(ctx.get_output(step)) for step in steps[: steps.index(ctx.step_id)]},
+            place=steps.index(ctx.step_id),
+            last=ctx.step_id == steps[-1],
+            early_s=max(0.0, max(slept_until, starts_at) - entered_at),
+            **more,
+        )
         return value
 
-    def _enter_def(self, ctx: Any) -> dict[str, Any]:
-        value, document = self._entry(ctx)
-        self._insert(LEDGER, document)
-        return value
+    def watched(self, handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The handler, which also notes its exit: "returned", or the name of what it raised."""
 
-    def _insert(self, name: str, document: Mapping[str, Any]) -> None:
-        _patiently(lambda: self._collection(name).insert_one(document))
+        def left(ctx: Any, exc: BaseException | None) -> None:
+            end = "returned" if exc is None else type(exc).__name__
+            self._ledger.note("exit", run=ctx.run_id, step=ctx.step_id, key=ctx.idempotency_key, end=end)
+
+        @functools.wraps(handler)
+        async def asynchronous(ctx: Any) -> Any:
+            try:
+                output = await handler(ctx)
+            except BaseException as exc:
+                left(ctx, exc)
+                raise
+            left(ctx, None)
+            return output
+
+        @functools.wraps(handler)
+        def synchronous(ctx: Any) -> Any:
+            try:
+                output = handler(ctx)
+            except BaseException as exc:
+                left(ctx, exc)
+                raise
+            left(ctx, None)
+            return output
+
+        return asynchronous if inspect.iscoroutinefunction(handler) else synchronous
 
     # --- handlers --------------------------------------------------------------------------------------------------
 
     async def plain(self, ctx: Any) -> Any:
-        return await self._enter(ctx)
+        return self._enter(ctx)
 
     def plain_def(self, ctx: Any) -> Any:
-        return self._enter_def(ctx)
+        return self._enter(ctx)
 
     async def flaky(self, ctx: Any) -> Any:
-        value = await self._enter(ctx)
+        value = self._enter(ctx)
         if ctx.attempt < 3:
             raise RuntimeError("this step fails twice")
         return value
 
     def broken(self, ctx: Any) -> Any:
-        self._enter_def(ctx)
+        self._enter(ctx)
         raise NonRetriableError("this step always fails")
 
     async def nap(self, ctx: Any) -> None:
-        await self._enter(ctx)
-        ctx.set("until", time.time() + ctx.input["seconds"])
+        self._enter(ctx)
+        ctx.set("until", real_monotonic() + ctx.input["seconds"])
         ctx.sleep(ctx.input["seconds"])
 
     async def long_nap(self, ctx: Any) -> None:
-        await self._enter(ctx)
-        ctx.set("until", time.time() + 5 * ctx.input["seconds"])
+        self._enter(ctx)
+        ctx.set("until", real_monotonic() + 5 * ctx.input["seconds"])
         ctx.sleep(5 * ctx.input["seconds"])
 
     async def ask(self, ctx: Any) -> None:
-        await self._enter(ctx)
-        ctx.wait("the storm answers")
+        self._enter(ctx)
+        ctx.wait("a client answers")
 
     def ask_def(self, ctx: Any) -> None:
-        self._enter_def(ctx)
-        ctx.wait("the storm answers")
+        self._enter(ctx)
+        ctx.wait("a client answers")
 
     async def hook_early(self, ctx: Any) -> None:
-        await self._enter(ctx)
-        token = create_hook(ctx, "the storm answers").token
-        await asyncio.to_thread(self._insert, HOOKS, {"_id": token, "run": ctx.run_id})
+        self._enter(ctx)
+        token = create_hook(ctx, "a client answers").token
+        self._ledger.note("hook", run=ctx.run_id, token=token)
         await asyncio.sleep(0.7)  # so that the answer comes before the wait
-        ctx.wait("the storm answers")
+        ctx.wait("a client answers")
 
     def hook_late(self, ctx: Any) -> None:
-        self._enter_def(ctx)
-        self._insert(HOOKS, {"_id": create_hook(ctx, "the storm answers").token, "run": ctx.run_id})
-        ctx.wait("the storm answers")
+        self._enter(ctx)
+        self._ledger.note("hook", run=ctx.run_id, token=create_hook(ctx, "a client answers").token)
+        ctx.wait("a client answers")
 
     async def hear(self, ctx: Any) -> None:
-        await self._enter(ctx)
+        self._enter(ctx)
         ctx.wait_for(ctx.input["event"])
 
     async def ask_briefly(self, ctx: Any) -> None:
-        await self._enter(ctx)
-        ctx.wait("the storm may answer", timeout=0.7)
+        self._enter(ctx)
+        ctx.wait("a client may answer", timeout=0.7)
 
     def hear_briefly(self, ctx: Any) -> None:
-        self._enter_def(ctx)
+        self._enter(ctx)
         ctx.wait_for(NEVER, timeout=0.7)
 
     async def fan(self, ctx: Any) -> Any:
-        value = await self._enter(ctx)
+        value = self._enter(ctx)
 
         def task(n: int) -> Callable[[], Any]:
             async def square() -> int:
@@ -148,55 +159,48 @@ class _Steps:
         return {**value, "parts": [*squares, first]}
 
     def fan_def(self, ctx: Any) -> Any:
-        value = self._enter_def(ctx)
+        value = self._enter(ctx)
         settled = execute_parallel_sync([lambda: 1, lambda: 1 // 0], mode="all_settled")
         return {**value, "parts": [one.ok for one in settled]}
 
     async def count(self, ctx: Any) -> Any:
-        """Six checkpoints. An entry must find at least the checkpoint that an earlier entry knew to be durable."""
-        value, document = self._entry(ctx)
+        """Six checkpoints, each noted when it is durable. An entry notes the checkpoint that it finds."""
         stored = ctx.get_checkpoint() or 0
-        durable = await asyncio.to_thread(_patiently, lambda: self._collection(CHECKPOINTS).find_one({"_id": value["key"]}))
-        if durable is not None and durable["n"] > stored:
-            document["fault"] = f"checkpoint {durable['n']} was durable, found {stored}"
-        await asyncio.to_thread(self._insert, LEDGER, document)
+        value = self._enter(ctx, found=stored)
         for n in range(stored + 1, _CHECKPOINTS + 1):
             await asyncio.sleep(0.15)
             ctx.checkpoint(n)
-            await asyncio.to_thread(self._note_checkpoint, value["key"], n)
+            self._ledger.note("checkpoint", run=ctx.run_id, key=value["key"], n=n)
         return value
-
-    def _note_checkpoint(self, key: str, n: int) -> None:
-        _patiently(lambda: self._collection(CHECKPOINTS).update_one({"_id": key}, {"$max": {"n": n}}, upsert=True))
 
     def large(self, kib: int) -> Callable[[Any], Any]:
         async def large(ctx: Any) -> Any:
-            value = await self._enter(ctx)
+            value = self._enter(ctx)
             return {**value, "blob": _blob(value["nonce"], kib)}
 
         return large
 
     async def slow(self, ctx: Any) -> Any:
-        value = await self._enter(ctx)
+        value = self._enter(ctx, length_s=ctx.input["seconds"])
         await asyncio.sleep(ctx.input["seconds"])
         ctx.heartbeat()
-        ctx.emit("storm:slow", {"n": ctx.input["n"]})
+        ctx.emit("chaos:slow", {"n": ctx.input["n"]})
         return value
 
     def slow_def(self, ctx: Any) -> Any:
-        value = self._enter_def(ctx)
+        value = self._enter(ctx, length_s=ctx.input["seconds"])
         ctx.signal.wait(ctx.input["seconds"])
         return value
 
     async def hang(self, ctx: Any) -> Any:
-        value = await self._enter(ctx)
+        value = self._enter(ctx)
         if ctx.attempt == 1:
             await asyncio.sleep(60)  # until the step's timeout
         return value
 
     async def expire(self, ctx: Any) -> Any:
         ctx.set("expireAt", datetime.now(UTC) + timedelta(seconds=1))
-        return await self._enter(ctx)
+        return self._enter(ctx)
 
 
 def _brief(output: Any) -> Any:
@@ -211,20 +215,6 @@ def _brief(output: Any) -> Any:
 
 def _blob(nonce: str, kib: int) -> bytes:
     return (nonce.encode() * (kib * 1024 // len(nonce) + 1))[: kib * 1024]
-
-
-def _patiently(write: Callable[[], Any]) -> Any:
-    """Repeat a write or a read of the ledger through a failover."""
-    deadline = time.monotonic() + _LEDGER_TIMEOUT_S
-    while True:
-        try:
-            return write()
-        except DuplicateKeyError:
-            return None  # an insert whose reply was lost
-        except PyMongoError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 KINDS: dict[str, Callable[[_Steps], dict[str, Any]]] = {
@@ -255,15 +245,21 @@ KINDS: dict[str, Callable[[_Steps], dict[str, Any]]] = {
 """Kind of workflow → its steps. `_` and a number make the id of a workflow of that kind."""
 
 
-def define(app: Streamline) -> Streamline:
+def define(app: Streamline, ledger: Ledger) -> Streamline:
     """Declare the workflows. Every second one has the queue `second`."""
-    steps, kinds = _Steps(app), list(KINDS)
+    steps, kinds = _Steps(app, ledger), list(KINDS)
     for number in range(WORKFLOWS):
         kind = kinds[number % len(kinds)]
         defaults: Any = {"retries": 20, "retry_delay": 0.1, "retry_backoff": "linear"}
         queue = "second" if number % 2 else "default"
-        app.workflow(f"{kind}_{number // len(kinds)}", steps=KINDS[kind](steps), defaults=defaults, queue=queue)
+        app.workflow(f"{kind}_{number // len(kinds)}", steps=_watched(steps, KINDS[kind](steps)), defaults=defaults, queue=queue)
     return app
 
 
-app = define(Streamline())
+def _watched(steps: _Steps, declared: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: (steps.watched(given[0]), given[1]) if isinstance(given, tuple) else steps.watched(given) for name, given in declared.items()
+    }
+
+
+app = define(Streamline(), Ledger(os.environ.get(FOLDER_VARIABLE, os.curdir)))

@@ -46,6 +46,8 @@ _HARMFUL = (
     "outage",
 )
 """Kinds that have found the most planted bugs: themes prefer them."""
+_OF_WRITES = ("late", "lag", "majority too late", "reply lost")
+"""Kinds that mean little for a read: a theme of these leaves reads alone."""
 
 
 def draw_theme(choices: Choices) -> str | None:
@@ -56,6 +58,8 @@ def draw_theme(choices: Choices) -> str | None:
 def draw_fault(choices: Choices, request: Request, theme: str | None) -> str | None:
     """The fault at this operation, or None."""
     profile = choices.profile
+    if theme in _OF_WRITES and not request.writes:
+        return None
     chance = profile.near_writes if request.name in CORE else profile.fault
     if request.call is not None and request.name in CORE:
         chance *= 2  # a client makes few calls

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from streamline_pool.config.env import Env
@@ -72,7 +73,7 @@ class ExplorerAsyncStore(AsyncStore):
         self._actor = actor
         self._ensured = True  # the explorer has made what the engine needs
         now = env.clock.monotonic()
-        self.clock.read(world.server.now(), now, now)
+        self.clock.read(world.server.now() + timedelta(seconds=actor.clock_error_s), now, now)
 
     async def run(self, op: Op, session: Any = None) -> Any:
         """See `AsyncStore.run`."""

@@ -161,11 +161,28 @@ class Rules:
         elif new["crashes"] != old["crashes"] + 1:
             raise Violation(f"recovered, and the count of lost workers went from {old['crashes']} to {new['crashes']}")
 
+    def _check_schedule(self, new: Run) -> None:
+        """Exactly one field says when the run goes on."""
+        paused = new.get("paused") is True
+        if "wakeAt" in new and (paused or "lease" in new):
+            raise Violation("the run is due, although it is paused or leased")
+        if "pausedWakeAt" in new and (not paused or "lease" in new):
+            raise Violation("the run has pausedWakeAt, although it is not paused, or is leased")
+
     def _check_states(self, old: Run, new: Run) -> None:
+        self._check_schedule(new)
         if new.get("rewinds", 0) > old.get("rewinds", 0):
             if old["status"] == "cancelled":
                 raise Violation("a cancelled run was rewound")
+            pending = {step["stepId"] for step in new["steps"] if step["status"] == "pending"}
+            if any(item.get("stepId") in pending for item in new.get("inbox") or ()):
+                raise Violation("answers to hooks of rewound steps are still in the inbox")
+            if new["crashes"] or new["failures"]:
+                raise Violation(f"rewound, and the counts are {new['crashes']} lost workers, {new['failures']} failed attempts")
             return
+        ended = [later for earlier, later in zip(old["steps"], new["steps"], strict=True) if earlier["status"] != later["status"] == "done"]
+        if ended and (new["crashes"] or new["failures"]):
+            raise Violation(f"a result was stored, and the counts are {new['crashes']} lost workers, {new['failures']} failed attempts")
         if old["status"] in TERMINAL and new["status"] != old["status"]:
             raise Violation(f"went from {old['status']} to {new['status']}")
         for earlier, later in zip(old["steps"], new["steps"], strict=True):

@@ -29,11 +29,11 @@ KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", 
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
-    "event", "event", "event to all", "event to all", "start again", "start", "clean up", "execute", "drain", "pause and resume",
+    "event", "event", "event to all", "event to all", "forged hook", "start again", "start", "clean up", "execute", "drain", "pause and resume",
 )  # fmt: skip
 FITTING = {
     "wait": ("answer", "answer", "pause", "rewind", "cancel", "resume"),
-    "hook": ("hook", "hook", "pause", "rewind", "resume"),
+    "hook": ("hook", "hook", "forged hook", "pause", "rewind", "resume"),
     "event": ("event", "event to all", "pause", "resume", "rewind"),
     "events": ("event", "event to all", "event to all", "event", "rewind"),
     "mixed": ("hook", "event", "event to all", "rewind", "pause"),
@@ -306,6 +306,9 @@ class Workload:
                 if tokens:
                     token = tokens[-1 if action.place == 0 else 0]
                     await self._call(client, "hook", run_id, None, app.resume_hook_async(token, {"by": client.name}))
+            case "forged hook":
+                forged = f"{run_id}.{'0' * 32}"
+                await self._call(client, "forged hook", run_id, None, app.resume_hook_async(forged, {"by": "a stranger"}))
             case "event":
                 await self._call(client, "event", run_id, None, app.send_event_async(EVENT, {"of": client.name}, run_id=run_id))
             case "execute":
@@ -382,13 +385,15 @@ def check_outcome(world: World, call: Call, outcome: str) -> None:
         if call.kind in ("answer", "hook") and _rewound(world, call):
             return  # its answer counted until the rewind, which removed it
         raise Violation(f"{call} was refused, and took effect: {effects}; {call.result}")
-    if outcome != "ok" or effects:
+    if outcome != "ok" or (effects and call.kind != "forged hook"):
         return
     states = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ >= call.began and run is not None]
     before = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ < call.began and run is not None]
     states += before[-1:]
     ended = any(run["status"] in ("done", "failed", "cancelled") for run in states)
     match call.kind:
+        case "forged hook":
+            raise Violation(f"{call} was acknowledged")
         case "rewind" | "answer" | "hook":
             raise Violation(f"{call} was acknowledged, and had no effect")
         case "cancel" | "event" if not ended:

@@ -62,6 +62,7 @@ class World:
         self.steward = StewardActor(self, "steward")
         self.clients = [ClientActor(self, f"client-{number}") for number in range(self.workload.clients)]
         for actor in (*self.workers, self.steward, *self.clients):
+            actor.clock_error_s = choices.fixed.choice((0.0, 0.0, 0.0, 0.4, -0.4, 5.0, -5.0))
             actor.clock.wrong_s = choices.fixed.choice((0.0, 0.0, 0.0, 45.0, -45.0, 3_600.0, -3_600.0))
         self.operations = 0
         self.faults: dict[str, int] = {}

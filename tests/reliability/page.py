@@ -92,7 +92,9 @@ _SOAK = f"""A pool of real processes and one client, on a private server: plain 
 answered, hooks, events to one and to all, pause and resume, rewind, cancel, checkpoints, parallel tasks, large outputs, idempotent
 starts, streams, and clean-ups all the time. The first {WARM_UP_SHARE:.0%} of the runs are warm-up. Memory is flat if it grows by at most
 {MEMORY_SLOPE_MAX_MIB:g} MiB for 100 000 runs and process; descriptors, threads, sockets and connections are flat if the median of the
-last third is less than {COUNT_RISE_MAX:g} above that of the first third."""
+last third is less than {COUNT_RISE_MAX:g} above that of the first third. The USS of processes that were forked rises slowly, with time and
+not with runs, while pages that they shared since the fork are copied: that memory was there before, and *anonymous* memory does not
+count it again."""
 
 
 def _part(part: str, title: str, about: str, body: Any, folder: Path) -> str:

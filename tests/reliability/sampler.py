@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 __all__ = ["QUANTITIES", "read_connections", "read_process"]
 
-QUANTITIES = ("uss_mib", "pss_mib", "descriptors", "threads", "sockets")
-"""Of each process. USS is memory that no other process shares. PSS adds the process's part of what it shares."""
+QUANTITIES = ("uss_mib", "pss_mib", "anonymous_mib", "descriptors", "threads", "sockets")
+"""Of each process. USS is memory that no other process shares. PSS adds the process's part of what it shares. Anonymous memory is all that
+is backed by no file, whether it is shared or not: it does not rise when a page that was shared since the fork is copied, as USS does."""
 
 _MIB = 1024 * 1024
 
@@ -30,10 +32,20 @@ def read_process(process: psutil.Process) -> dict[str, float]:
     return {
         "uss_mib": memory.uss / _MIB,
         "pss_mib": memory.pss / _MIB,
+        "anonymous_mib": _anonymous_kib(process.pid) / 1024,
         "descriptors": len(targets),
         "threads": process.num_threads(),
         "sockets": sum(target.startswith("socket:") for target in targets),
     }
+
+
+def _anonymous_kib(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    found = [line for line in lines if line.startswith("RssAnon:")]
+    return int(found[0].split()[1]) if found else 0  # a process that has ended and is not reaped has no such line
 
 
 def _target(path: str) -> str:

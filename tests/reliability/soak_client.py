@@ -84,12 +84,12 @@ class Client:
         names, weights = list(SHARES), list(SHARES.values())
         while self.started < self.runs and not self.is_done:
             if time.monotonic() > self._feed_until:
-                self.runs = self.started
-                return
+                break
             if self.started - self.ended > self.open_max - _BATCH:
                 await asyncio.sleep(0.01)
                 continue
             await self._start(self._random.choices(names, weights)[0], min(_BATCH, self.runs - self.started))
+        self.runs = self.started
 
     async def _start(self, kind: str, count: int) -> None:
         workflow, first = self.app.workflows[kind], self.started
@@ -101,16 +101,23 @@ class Client:
         self.seen[kind] += count
         early = self._random.random() < 0.5
         if keys is not None:
-            again = await workflow.start_async(inputs[0], idempotency_key=keys[0])
-            self.seen["started again by key"] += 1
-            if again.id != started[0].id:
-                self._note_wrong(f"{keys[0]}: two runs, {again.id} and {started[0].id}")
+            await self._start_again(workflow, started[0].id, inputs[0], keys[0])
         if kind == "event_all":
             self._spawn(self._send_to_all(event, 0.0 if early else 0.3))
         elif kind == "event_one" and early:
             self._spawn(self._send_early([run.id for run in started]))
         elif kind == "plain" and self._random.random() < 0.1:
             self._spawn(self._wait_for_end(started[0].id))
+
+    async def _start_again(self, workflow: Any, run_id: str, given: Any, key: str) -> None:
+        """The key must give the stored run. On a busy machine that may have ended and been cleaned up, and then a new one is right."""
+        again = await workflow.start_async(given, idempotency_key=key)
+        self.seen["started again by key"] += 1
+        if again.id == run_id:
+            return
+        self.started += 1
+        if await workflow.get_async(run_id) is not None:
+            self._note_wrong(f"{key}: two runs, {again.id} and {run_id}")
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(self._guarded(work))

@@ -29,7 +29,8 @@ KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", 
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
-    "event", "event", "event to all", "event to all", "forged hook", "start again", "start", "clean up", "execute", "drain", "pause and resume",
+    "event", "event", "event to all", "event to all", "forged hook",
+    "start again", "start", "clean up", "execute", "drain", "pause and resume",
 )  # fmt: skip
 FITTING = {
     "wait": ("answer", "answer", "pause", "rewind", "cancel", "resume"),

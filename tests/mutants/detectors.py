@@ -25,7 +25,7 @@ __all__ = ["DETECTORS", "Finding", "Search", "Verdict", "commands", "detect", "v
 DETECTORS = ("explorer", "quick", "slow", "chaos")
 _MARKS = {"quick": "not slow and not chaos", "slow": "slow and not chaos", "chaos": "chaos"}
 _END_S = 10.0  # for a test run that is told to end: it ends its servers and pools
-_FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(\S+)", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", re.MULTILINE)
 _SCHEDULE = re.compile(r"^.*seed.*$", re.MULTILINE | re.IGNORECASE)
 
 

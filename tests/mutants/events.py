@@ -99,6 +99,11 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""query | {"_id": found["_id"], "waitGen": found.get("waitGen")}""",
         new="""query | {"_id": found["_id"]}""",
         harm="A delivery ends a later wait than the one that was found.",
+        equivalent=(
+            "A run that has gone on to a later wait for the same name searches the stored events before it lets go of its lease. It finds "
+            "this one, because a pending event is kept, the run is older than it, and `seen` does not have it. So the later wait ends by "
+            "this event with or without the delivery; `seen` and the status in the filter refuse it in every other case."
+        ),
     ),
     _bug(
         name="event-to-all-counts-as-delivered-first",

@@ -34,6 +34,7 @@ _hook_bug = mutants_of(
 )
 _clock_bug = mutants_of(
     "clocks",
+    "conformance/test_clocks.py",
     "conformance/test_engine_retries.py",
     "conformance/test_waits.py",
     "conformance/test_control_meets_holders.py",

@@ -66,7 +66,8 @@ def check_each(app: Streamline, damaged: Sequence[Damaged]) -> None:
         if (
             run.status == "failed"
             and each.state != "failed"
-            and run.error["code"] not in ("DATA_CORRUPTION", "WORKER_CRASHED", "STEP_FAILED", "VERSION_MISMATCH", "MAX_RETRIES_EXCEEDED")
+            and present(run.error)["code"]
+            not in ("DATA_CORRUPTION", "WORKER_CRASHED", "STEP_FAILED", "VERSION_MISMATCH", "MAX_RETRIES_EXCEEDED")
         ):
             complaints.append((each[:3], "failed without saying so", run.error))
         due_at = found.get("wakeAt")

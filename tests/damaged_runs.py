@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 from bson import Binary
@@ -80,9 +81,9 @@ def runs_in_every_state(app: Streamline, workflow: Workflow) -> dict[str, dict[s
     for state in STATES:
         run_id = workflow.start(state, meta={"about": state}, tags=["a"]).id
         if state in ("leased", "paused, leased"):
-            eventually(lambda run_id=run_id: app.store().run(claims.claim_runs([run_id], None, f"claim of {run_id}", "dead:1:x", 0.05)))
+            eventually(partial(app.store().run, claims.claim_runs([run_id], None, f"claim of {run_id}", "dead:1:x", 0.05)))
         elif state != "started":
-            eventually(lambda run_id=run_id: "rev" in workflow.execute(run_id).to_dict() and stored(app, run_id)["rev"] > 0)
+            eventually(partial(_moved, workflow, run_id))
         if state == "between":
             workflow.resume(run_id)
         elif state.startswith("paused"):
@@ -92,6 +93,11 @@ def runs_in_every_state(app: Streamline, workflow: Workflow) -> dict[str, dict[s
         found[state] = stored(app, run_id)
         app.runs.delete_one({"_id": run_id})
     return found
+
+
+def _moved(workflow: Workflow, run_id: str) -> bool:
+    """Execute the run. True once that has changed it: it may be due some milliseconds after its start."""
+    return bool(workflow.execute(run_id).to_dict()["rev"])
 
 
 def damaged_copies(state: str, document: dict[str, Any], damages: dict[str, Any] = DAMAGES) -> Iterator[Damaged]:

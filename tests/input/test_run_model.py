@@ -252,7 +252,7 @@ def machine(mongodb_uri: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("examples", "length"), [(3, 18), pytest.param(150, 40, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["some", "many"]
+    ("examples", "length"), [(3, 18), pytest.param(60, 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=["some", "many"]
 )
 def test_a_run_is_what_its_acknowledged_calls_have_made_of_it(machine: Any, examples: int, length: int) -> None:
     """Each call is tested alone elsewhere; here any call follows any other."""

@@ -17,6 +17,7 @@ from streamline_pool.client.run_lists import listing_runs
 from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.protocol.run_lifecycle import get_run
 from streamline_pool.protocol.run_list import RunFilter
+from support import present
 
 CLAIMS_MAX = 12
 """Claims of one run: more would be a loop. A run has three steps, two attempts, and may lose its worker twice."""
@@ -46,7 +47,7 @@ def work_among(app: Streamline, workflow: Workflow, damaged: Sequence[Damaged], 
 
 def check_each(app: Streamline, damaged: Sequence[Damaged]) -> None:
     """Each damaged run has ended, or is in a state from which it goes on, or its reader is told what is wrong with it."""
-    complaints = []
+    complaints: list[tuple[Any, ...]] = []
     for each in damaged:
         (found,) = app.store().run(get_run(None, each.document["_id"]))
         token = found.get("token")
@@ -65,7 +66,8 @@ def check_each(app: Streamline, damaged: Sequence[Damaged]) -> None:
         if (
             run.status == "failed"
             and each.state != "failed"
-            and run.error["code"] not in ("DATA_CORRUPTION", "WORKER_CRASHED", "STEP_FAILED", "VERSION_MISMATCH", "MAX_RETRIES_EXCEEDED")
+            and present(run.error)["code"]
+            not in ("DATA_CORRUPTION", "WORKER_CRASHED", "STEP_FAILED", "VERSION_MISMATCH", "MAX_RETRIES_EXCEEDED")
         ):
             complaints.append((each[:3], "failed without saying so", run.error))
         due_at = found.get("wakeAt")

@@ -34,6 +34,7 @@ _CLIENTS = 3
 _TTL_S = 5
 _CALM_S = 0.7  # between two faults at least, so that a child that was killed is replaced
 _SETTLE_S = 60.0
+_SETTLE_TIMES = 5  # so many times that long at most, also if something still changes
 _WORKERS = 2
 _CLOCK_MARGIN_S = 0.25  # a reading of the server's clock through a proxy with 100 ms of latency is wrong by so much at most
 
@@ -47,7 +48,7 @@ class Plan:
     seed: int
     rate: float  # starts per second
     lease_s: float
-    settle_s: float = _SETTLE_S  # at most, after the last fault
+    settle_s: float = _SETTLE_S  # after so long without a change of any run, those that are left are wedged
     live_max: int = 300
     environ: Mapping[str, str] = field(default_factory=dict)  # for the pools
 
@@ -212,10 +213,12 @@ def _settle(
     begun = real_monotonic()
     while True:
         stored = _not_ended(app)
-        waited_s = real_monotonic() - begun
-        if stored is not None and (waited_s > plan.settle_s or all(missing_act(document, load.acts) for document in stored.values())):
-            return waited_s, stored
-        if waited_s > 2 * plan.settle_s:
+        now = real_monotonic()
+        quiet_s = now - max([begun, *(story.changed_at for story in audit.live())])
+        over = quiet_s > plan.settle_s or now - begun > _SETTLE_TIMES * plan.settle_s
+        if stored is not None and (over or all(missing_act(document, load.acts) for document in stored.values())):
+            return now - begun, stored
+        if now - begun > 2 * _SETTLE_TIMES * plan.settle_s:
             raise RuntimeError("the database does not answer, though no fault is left")
         crew.wait(0.5)
 

@@ -94,9 +94,9 @@ _CONTROL_MUTANTS = (
         file=_CONTROL,
         old='''        "token": plus_one("$token"),
         **_control_fields(control_id),
-        "actIds"''',
+        # As it was''',
         new='''        **_control_fields(control_id),
-        "actIds"''',
+        # As it was''',
         harm="A holder whose release is in doubt takes a cancel for its own write.",
     ),
     _bug(

@@ -144,7 +144,7 @@ _WAIT_MUTANTS = (
     _wait_bug(
         name="item-of-the-inbox-is-taken-twice",
         file=_COMMITS,
-        old="    if change.takes is not None:",
+        old="    if change.takes:",
         new="    if False:",
         harm="One event ends two waits of a run.",
     ),

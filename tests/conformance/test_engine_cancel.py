@@ -162,6 +162,7 @@ def test_a_handler_that_is_stopped_twice_cleans_up_once_and_whole(app: Streamlin
             (active,) = engine.active_runs.held.values()
             await pool.until(lambda: active.attempt is not None)
             await app.cancel_run_async(run.id)
+            engine.check(run.id)
             await pool.until(lambda: log)
             active.abort("lease-lost")
             await pool.until(lambda: not pool.statuses()[0].in_flight)

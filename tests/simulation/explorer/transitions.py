@@ -38,6 +38,7 @@ class Rules:
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
         self._dead: set[str] = set()
         self._lag_at = 0
+        self._lag_over_at = -1
         self._lag_runs: dict[str, dict[str, Any]] = {}
         self._entered_under_pause: dict[tuple[str, Any], int] = {}
         self._thawed_at: dict[str, float] = {}
@@ -265,6 +266,16 @@ class Rules:
     def durable(self) -> Mapping[str, dict[str, Any]]:
         """The runs as a majority has them."""
         return self._lag_runs if self._world.server.lags else self.runs
+
+    def lag_ended(self) -> None:
+        """A majority has what the primary has."""
+        self._lag_over_at = self.changes
+
+    def durable_since(self, began: int, run_id: str | None) -> list[Run]:
+        """The run as a majority had it while replication lagged, if that was after this change: readers saw it so."""
+        lagged = self._world.server.lags or self._lag_over_at >= began
+        run = self._lag_runs.get(run_id or "") if lagged else None
+        return [] if run is None else [run]
 
     def lag_began(self) -> None:
         """From here on changes may be rolled back."""

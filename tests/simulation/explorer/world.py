@@ -463,6 +463,7 @@ class World:
 
     def _catch_up(self) -> None:
         self.server.catch_up()
+        self.rules.lag_ended()
         waiting, self._unacknowledged = self._unacknowledged, []
         for request, reply in waiting:
             request.answer(reply)
@@ -475,6 +476,7 @@ class World:
             request.fail(AutoReconnect("the primary stepped down"))
         try:
             self.rules.rolled_back()
+            self.rules.lag_ended()
         except Violation as violation:
             self.fail(violation)
 

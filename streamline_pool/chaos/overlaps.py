@@ -130,8 +130,8 @@ def overlapping(of_run: Sequence[Visit], around: Circumstances) -> Iterator[str]
 
     It could not while it was suspended, nor while the handler was in a call of the engine that waits for the database, such as
     `ctx.checkpoint`: that call then refuses (LeaseLostError). In an `async def` handler such a call blocks the event loop, and so all
-    other `async def` handlers of the worker, which neither go on nor can be cancelled (CancelledError) meanwhile. The handler of an earlier generation lost its lease by a rewind, of
-    which its worker may learn late.
+    other `async def` handlers of the worker, which neither go on nor can be cancelled (CancelledError) meanwhile. The handler of an
+    earlier generation lost its lease by a rewind, of which its worker may learn late.
     """
     for number, later in enumerate(of_run):
         at = later.entry["at"]

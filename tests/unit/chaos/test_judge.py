@@ -116,7 +116,7 @@ def rewind_without_effect(case: Case) -> None:
 
 def checkpoint_gone(case: Case) -> None:
     case.ledger[1] |= {"found": 2, "at": 1.0}
-    case.ledger.append({"kind": "checkpoint", "run": "r", "key": "r:ask", "n": 4, "at": 0.5})
+    case.ledger.append({"kind": "checkpoint", "run": "r", "key": "r:ask", "n": 4, "at": 0.5, "pid": 1})
 
 
 def end_unexplained(case: Case) -> None:

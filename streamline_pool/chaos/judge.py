@@ -30,7 +30,7 @@ from typing import Any
 from .acts import Act, Acts
 from .audit import ENDED, Audit, Story
 from .ledger import Note
-from .overlaps import Circumstances, Visit, entered_after_durable, generation, overlapping, visits
+from .overlaps import Circumstances, Visit, blocked_loops, entered_after_durable, generation, overlapping, visits
 from .workload import FAILS
 
 __all__ = ["Verdict", "judge", "missing_act"]
@@ -60,6 +60,8 @@ def judge(
 ) -> Verdict:
     """Compare the witnesses. `stored`: the runs that are stored and have not ended, after the settling time."""
     verdict, around = Verdict(), around or Circumstances()
+    ledger = list(ledger)
+    around.blocked += blocked_loops(ledger)
     notes: dict[str, list[Note]] = defaultdict(list)
     for note in ledger:
         if note["kind"] in ("entry", "exit", "checkpoint"):

@@ -11,10 +11,21 @@ from dataclasses import dataclass, field
 from .audit import Story
 from .ledger import Note
 
-__all__ = ["Circumstances", "Strike", "Suspension", "Visit", "entered_after_durable", "generation", "overlapping", "visits"]
+__all__ = [
+    "Circumstances",
+    "Strike",
+    "Suspension",
+    "Visit",
+    "blocked_loops",
+    "entered_after_durable",
+    "generation",
+    "overlapping",
+    "visits",
+]
 
 _MARGIN_S = 0.05  # between a note and the instant that it stands for, on a busy machine; a guess
 _SWEEP_S = 3.0  # an expired lease is found by the next sweep, on a busy machine; a guess
+_BLOCKED_S = 0.1  # a majority write takes some milliseconds; a guess
 _AWAKE_S = 0.05  # a process that is suspended between its last check and the entry enters within this time of its SIGCONT
 
 
@@ -42,6 +53,7 @@ class Circumstances:
 
     suspensions: list[Suspension] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)  # pids of processes that were killed or died
+    blocked: list[Suspension] = field(default_factory=list)  # of event loops; see `blocked_loops`
     strikes: list[Strike] = field(default_factory=list)
     lease_s: float = 30.0
     crashes_max: int = 3  # a run may fail after it was held by so many of the dead
@@ -78,6 +90,20 @@ def visits(notes: Iterable[Note]) -> list[Visit]:
     return found
 
 
+def blocked_loops(notes: Iterable[Note]) -> list[Suspension]:
+    """The times during which a call of the engine blocked the event loop of a worker for long, from the notes around the call."""
+    begun: dict[tuple[int, str], float] = {}
+    found = []
+    for note in sorted(notes, key=lambda note: float(note["at"])):
+        place = (note["pid"], str(note.get("key")))
+        since = begun.pop(place, None)
+        if since is not None and note["at"] - since > _BLOCKED_S:
+            found.append(Suspension(note["pid"], since, note["at"] + _BLOCKED_S))
+        if note["kind"] == "blocks":
+            begun[place] = note["at"]
+    return found
+
+
 def generation(entry: Note) -> int:
     """How often the run had been rewound; see `ctx.idempotency_key`."""
     parts = entry["key"].split(":")
@@ -103,8 +129,9 @@ def overlapping(of_run: Sequence[Visit], around: Circumstances) -> Iterator[str]
     """Two handlers of one generation that were inside at once, though the first one's worker could have stopped it.
 
     It could not while it was suspended, nor while the handler was in a call of the engine that waits for the database, such as
-    `ctx.checkpoint`: that call then refuses (LeaseLostError). The handler of an earlier generation lost its lease by a rewind, of
-    which its worker may learn late.
+    `ctx.checkpoint`: that call then refuses (LeaseLostError). In an `async def` handler such a call blocks the event loop, and so all
+    other `async def` handlers of the worker, which neither go on nor can be cancelled (CancelledError) meanwhile. The handler of an
+    earlier generation lost its lease by a rewind, of which its worker may learn late.
     """
     for number, later in enumerate(of_run):
         at = later.entry["at"]
@@ -112,6 +139,7 @@ def overlapping(of_run: Sequence[Visit], around: Circumstances) -> Iterator[str]
             entry = earlier.entry
             if earlier.left is None or earlier.left <= at + _MARGIN_S or earlier.end == "LeaseLostError":
                 continue
-            suspended = any(one.pid == entry["pid"] and one.begun < at and one.ended > entry["at"] for one in around.suspensions)
+            excuses = [*around.suspensions, *(around.blocked if earlier.end == "CancelledError" else ())]
+            suspended = any(one.pid == entry["pid"] and one.begun < at and one.ended > entry["at"] for one in excuses)
             if not suspended and generation(entry) == generation(later.entry):
                 yield f"{entry['step']} of pid {entry['pid']} was inside when pid {later.entry['pid']} entered {later.entry['step']}"

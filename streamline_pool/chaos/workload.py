@@ -122,8 +122,9 @@ class _Steps:
 
     async def hook_early(self, ctx: Any) -> None:
         self._enter(ctx)
+        self._ledger.note("blocks", run=ctx.run_id, key=ctx.idempotency_key)
         token = create_hook(ctx, "a client answers").token
-        self._ledger.note("hook", run=ctx.run_id, token=token)
+        self._ledger.note("hook", run=ctx.run_id, token=token, key=ctx.idempotency_key)
         await asyncio.sleep(0.7)  # so that the answer comes before the wait
         ctx.wait("a client answers")
 
@@ -169,6 +170,7 @@ class _Steps:
         value = self._enter(ctx, found=stored)
         for n in range(stored + 1, _CHECKPOINTS + 1):
             await asyncio.sleep(0.15)
+            self._ledger.note("blocks", run=ctx.run_id, key=value["key"])
             ctx.checkpoint(n)
             self._ledger.note("checkpoint", run=ctx.run_id, key=value["key"], n=n)
         return value

@@ -116,7 +116,7 @@ def rewind_without_effect(case: Case) -> None:
 
 def checkpoint_gone(case: Case) -> None:
     case.ledger[1] |= {"found": 2, "at": 1.0}
-    case.ledger.append({"kind": "checkpoint", "run": "r", "key": "r:ask", "n": 4, "at": 0.5})
+    case.ledger.append({"kind": "checkpoint", "run": "r", "key": "r:ask", "n": 4, "at": 0.5, "pid": 1})
 
 
 def end_unexplained(case: Case) -> None:
@@ -234,6 +234,18 @@ def test_a_handler_that_waits_in_a_call_of_the_engine_cannot_be_stopped_and_is_n
     case.ledger[1]["end"] = "LeaseLostError"
 
     assert case.judged().all() == {}
+
+
+@pytest.mark.parametrize(("end", "doubled"), [("CancelledError", 0), ("returned", 1)])
+def test_a_handler_whose_event_loop_is_blocked_by_another_one_cannot_be_stopped(end: str, doubled: int) -> None:
+    """An `async def` handler of another run waits in `ctx.checkpoint` for a database that does not answer. Threads go on meanwhile."""
+    case = Case()
+    two_at_once(case)
+    case.ledger[1]["end"] = end
+    other = {"run": "other", "key": "other:count", "pid": 1}
+    case.ledger += [{"kind": "blocks", "at": 5.5, **other}, {"kind": "exit", "at": 8.9, "end": "LeaseLostError", **other}]
+
+    assert len(case.judged().doubled) == doubled
 
 
 def test_the_handler_that_a_rewind_aborts_may_still_be_inside() -> None:

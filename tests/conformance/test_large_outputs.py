@@ -135,7 +135,7 @@ def test_a_lost_output_fails_only_its_run_and_is_named(app: Streamline) -> None:
         flow.get(run.id)
     assert flow.rewind_to(run.id, "make").status == "running"
     run_until_idle(app)
-    assert flow.get(run.id).status == "done"
+    assert present(flow.get(run.id)).status == "done"
 
 
 @pytest.mark.parametrize("call", ["get", "pause"])

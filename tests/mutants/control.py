@@ -92,11 +92,11 @@ _CONTROL_MUTANTS = (
     _bug(
         name="cancel-does-not-raise-the-token",
         file=_CONTROL,
-        old='''        "token": plus_one("$token"),
+        old="""        "token": plus_one("$token"),
         **_control_fields(control_id),
-        # As it was''',
-        new='''        **_control_fields(control_id),
-        # As it was''',
+        # As it was""",
+        new="""        **_control_fields(control_id),
+        # As it was""",
         harm="A holder whose release is in doubt takes a cancel for its own write.",
     ),
     _bug(

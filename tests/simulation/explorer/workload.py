@@ -7,7 +7,7 @@ after a pause, or at a moment of the protocol: when another actor's claim, commi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -388,7 +388,9 @@ def check_outcome(world: World, call: Call, outcome: str) -> None:
         raise Violation(f"{call} was refused, and took effect: {effects}; {call.result}")
     if outcome != "ok" or (effects and call.kind != "forged hook"):
         return
-    states = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ >= call.began and run is not None]
+    states: list[Mapping[str, Any]] = [
+        run for _, run_id, run in world.rules.history if run_id == call.run_id and _ >= call.began and run is not None
+    ]
     before = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ < call.began and run is not None]
     states += [*before[-1:], *world.rules.durable_since(call.began, call.run_id)]
     ended = any(run["status"] in ("done", "failed", "cancelled") for run in states)

@@ -29,6 +29,7 @@ __all__ = ["APP", "Ending", "Host"]
 APP = "streamline_pool.chaos.workload:app"
 _READY_S = 60.0
 _DRAIN_S = 60.0
+_DRAIN_TIMEOUT_CODE = 4
 _LAUNCH = (
     "import sys; from streamline_pool.chaos.ending import end_with_parent; end_with_parent(int(sys.argv.pop(1)));"
     "{more}from streamline_pool.supervisor.cli.main import main; main()"
@@ -45,7 +46,7 @@ class Ending:
     host: str
     how: str  # killed, drained, or by itself
     code: int  # as `Popen.returncode`
-    said: int | None  # the exit code in its last log line `pool_ends`
+    said: int | None  # the exit code that its log lines `pool_ends` and `drain_timeout` announce
 
 
 @dataclass(slots=True)
@@ -213,9 +214,10 @@ class Host:
     def _ended(self, how: str) -> None:
         assert self._process is not None
         code = self._process.wait()
-        said = re.findall(
-            rf'"event":"pool_ends","logger":"streamline_pool","process":{self._process.pid},.*?"exit_code":(\d+)', self.log_text()
-        )
+        text, pid = self.log_text(), self._process.pid
+        said = re.findall(rf'"event":"pool_ends","logger":"streamline_pool","process":{pid},.*?"exit_code":(\d+)', text)
+        if f'"event":"drain_timeout","logger":"streamline_pool","process":{pid},' in text:  # comes later, and changes the code
+            said = [str(_DRAIN_TIMEOUT_CODE)]
         self.endings.append(Ending(self.name, how, code, int(said[-1]) if said else None))
         self._process = None
 

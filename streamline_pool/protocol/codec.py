@@ -160,6 +160,8 @@ def packed(document: Mapping[str, Any]) -> tuple[Any, int]:
     """
     try:
         encoded = bson.encode(document, codec_options=CODEC)
+    except MemoryError:
+        raise  # as in `encode_payload`
     except Exception as exc:  # noqa: BLE001 -- as in `encode_payload`
         raise ValidationError(f"cannot store {document.get('name')!r}: {exc}") from None
     return RawBSONDocument(encoded, codec_options=RAW_CODEC), len(encoded)
@@ -180,6 +182,8 @@ def encode_payload(value: Any, where: str, bytes_max: int = PAYLOAD_BYTES_MAX) -
         size = len(encoded)
         may_be_deep = size > 7 * PAYLOAD_DEPTH_MAX  # the shortest level takes seven bytes
         acceptable = not (may_be_deep or _DATETIME in encoded) or _is_acceptable(value)
+    except MemoryError:
+        raise  # it says nothing of the value, which can be stored when there is memory again
     except Exception as exc:  # noqa: BLE001 -- encoding calls user code: a mapping's own methods may raise anything
         path, reason = _first_unstorable(value, where, ())
         raise ValidationError(f"{path}: {reason or exc}", path=path) from None
@@ -257,6 +261,8 @@ def _first_unstorable(value: Any, path: str, above: tuple[int, ...]) -> tuple[st
         return path, f"cannot store {value!r}: whole numbers end at 64 bits, and dates at the year 9999; store str(value)"
     except UnicodeError:
         return path, "cannot store this text: it holds a lone surrogate, which UTF-8 cannot"
+    except MemoryError:
+        raise  # as in `encode_payload`
     except Exception:  # noqa: BLE001 -- as in `encode_payload`
         return path, f"cannot store {type(value)}{way_out(value)}"
     return path, ""

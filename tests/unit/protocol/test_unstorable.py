@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from pathlib import PurePosixPath
@@ -220,3 +220,24 @@ def test_levels_inside_of_a_reference_count() -> None:
         value = {"a": value}
     with pytest.raises(ValidationError, match="levels deep"):
         check_payload(bson.DBRef("orders", value), "input")
+
+
+class NoMemory(Mapping[str, Any]):
+    """A mapping for whose values there is no memory."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise MemoryError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_value() -> None:
+    """A run under memory pressure failed for good with VALIDATION_ERROR, though its output can be stored. (The nemesis found it.)"""
+    with pytest.raises(MemoryError):
+        as_payload({"a": NoMemory()}, "output")
+    with pytest.raises(MemoryError):
+        check_payload([NoMemory()], "output")

@@ -77,6 +77,7 @@ class Demand:
         self._named: deque[str] = deque()  # announced runs
         self._expected: dict[str, int] = {}  # announced runs that were not in the database yet -> tries so far
         self._timers = TimerClaims(concurrency)
+        self._timers_left_to_poll = True  # a poll was asked for since the last timers fired, for those that find no place
         self._suspect: str | None = None  # the suspect that is being claimed, or is active: nothing else is claimed beside it
         self._others_turn = False  # a suspect has been active here, so the next poll is for other runs
         self._suspects_left_out = False  # a poll has left out suspects, and may have moved on beyond their places in the queue
@@ -146,8 +147,9 @@ class Demand:
         # Places that are free to all belong to the backlog, if there is one, or to the claim that is under way.
         spare = 0 if self._backlog or self._claims_under_way else self.room(len(active_runs))
         batch = self._timers.take(spare, active_runs)
-        if self._timers:
-            self._backlog = True
+        if self._timers and not self._timers_left_to_poll:
+            # Once: while a claim of other timers got no answer, this was asked after every poll, and the worker polled without a pause.
+            self._timers_left_to_poll = self._backlog = True
         if not batch.run_ids:
             return None
         self._claims_under_way += 1
@@ -194,6 +196,7 @@ class Demand:
 
     def timers_fired(self, run_ids: Sequence[str]) -> None:
         """The timers of these runs have fired."""
+        self._timers_left_to_poll = False
         if not self._timers.add(run_ids):
             self._backlog = True
 

@@ -40,9 +40,29 @@ def test_free_places_belong_to_the_backlog_first() -> None:
     assert demand.next_timer_claim(()) is None
     claim = demand.next_claim(0)
     assert demand.next_timer_claim(()) is None, "the claim under way may fill the room"
-    perform(demand, claim)
-    perform(demand, demand.next_claim(0))  # for the run that has found no place
+    perform(demand, claim)  # that poll may have found the run that has found no place
+    assert demand.next_claim(0) is None
     assert demand.next_timer_claim(()) is not None
+
+
+def test_a_slow_claim_of_one_timer_does_not_make_the_worker_poll_for_another_without_a_pause() -> None:
+    """The worker sent a thousand polls a second until the slow claim was answered. (The explorer's seed 1000197.)"""
+    demand = idle_demand(concurrency=4)
+    demand.timers_fired(["r0"])
+    slow = demand.next_timer_claim(())
+    assert slow is not None
+    demand.timers_fired(["r1"])
+    polls = 0
+    for _ in range(5):
+        assert demand.next_timer_claim(()) is None, "the places may be taken by what the slow claim brings"
+        if (claim := demand.next_claim(0)) is not None:
+            perform(demand, claim)
+            polls += 1
+    assert polls == 1
+    demand.claim_ended(slow, ["r0"])
+    claim = demand.next_timer_claim(["r0"])
+    assert claim is not None
+    assert claim.batch.run_ids == ["r1"]
 
 
 def test_places_promised_to_a_timer_claim_are_not_filled_by_others() -> None:

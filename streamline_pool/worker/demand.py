@@ -130,7 +130,7 @@ class Demand:
             self._backlog = True  # for the others, once the suspect has ended or another worker has claimed it
             return Chosen(suspects[:1], None)
         # Another program may have written something else than a number, which no limit matches.
-        countable = all(isinstance(crashes, int) for _, crashes in counts)
+        countable = all(isinstance(crashes, int) and not isinstance(crashes, bool) for _, crashes in counts)
         return Chosen([run_id for run_id, _ in counts], self.suspect_from if countable else None)
 
     def next_timer_claim(self, active_runs: Collection[str]) -> ClaimFired | None:

@@ -22,6 +22,7 @@ from streamline_pool.supervisor.cli.main import cli
 
 NOWHERE = "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=1"
 LEFT_OUT = {
+    "chaos": "starts pools and servers and breaks them; tested by test_cli_chaos.py",
     "demo": "starts a server and runs for long",
     "watch": "waits for the end of a run",
     "--embedded": "starts a server",

@@ -89,7 +89,7 @@ class Carrier:
         self.value, self.seen, self.events = value, {}, []
         run_id = self.workflow.start(value, meta={"kept": value}).id
         asked = executed(self.workflow, run_id, "ask")
-        self.seen["waiting_for"] = present(asked.step("ask").waiting_for)["data"]
+        self.seen["waiting_for"] = present(asked.step("ask").waiting_for).get("data")
         self.seen["answer"] = self.workflow.resume(run_id, value).step("ask").output
         executed(self.workflow, run_id, "hook")
         self.seen["hook"] = self.app.resume_hook(self.token, value).run.step("hook").output
@@ -144,8 +144,11 @@ def test_every_value_alone_comes_out_as_it_went_in(app: Streamline, value: Any) 
     carrier.check(value)
     carrier.check([value, "x" * 5_000])  # large: the outputs are stored beside the run
     for part in value if isinstance(value, list) else ():
-        if not any(same(part, refused) for name, refused in REFUSED.items() if name == "a time that the server replaces"):
-            carrier.check(part)
+        if any(same(part, refused) for name, refused in REFUSED.items() if name == "a time that the server replaces"):
+            continue
+        if isinstance(part, dict) and {"$ref", "$id"} <= set(part):
+            continue  # a mapping as the input is the context, too, and that is refused
+        carrier.check(part)
 
 
 @pytest.mark.slow
@@ -250,7 +253,7 @@ def test_every_text_is_kept_or_refused_wherever_a_text_is_taken(app: Streamline,
         raise RuntimeError(said)
 
     workflow = app.workflow("w", steps={"one": (fail, {"retries": 1})})
-    for text in [*texts, "$$NOW"]:
+    for text in dict.fromkeys([*texts, "$$NOW"]):
         said = text
         run = workflow.start(
             {"tenantId": text}, {text.replace("\0", ""): text}, user_id=text, tags=[text], idempotency_key=text, start_at=timedelta(days=1)

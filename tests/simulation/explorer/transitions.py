@@ -320,8 +320,9 @@ class Rules:
         if lease_id is not None and self.granted.get(lease_id, 0.0) <= now:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
         self._check_alone(entry)
-        if active is not None and active.document.get("paused") is True:
-            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and has read that the run is paused")
+        is_first = not any(other.lease_id == lease_id for other in self._world.ledger.entries[:-1])
+        if is_first and active is not None and active.document.get("paused") is True:
+            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and its claim has read that the run is paused")
         if run is None or lease_id in self.taken:
             return entry  # a control operation came in between
         rewinds = run.get("rewinds", 0)

@@ -55,8 +55,8 @@ def test_a_slow_claim_of_one_timer_does_not_make_the_worker_poll_for_another_wit
     polls = 0
     for _ in range(5):
         assert demand.next_timer_claim(()) is None, "the places may be taken by what the slow claim brings"
-        if (claim := demand.next_claim(0)) is not None:
-            perform(demand, claim)
+        if (poll := demand.next_claim(0)) is not None:
+            perform(demand, poll)
             polls += 1
     assert polls == 1
     demand.claim_ended(slow, ["r0"])

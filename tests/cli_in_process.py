@@ -57,7 +57,9 @@ def invoked(arguments: Sequence[str], environ: Mapping[str, str] = {}, stdin: st
     log_format, err = _log_format(arguments), io.StringIO()
     with contextlib.redirect_stderr(err):
         setup_logging(log_format, "info")
-        result = CliRunner().invoke(cli, arguments, input=stdin, env=environ, standalone_mode=False, prog_name="streamline-pool")
+        result = CliRunner().invoke(
+            cli, arguments, input=stdin.encode(errors="surrogateescape"), env=environ, standalone_mode=False, prog_name="streamline-pool"
+        )
         code = result.return_value if result.exception is None else 1
         if isinstance(result.exception, SystemExit):
             code = result.exception.code

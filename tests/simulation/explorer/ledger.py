@@ -27,9 +27,7 @@ class Entry:
     key: str  # the idempotency key
     at: float
     lease_id: str | None  # of the claim under which the handler was entered
-    context: Any
     left: bool = False
-    tidied: bool = False  # its clean-up was not interrupted
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +56,6 @@ class Ledger:
         self.entries: list[Entry] = []
         self.calls: list[Call] = []
         self.story: list[str] = []
-        self.published: list[tuple[str, Any]] = []
 
     def tell(self, at: float, text: str) -> None:
         """Add a line to the story."""

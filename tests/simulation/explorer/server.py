@@ -13,7 +13,6 @@ from typing import Any
 
 from bson.codec_options import CodecOptions
 from pymongo import MongoClient
-from pymongo.errors import PyMongoError
 
 from streamline_pool.protocol import engine_indexes
 from streamline_pool.protocol.codec import CODEC
@@ -147,6 +146,3 @@ def _with_time(value: Any, now: datetime) -> Any:
     if isinstance(value, Mapping):
         return value if "$literal" in value else {name: _with_time(part, now) for name, part in value.items()}
     return [_with_time(part, now) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-SERVER_ERRORS = PyMongoError

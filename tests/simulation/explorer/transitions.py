@@ -42,7 +42,6 @@ class Rules:
         self._lag_runs: dict[str, dict[str, Any]] = {}
         self._entered_under_pause: dict[tuple[str, Any], int] = {}
         self._thawed_at: dict[str, float] = {}
-        self.events: dict[str, Any] = {}  # event id -> call
         self.deleted: set[str] = set()
         self.answered: set[tuple[str, str]] = set()  # (run id, id of an answer or event) that has ended a step's wait
 
@@ -295,13 +294,6 @@ class Rules:
             if lost and call.outcome == "ok":
                 raise Violation(f"{call} was acknowledged, and its effect was rolled back: {lost}")
             call.effects = [effect for effect in call.effects if effect[0] <= self._lag_at]
-        self.events = {event_id: at for event_id, at in self.events.items() if at <= self._lag_at}
-
-    def event_recorded(self, request: Request) -> None:
-        """An event to all was stored."""
-        assert request.document is not None, "it is a command"
-        event_id = request.document["documents"][0]["_id"]
-        self.events.setdefault(event_id, self.changes)
 
     # --- entries and time --------------------------------------------------------------------------------------------
 
@@ -313,7 +305,7 @@ class Rules:
         lease_id = active.lease_id if active is not None else None
         entry = Entry(
             actor=actor.name, owner=actor.owner, run_id=ctx.run_id, step_id=ctx.step_id, attempt=ctx.attempt,
-            key=ctx.idempotency_key, at=now, lease_id=lease_id, context=ctx,
+            key=ctx.idempotency_key, at=now, lease_id=lease_id,
         )  # fmt: skip
         self._world.ledger.entries.append(entry)
         self._world.ledger.tell(now, f"{actor.owner}: ENTERS {ctx.step_id} of {ctx.run_id}, attempt {ctx.attempt}")

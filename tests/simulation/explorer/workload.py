@@ -169,7 +169,6 @@ class Workload:
                 try:
                     if self._tidies:
                         await asyncio.sleep(0.5)  # a handler may clean up after its cancellation
-                        entry.tidied = True
                 finally:
                     entry.left = True
 

@@ -368,8 +368,6 @@ class World:
         finally:
             if request.writes and request.op.collection == "runs" and not _matched_nothing(reply):
                 self.rules.changed(request)
-        if request.name == "record_event":
-            self.rules.event_recorded(request)
         self.workload.on_performed(request)
         return reply
 

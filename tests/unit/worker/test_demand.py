@@ -239,6 +239,7 @@ def rows(crashes: Sequence[Any]) -> list[dict[str, Any]]:
         ([0, 1, 0], Chosen(["r0", "r1", "r2"], SUSPECT)),
         ([0, 2, 1, 2, 5, 0], Chosen(["r1"], None)),
         ([0, "many", None], Chosen(["r0", "r1", "r2"], None)),  # another program has written these, and no limit matches them
+        ([0, True], Chosen(["r0", "r1"], None)),  # a truth value is a number in Python and none in MongoDB
         (["many", 2], Chosen(["r1"], None)),
         ([], Chosen([], SUSPECT)),
     ],

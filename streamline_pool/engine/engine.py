@@ -245,9 +245,9 @@ class Engine:
     # --- stopping --------------------------------------------------------------------------------------------------
 
     @property
-    def holds_suspect(self) -> bool:
-        """One of the active runs is a suspect: it runs alone, or waits for that."""
-        return self._solitude.holds_suspect
+    def suspect(self) -> str | None:
+        """The active run that runs alone, or waits for that; None if there is none."""
+        return self._solitude.suspect
 
     def drain(self) -> None:
         """Start no further step; handlers that run end, their results are stored, their runs released."""

@@ -85,12 +85,14 @@ class RunDriver:
             place = transitions.current_place(active.document) or 0
             await self._writer.store(active, transitions.release(active.document, place, self._store.now(), was_entered=False))
             return
+        just_claimed = True
         while True:
-            decided = await self._next_change(active)
+            decided = await self._next_change(active, just_claimed)
             if decided is None or not await self._writer.store_decided(active, decided):
                 return
+            just_claimed = False
 
-    async def _next_change(self, active: ActiveRun) -> Decided | None:
+    async def _next_change(self, active: ActiveRun, just_claimed: bool) -> Decided | None:
         """The next transition of a run; None when this worker holds the run no more."""
         document = active.document
         place = transitions.current_place(document)
@@ -98,7 +100,7 @@ class RunDriver:
             return Decided(transitions.finish(document, self._store.now()))
         active.place = place
         if document["steps"][place]["status"] == StepStatus.WAITING.value:
-            return await self._waiting(active, place)
+            return await self._waiting(active, place, just_claimed)
         if self._state.draining or active.release_requested:
             return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
         try:
@@ -136,16 +138,17 @@ class RunDriver:
 
     # --- a step that waits -----------------------------------------------------------------------------------------
 
-    async def _waiting(self, active: ActiveRun, place: int) -> Decided:
+    async def _waiting(self, active: ActiveRun, place: int, just_claimed: bool) -> Decided:
         """A waiting run was claimed, or the run has just begun to wait for an event: has its wait ended?"""
-        change = await self._end_wait(active, place, active.document["steps"][place]["waitingFor"])
+        change = await self._end_wait(active, place, just_claimed)
         if change.kind is not ChangeKind.WAIT_ANSWERED:
             return Decided(change)
         # The answer is stored as the step's output, and once more as the run's if this is the last step.
         return Decided(change, 2 * check_payload(change.steps[place]["output"], "output"))
 
-    async def _end_wait(self, active: ActiveRun, place: int, waiting_for: WaitDocument) -> Change:
+    async def _end_wait(self, active: ActiveRun, place: int, just_claimed: bool) -> Change:
         document = active.document
+        waiting_for: WaitDocument = document["steps"][place]["waitingFor"]
         if waiting_for["type"] == "timer":
             return waits.wake(document, place, self._store.now())
         if waiting_for["type"] == "event":
@@ -155,7 +158,9 @@ class RunDriver:
             if found is not None:
                 return waits.wait_answered(document, place, found, self._store.now())
         now, expires_at = self._store.now(), waiting_for.get("expiresAt")
-        if expires_at is not None and expires_at <= now:
+        if expires_at is not None and (just_claimed or expires_at <= now):
+            # The claim shows that the run was due by the server's clock, and that clock decides about this write, too. With its own
+            # reading, a worker whose reading is slow would park the run and claim it again, until its reading has come to the deadline.
             return waits.time_out(document, place, now)
         return waits.park(document, place)
 

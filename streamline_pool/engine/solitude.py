@@ -43,9 +43,9 @@ class Solitude:
         self._left: set[Attempt] = set()  # their outcome came before the end of their handler, which goes on
 
     @property
-    def holds_suspect(self) -> bool:
-        """True while a suspect waits to be alone here, or is alone."""
-        return self._suspect is not None
+    def suspect(self) -> str | None:
+        """The run that waits to be alone here, or is alone; None if there is none."""
+        return None if self._suspect is None else self._suspect.run_id
 
     def admitted(self, active: ActiveRun) -> None:
         """A run was claimed. Beside a suspect it is released before it enters a handler; a suspect has the others released."""

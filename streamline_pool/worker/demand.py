@@ -243,15 +243,16 @@ class Demand:
         return pauses
 
     def claim_ended(
-        self, claim: Claim | ClaimFired, active_runs: Collection[str], *, holds_suspect: bool = True, failed: bool = False
+        self, claim: Claim | ClaimFired, active_runs: Collection[str], *, suspect: str | None = None, failed: bool = False
     ) -> None:
         """A claim is over, and what it has brought is active. `active_runs`: the ids of all active runs.
 
-        `holds_suspect`: one of them is a suspect. A run may have been rewound between the poll and the claim, and then is none.
+        `suspect`: the one that has to run alone. It may be another one than the poll has found: that one may have been rewound
+        before its claim, and an earlier execution of the claimed run may have ended meanwhile.
         """
         self._claims_under_way -= 1
-        if isinstance(claim, ClaimDue) and not (holds_suspect and self._suspect in active_runs):
-            self._suspect = None  # it was not claimed
+        if isinstance(claim, ClaimDue):
+            self._suspect = suspect
         if isinstance(claim, ClaimDue) and failed:
             self._suspects_left_out = self._suspects_left_out or claim.from_start
         if isinstance(claim, ClaimFired):

@@ -223,7 +223,7 @@ class Worker:
                     await self._poll_and_claim(engine, claimer, claim)
             failed = False
         finally:
-            self._demand.claim_ended(claim, engine.active_runs, holds_suspect=engine.holds_suspect, failed=failed)
+            self._demand.claim_ended(claim, engine.active_runs, suspect=engine.suspect, failed=failed)
 
     async def _poll_and_claim(self, engine: Engine, claimer: Claimer, claim: ClaimDue) -> None:
         if claim.from_start:

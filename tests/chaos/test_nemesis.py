@@ -119,6 +119,6 @@ def test_commits_without_a_fence_are_found(tmp_path: Path) -> None:
 
     assert code == 1
     assert report["faults"]["freeze-in-commit"]["turns"] >= 1
-    assert report["duplicates"] > 0
+    assert report["duplicates"] + report["lost"] > 0  # the late commit may also undo a rewind, whose handler is never entered
     assert "finding: " in text
     assert os.listdir(tmp_path / "evidence")

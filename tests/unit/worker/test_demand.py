@@ -267,7 +267,7 @@ def claim_suspect(demand: Demand, *, won: bool = True) -> None:
     chosen = demand.choose(rows([0, SUSPECT, 0, SUSPECT]))
     assert chosen.run_ids == ["r1"]
     demand.polled(more=False, tried=1, won=int(won))
-    demand.claim_ended(claim, chosen.run_ids if won else ())
+    demand.claim_ended(claim, chosen.run_ids if won else (), suspect="r1" if won else None)
 
 
 @pytest.mark.parametrize("announce", [lambda demand: demand.wake_up("r9"), lambda demand: demand.wake_up(None)])
@@ -310,9 +310,26 @@ def test_a_run_that_was_rewound_before_its_claim_is_no_suspect_any_more() -> Non
     assert demand.choose(rows([SUSPECT])).run_ids == ["r0"]
     demand.polled(more=False, tried=1, won=1)
     assert claim is not None
-    demand.claim_ended(claim, {"r0"}, holds_suspect=False)
+    demand.claim_ended(claim, {"r0"}, suspect=None)
     demand.wake_up("r9")
     assert isinstance(demand.next_claim(1), ClaimDue | ClaimNamed)
+
+
+def test_an_earlier_execution_of_a_suspect_that_ends_during_its_claim_changes_nothing() -> None:
+    """The explorer's seed 1002753: the worker took the next suspect, released it beside the first one, and took it again, without a pause."""
+    demand = idle_demand()
+    demand.wake_up(None)
+    claim = demand.next_claim(1)
+    assert demand.choose(rows([SUSPECT, SUSPECT])).run_ids == ["r0"]
+    demand.run_finished("r0")  # the worker had lost it, and claims it again
+    demand.polled(more=False, tried=1, won=1)
+    assert claim is not None
+    demand.claim_ended(claim, {"r0"}, suspect="r0")
+    assert demand.next_claim(1) is None
+    demand.run_finished("r1")
+    assert demand.next_claim(1) is None
+    demand.run_finished("r0")
+    assert demand.next_claim(0) == ClaimDue(limit=16, crashes_below=SUSPECT, from_start=False)
 
 
 def test_a_poll_for_skipped_suspects_that_fails_is_made_again() -> None:

@@ -132,7 +132,7 @@ class AnyWorker(RuleBasedStateMachine):
         claim, self.claim = self.claim, None
         assert claim is not None
         if data.draw(st.integers(0, 3), label="failure if 0") == 0:
-            self.demand.claim_ended(claim, self.active, failed=True)
+            self.demand.claim_ended(claim, self.active, suspect=self.suspect, failed=True)
             self.fail()
             return
         if isinstance(claim, ClaimNamed):
@@ -151,7 +151,7 @@ class AnyWorker(RuleBasedStateMachine):
             self.poll_pauses += bool(self.demand.polled(more=more, tried=len(chosen), won=len(won)))
             if self.gate == "one":
                 self.gate = "closed"
-        self.demand.claim_ended(claim, self.active)
+        self.demand.claim_ended(claim, self.active, suspect=self.suspect)
 
     @precondition(lambda self: len(self.timer_claims) < TIMER_TASKS)
     @rule()

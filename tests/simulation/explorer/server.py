@@ -7,6 +7,7 @@ fail-over puts it back. So each operation's own read and write concern decides w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,8 +17,10 @@ from pymongo import MongoClient
 
 from streamline_pool.protocol import engine_indexes
 from streamline_pool.protocol.codec import CODEC
-from streamline_pool.protocol.operations import Find
+from streamline_pool.protocol.operations import Command, Find
 from streamline_pool.storage.requests import find_arguments
+
+from .memory import COMPARING, Memory
 
 __all__ = ["COLLECTIONS", "EPOCH", "Server"]
 
@@ -41,6 +44,10 @@ class Server:
         self.name = name
         self.lags = False
         self.clock_s = 0.0  # virtual seconds; the world sets it
+        self.remembers = True  # False: every operation is performed, also those whose replies are known
+        self._memory = Memory()
+        self._runs: dict[str, dict[str, Any]] | None = None  # as they are stored; None: not read since the last write
+        self._info: dict[str, Any] | None = None
         self._written = set(COLLECTIONS)  # collections that may hold documents
         for database in (self.primary, self.majority):
             for collection in COLLECTIONS:
@@ -54,6 +61,7 @@ class Server:
     def clear(self) -> None:
         """An empty database, for the next schedule."""
         self.clock_s = 0.0
+        self._changed()
         for collection in self._written:
             self.primary[_PREFIX + collection].delete_many({})
         self._written.clear()
@@ -67,24 +75,53 @@ class Server:
 
     # --- operations --------------------------------------------------------------------------------------------------
 
-    def command(self, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Perform a command. Raises PyMongoError."""
+    def command(self, op: Command, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Perform a command, which is sent as `document`. Raises PyMongoError."""
         verb = next(iter(document))
         sent = {name: value for name, value in document.items() if name != "writeConcern"}
         if verb in ("create", "createIndexes", "convertToCapped", "collMod"):
             return {"ok": 1.0}  # the explorer has made what the engine needs
-        if verb in _DATA:
-            self._written.add(str(sent[verb]).removeprefix(_PREFIX))
-            if verb != "insert":
-                sent = _with_time(sent, self.now())
-        reply: dict[str, Any] = dict(self.primary.command(sent, codec_options=self.primary.codec_options))
-        if "localTime" in reply:
-            reply["localTime"] = self.now()
+        if verb not in _DATA:
+            return self._about(op, sent)
+        key = self._memory.key(sent, self.now(), self.runs().values()) if self.remembers and op.name in COMPARING else None
+        known: dict[str, Any] | None = None if key is None else self._memory.get(key)
+        if known is not None:
+            return dict(known)
+        self._written.add(str(sent[verb]).removeprefix(_PREFIX))
+        reply: dict[str, Any] | None = None
+        try:
+            reply = dict(self.primary.command(sent if verb == "insert" else _with_time(sent, self.now()), codec_options=CODEC))
+        finally:
+            if op.writes and (reply is None or reply.get("n") != 0):
+                self._changed()
+        if key is not None and reply.get("n") == 0:
+            self._memory.put(key, dict(reply))
         return reply
+
+    def _about(self, op: Command, sent: dict[str, Any]) -> dict[str, Any]:
+        """What a command says about the server itself, which stays the same but for the time."""
+        if self._info is None or op.name != "server_info" or not self.remembers:
+            reply = dict(self.primary.command(sent, codec_options=CODEC))
+            if op.name != "server_info":
+                return reply
+            self._info = reply
+        return {**self._info, "localTime": self.now()} if "localTime" in self._info else dict(self._info)
 
     def find(self, op: Find, *, by_majority: bool) -> list[dict[str, Any]]:
         """Perform a query."""
-        database = self.majority if by_majority and self.lags else self.primary
+        if self.remembers and op.collection not in self._written:
+            return []
+        lagged = by_majority and self.lags
+        if lagged or not self.remembers or op.name not in COMPARING:
+            return self._search(op, self.majority if lagged else self.primary)
+        key = (op.name, self._memory.key([op.filter, op.limit], self.now(), self.runs().values()))
+        found = self._memory.get(key)
+        if found is None:
+            found = self._search(op, self.primary)
+            self._memory.put(key, found)
+        return copy.deepcopy(list(found))
+
+    def _search(self, op: Find, database: Any) -> list[dict[str, Any]]:
         given = find_arguments(op)
         command: dict[str, Any] = {"find": _PREFIX + op.collection, "filter": _with_time(given["filter"], self.now())}
         for name in ("projection", "limit", "hint"):
@@ -96,7 +133,13 @@ class Server:
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """All stored runs by id, as the primary has them."""
-        return {run["_id"]: run for run in self.all_of("runs")}
+        if self._runs is None:
+            self._runs = {run["_id"]: run for run in self.all_of("runs")}
+        return self._runs
+
+    def _changed(self) -> None:
+        self._runs = None
+        self._memory.forget()
 
     def all_of(self, collection: str) -> list[dict[str, Any]]:
         """All documents of a collection, as the primary has them."""
@@ -118,6 +161,7 @@ class Server:
         """A fail-over: the new primary has what the majority had."""
         for collection in COLLECTIONS:
             _copy(self.majority[_PREFIX + collection], self.primary[_PREFIX + collection])
+        self._changed()
         self._end_lag()
 
     def _end_lag(self) -> None:
@@ -141,8 +185,11 @@ def _copy(source: Any, target: Any) -> None:
 
 def _with_time(value: Any, now: datetime) -> Any:
     """The same operation with the virtual time in the place of `$$NOW`."""
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return now if value == "$$NOW" else value
-    if isinstance(value, Mapping):
+    if kind is dict:
         return value if "$literal" in value else {name: _with_time(part, now) for name, part in value.items()}
-    return [_with_time(part, now) for part in value] if isinstance(value, (list, tuple)) else value
+    if kind is list or kind is tuple:
+        return [_with_time(part, now) for part in value]
+    return value

@@ -64,6 +64,14 @@ def test_a_schedule_repeats_exactly(server: Server, mongodb_uri: str) -> None:
         assert play(server, mongodb_uri, seed, first.record) == first
 
 
+def test_replies_that_are_not_asked_for_again_are_right(server: Server, mongodb_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """memory.py answers frequent searches for the server. With every operation performed, the same happens."""
+    seeds = range(7_000, 7_020)
+    quick = [play(server, mongodb_uri, seed) for seed in seeds]
+    monkeypatch.setattr(server, "remembers", False)
+    assert quick == [play(server, mongodb_uri, seed) for seed in seeds]
+
+
 def test_a_missing_fence_is_found_shrunk_and_told(server: Server, mongodb_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proof that cannot fail is none: without `lease.id` and `rev` in the filter, some schedule shows a stale write."""
     fenced = commits._fenced

@@ -362,7 +362,7 @@ class World:
                 reply = self.server.find(request.op, by_majority=request.by_majority)
             else:
                 assert request.document is not None, "a command has a document"
-                reply = self.server.command(request.document)
+                reply = self.server.command(request.op, request.document)
         except PyMongoError as exc:
             return exc
         finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from streamline_pool import Settings, Streamline
 from streamline_pool.config.env import Env
 from streamline_pool.engine.engine import Engine
-from streamline_pool.supervisor.ipc.messages import Died, Evidence, RunChanged, TimersFired, WorkDue
+from streamline_pool.supervisor.ipc.messages import Died, Evidence, Released, RunChanged, TimersFired, WorkDue
 from streamline_pool.supervisor.steward.duty import Duty, DutyTools, StewardBoot
 from streamline_pool.supervisor.steward.lease_recovery import LeaseRecovery
 from streamline_pool.supervisor.steward.signal_tail import SignalTail
@@ -225,6 +225,8 @@ class StewardActor(Actor):
 
     def _deliver(self, message: Any) -> Callable[[Worker], None] | None:
         match message:
+            case Released(runs=runs) if runs:
+                return lambda worker: worker.wake_up(None, overdue=True)
             case WorkDue(run_id=run_id, overdue=overdue):
                 return lambda worker: worker.wake_up(run_id, overdue=overdue)
             case TimersFired(run_ids=run_ids):

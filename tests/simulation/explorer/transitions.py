@@ -33,8 +33,9 @@ class Rules:
         self.runs: dict[str, dict[str, Any]] = {}
         self.history: list[tuple[int, str, dict[str, Any] | None]] = []  # (number of the change, run id, the run after it)
         self.changes = 0
-        self.granted: dict[str, float] = {}  # lease id -> until when the server has granted it, virtual seconds
-        self.taken: set[str] = set()  # lease ids that were taken away from their holders
+        # A batch of runs is claimed under one lease id, so it takes both ids to name a lease.
+        self.granted: dict[tuple[str, str], float] = {}  # (run id, lease id) -> until when the server has granted it, virtual seconds
+        self.taken: set[tuple[str, str]] = set()  # leases that were taken away from their holders
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
         self._dead: set[str] = set()
         self._lag_at = 0
@@ -124,7 +125,8 @@ class Rules:
             return  # released by its holder
         if new["token"] == old["token"]:
             raise Violation("a lease was taken away, and the token is the same")
-        self.taken.add(str(held_id))
+        self.taken.add((new["_id"], str(held_id)))
+        self._world.promptness.lease_taken(new["_id"], str(held_id))
         if request.call is not None or request.name == "deliver_to_waiters":
             return  # a control operation, an answer or an event
         self._check_recovery(request, old, new)
@@ -255,7 +257,8 @@ class Rules:
         lease = new.get("lease")
         if lease is not None:
             until = (lease["expiresAt"] - EPOCH).total_seconds()
-            self.granted[lease["id"]] = max(self.granted.get(lease["id"], 0.0), until)
+            granted = (new["_id"], lease["id"])
+            self.granted[granted] = max(self.granted.get(granted, 0.0), until)
 
     def _tell(self, request: Request, run_id: str, old: Run | None, new: Run | None) -> None:
         self._world.ledger.tell(self._world.loop.time(), f"{request.owner}: {request.name}: {run_id}: {_difference(old, new)}")
@@ -309,13 +312,13 @@ class Rules:
         )  # fmt: skip
         self._world.ledger.entries.append(entry)
         self._world.ledger.tell(now, f"{actor.owner}: ENTERS {ctx.step_id} of {ctx.run_id}, attempt {ctx.attempt}")
-        if lease_id is not None and self.granted.get(lease_id, 0.0) <= now:
+        if lease_id is not None and self.granted.get((ctx.run_id, lease_id), 0.0) <= now:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
         self._check_alone(entry)
         is_first = not any(other.lease_id == lease_id for other in self._world.ledger.entries[:-1])
         if is_first and active is not None and active.document.get("paused") is True:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and its claim has read that the run is paused")
-        if run is None or lease_id in self.taken:
+        if run is None or (ctx.run_id, lease_id) in self.taken:
             return entry  # a control operation came in between
         rewinds = run.get("rewinds", 0)
         mine = active.document.get("rewinds", 0) if active is not None else rewinds
@@ -363,10 +366,10 @@ class Rules:
         """The clock was set forward: no worker may go on with a lease that has ended."""
         now = self._world.loop.time()
         for actor in self._world.workers:
-            if not actor.alive or self._world.loop.is_frozen(actor.owner) or self._thawed_at.get(actor.owner, -9.0) > now - 2.0:
+            if not actor.alive or not self.is_awake(actor):
                 continue
             for active in actor.engine.active_runs.all() if actor.engine is not None else ():
-                granted = self.granted.get(active.lease_id)
+                granted = self.granted.get((active.run_id, active.lease_id))
                 if granted is None:
                     continue
                 if active.deadline > granted and active.lost is None:
@@ -376,6 +379,15 @@ class Rules:
                 attempt = active.attempt
                 if attempt is not None and now > granted + FENCE_GRACE_S and not attempt.context.signal.aborted:
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id} after its lease has expired")
+
+    def is_awake(self, actor: Actor) -> bool:
+        """Whether an actor is not frozen, and has had a moment to notice how late it is."""
+        return not self._world.loop.is_frozen(actor.owner) and self._thawed_at.get(actor.owner, -9.0) <= self._world.loop.time() - 2.0
+
+    def entered_at(self, run_id: str, lease_id: str) -> float:
+        """When the last handler was entered under this lease."""
+        entries = [entry.at for entry in self._world.ledger.entries if (entry.run_id, entry.lease_id) == (run_id, lease_id)]
+        return max(entries, default=-1.0)
 
     def handlers_run(self) -> bool:
         """Whether a worker is in a handler."""

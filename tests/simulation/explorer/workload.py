@@ -98,7 +98,7 @@ class Workload:
         self._work = {(kind, place): draw.choice(WORK_S) for kind in KINDS for place in range(4)}
         self._deadline = {kind: draw.choice(DEADLINES_S) for kind in KINDS}
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
-        self._differs = draw.random() < 0.12  # the second worker has another application
+        self.differs = draw.random() < 0.12  # the second worker has another application
         self._tidies = draw.random() < 0.2
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
@@ -142,7 +142,7 @@ class Workload:
             "large": [self._large_step, self._checkpoint_step, self._large_step],
         }
         known = list(dict.fromkeys(self.kinds))
-        if self._differs and actor.name == "worker-1":
+        if self.differs and actor.name == "worker-1":
             known = [*known[1:], "chain" if known[0] != "chain" else "retry"]  # it cannot run the first workflow
         for kind in dict.fromkeys(known):
             behaviours = steps[kind]

@@ -22,6 +22,7 @@ from .faults import draw_fault, draw_theme
 from .judgement import is_quiet, judge
 from .ledger import Ledger, Violation
 from .loop import VirtualLoop
+from .promptness import Promptness
 from .server import Server
 from .signals import Signals
 from .store import Request
@@ -57,12 +58,16 @@ class World:
         self.ledger = Ledger()
         self.rules = Rules(self)
         self.workload = Workload(self)
-        self.signals = Signals(choices, choices.fixed.choice((0.0, 0.0, 0.05, 1.0)))
+        self.promptness = Promptness(self)
+        self.is_calm = choices.profile.name == "calm"
+        lost = choices.fixed.choice((0.0, 0.0, 0.05, 1.0))
+        self.signals = Signals(choices, 0.0 if self.is_calm else lost)
         self.workers = [WorkerActor(self, f"worker-{number}", number) for number in range(2)]
         self.steward = StewardActor(self, "steward")
         self.clients = [ClientActor(self, f"client-{number}") for number in range(self.workload.clients)]
         for actor in (*self.workers, self.steward, *self.clients):
-            actor.clock_error_s = choices.fixed.choice((0.0, 0.0, 0.0, 0.4, -0.4, 5.0, -5.0))
+            error_s = choices.fixed.choice((0.0, 0.0, 0.0, 0.4, -0.4, 5.0, -5.0))
+            actor.clock_error_s = 0.0 if self.is_calm else error_s
             actor.clock.wrong_s = choices.fixed.choice((0.0, 0.0, 0.0, 45.0, -45.0, 3_600.0, -3_600.0))
         self.operations = 0
         self.faults: dict[str, int] = {}
@@ -70,6 +75,7 @@ class World:
         self._unacknowledged: list[tuple[Request, Any]] = []
         self._theme = draw_theme(choices)
         self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
+        self.last_fault_at = -1.0
         self._away_until = -1.0  # an outage ends
         self._settling = False
         self._failure: BaseException | None = None
@@ -163,6 +169,7 @@ class World:
         self.loop.advance(timer)
         self.server.clock_s = self.loop.time()
         self.rules.time_passed()
+        self.promptness.time_passed()
         if not self._settling and self._theme in (None, *_AT_ANY_TIME):
             self._disturb()
         return True
@@ -199,6 +206,11 @@ class World:
         for actor in (*self.workers, self.steward):
             if self.loop.is_frozen(actor.owner):
                 self._thaw(actor, actor.owner)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether an outage is under way."""
+        return self.loop.time() < self._away_until
 
     # --- operations --------------------------------------------------------------------------------------------------
 
@@ -310,6 +322,7 @@ class World:
         self.server.clock_s = self.loop.time()
         if fault is not None:
             self.faults[fault] = self.faults.get(fault, 0) + 1
+            self.last_fault_at = self.loop.time()
             self.ledger.tell(self.loop.time(), f"{request.owner}: {request.name}: {fault.upper()}")
         self._release_late(request)
         actor = request.actor
@@ -424,8 +437,12 @@ class World:
             self.workload.died(actor)
             return
         if isinstance(actor, WorkerActor) and self.choices.number(3) < 2:
-            self._later(lambda: self.steward.died(owner), self.choices.one_of((0.01, 1.0, 20.0)))  # else its leases expire
+            self._later(lambda: self._report_death(owner), self.choices.one_of((0.01, 1.0, 20.0)))  # else its leases expire
         self._later(actor.start, self.choices.one_of((0.01, 1.0, 40.0)))
+
+    def _report_death(self, owner: str) -> None:
+        self.promptness.death_reported(owner)
+        self.steward.died(owner)
 
     def drained(self, actor: Actor) -> None:
         """A worker has finished its steps and released its runs; the supervisor starts a new one."""

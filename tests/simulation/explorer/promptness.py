@@ -1,0 +1,91 @@
+"""What must happen soon: rules of schedules in which nothing fails and every hint arrives, and of lost leases in all schedules.
+
+A worker that is alive but deaf breaks no rule about single changes: a later sweep finds what it has missed. So these rules give
+each event a time. Owns these times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .ledger import Violation
+
+if TYPE_CHECKING:
+    from .actors import WorkerActor
+    from .world import World
+
+__all__ = ["Promptness"]
+
+SOON_S = 1.0  # a guess: far more than any hint and pause between claims takes, and less than any sweep
+RENEWED_S = 13.0  # a worker renews every 10 s, so it learns of a lost lease no later than that
+
+
+class Promptness:
+    """Asked whenever time passes."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._due_since: dict[tuple[str, int], float] = {}  # (run, token) -> since when it is due and a worker has room
+        self._taken_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> when it was taken away
+        self._reported: dict[str, float] = {}  # owner -> when its death was reported to a steward
+
+    def lease_taken(self, run_id: str, lease_id: str) -> None:
+        """A lease was taken away from its holder, by a call or a recovery."""
+        self._taken_at.setdefault((run_id, lease_id), self._world.loop.time())
+
+    def death_reported(self, owner: str) -> None:
+        """The steward was told that a worker is dead."""
+        self._reported.setdefault(owner, self._world.loop.time())
+
+    def time_passed(self) -> None:
+        """Raise Violation if something that should have happened has not."""
+        if self._world.is_calm:
+            self._no_worker_is_deaf()
+            self._no_dead_worker_keeps_runs()
+        self._no_handler_of_a_lost_run_goes_on()
+
+    def _no_worker_is_deaf(self) -> None:
+        now, server_now = self._world.loop.time(), self._world.server.now()
+        idle = [actor for actor in self._world.workers if _has_room(actor)]
+        due = {
+            (run_id, run["token"])
+            for run_id, run in self._world.rules.runs.items()
+            if "lease" not in run and run.get("paused") is not True and run.get("wakeAt") is not None and run["wakeAt"] <= server_now
+        }
+        if not idle or self._world.workload.differs:
+            due.clear()
+        self._due_since = {key: self._due_since.get(key, now) for key in due}
+        for (run_id, _), since in self._due_since.items():
+            if now > since + SOON_S:
+                raise Violation(f"run {run_id} is due for {now - since:.3f} s, and {idle[0].owner} has room and does not claim it")
+
+    def _no_dead_worker_keeps_runs(self) -> None:
+        now = self._world.loop.time()
+        for run_id, run in self._world.rules.runs.items():
+            reported = self._reported.get(run.get("lease", {}).get("owner", ""))
+            if reported is not None and now > reported + SOON_S:
+                raise Violation(f"run {run_id} is leased to {run['lease']['owner']}, whose death was reported {now - reported:.3f} s ago")
+
+    def _no_handler_of_a_lost_run_goes_on(self) -> None:
+        if self._world.is_away:
+            return
+        now, limit_s = self._world.loop.time(), SOON_S if self._world.is_calm else RENEWED_S
+        for actor in (*self._world.workers, *self._world.clients):
+            if not actor.alive or actor.engine is None or not self._world.rules.is_awake(actor):
+                continue
+            for active in actor.engine.active_runs.all():
+                taken_at = self._taken_at.get((active.run_id, active.lease_id))
+                attempt: Any = active.attempt
+                if taken_at is None or attempt is None or attempt.context.signal.aborted:
+                    continue
+                since = max(taken_at, self._world.rules.entered_at(active.run_id, active.lease_id))
+                if now > since + limit_s and self._world.last_fault_at < since:
+                    late = f"{now - taken_at:.3f} s"
+                    raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
+
+
+def _has_room(actor: WorkerActor) -> bool:
+    worker = actor.worker
+    if not actor.alive or worker is None or worker._engine is None:
+        return False
+    return worker._demand.room(len(worker._engine.active_runs)) > 0

@@ -7,11 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
-from uuid import uuid4
 
 import pytest
+from databases import Databases
 from loop_watch import LoopWatchPlugin
-from pymongo import MongoClient
 
 from streamline_pool import Settings, Streamline, embedded
 from streamline_pool.config.env import Env
@@ -48,14 +47,28 @@ def mongodb_uri(request: pytest.FixtureRequest) -> str:
     return given or request.getfixturevalue("mongod").uri
 
 
+@pytest.fixture(scope="session")
+def databases(mongodb_uri: str) -> Iterator[Databases]:
+    """The databases of the tests."""
+    databases = Databases(mongodb_uri)
+    yield databases
+    databases.close()
+
+
 @pytest.fixture
-def database(mongodb_uri: str) -> Iterator[str]:
-    """The name of a database that only this test uses. It is emptied afterwards."""
-    name = f"streamline_test_{uuid4().hex[:12]}"
+def database(databases: Databases) -> Iterator[str]:
+    """The name of an empty database that only this test uses. It may have the engine's collections and indexes."""
+    name = databases.take()
     yield name
-    with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        for collection in client[name].list_collection_names():  # `dropDatabase` would wait a tenth of a second for the journal
-            client[name].drop_collection(collection)
+    databases.give_back(name)
+
+
+@pytest.fixture
+def new_database(databases: Databases) -> Iterator[str]:
+    """The name of a database that does not exist. It is removed afterwards."""
+    name = databases.new()
+    yield name
+    databases.drop(name)
 
 
 @pytest.fixture

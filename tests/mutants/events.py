@@ -136,8 +136,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="search-is-skipped-after-a-claim",
         file=_DRIVER,
-        old="""        while True:
-            decided = await self._next_change(active)
+        old="""        just_claimed = True
+        while True:
 """,
         new="""        place = transitions.current_place(active.document)
         step: Any = {} if place is None else active.document["steps"][place]
@@ -146,8 +146,8 @@ MUTANTS: tuple[Mutant, ...] = (
             if (expires_at is None or expires_at > self._store.now()) and not active.document.get("inbox"):
                 await self._writer.store(active, waits.park(active.document, place))
                 return
+        just_claimed = True
         while True:
-            decided = await self._next_change(active)
 """,
         harm="After a crash between the wait and its search, an event to all is lost to the run.",
     ),

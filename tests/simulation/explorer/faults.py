@@ -23,6 +23,7 @@ KINDS = (
     "lag",  # from now on no write reaches a majority; this ends by catching up or by a fail-over
     "majority too late",  # the same, and the server says that this write was not acknowledged in time
     "clock jump",  # the clock of the sender's host jumps
+    "server clock",  # the clock of the server is set back, or a primary takes over whose clock is behind
 )
 
 CORE = frozenset(

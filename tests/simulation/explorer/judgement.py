@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from streamline_pool.protocol.payloads import external_ids
+from streamline_pool.protocol.retention import ARCHIVE
 
 from .ledger import Violation
 from .transitions import TERMINAL
@@ -41,6 +42,7 @@ def judge(world: World) -> None:
         _judge_wait(run, events)
         _judge_outputs(world, run, outputs)
     _judge_starts(world, runs)
+    _judge_archive(world, outputs)
 
 
 def _judge_run(run: Run) -> None:
@@ -103,6 +105,18 @@ def _judge_outputs(world: World, run: Run, outputs: set[str]) -> None:
         entry = world.ledger.entries[output["entry"]]
         if (entry.run_id, entry.step_id) != (run["_id"], step["stepId"]):
             raise Violation(f"step {step['stepId']} of run {run['_id']} has the result of {entry.step_id} of {entry.run_id}")
+
+
+def _judge_archive(world: World, outputs: set[str]) -> None:
+    """What was moved is in the archive, as it was when it was moved, with its outputs."""
+    archive = {run["_id"]: run for run in world.server.all_of(ARCHIVE)}
+    for run_id, moved in world.rules.archived.items():
+        if archive.get(run_id) != moved:
+            raise Violation(f"run {run_id} was moved to the archive, which has {'another state of it' if run_id in archive else 'none'}")
+    for run in archive.values():
+        if run["status"] not in TERMINAL:
+            raise Violation(f"the archive has run {run['_id']}, which is {run['status']}")
+        _judge_outputs(world, run, outputs)
 
 
 def _judge_starts(world: World, runs: Mapping[str, Run]) -> None:

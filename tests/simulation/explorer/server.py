@@ -18,6 +18,7 @@ from pymongo import MongoClient
 from streamline_pool.protocol import engine_indexes
 from streamline_pool.protocol.codec import CODEC
 from streamline_pool.protocol.operations import Command, Find
+from streamline_pool.protocol.retention import ARCHIVE
 from streamline_pool.storage.requests import find_arguments
 
 from .memory import COMPARING, Memory
@@ -27,7 +28,7 @@ __all__ = ["COLLECTIONS", "EPOCH", "Server"]
 EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 """The server's time at the start of every schedule."""
 
-COLLECTIONS = ("runs", "events", "outputs", "hosts")
+COLLECTIONS = ("runs", "events", "outputs", "hosts", ARCHIVE)
 _PREFIX = "workflow_"
 _FOUND_MAX = 1_000  # no schedule has as many documents
 _DATA = ("insert", "update", "delete", "findAndModify", "find", "aggregate", "count", "distinct")
@@ -44,23 +45,24 @@ class Server:
         self.name = name
         self.lags = False
         self.clock_s = 0.0  # virtual seconds; the world sets it
+        self.behind_s = 0.0  # the server's clock was set back by so much
         self.remembers = True  # False: every operation is performed, also those whose replies are known
         self._memory = Memory()
         self._runs: dict[str, dict[str, Any]] | None = None  # as they are stored; None: not read since the last write
         self._info: dict[str, Any] | None = None
         self._written = set(COLLECTIONS)  # collections that may hold documents
         for database in (self.primary, self.majority):
-            for collection in COLLECTIONS:
+            for collection in COLLECTIONS[:-1]:
                 body = engine_indexes.ensure_indexes(collection).body
                 database.command({"createIndexes": _PREFIX + collection, **body})
 
     def now(self) -> datetime:
         """The server's time."""
-        return EPOCH + timedelta(milliseconds=round(self.clock_s * 1000))
+        return EPOCH + timedelta(milliseconds=round((self.clock_s - self.behind_s) * 1000))
 
     def clear(self) -> None:
         """An empty database, for the next schedule."""
-        self.clock_s = 0.0
+        self.clock_s = self.behind_s = 0.0
         self._changed()
         for collection in self._written:
             self.primary[_PREFIX + collection].delete_many({})
@@ -88,6 +90,8 @@ class Server:
         if known is not None:
             return dict(known)
         self._written.add(str(sent[verb]).removeprefix(_PREFIX))
+        if op.name == "copy_runs":
+            self._written.add(ARCHIVE)
         reply: dict[str, Any] | None = None
         try:
             reply = dict(self.primary.command(sent if verb == "insert" else _with_time(sent, self.now()), codec_options=CODEC))

@@ -20,6 +20,7 @@ __all__ = ["TERMINAL", "Rules"]
 
 TERMINAL = ("done", "failed", "cancelled")
 MAX_CRASHES = 3
+CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
 FENCE_GRACE_S = 1.0  # a handler may be aborted so late: one tick of the self-fence
 
 Run = Mapping[str, Any]
@@ -44,6 +45,7 @@ class Rules:
         self._entered_under_pause: dict[tuple[str, Any], int] = {}
         self._thawed_at: dict[str, float] = {}
         self.deleted: set[str] = set()
+        self.archived: dict[str, Run] = {}  # what the runs were that were moved to the archive
         self.answered: set[tuple[str, str]] = set()  # (run id, id of an answer or event) that has ended a step's wait
 
     # --- changes -----------------------------------------------------------------------------------------------------
@@ -71,9 +73,7 @@ class Rules:
             self._effect(request, "start", run_id, new.get("startId"))
             return
         if new is None:
-            if old["status"] not in TERMINAL:
-                raise Violation(f"a run that is {old['status']} was deleted")
-            self.deleted.add(run_id)
+            self._check_delete(request, old)
             return
         self._check_counters(old, new)
         self._check_lease(request, old, new)
@@ -82,6 +82,16 @@ class Rules:
         self._check_waits(request, old, new)
         self._note_effects(request, run_id, old, new)
         self._note_lease(new)
+
+    def _check_delete(self, request: Request, old: Run) -> None:
+        if old["status"] not in TERMINAL:
+            raise Violation(f"a run that is {old['status']} was deleted")
+        age_s = (self._world.server.now() - old["endedAt"]).total_seconds()
+        if request.call is not None and request.call.kind in ("clean up", "archive") and age_s < CLEANED_AFTER_S:
+            raise Violation(f"a run was deleted that had ended {age_s:.3f} s ago")
+        self.deleted.add(old["_id"])
+        if request.call is not None and request.call.kind == "archive":
+            self.archived[old["_id"]] = old
 
     def _check_counters(self, old: Run, new: Run) -> None:
         for name in ("token", "rev", "acts", "waitGen"):
@@ -222,6 +232,8 @@ class Rules:
                 if (new["_id"], str(later["answer"])) in self.answered:
                     raise Violation(f"the answer or event {later['answer']} was taken twice")
                 self.answered.add((new["_id"], str(later["answer"])))
+                if later.get("output") not in (None, *self._world.workload.sent):  # None: a resume without data
+                    raise Violation(f"the answer was stored as something that no client has sent: {later.get('output')}")
                 continue
             due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
             if later["status"] == "done" and (due is None or due > now):
@@ -256,7 +268,7 @@ class Rules:
     def _note_lease(self, new: Run) -> None:
         lease = new.get("lease")
         if lease is not None:
-            until = (lease["expiresAt"] - EPOCH).total_seconds()
+            until = (lease["expiresAt"] - EPOCH).total_seconds() + self._world.server.behind_s
             granted = (new["_id"], lease["id"])
             self.granted[granted] = max(self.granted.get(granted, 0.0), until)
 

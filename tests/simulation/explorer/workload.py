@@ -17,7 +17,9 @@ from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, 
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
 from .ledger import Call, Violation
+from .server import EPOCH
 from .store import Request
+from .transitions import CLEANED_AFTER_S
 
 if TYPE_CHECKING:
     from .actors import Actor, ClientActor
@@ -25,27 +27,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Workload"]
 
-KINDS = ("chain", "retry", "sleep", "wait", "hook", "event", "events", "mixed", "mixed", "large", "poison")
+KINDS = ("chain", "retry", "sleep", "wait", "waits", "hook", "hooks", "event", "events", "mixed", "mixed", "large", "poison")
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
     "event", "event", "event to all", "event to all", "forged hook",
-    "start again", "start", "clean up", "execute", "drain", "pause and resume",
+    "start again", "start", "clean up", "clean up expired", "archive", "execute", "drain", "pause and resume",
 )  # fmt: skip
 FITTING = {
     "wait": ("answer", "answer", "pause", "rewind", "cancel", "resume"),
+    "waits": ("answer", "answer", "answer", "pause", "rewind"),
     "hook": ("hook", "hook", "forged hook", "pause", "rewind", "resume"),
+    "hooks": ("hook", "hook", "hook", "forged hook", "rewind"),
     "event": ("event", "event to all", "pause", "resume", "rewind"),
     "events": ("event", "event to all", "event to all", "event", "rewind"),
     "mixed": ("hook", "event", "event to all", "rewind", "pause"),
     "sleep": ("pause", "resume", "rewind", "execute"),
-    "chain": ("clean up", "rewind", "start again", "pause and resume", "cancel"),
-    "large": ("clean up", "rewind", "cancel"),
+    "chain": ("clean up", "archive", "clean up expired", "rewind", "start again", "pause and resume", "cancel"),
+    "large": ("clean up", "archive", "rewind", "cancel"),
     "retry": ("pause", "resume", "start again"),
     "poison": ("pause", "rewind"),
 }
 DUELS: dict[str, tuple[tuple[tuple[str, int], ...], ...]] = {
     "wait": ((("answer", 0), ("rewind", 0), ("answer", 0)), (("pause", 0), ("resume", 0), ("answer", 0))),
+    "waits": ((("answer", 0), ("answer", 0)), (("answer", 0), ("answer", 0), ("rewind", 0))),
+    "hooks": ((("hook", 0), ("hook", 0)), (("hook", 0), ("hook", 1), ("hook", 0))),
     "hook": ((("hook", 0), ("rewind", 0), ("hook", 1)), (("hook", 1), ("hook", 0)), (("pause", 0), ("hook", 0), ("resume", 0))),
     "event": (
         (("event", 0), ("rewind", 0), ("event", 0)),
@@ -56,6 +62,9 @@ DUELS: dict[str, tuple[tuple[tuple[str, int], ...], ...]] = {
     "chain": (
         (("rewind", 1), ("clean up", 0), ("rewind", 0)),
         (("clean up", 0), ("start again", 0)),
+        (("archive", 0), ("rewind", 0), ("archive", 0)),
+        (("rewind", 0), ("archive", 0), ("archive", 0)),
+        (("clean up expired", 0), ("clean up expired", 0)),
         (("pause", 0), ("resume", 0), ("pause", 0)),
     ),
     "mixed": ((("hook", 0), ("event", 0), ("rewind", 1)), (("event", 0), ("hook", 0))),
@@ -66,10 +75,12 @@ MOMENTS = (
     ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
     ("done", "call"), ("sent", "recover"), ("done", "recover"), ("sent", "find_event"), ("done", "find_event"), ("sent", "renew"),
     ("done", "checkpoint"), ("sent", "settle_event"), ("done", "record_event"),
+    ("done", "scan_runs"), ("done", "copy_runs"),
 )  # fmt: skip
 PAUSES_S = (0.0, 0.002, 0.01, 0.1, 1.0, 6.0, 29.0, 35.0)
 WORK_S = (0.0, 0.0, 0.0, 0.003, 0.5, 8.0, 33.0)
 DEADLINES_S = (None, None, 0.5, 20.0, 40.0)
+AGE = timedelta(seconds=CLEANED_AFTER_S)
 MOMENT_S = 45.0  # a client waits so long for its moment
 
 
@@ -99,6 +110,7 @@ class Workload:
         self._deadline = {kind: draw.choice(DEADLINES_S) for kind in KINDS}
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
         self.differs = draw.random() < 0.12  # the second worker has another application
+        self.sent: list[dict[str, Any]] = []  # the data of answers and events
         self._tidies = draw.random() < 0.2
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
@@ -134,7 +146,9 @@ class Workload:
             "retry": [self._failing_step, self._work_step],
             "sleep": [self._sleeping_step, self._work_step],
             "wait": [self._waiting_step, self._work_step],
+            "waits": [self._waiting_step, self._waiting_step, self._work_step],
             "hook": [self._hook_step, self._work_step],
+            "hooks": [self._hook_step, self._hook_step, self._work_step],
             "event": [self._event_step, self._work_step],
             "events": [self._event_step, self._event_step, self._work_step],
             "mixed": [self._checkpoint_step, self._hook_step, self._event_step, self._work_step],
@@ -175,6 +189,8 @@ class Workload:
         return handle
 
     async def _work_step(self, ctx: Context) -> str:
+        if ctx.workflow_id == "chain":
+            ctx.set("expireAt", EPOCH)  # over at once, but a run that has not ended is not cleaned up
         return ctx.step_id
 
     async def _failing_step(self, ctx: Context) -> str:
@@ -277,9 +293,13 @@ class Workload:
             case "start again":
                 await self._start(client, self.kinds[action.target], f"key-{action.target}")
             case "clean up":
-                await self._call(client, "clean up", None, None, app.cleanup_old_runs_async(timedelta(seconds=1)))
+                await self._call(client, "clean up", None, None, app.cleanup_old_runs_async(AGE))
+            case "clean up expired":
+                await self._call(client, "clean up expired", None, None, app.cleanup_expired_async())
+            case "archive":
+                await self._call(client, "archive", None, None, app.archive_old_runs_async(AGE))
             case "event to all":
-                await self._call(client, "event to all", None, None, app.send_event_async(EVENT, {"of": client.name}))
+                await self._call(client, "event to all", None, None, app.send_event_async(EVENT, self._data(client)))
             case "drain":
                 self._drain()
             case _ if target is not None:
@@ -300,23 +320,28 @@ class Workload:
             case "rewind":
                 await self._call(client, "rewind", run_id, f"s{action.place}", app.rewind_run_async(run_id, f"s{action.place}"))
             case "answer":
-                await self._call(client, "answer", run_id, None, app.resume_run_async(run_id, {"by": client.name}))
+                await self._call(client, "answer", run_id, None, app.resume_run_async(run_id, self._data(client)))
             case "hook":
                 tokens = [token for of_run, token in self.tokens if of_run == run_id]
                 if tokens:
                     token = tokens[-1 if action.place == 0 else 0]
-                    await self._call(client, "hook", run_id, None, app.resume_hook_async(token, {"by": client.name}))
+                    await self._call(client, "hook", run_id, None, app.resume_hook_async(token, self._data(client)))
             case "forged hook":
                 forged = f"{run_id}.{'0' * 32}"
                 await self._call(client, "forged hook", run_id, None, app.resume_hook_async(forged, {"by": "a stranger"}))
             case "event":
-                await self._call(client, "event", run_id, None, app.send_event_async(EVENT, {"of": client.name}, run_id=run_id))
+                await self._call(client, "event", run_id, None, app.send_event_async(EVENT, self._data(client), run_id=run_id))
             case "execute":
                 kind = self.kind_of[run_id]
                 try:
                     await app.workflows[kind].execute_async(run_id)
                 except WorkflowError:
                     return
+
+    def _data(self, client: ClientActor) -> dict[str, Any]:
+        """The data of an answer or event. An expression in it must stay a text."""
+        self.sent.append({"number": len(self.sent), "by": client.name, "costs": "$rev"})
+        return self.sent[-1]
 
     def _drain(self) -> None:
         worker = self._world.workers[0]
@@ -369,6 +394,8 @@ class Workload:
 
 def _moment_of(request: Request) -> str:
     name = request.name
+    if name in ("scan_runs", "copy_runs"):
+        return name
     if request.call is not None:
         return "call" if request.writes else ""
     if name in ("claim_run", "claim_runs"):

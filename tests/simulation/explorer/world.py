@@ -38,6 +38,7 @@ SETTLE_S = 3_600.0  # and for everything to come to rest without faults: above s
 FREEZES_S = (2.0, 12.0, 28.0, 31.0, 45.0, 70.0)  # shorter and longer than a lease of 30 s
 LAGS_S = (1.0, 5.0, 20.0)
 LATE_S = (0.0, 0.01, 0.5, 5.0, 40.0)
+SETBACKS_S = (0.3, 3.0, 20.0)
 JUMPS_S = (3_600.0, -3_600.0, 40.0, -40.0)
 OUTAGES_S = (0.3, 3.0, 15.0, 40.0)
 _AT_ANY_TIME = ("freeze after", "crash after")
@@ -349,6 +350,8 @@ class World:
                 self._begin_lag()
             case "clock jump":
                 actor.clock.wrong_s += self.choices.one_of(JUMPS_S)
+            case "server clock":
+                self.server.behind_s += self.choices.one_of(SETBACKS_S)
         self._reply(request, self._on_server(request), fault)
 
     def _reply(self, request: Request, reply: Any, fault: str | None) -> None:

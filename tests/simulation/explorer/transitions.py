@@ -38,6 +38,7 @@ class Rules:
         self.granted: dict[tuple[str, str], float] = {}  # (run id, lease id) -> until when the server has granted it, virtual seconds
         self.taken: set[tuple[str, str]] = set()  # leases that were taken away from their holders
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
+        self._claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
         self._dead: set[str] = set()
         self._lag_at = 0
         self._lag_over_at = -1
@@ -129,6 +130,7 @@ class Rules:
         if holds is not None:
             self._check_claim(old, new)
             self._claimer_of[holds_id] = request.owner
+            self._claimed_rev[(new["_id"], holds_id)] = new["rev"]
             return
         assert held is not None, "one of the two sides has a lease"
         if new["rev"] > old["rev"]:
@@ -327,8 +329,8 @@ class Rules:
         if lease_id is not None and self.granted.get((ctx.run_id, lease_id), 0.0) <= now:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
         self._check_alone(entry)
-        is_first = not any(other.lease_id == lease_id for other in self._world.ledger.entries[:-1])
-        if is_first and active is not None and active.document.get("paused") is True:
+        is_as_claimed = active is not None and active.document["rev"] == self._claimed_rev.get((ctx.run_id, lease_id))
+        if is_as_claimed and active.document.get("paused") is True:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and its claim has read that the run is paused")
         if run is None or (ctx.run_id, lease_id) in self.taken:
             return entry  # a control operation came in between

@@ -350,7 +350,7 @@ class World:
                 self._begin_lag()
             case "clock jump":
                 actor.clock.wrong_s += self.choices.one_of(JUMPS_S)
-            case "server clock":
+            case "server clock" if not self.server.behind_s:
                 self.server.behind_s += self.choices.one_of(SETBACKS_S)
         self._reply(request, self._on_server(request), fault)
 

@@ -316,7 +316,7 @@ def test_a_run_that_was_rewound_before_its_claim_is_no_suspect_any_more() -> Non
 
 
 def test_an_earlier_execution_of_a_suspect_that_ends_during_its_claim_changes_nothing() -> None:
-    """The explorer's seed 1002753: the worker took the next suspect, released it beside the first one, and took it again, without a pause."""
+    """The explorer's seed 1002753: the worker took the next suspect, released it, and took it again, without a pause."""
     demand = idle_demand()
     demand.wake_up(None)
     claim = demand.next_claim(1)

@@ -32,7 +32,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the table to this file, too, after each mutant")
     parser.add_argument("--limit", metavar="S", type=float, default=900.0, help="seconds for one detector (default: %(default)g)")
     parser.add_argument("--schedules", metavar="N", type=int, default=2_000, help="of the explorer (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of the explorer (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of the explorer and the nemesis (default: %(default)s)")
+    parser.add_argument("--nemesis-seconds", metavar="S", type=float, default=40.0, help="of faults (default: %(default)g)")
     options = parser.parse_args(arguments)
     try:
         options.chosen = choose(options.names, options.parts, options.tenth)
@@ -70,7 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutant in options.chosen:
             print(f"{mutant.name} [{mutant.part}]: {mutant.harm}{' (equivalent)' if mutant.equivalent else ''}")
         return 0
-    search = Search(likely_only=options.likely_only, limit_s=options.limit, schedules=options.schedules, seed=options.seed)
+    search = Search(
+        likely_only=options.likely_only,
+        limit_s=options.limit,
+        schedules=options.schedules,
+        seed=options.seed,
+        nemesis_s=options.nemesis_seconds,
+    )
     with workshop() as shop:
         return run(options, search, shop)
 

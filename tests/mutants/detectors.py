@@ -1,4 +1,4 @@
-"""What can find a mutant: the explorer, the quick tests, the slow tests, the chaos tests. Each is run in a copy of the tree.
+"""What can find a mutant: the explorer, the quick, slow and chaos tests, the nemesis. Each is run in a copy of the tree.
 
 Owns the commands of the detectors, their time limits, and the reading of their ends.
 """
@@ -22,11 +22,13 @@ from .mutant import Mutant
 
 __all__ = ["DETECTORS", "Finding", "Search", "Verdict", "commands", "detect", "verdict_of"]
 
-DETECTORS = ("explorer", "quick", "slow", "chaos")
+DETECTORS = ("explorer", "quick", "slow", "chaos", "nemesis")
 _MARKS = {"quick": "not slow and not chaos", "slow": "slow and not chaos", "chaos": "chaos"}
 _END_S = 10.0  # for a test run that is told to end: it ends its servers and pools
 _FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", re.MULTILINE)
 _SCHEDULE = re.compile(r"^.*seed.*$", re.MULTILINE | re.IGNORECASE)
+_FINDING = re.compile(r"^finding: (.*)$", re.MULTILINE)
+_SAYS = {"explorer": _SCHEDULE, "nemesis": _FINDING}
 
 
 class Verdict(StrEnum):
@@ -55,6 +57,7 @@ class Search:
     limit_s: float  # of one detector
     schedules: int
     seed: int
+    nemesis_s: float  # how long the nemesis makes faults
 
 
 def commands(detector: str, mutants: Sequence[Mutant], search: Search) -> list[list[str]]:
@@ -62,6 +65,9 @@ def commands(detector: str, mutants: Sequence[Mutant], search: Search) -> list[l
     if detector == "explorer":
         more = mutants[0].explorer if len(mutants) == 1 else ()
         return [["-m", "tests.simulation.explorer", "--schedules", str(search.schedules), "--seed", str(search.seed), *more]]
+    if detector == "nemesis":
+        command = ["-m", "streamline_pool.supervisor.cli", "chaos", "--embedded", "--members", "1", "--lease", "2"]
+        return [[*command, "--seconds", str(search.nemesis_s), "--seed", str(search.seed)]]
     likely = list(dict.fromkeys(f"tests/{name}" for mutant in mutants for name in mutant.likely))
     pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "-m", _MARKS[detector]]
     if detector == "chaos":
@@ -88,7 +94,7 @@ def verdict_of(detector: str, code: int | None) -> Verdict:
     """What an exit status says; None: the detector was stopped at its time limit."""
     if code is None:
         return Verdict.LATE
-    if code == 0 or (code == 5 and detector != "explorer"):  # pytest: no test has this mark
+    if code == 0 or (code == 5 and detector in _MARKS):  # pytest: no test has this mark
         return Verdict.MISSED
     return Verdict.FOUND if code == 1 else Verdict.BROKEN
 
@@ -96,7 +102,7 @@ def verdict_of(detector: str, code: int | None) -> Verdict:
 def _by(detector: str, verdict: Verdict, output: str) -> str:
     if verdict is Verdict.BROKEN:
         return " / ".join(output.splitlines()[-3:])
-    found = (_SCHEDULE if detector == "explorer" else _FAILED).search(output)
+    found = _SAYS.get(detector, _FAILED).search(output)
     return "" if found is None or verdict is not Verdict.FOUND else found[found.re.groups]
 
 

@@ -13,7 +13,7 @@ from mutants.detectors import Finding, Search, Verdict, commands, verdict_of
 from mutants.mutant import DisarmedError, Edit, Mutant, mutated
 from mutants.report import Row, has_failed, line, summary
 
-SEARCH = Search(likely_only=True, limit_s=60, schedules=10, seed=7)
+SEARCH = Search(likely_only=True, limit_s=60, schedules=10, seed=7, nemesis_s=40)
 
 
 @pytest.mark.parametrize("part", sorted({mutant.part for mutant in MUTANTS}))
@@ -94,6 +94,8 @@ def test_a_wrong_argument_is_a_usage_error(arguments: list[str], capsys: pytest.
         ("explorer", 5, Verdict.BROKEN),
         ("chaos", None, Verdict.LATE),
         ("chaos", -9, Verdict.BROKEN),
+        ("nemesis", 1, Verdict.FOUND),
+        ("nemesis", 3, Verdict.BROKEN),
     ],
 )
 def test_only_a_failed_test_or_a_violation_counts_as_found(detector: str, code: int | None, verdict: Verdict) -> None:
@@ -105,7 +107,7 @@ def test_the_likely_tests_run_first_and_the_suite_only_if_asked() -> None:
     mutant = MUTANTS[0]
     (first,) = commands("quick", [mutant], SEARCH)
     assert first[-len(mutant.likely) :] == [f"tests/{name}" for name in mutant.likely]
-    both = commands("quick", [mutant], Search(likely_only=False, limit_s=60, schedules=10, seed=7))
+    both = commands("quick", [mutant], Search(likely_only=False, limit_s=60, schedules=10, seed=7, nemesis_s=40))
     assert both[0] == first
     assert both[1] == first[: -len(mutant.likely)]
 

@@ -52,7 +52,7 @@ def test_a_detector_that_does_not_end_is_stopped_with_all_that_it_has_started() 
     )
     with workshop() as shop, copied(None, shop) as copy:
         Path(copy.tree, "tests", "simulation", "explorer", "__main__.py").write_text(endless)
-        finding = detect(copy, "explorer", [mutant], Search(likely_only=True, limit_s=3.0, schedules=1, seed=1))
+        finding = detect(copy, "explorer", [mutant], Search(likely_only=True, limit_s=3.0, schedules=1, seed=1, nemesis_s=40))
     assert finding.verdict is Verdict.LATE
     assert finding.seconds < 30
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout

@@ -6,6 +6,7 @@ Owns the kinds of faults and how likely each is at which operation. world.py per
 from __future__ import annotations
 
 from .choices import Choices
+from .duels import Duel
 from .store import Request
 
 __all__ = ["CORE", "KINDS", "draw_fault", "draw_theme"]
@@ -23,6 +24,7 @@ KINDS = (
     "lag",  # from now on no write reaches a majority; this ends by catching up or by a fail-over
     "majority too late",  # the same, and the server says that this write was not acknowledged in time
     "clock jump",  # the clock of the sender's host jumps
+    "driver lost",  # a defect ends what drives a run; at any time, and at no operation
     "server clock",  # the clock of the server is set back, or a primary takes over whose clock is behind
 )
 
@@ -47,13 +49,17 @@ _HARMFUL = (
     "outage",
 )
 """Kinds that have found the most planted bugs: themes prefer them."""
+_AT_OPERATIONS = tuple(kind for kind in KINDS if kind != "driver lost")
 _OF_WRITES = ("late", "lag", "majority too late", "reply lost")
 """Kinds that mean little for a read: a theme of these leaves reads alone."""
 
 
-def draw_theme(choices: Choices) -> str | None:
+def draw_theme(choices: Choices, duel: Duel | None) -> str | None:
     """The one kind of fault of a schedule with a theme."""
-    return choices.fixed.choice((*KINDS, *_HARMFUL)) if choices.profile.name == "themed" else None
+    if choices.profile.name != "themed":
+        return None
+    drawn = choices.fixed.choice((*KINDS, *_HARMFUL))
+    return drawn if duel is None or duel.theme is None else duel.theme
 
 
 def draw_fault(choices: Choices, request: Request, theme: str | None) -> str | None:
@@ -66,4 +72,4 @@ def draw_fault(choices: Choices, request: Request, theme: str | None) -> str | N
         chance *= 2  # a client makes few calls
     if not chance or not choices.happens(chance):
         return None
-    return theme if theme is not None else choices.one_of(KINDS)
+    return choices.one_of(_AT_OPERATIONS) if theme is None else theme if theme in _AT_OPERATIONS else None

@@ -44,6 +44,7 @@ class Call:
     result: Any = None
     effects: list[tuple[int, str, str, Any]] = field(default_factory=list)  # (number of the change, kind, run id, id)
     ended: int = -1  # number of the last change before its end
+    ended_at: float | None = None  # virtual seconds, if it succeeded
 
     def __str__(self) -> str:
         return f"call {self.number} of {self.actor}: {self.kind} {self.run_id or ''} {self.argument or ''}"

@@ -79,9 +79,16 @@ class Promptness:
                 if taken_at is None or attempt is None or attempt.context.signal.aborted:
                     continue
                 since = max(taken_at, self._world.rules.entered_at(active.run_id, active.lease_id))
-                if now > since + limit_s and self._world.last_fault_at < since:
+                told_at = max(since, self._told_at(active.run_id))
+                is_told = not self._world.signals.lost and self._world.last_fault_at < told_at and now > told_at + SOON_S
+                if is_told or (now > since + limit_s and self._world.last_fault_at < since):
                     late = f"{now - taken_at:.3f} s"
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
+
+    def _told_at(self, run_id: str) -> float:
+        """When a cancel of this run has returned. From then on its holder has the hint."""
+        ends = [call.ended_at for call in self._world.ledger.calls if call.kind == "cancel" and call.run_id == run_id]
+        return min((end for end in ends if end is not None), default=float("inf"))
 
 
 def _has_room(actor: WorkerActor) -> bool:

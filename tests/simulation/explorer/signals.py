@@ -20,7 +20,7 @@ class Signals:
 
     def __init__(self, choices: Choices, lost: float) -> None:
         self._choices = choices
-        self._lost = lost  # chance that a reader misses a signal, and that it reads it twice
+        self.lost = lost  # chance that a reader misses a signal, and that it reads it twice
         self._readers: list[tuple[Mapping[str, Any], asyncio.Queue[dict[str, Any]]]] = []
 
     def send(self, signal: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ class Signals:
 
     def copies(self) -> int:
         """How many times one hint arrives."""
-        if not self._lost or not self._choices.happens(self._lost):
+        if not self.lost or not self._choices.happens(self.lost):
             return 1
         return self._choices.one_of((0, 0, 2))
 

@@ -11,12 +11,16 @@ from collections.abc import AsyncGenerator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from pymongo import ReadPreference
+
 from streamline_pool.config.env import Env
 from streamline_pool.protocol.operations import Command, Find, Op, Signal, Tail
 from streamline_pool.storage.base import StoreBase
 from streamline_pool.storage.requests import command_result
 from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.storage.target import DatabaseTarget
+
+from .ledger import Violation
 
 if TYPE_CHECKING:
     from .actors import Actor
@@ -59,9 +63,14 @@ class Request:
 def _request(store: StoreBase, actor: Actor, op: Command | Find) -> Request:
     if isinstance(op, Command):
         document = store.command_arguments(op, None)["command"]
-        return Request(actor, op, document, document.get("writeConcern", {}).get("w") == "majority")
-    concern = store.cursor(op, None).collection.read_concern.level
-    return Request(actor, op, None, concern == "majority")
+        concern = document.get("writeConcern", {})
+        if op.writes and op.collection == "runs" and concern.get("j") is not True:
+            actor.world.fail(Violation(f"{op.name} does not wait for the journal"))
+        return Request(actor, op, document, concern.get("w") == "majority")
+    collection = store.cursor(op, None).collection
+    if collection.read_preference != ReadPreference.PRIMARY:
+        actor.world.fail(Violation(f"{op.name} is read from a secondary, which may lag behind what its reader has written"))
+    return Request(actor, op, None, collection.read_concern.level == "majority")
 
 
 class ExplorerAsyncStore(AsyncStore):

@@ -128,7 +128,7 @@ class Rules:
                 raise Violation("a result was stored without `rev`")
             return
         if holds is not None:
-            self._check_claim(old, new)
+            self._check_claim(request, old, new)
             self._claimer_of[holds_id] = request.owner
             self._claimed_rev[(new["_id"], holds_id)] = new["rev"]
             return
@@ -146,7 +146,7 @@ class Rules:
     def _is_done_by_other(self, request: Request, old: Run, new: Run) -> bool:
         return request.name == "commit_runs" and old["steps"] != new["steps"]
 
-    def _check_claim(self, old: Run, new: Run) -> None:
+    def _check_claim(self, request: Request, old: Run, new: Run) -> None:
         if old.get("lease") is not None:
             raise Violation(f"claimed while {old['lease']['owner']} holds the lease {old['lease']}")
         if old.get("paused") is True:
@@ -158,6 +158,8 @@ class Rules:
             raise Violation(f"claimed before it was due: {wake_at}")
         if new["token"] != old["token"] + 1:
             raise Violation("claimed without a new token")
+        if new["workflowId"] not in request.actor.app.workflows:
+            raise Violation(f"claimed by {request.owner}, which has no workflow {new['workflowId']}")
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
             is_entered = earlier["stepId"] == old["currentStepId"] and earlier["status"] in ("pending", "running")
             if is_entered and (later["attempts"], later["status"]) != (earlier["attempts"] + 1, "running"):
@@ -216,7 +218,7 @@ class Rules:
                 raise Violation(f"step {later['stepId']} was started while the run was paused")
             if earlier["status"] == "waiting" and later["status"] != "waiting" and request.name == "commit_runs":
                 raise Violation(f"the wait of step {later['stepId']} was ended while the run was paused")
-        if new["status"] in ("done",) and old["status"] != new["status"] and old["steps"] == new["steps"]:
+        if new["status"] == "done" and old["status"] != "done":
             raise Violation("the run was finished while it was paused")
 
     def _check_waits(self, request: Request, old: Run, new: Run) -> None:

@@ -16,6 +16,7 @@ from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
+from .duels import DUELS, WHEN
 from .ledger import Call, Violation
 from .server import EPOCH
 from .store import Request
@@ -48,35 +49,13 @@ FITTING = {
     "retry": ("pause", "resume", "start again"),
     "poison": ("pause", "rewind"),
 }
-DUELS: dict[str, tuple[tuple[tuple[str, int], ...], ...]] = {
-    "wait": ((("answer", 0), ("rewind", 0), ("answer", 0)), (("pause", 0), ("resume", 0), ("answer", 0))),
-    "waits": ((("answer", 0), ("answer", 0)), (("answer", 0), ("answer", 0), ("rewind", 0))),
-    "hooks": ((("hook", 0), ("hook", 0)), (("hook", 0), ("hook", 1), ("hook", 0))),
-    "hook": ((("hook", 0), ("rewind", 0), ("hook", 1)), (("hook", 1), ("hook", 0)), (("pause", 0), ("hook", 0), ("resume", 0))),
-    "event": (
-        (("event", 0), ("rewind", 0), ("event", 0)),
-        (("event to all", 0), ("rewind", 0)),
-        (("pause", 0), ("event", 0), ("resume", 0)),
-    ),
-    "events": ((("event to all", 0), ("event to all", 0)), (("event", 0), ("event", 0)), (("event to all", 0), ("rewind", 1))),
-    "chain": (
-        (("rewind", 1), ("clean up", 0), ("rewind", 0)),
-        (("clean up", 0), ("start again", 0)),
-        (("archive", 0), ("rewind", 0), ("archive", 0)),
-        (("rewind", 0), ("archive", 0), ("archive", 0)),
-        (("clean up expired", 0), ("clean up expired", 0)),
-        (("pause", 0), ("resume", 0), ("pause", 0)),
-    ),
-    "mixed": ((("hook", 0), ("event", 0), ("rewind", 1)), (("event", 0), ("hook", 0))),
-    "sleep": ((("pause", 0), ("resume", 0)), (("rewind", 0), ("execute", 0))),
-}
-"""Sequences of calls (kind, place) that have met planted bugs, by the kind of the first workflow."""
 MOMENTS = (
     ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
     ("done", "call"), ("sent", "recover"), ("done", "recover"), ("sent", "find_event"), ("done", "find_event"), ("sent", "renew"),
     ("done", "checkpoint"), ("sent", "settle_event"), ("done", "record_event"),
     ("done", "scan_runs"), ("done", "copy_runs"),
 )  # fmt: skip
+DUEL_SHARE = 0.5  # of the schedules whose first workflow has duels
 PAUSES_S = (0.0, 0.002, 0.01, 0.1, 1.0, 6.0, 29.0, 35.0)
 WORK_S = (0.0, 0.0, 0.0, 0.003, 0.5, 8.0, 33.0)
 DEADLINES_S = (None, None, 0.5, 20.0, 40.0)
@@ -111,9 +90,15 @@ class Workload:
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
         self.differs = draw.random() < 0.12  # the second worker has another application
         self.sent: list[dict[str, Any]] = []  # the data of answers and events
-        self._tidies = draw.random() < 0.2
+        self._tidies = draw.random() < 0.3
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
+        is_duel = self.kinds[0] in DUELS and draw.random() < DUEL_SHARE
+        self.duel = draw.choice(DUELS[self.kinds[0]]) if is_duel else None
+        if self.duel is not None and self.duel.rival:
+            self.clients = max(2, self.clients)
+        if self.duel is not None and not self.duel.calls:  # nothing but work, and long enough for the fault to meet it
+            self._work = {key: draw.choice((8.0, 33.0, 70.0)) for key in self._work}
         self._plans = [self._draw_plan(number) for number in range(self.clients)]
         self._played: set[str] = set()
         self._started: asyncio.Future[None] = world.loop.create_future()  # the first run
@@ -126,16 +111,25 @@ class Workload:
         plan = []
         if number == 0:
             plan = [Action("start", 0.0, index, 0) for index in range(len(self.kinds))]
-        if self.kinds[0] in DUELS and draw.random() < 0.3:
-            duel = draw.choice(DUELS[self.kinds[0]])
-            plan += [Action(kind, draw.choice((*PAUSES_S, *MOMENTS)), 0, place) for kind, place in duel]
-            return plan
+        if self.duel is not None and number < 2:
+            calls = self.duel.calls if number == 0 else self.duel.rival
+            if calls or number == 0:
+                return plan + [self._parse(call) for call in calls]
         fitting = [kind for name in self.kinds for kind in FITTING.get(name, ())]
         for _ in range(draw.randint(1, 4)):
             kind = draw.choice(fitting) if fitting and draw.random() < 0.6 else draw.choice(ACTIONS)
             when = draw.choice(MOMENTS) if draw.random() < 0.55 else draw.choice(PAUSES_S)
             plan.append(Action(kind, when, draw.randrange(len(self.kinds)), draw.choice((0, 0, 1, 2))))
         return plan
+
+    def _parse(self, call: str) -> Action:
+        draw = self._world.choices.fixed
+        when: tuple[str, str] | float = draw.choice((*PAUSES_S, *MOMENTS))
+        for words, moment in WHEN.items():
+            if call.endswith(f" {words}"):
+                call, when = call.removesuffix(f" {words}"), moment
+        kind, _, place = call.rpartition(" ")
+        return Action(kind, when, 0, int(place)) if place.isdigit() else Action(call, when, 0, 0)
 
     # --- workflows ---------------------------------------------------------------------------------------------------
 
@@ -383,6 +377,7 @@ class Workload:
         finally:
             client.call = None
         call.ended = rules.changes
+        call.ended_at = self._world.loop.time() if outcome == "ok" else None
         self._world.ledger.tell(self._world.loop.time(), f"{call}: {outcome} {call.result if outcome == 'refused' else ''}")
         try:
             check_outcome(self._world, call, outcome)

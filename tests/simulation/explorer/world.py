@@ -41,7 +41,7 @@ LATE_S = (0.0, 0.01, 0.5, 5.0, 40.0)
 SETBACKS_S = (0.3, 3.0, 20.0)
 JUMPS_S = (3_600.0, -3_600.0, 40.0, -40.0)
 OUTAGES_S = (0.3, 3.0, 15.0, 40.0)
-_AT_ANY_TIME = ("freeze after", "crash after")
+_AT_ANY_TIME = ("freeze after", "crash after", "driver lost")
 
 
 class _Crashed(BaseException):
@@ -74,7 +74,7 @@ class World:
         self.faults: dict[str, int] = {}
         self._pending: list[Request] = []
         self._unacknowledged: list[tuple[Request, Any]] = []
-        self._theme = draw_theme(choices)
+        self._theme = draw_theme(choices, self.workload.duel)
         self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
         self.last_fault_at = -1.0
         self._away_until = -1.0  # an outage ends
@@ -176,7 +176,7 @@ class World:
         return True
 
     def _disturb(self) -> None:
-        """Stop or kill a worker in whose handlers time passes, without any operation under way."""
+        """Stop or kill a worker in whose handlers time passes, or end a driver, without any operation under way."""
         chance = self.choices.profile.near_writes / 4
         if not chance or not self.rules.handlers_run() or not self.choices.happens(chance):
             return
@@ -186,7 +186,21 @@ class World:
         fault = self.choices.one_of(_AT_ANY_TIME)
         self.faults[fault] = self.faults.get(fault, 0) + 1
         self.ledger.tell(self.loop.time(), f"{actor.owner}: at work: {fault.upper()}")
-        self._freeze(actor) if fault == "freeze after" else self._crash(actor)
+        match fault:
+            case "freeze after":
+                self._freeze(actor)
+            case "crash after":
+                self._crash(actor)
+            case _:
+                self._lose_driver(actor)
+
+    def _lose_driver(self, actor: WorkerActor) -> None:
+        """A defect ends the driver of a run. Its lease must not be renewed any more."""
+        active_runs = [] if actor.engine is None else list(actor.engine.active_runs.held.values())
+        if active_runs:
+            task = self.choices.one_of(active_runs).task
+            if task is not None:
+                self.loop.call_soon(task.cancel, context=actor.context())
 
     def _time_passes(self) -> bool:
         return not self._settling and self.choices.happens(self.choices.profile.delay)

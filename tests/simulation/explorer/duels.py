@@ -1,0 +1,102 @@
+"""Duels: short sequences of calls, each with the fault that it needs, that have met planted bugs. Data.
+
+Owns these sequences. workload.py draws one of them, or calls at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["DUELS", "WHEN", "Duel"]
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Duel:
+    """A sequence of calls that has met planted bugs, and the one kind of fault that it needs, if it needs one.
+
+    A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`.
+    """
+
+    theme: str | None
+    calls: tuple[str, ...]
+    rival: tuple[str, ...]  # of another client at the same time
+
+    def __init__(self, theme: str | None, *calls: str, rival: tuple[str, ...] = ()) -> None:
+        object.__setattr__(self, "theme", theme)
+        object.__setattr__(self, "calls", calls)
+        object.__setattr__(self, "rival", rival)
+
+
+SOON = ("done", "call")
+COMMIT, CLAIM = ("sent", "commit_runs"), ("done", "claim")
+DUELS: dict[str, tuple[Duel, ...]] = {
+    "wait": (
+        Duel("late", "answer", "rewind", "answer"),
+        Duel("late", "pause", "resume", "pause"),
+        Duel(None, "pause", "resume", "answer"),
+    ),
+    "waits": (Duel("late", "answer", "answer"), Duel("late", "answer", "rewind", "answer"), Duel("reply lost", "answer", "answer")),
+    "hook": (
+        Duel("late", "hook", "rewind", "hook 1"),
+        Duel("late", "hook", "rewind", "hook"),
+        Duel(None, "hook", "rewind", "hook 1"),
+        Duel(None, "hook 1", "hook"),
+        Duel(None, "pause", "hook", "resume"),
+        Duel(None, "forged hook", "forged hook", "forged hook"),
+        Duel(None, "hook early", "rewind early", "hook"),
+    ),
+    "hooks": (Duel("late", "hook", "hook"), Duel(None, "hook", "hook 1", "hook"), Duel(None, "hook early", "forged hook", "hook 1")),
+    "event": (
+        Duel("late", "event", "rewind", "event"),
+        Duel(None, "event to all", "rewind"),
+        Duel(None, "pause", "event", "resume"),
+        Duel("server clock", "event", "pause", "resume"),
+    ),
+    "events": (
+        Duel("late", "event to all", "event to all"),
+        Duel(None, "event early", "event early"),
+        Duel("reply lost", "event", "event"),
+        Duel("crash after", "event to all", "rewind 1"),
+    ),
+    "chain": (
+        Duel("late", "pause", "resume", "pause"),
+        Duel("late", "resume", "pause", "resume"),
+        Duel("late", "rewind", "rewind 1", "rewind"),
+        Duel(None, "pause at commit", "resume at commit"),
+        Duel(None, "pause at claim"),
+        Duel(None, "cancel at commit"),
+        Duel(None, "cancel at claim"),
+        Duel("reply lost", "pause", "pause", rival=("resume soon", "resume soon")),
+        Duel("reply lost", "rewind", "pause", rival=("pause soon", "resume soon")),
+        Duel("reply lost", "cancel"),
+        Duel(None, "rewind 1", "clean up", "rewind"),
+        Duel(None, "clean up", "start again"),
+        Duel(None, "archive", "rewind", "archive"),
+        Duel("late", "rewind", "archive", "archive"),
+        Duel(None, "clean up expired", "clean up expired"),
+        Duel("outage"),
+        Duel("slow reply"),
+        Duel("freeze after"),
+    ),
+    "large": (Duel("crash after", "rewind 2", "archive"), Duel(None, "clean up", "rewind"), Duel("outage", "cancel"), Duel("late")),
+    "mixed": (
+        Duel("late"),
+        Duel(None, "hook", "event", "rewind 1"),
+        Duel(None, "event", "hook"),
+        Duel("lag", "cancel at commit", "rewind"),
+        Duel("late", "rewind", "hook"),
+    ),
+    "sleep": (
+        Duel(None, "pause", "resume"),
+        Duel(None, "rewind", "execute"),
+        Duel("server clock"),
+        Duel("server clock", "pause", "resume"),
+    ),
+    "retry": (Duel("server clock"), Duel("lag", "pause at commit", "resume at commit")),
+    "poison": (Duel(None, "rewind", "pause"), Duel("crash after"), Duel("freeze after", "cancel")),
+}
+"""By the kind of the first workflow."""
+
+WHEN: Mapping[str, tuple[str, str] | float] = {"early": 0.0, "soon": SOON, "at commit": COMMIT, "at claim": CLAIM}
+"""The words of a call → when it is made."""

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .catalogue import MUTANTS, named, tenth
-from .copies import ROOT, copied, workshop
-from .detectors import DETECTORS, Search, detect
+from .copies import ROOT, Copy, copied, workshop
+from .detectors import DETECTORS, Finding, Search, Verdict, detect
 from .mutant import Mutant
 from .report import Row, as_json, has_failed, line, summary
 
@@ -28,6 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tenth", metavar="today|N", help="only every tenth mutant: the N-th (0 to 9), or the one of this day of the year")
     parser.add_argument("--detectors", metavar="A,B", default="explorer,quick", help=f"of {', '.join(DETECTORS)} (default: %(default)s)")
     parser.add_argument("--likely-only", action="store_true", help="run only the test files that are likely to find a mutant")
+    parser.add_argument("--until-found", action="store_true", help="run no further detector over a mutant that one has found")
     parser.add_argument("--no-control", action="store_true", help="do not run the detectors over the tree without a mutant first")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the table to this file, too, after each mutant")
     parser.add_argument("--limit", metavar="S", type=float, default=900.0, help="seconds for one detector (default: %(default)g)")
@@ -82,13 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options, search, shop)
 
 
+def examine(copy: Copy, subjects: Sequence[Mutant], options: argparse.Namespace, search: Search) -> dict[str, Finding]:
+    """What the detectors find in a copy."""
+    findings: dict[str, Finding] = {}
+    for detector in options.detectors:
+        findings[detector] = detect(copy, detector, subjects, search)
+        if options.until_found and findings[detector].verdict is Verdict.FOUND:
+            break
+    return findings
+
+
 def run(options: argparse.Namespace, search: Search, shop: Path) -> int:
     """Examine the tree as it is, then each mutant. Yields the exit status."""
     rows: list[Row] = []
     for mutant in [*([] if options.no_control else [None]), *options.chosen]:
         with copied(mutant, shop) as copy:
             subjects = options.chosen if mutant is None else [mutant]
-            rows.append(Row(mutant, {detector: detect(copy, detector, subjects, search) for detector in options.detectors}))
+            rows.append(Row(mutant, examine(copy, subjects, options, search)))
         print(line(rows[-1]), flush=True)
         if options.json is not None:
             options.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")

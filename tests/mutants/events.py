@@ -18,6 +18,7 @@ _bug = mutants_of(
     "conformance/test_events_durable.py",
     "conformance/test_hostile_races.py",
     "simulation/test_faults_control_operations.py",
+    kinds="event,events,mixed",
 )
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -38,6 +38,7 @@ class Mutant:
     also: tuple[Edit, ...] = ()  # further edits, without which it would be no bug
     likely: tuple[str, ...]  # test files, from `tests/`, that should find it; they are run first
     explorer: tuple[str, ...] = ()  # further arguments of the explorer
+    beyond_explorer: str | None = None  # why no schedule of the explorer can show it; another test must find it
     equivalent: str | None = None  # why no test can find it: a second guard does the same; None: a test must find it
 
     def edits(self) -> tuple[Edit, ...]:
@@ -45,9 +46,12 @@ class Mutant:
         return (Edit(self.file, self.old, self.new), *self.also)
 
 
-def mutants_of(part: str, *likely: str) -> Callable[..., Mutant]:
-    """`Mutant` for one part of the protocol, with the test files that are likely to find a mutant of it."""
-    return partial(Mutant, part=part, likely=likely)
+def mutants_of(part: str, *likely: str, kinds: str = "") -> Callable[..., Mutant]:
+    """`Mutant` for one part of the protocol, with the test files that are likely to find a mutant of it.
+
+    `kinds`: the workflows of the explorer's schedules that use this part; empty: all.
+    """
+    return partial(Mutant, part=part, likely=likely, explorer=("--kinds", kinds) if kinds else ())
 
 
 def mutated(texts: dict[str, str], edits: Sequence[Edit]) -> dict[str, str]:

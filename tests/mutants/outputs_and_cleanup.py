@@ -15,6 +15,7 @@ _output_bug = mutants_of(
     "conformance/test_large_outputs.py",
     "conformance/test_files.py",
     "simulation/test_faults.py",
+    kinds="large",
 )
 _bug = mutants_of(
     "clean-up",
@@ -23,6 +24,7 @@ _bug = mutants_of(
     "conformance/test_archive.py",
     "conformance/test_retention_files.py",
     "conformance/test_outputs_beside_runs.py",
+    kinds="chain,large",
 )
 
 MUTANTS: tuple[Mutant, ...] = (

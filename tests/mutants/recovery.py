@@ -16,7 +16,9 @@ _bug = mutants_of(
     "conformance/test_claim.py",
     "conformance/test_supervisor.py",
 )
-_suspect_bug = mutants_of("suspects", "conformance/test_suspects.py", "conformance/test_seams.py", "unit/worker/test_demand.py")
+_suspect_bug = mutants_of(
+    "suspects", "conformance/test_suspects.py", "conformance/test_seams.py", "unit/worker/test_demand.py", kinds="poison"
+)
 
 MUTANTS: tuple[Mutant, ...] = (
     _bug(

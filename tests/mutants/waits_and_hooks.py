@@ -24,6 +24,7 @@ _wait_bug = mutants_of(
     "conformance/test_hostile_races.py",
     "conformance/test_control_meets_holders.py",
     "simulation/test_faults_waiting_runs.py",
+    kinds="wait,waits,hook,event",
 )
 _hook_bug = mutants_of(
     "hooks",
@@ -31,6 +32,7 @@ _hook_bug = mutants_of(
     "conformance/test_hostile_answers.py",
     "conformance/test_hostile_races.py",
     "simulation/test_faults_control_operations.py",
+    kinds="hook,hooks",
 )
 _clock_bug = mutants_of(
     "clocks",
@@ -39,6 +41,7 @@ _clock_bug = mutants_of(
     "conformance/test_waits.py",
     "conformance/test_control_meets_holders.py",
     "conformance/test_testing_kit.py",
+    kinds="sleep,retry,wait,event",
 )
 
 _WAIT_MUTANTS = (

@@ -16,6 +16,7 @@ from streamline_pool import embedded
 
 from .schedule import Played, play, shrink, tell
 from .server import Server
+from .workload import KINDS
 
 
 def main() -> int:
@@ -27,17 +28,23 @@ def main() -> int:
     parser.add_argument("--keep-going", action="store_true", help="go on after a violation")
     parser.add_argument("--no-shrink", action="store_true", help="report a violation as it was found")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--kinds", default="", metavar="A,B", help=f"of the first workflow: {', '.join(dict.fromkeys(KINDS))} (default: any)"
+    )
     options = parser.parse_args()
+    options.kinds = tuple(kind for kind in options.kinds.split(",") if kind)
+    if not set(options.kinds) <= set(KINDS):
+        parser.error(f"there is no kind {', '.join(set(options.kinds) - set(KINDS))}")
     with embedded.start(None) as mongod:
         server = Server(mongod.uri, "explorer")
         try:
-            return _replay(server, mongod.uri, options.seed) if options.replay else _explore(server, mongod.uri, options)
+            return _replay(server, mongod.uri, options) if options.replay else _explore(server, mongod.uri, options)
         finally:
             server.close()
 
 
-def _replay(server: Server, uri: str, seed: int) -> int:
-    played = play(server, uri, seed)
+def _replay(server: Server, uri: str, options: argparse.Namespace) -> int:
+    played = play(server, uri, options.seed, kinds=options.kinds)
     print(tell(played))
     return int(played.violation is not None)
 
@@ -48,7 +55,7 @@ def _explore(server: Server, uri: str, options: argparse.Namespace) -> int:
     operations = entries = 0
     violations: list[str] = []
     for seed in range(options.seed, options.seed + options.schedules):
-        played = play(server, uri, seed)
+        played = play(server, uri, seed, kinds=options.kinds)
         faults.update(played.faults)
         operations += played.operations
         entries += played.entries
@@ -74,7 +81,8 @@ def _explore(server: Server, uri: str, options: argparse.Namespace) -> int:
 
 def _report(server: Server, uri: str, played: Played, *, shrinks: bool) -> None:
     print(tell(shrink(server, uri, played) if shrinks else played))
-    print(f"replay it: python -m tests.simulation.explorer --replay --seed {played.seed}")
+    kinds = f" --kinds {','.join(played.kinds)}" if played.kinds else ""
+    print(f"replay it: python -m tests.simulation.explorer --replay --seed {played.seed}{kinds}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["PROFILES", "Choices", "Profile"]
+__all__ = ["PROFILES", "THEMED", "Choices", "Profile"]
 
 T = TypeVar("T")
 
@@ -35,14 +35,16 @@ PROFILES = (
     Profile(name="orders", fault=0.0, near_writes=0.0, reorder=0.7, delay=0.04),
     Profile(name="calm", fault=0.0, near_writes=0.0, reorder=0.3, delay=0.0),  # every hint arrives: see promptness.py
 )
+THEMED = next(profile for profile in PROFILES if profile.name == "themed")
 _SHARES = (1, 2, 1, 3, 1, 1)  # of these profiles
 
 
 class Choices:
     """Decisions by a seed, or by the record of an earlier schedule (then 0 after its end)."""
 
-    def __init__(self, seed: int, record: Sequence[int] | None = None) -> None:
+    def __init__(self, seed: int, record: Sequence[int] | None = None, kinds: Sequence[str] = ()) -> None:
         self.seed = seed
+        self.kinds = kinds  # the first workflow is of one of these kinds; empty: of any
         self.record: list[int] = []
         self._given = record
         self._random = random.Random(seed)

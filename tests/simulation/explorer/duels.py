@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["DUELS", "WHEN", "Duel"]
+__all__ = ["DUELS", "WAITING", "WHEN", "Duel"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Duel:
     """A sequence of calls that has met planted bugs, and the one kind of fault that it needs, if it needs one.
 
-    A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`.
+    A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`,
+    `waiting` (once a run waits).
     """
 
     theme: str | None
@@ -29,34 +30,45 @@ class Duel:
 
 
 SOON = ("done", "call")
+WAITING = ("run", "waits")
 COMMIT, CLAIM = ("sent", "commit_runs"), ("done", "claim")
 DUELS: dict[str, tuple[Duel, ...]] = {
     "wait": (
-        Duel("late", "answer", "rewind", "answer"),
+        Duel("late", "answer waiting", "rewind", "answer waiting"),
+        Duel("late", "answer waiting", "rewind", "pause waiting"),
         Duel("late", "pause", "resume", "pause"),
         Duel(None, "pause", "resume", "answer"),
     ),
-    "waits": (Duel("late", "answer", "answer"), Duel("late", "answer", "rewind", "answer"), Duel("reply lost", "answer", "answer")),
+    "waits": (
+        Duel("late", "answer waiting", "answer waiting"),
+        Duel("late", "answer waiting", "rewind", "answer waiting"),
+        Duel("reply lost", "answer waiting", "answer waiting"),
+    ),
     "hook": (
-        Duel("late", "hook", "rewind", "hook 1"),
-        Duel("late", "hook", "rewind", "hook"),
-        Duel(None, "hook", "rewind", "hook 1"),
+        Duel("late", "hook waiting", "rewind", "hook 1 waiting"),
+        Duel("late", "hook waiting", "rewind", "hook waiting"),
+        Duel(None, "hook", "rewind", "hook 1 waiting"),
         Duel(None, "hook 1", "hook"),
         Duel(None, "pause", "hook", "resume"),
-        Duel(None, "forged hook", "forged hook", "forged hook"),
+        Duel(None, "forged hook early", "forged hook waiting"),
         Duel(None, "hook early", "rewind early", "hook"),
     ),
-    "hooks": (Duel("late", "hook", "hook"), Duel(None, "hook", "hook 1", "hook"), Duel(None, "hook early", "forged hook", "hook 1")),
+    "hooks": (
+        Duel("late", "hook waiting", "hook waiting"),
+        Duel(None, "hook", "hook 1 waiting", "hook"),
+        Duel(None, "hook early", "forged hook waiting"),
+    ),
     "event": (
-        Duel("late", "event", "rewind", "event"),
+        Duel("late", "event waiting", "rewind", "event waiting"),
         Duel(None, "event to all", "rewind"),
         Duel(None, "pause", "event", "resume"),
         Duel("server clock", "event", "pause", "resume"),
     ),
     "events": (
-        Duel("late", "event to all", "event to all"),
+        Duel("late", "event to all waiting", "event to all waiting"),
         Duel(None, "event early", "event early"),
-        Duel("reply lost", "event", "event"),
+        Duel("reply lost", "event", "event waiting"),
+        Duel("late", "event waiting", "event waiting"),
         Duel("crash after", "event to all", "rewind 1"),
     ),
     "chain": (
@@ -98,5 +110,5 @@ DUELS: dict[str, tuple[Duel, ...]] = {
 }
 """By the kind of the first workflow."""
 
-WHEN: Mapping[str, tuple[str, str] | float] = {"early": 0.0, "soon": SOON, "at commit": COMMIT, "at claim": CLAIM}
+WHEN: Mapping[str, tuple[str, str] | float] = {"early": 0.0, "soon": SOON, "at commit": COMMIT, "at claim": CLAIM, "waiting": WAITING}
 """The words of a call → when it is made."""

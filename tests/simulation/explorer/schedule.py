@@ -24,6 +24,7 @@ class Played:
     """What became of a schedule."""
 
     seed: int
+    kinds: tuple[str, ...]
     violation: str | None
     record: tuple[int, ...]
     story: tuple[str, ...]
@@ -33,9 +34,12 @@ class Played:
     virtual_s: float
 
 
-def play(server: Server, uri: str, seed: int, record: Sequence[int] | None = None) -> Played:
-    """Play one schedule. `record`: the choices of an earlier one, instead of those of the seed."""
-    choices = Choices(seed, record)
+def play(server: Server, uri: str, seed: int, record: Sequence[int] | None = None, kinds: Sequence[str] = ()) -> Played:
+    """Play one schedule.
+
+    `record`: the choices of an earlier one, instead of those of the seed. `kinds`: of its first workflow; empty: any.
+    """
+    choices = Choices(seed, record, kinds)
     world = World(server, uri, choices)
     logging.disable(logging.CRITICAL)
     violation = None
@@ -47,6 +51,7 @@ def play(server: Server, uri: str, seed: int, record: Sequence[int] | None = Non
         logging.disable(logging.NOTSET)
     return Played(
         seed=seed,
+        kinds=tuple(kinds),
         violation=violation,
         record=tuple(choices.record),
         story=tuple(world.ledger.story),
@@ -67,7 +72,7 @@ def shrink(server: Server, uri: str, failed: Played, tries: int = SHRINK_TRIES) 
             group = best.record[place : place + size]
             if any(group):
                 tries -= 1
-                found = play(server, uri, best.seed, _without(best.record, place, size))
+                found = play(server, uri, best.seed, _without(best.record, place, size), best.kinds)
                 if found.violation is not None and _weight(found) < _weight(best):
                     best = found
             place += size

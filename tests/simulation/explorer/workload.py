@@ -16,7 +16,7 @@ from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
-from .duels import DUELS, WHEN
+from .duels import DUELS, WAITING, WHEN
 from .ledger import Call, Violation
 from .server import EPOCH
 from .store import Request
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .actors import Actor, ClientActor
     from .world import World
 
-__all__ = ["Workload"]
+__all__ = ["KINDS", "Workload"]
 
 KINDS = ("chain", "retry", "sleep", "wait", "waits", "hook", "hooks", "event", "events", "mixed", "mixed", "large", "poison")
 EVENT = "news"
@@ -55,7 +55,7 @@ MOMENTS = (
     ("done", "checkpoint"), ("sent", "settle_event"), ("done", "record_event"),
     ("done", "scan_runs"), ("done", "copy_runs"),
 )  # fmt: skip
-DUEL_SHARE = 0.5  # of the schedules whose first workflow has duels
+DUEL_SHARE = 0.6  # of the schedules whose first workflow has duels
 PAUSES_S = (0.0, 0.002, 0.01, 0.1, 1.0, 6.0, 29.0, 35.0)
 WORK_S = (0.0, 0.0, 0.0, 0.003, 0.5, 8.0, 33.0)
 DEADLINES_S = (None, None, 0.5, 20.0, 40.0)
@@ -80,7 +80,7 @@ class Workload:
         self._world = world
         draw = world.choices.fixed
         self.clients = draw.randint(1, 3)
-        self.kinds = [draw.choice(KINDS) for _ in range(draw.choice((1, 1, 2)))]
+        self.kinds = [draw.choice(world.choices.kinds or KINDS), *(draw.choice(KINDS) for _ in range(draw.choice((0, 0, 1))))]
         if draw.random() < 0.15:
             self.kinds = [self.kinds[0]] * 3  # runs that go side by side, so that their writes go together
         self.run_ids: list[str] = []
@@ -238,6 +238,14 @@ class Workload:
         """An operation was performed."""
         self._moment("done", _moment_of(request), request.actor)
 
+    def on_changed(self) -> None:
+        """A run was changed. A client may wait until one waits."""
+        if self._moments and self._a_run_waits():
+            self._moment(*WAITING, None)
+
+    def _a_run_waits(self) -> bool:
+        return any(run["status"] == "waiting" for run in self._world.rules.runs.values())
+
     def _moment(self, side: str, name: str, actor: Actor | None) -> bool:
         waiting = [entry for entry in self._moments if (entry[1], entry[2]) == (side, name) and entry[0] is not actor]
         for entry in waiting:
@@ -249,6 +257,8 @@ class Workload:
     async def _await(self, client: ClientActor, when: tuple[str, str] | float) -> None:
         if isinstance(when, float):
             await asyncio.sleep(when)
+            return
+        if when == WAITING and self._a_run_waits():
             return
         future: asyncio.Future[None] = self._world.loop.create_future()
         self._moments.append((client, *when, future))

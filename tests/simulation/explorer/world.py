@@ -17,7 +17,7 @@ from streamline_pool.protocol.operations import Find
 from streamline_pool.worker.worker import Worker
 
 from .actors import Actor, ClientActor, StewardActor, WorkerActor
-from .choices import Choices
+from .choices import THEMED, Choices
 from .faults import draw_fault, draw_theme
 from .judgement import is_quiet, judge
 from .ledger import Ledger, Violation
@@ -40,6 +40,7 @@ LAGS_S = (1.0, 5.0, 20.0)
 LATE_S = (0.0, 0.01, 0.5, 5.0, 40.0)
 SETBACKS_S = (0.3, 3.0, 20.0)
 JUMPS_S = (3_600.0, -3_600.0, 40.0, -40.0)
+THEMED_DUELS = 0.7  # of the duels that need a fault
 OUTAGES_S = (0.3, 3.0, 15.0, 40.0)
 _AT_ANY_TIME = ("freeze after", "crash after", "driver lost")
 
@@ -59,6 +60,8 @@ class World:
         self.ledger = Ledger()
         self.rules = Rules(self)
         self.workload = Workload(self)
+        if self.workload.duel is not None and self.workload.duel.theme is not None and choices.fixed.random() < THEMED_DUELS:
+            choices.profile = THEMED
         self.promptness = Promptness(self)
         self.is_calm = choices.profile.name == "calm"
         lost = choices.fixed.choice((0.0, 0.0, 0.05, 1.0))
@@ -398,6 +401,7 @@ class World:
         finally:
             if request.writes and request.op.collection == "runs" and not _matched_nothing(reply):
                 self.rules.changed(request)
+                self.workload.on_changed()
         self.workload.on_performed(request)
         return reply
 

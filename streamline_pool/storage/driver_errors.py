@@ -46,7 +46,7 @@ class DriverErrors:
     def __exit__(self, _kind: type[BaseException] | None, exc: BaseException | None, _traceback: TracebackType | None) -> None:
         if exc is not None and _was_cancelled(exc):
             raise asyncio.CancelledError from exc
-        if isinstance(exc, _DRIVER_ERRORS) and not (self._in_transaction and _repeats_transaction(exc)):
+        if isinstance(exc, Exception) and _is_the_drivers(exc) and not (self._in_transaction and _repeats_transaction(exc)):
             raise translate(self._name, exc, self._where) from exc
 
 
@@ -56,6 +56,11 @@ def _was_cancelled(exc: BaseException) -> bool:
     Its wait loses the lock then, and leaving the lock's block raises RuntimeError (seen with 4.x on Python 3.11).
     """
     return type(exc) is RuntimeError and isinstance(exc.__context__, asyncio.CancelledError) and str(exc) == "Lock is not acquired"
+
+
+def _is_the_drivers(exc: Exception) -> bool:
+    """Whether the driver has failed, and not the code that called it. Without a free thread it cannot open a client."""
+    return isinstance(exc, _DRIVER_ERRORS) or (type(exc) is RuntimeError and "start new thread" in str(exc))
 
 
 def _repeats_transaction(exc: Exception) -> bool:

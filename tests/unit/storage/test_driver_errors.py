@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.storage.driver_errors import DriverErrors
 from streamline_pool.storage.target import DatabaseTarget
 
@@ -38,3 +39,11 @@ def test_a_call_that_is_given_up_ends_as_a_cancelled_one() -> None:
 def test_a_runtime_error_that_no_cancel_has_caused_passes_unchanged() -> None:
     with pytest.raises(RuntimeError, match="Lock"), DriverErrors("ping", WHERE, in_transaction=False):
         raise RuntimeError("Lock is not acquired")
+
+
+def test_a_driver_that_gets_no_thread_is_unavailable() -> None:
+    """A client starts threads that watch the server. At the limit of threads every first call failed with an error of no known type."""
+    with pytest.raises(StoreUnavailableError, match="ping: MongoDB at .*can't start new thread") as caught:
+        with DriverErrors("ping", WHERE, in_transaction=False):
+            raise RuntimeError("can't start new thread")
+    assert caught.value.context["transient"] is True

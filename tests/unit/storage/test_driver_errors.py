@@ -43,7 +43,7 @@ def test_a_runtime_error_that_no_cancel_has_caused_passes_unchanged() -> None:
 
 def test_a_driver_that_gets_no_thread_is_unavailable() -> None:
     """A client starts threads that watch the server. At the limit of threads every first call failed with an error of no known type."""
-    with pytest.raises(StoreUnavailableError, match="ping: MongoDB at .*can't start new thread") as caught:
-        with DriverErrors("ping", WHERE, in_transaction=False):
-            raise RuntimeError("can't start new thread")
+    unavailable = pytest.raises(StoreUnavailableError, match=r"ping: MongoDB at .*can't start new thread")
+    with unavailable as caught, DriverErrors("ping", WHERE, in_transaction=False):
+        raise RuntimeError("can't start new thread")
     assert caught.value.context["transient"] is True

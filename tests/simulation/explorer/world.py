@@ -32,7 +32,7 @@ from .workload import Workload
 __all__ = ["World"]
 
 OPERATION_S = 0.001  # virtual time that an operation takes
-OPERATIONS_MAX = 6_000  # more would mean that something repeats for ever
+OPERATIONS_MAX = 3_000  # more would mean that something repeats for ever
 PLAY_S = 900.0  # virtual time for the clients' plans and the faults
 SETTLE_S = 3_600.0  # and for everything to come to rest without faults: above six retries of the longest back-off
 FREEZES_S = (2.0, 12.0, 28.0, 31.0, 45.0, 70.0)  # shorter and longer than a lease of 30 s

@@ -24,6 +24,7 @@ KINDS = (
     "lag",  # from now on no write reaches a majority; this ends by catching up or by a fail-over
     "majority too late",  # the same, and the server says that this write was not acknowledged in time
     "clock jump",  # the clock of the sender's host jumps
+    "full",  # the server refuses a commit, because the document would outgrow 16 MiB
     "driver lost",  # a defect ends what drives a run; at any time, and at no operation
     "server clock",  # the clock of the server is set back, or a primary takes over whose clock is behind
 )
@@ -54,6 +55,10 @@ _OF_WRITES = ("late", "lag", "majority too late", "reply lost")
 """Kinds that mean little for a read: a theme of these leaves reads alone."""
 
 
+_OF_COMMITS = ("full", "server clock")
+"""Kinds that matter at the commits of lease holders."""
+
+
 def draw_theme(choices: Choices, duel: Duel | None) -> str | None:
     """The one kind of fault of a schedule with a theme."""
     if choices.profile.name != "themed":
@@ -67,9 +72,12 @@ def draw_fault(choices: Choices, request: Request, theme: str | None) -> str | N
     profile = choices.profile
     if theme in _OF_WRITES and not request.writes:
         return None
+    if theme in _OF_COMMITS and request.name != "commit_runs":
+        return None
     chance = profile.near_writes if request.name in CORE else profile.fault
     if request.call is not None and request.name in CORE:
         chance *= 2  # a client makes few calls
     if not chance or not choices.happens(chance):
         return None
-    return choices.one_of(_AT_OPERATIONS) if theme is None else theme if theme in _AT_OPERATIONS else None
+    fault = choices.one_of(_AT_OPERATIONS) if theme is None else theme
+    return fault if fault in _AT_OPERATIONS and (fault not in _OF_COMMITS or request.name == "commit_runs") else None

@@ -38,19 +38,19 @@ def judge(world: World) -> None:
     events = world.server.all_of("events")
     outputs = {output["_id"] for output in world.server.all_of("outputs")}
     for run in runs.values():
-        _judge_run(run)
+        _judge_run(run, is_strayed=run["_id"] in world.rules.strayed)
         _judge_wait(run, events)
         _judge_outputs(world, run, outputs)
     _judge_starts(world, runs)
     _judge_archive(world, outputs)
 
 
-def _judge_run(run: Run) -> None:
+def _judge_run(run: Run, *, is_strayed: bool) -> None:
     where, status = f"run {run['_id']}", run["status"]
     if status in TERMINAL:
         if run.get("endedAt") is None:
             raise Violation(f"{where} is {status}, and has no endedAt")
-        if {"lease", "wakeAt", "pausedWakeAt", "awaits"} & set(run):
+        if {"lease", "wakeAt", "pausedWakeAt", "awaits"} & set(run) and not is_strayed:
             raise Violation(f"{where} is {status}, and would be claimed or woken: {sorted(run)}")
         if status == "failed" and not (run.get("error") or {}).get("code"):
             raise Violation(f"{where} failed, and does not say why")
@@ -61,7 +61,7 @@ def _judge_run(run: Run) -> None:
         return
     step = next((step for step in run["steps"] if step["stepId"] == run["currentStepId"]), None)
     if run.get("paused") is True:
-        if "wakeAt" in run:
+        if "wakeAt" in run and not is_strayed:
             raise Violation(f"{where} is paused, and claimable")
         if "pausedWakeAt" not in run and not _waits_for_a_call(step):
             raise Violation(f"{where} is paused, and would be stuck after a resume")

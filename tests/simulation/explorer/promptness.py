@@ -6,6 +6,8 @@ each event a time. Owns these times.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from .ledger import Violation
@@ -47,17 +49,18 @@ class Promptness:
     def _no_worker_is_deaf(self) -> None:
         now, server_now = self._world.loop.time(), self._world.server.now()
         idle = [actor for actor in self._world.workers if _has_room(actor)]
-        due = {
-            (run_id, run["token"])
-            for run_id, run in self._world.rules.runs.items()
-            if "lease" not in run and run.get("paused") is not True and run.get("wakeAt") is not None and run["wakeAt"] <= server_now
-        }
+        due = {(run_id, run["token"]) for run_id, run in self._world.rules.runs.items() if self._is_due(run, server_now)}
         if not idle or self._world.workload.differs:
             due.clear()
         self._due_since = {key: self._due_since.get(key, now) for key in due}
         for (run_id, _), since in self._due_since.items():
             if now > since + SOON_S:
                 raise Violation(f"run {run_id} is due for {now - since:.3f} s, and {idle[0].owner} has room and does not claim it")
+
+    def _is_due(self, run: Mapping[str, Any], server_now: datetime) -> bool:
+        if "lease" in run or run.get("paused") is True or run["_id"] in self._world.rules.strayed:
+            return False
+        return run.get("wakeAt") is not None and bool(run["wakeAt"] <= server_now)
 
     def _no_dead_worker_keeps_runs(self) -> None:
         now = self._world.loop.time()

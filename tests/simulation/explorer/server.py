@@ -150,6 +150,11 @@ class Server:
         """All documents of a collection, as the primary has them."""
         return _all_found(self.primary, {"find": _PREFIX + collection}) if collection in self._written else []
 
+    def set_wake_at(self, run_id: str) -> None:
+        """What another program does."""
+        self.primary[_PREFIX + "runs"].update_one({"_id": run_id}, {"$set": {"wakeAt": self.now()}})
+        self._changed()
+
     # --- replication -------------------------------------------------------------------------------------------------
 
     def begin_lag(self) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TERMINAL", "Rules"]
 
+_STOPPING = ("driver lost", "lag", "majority too late")  # by these a handler may be stopped although the lease is held
 TERMINAL = ("done", "failed", "cancelled")
 MAX_CRASHES = 3
 CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
@@ -45,6 +46,8 @@ class Rules:
         self._lag_runs: dict[str, dict[str, Any]] = {}
         self._entered_under_pause: dict[tuple[str, Any], int] = {}
         self._thawed_at: dict[str, float] = {}
+        self._suspects: dict[tuple[str, str], float] = {}  # (owner, run id) -> when it was first seen to keep that suspect
+        self.strayed: set[str] = set()  # runs in which another program has stored a due time
         self.deleted: set[str] = set()
         self.archived: dict[str, Run] = {}  # what the runs were that were moved to the archive
         self.answered: set[tuple[str, str]] = set()  # (run id, id of an answer or event) that has ended a step's wait
@@ -169,6 +172,11 @@ class Rules:
         lease = old["lease"]
         if lease["expiresAt"] > self._world.server.now() and self._claimer_of.get(lease["id"]) not in self._dead:
             raise Violation(f"the lease of {lease['owner']}, which lives, was taken away before it expired")
+        due = new.get("wakeAt") or new.get("pausedWakeAt")
+        if due is not None and due > new["createdAt"]:
+            raise Violation("a recovered run has lost its place in the queue")
+        if old["crashes"] + 1 >= MAX_CRASHES and lease.get("alone") is True and new["status"] != "failed":
+            raise Violation(f"not convicted after {old['crashes'] + 1} lost workers, the last of them alone")
         if new["status"] == "failed" and old["status"] != "failed":
             if lease.get("alone") is not True:
                 raise Violation("convicted, although it did not run alone")
@@ -180,7 +188,7 @@ class Rules:
     def _check_schedule(self, new: Run) -> None:
         """Exactly one field says when the run goes on."""
         paused = new.get("paused") is True
-        if "wakeAt" in new and (paused or "lease" in new):
+        if "wakeAt" in new and (paused or "lease" in new) and new["_id"] not in self.strayed:
             raise Violation("the run is due, although it is paused or leased")
         if "pausedWakeAt" in new and (not paused or "lease" in new):
             raise Violation("the run has pausedWakeAt, although it is not paused, or is leased")
@@ -202,6 +210,10 @@ class Rules:
         if old["status"] in TERMINAL and new["status"] != old["status"]:
             raise Violation(f"went from {old['status']} to {new['status']}")
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            if later["status"] in ("running", "waiting") and any(hook not in later.get("hooks", ()) for hook in earlier.get("hooks", ())):
+                raise Violation(f"step {later['stepId']} has lost a hook, whose token may be in use")
+            if any(bytes(hook["hash"]) == token.encode() for hook in later.get("hooks", ()) for _, token in self._world.workload.tokens):
+                raise Violation("a token is stored as it is")
             if earlier["status"] in ("done", "skipped", "failed") and later != earlier and old["status"] not in TERMINAL:
                 raise Violation(f"step {earlier['stepId']} had ended as {earlier['status']}, and was changed")
         places = [place for place, step in enumerate(new["steps"]) if step["status"] != "pending"]
@@ -236,12 +248,27 @@ class Rules:
                 if (new["_id"], str(later["answer"])) in self.answered:
                     raise Violation(f"the answer or event {later['answer']} was taken twice")
                 self.answered.add((new["_id"], str(later["answer"])))
+                self._check_event(request, old, str(later["answer"]))
                 if later.get("output") not in (None, *self._world.workload.sent):  # None: a resume without data
                     raise Violation(f"the answer was stored as something that no client has sent: {later.get('output')}")
                 continue
             due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
             if later["status"] == "done" and (due is None or due > now):
                 raise Violation(f"the wait of step {later['stepId']} ended before its time: {waiting_for}")
+
+    def _check_event(self, request: Request, old: Run, answer_id: str) -> None:
+        events = {event["_id"]: event for event in self._world.server.all_of("events")}
+        event = events.get(answer_id)
+        if event is None:
+            return
+        if event["bornAt"] <= old["bornAt"]:
+            raise Violation("the run was given an event that is older than itself")
+        if request.name != "commit_runs" or any(item.get("id") == answer_id for item in old.get("inbox") or ()):
+            return
+        seen = old.get("seen") or ()
+        earlier = [other for other in events.values() if old["bornAt"] < other["bornAt"] < event["bornAt"] and other["_id"] not in seen]
+        if earlier:
+            raise Violation(f"the search has found event {answer_id} before {earlier[0]['_id']}, which is older")
 
     def _note_effects(self, request: Request, run_id: str, old: Run, new: Run) -> None:
         if new.get("acts", 0) > old.get("acts", 0):
@@ -253,10 +280,18 @@ class Rules:
             in_inbox = any(item.get("id") == event_id for item in new.get("inbox") or ())
             if not in_inbox and not any(step.get("answer") == event_id for step in new["steps"]):
                 raise Violation(f"event {event_id} was noted as seen, and is neither in the inbox nor a step's answer")
+        if request.name == "answer_hook" and old != new:
+            self._check_expiry(old)
         known = _answer_ids(old)
         for answer_id in _answer_ids(new) - known:
             if answer_id not in (new.get("seen") or ()):
                 self._effect(request, "answer", run_id, answer_id)
+
+    def _check_expiry(self, old: Run) -> None:
+        step = next(step for step in old["steps"] if step["stepId"] == old["currentStepId"])
+        ends = [hook.get("expiresAt") for hook in step.get("hooks", ())]
+        if ends and all(end is not None and end <= self._world.server.now() for end in ends):
+            raise Violation("an answer by a token was accepted after its time")
 
     def _effect(self, request: Request, kind: str, run_id: str, effect_id: Any) -> None:
         call = request.call
@@ -364,6 +399,10 @@ class Rules:
             raise Violation(f"{who}, which is {run['steps'][place]['status']}")
         if run["steps"][place]["attempts"] != ctx.attempt:
             raise Violation(f"{who} as attempt {ctx.attempt}, and the stored count is {run['steps'][place]['attempts']}")
+        suspect = None if actor.engine is None else actor.engine.suspect
+        since = self._suspects.get((actor.owner, suspect or ""))
+        if suspect != run["_id"] and since is not None and self._world.loop.time() > since + 0.5:
+            raise Violation(f"{who} beside {suspect}, which has to run alone")
         if run["crashes"] >= MAX_CRASHES - 1 and actor in self._world.workers and actor.engine is not None:
             others = [active.run_id for active in actor.engine.active_runs.all() if active.run_id != run["_id"]]
             if lease.get("alone") is not True or others:
@@ -374,6 +413,15 @@ class Rules:
             if self._entered_under_pause[number] > 1:
                 raise Violation(f"{who} although the run is paused, the second handler since then")
 
+    def stopped(self, actor: Actor, entry: Entry) -> None:
+        """A handler was cancelled. Raises Violation if its worker holds the run for long enough."""
+        faults = self._world.faults
+        if not actor.alive or entry.lease_id is None or self._world.is_ending or any(kind in faults for kind in _STOPPING):
+            return
+        key = (entry.run_id, entry.lease_id)
+        if key not in self.taken and self.granted.get(key, 0.0) > self._world.loop.time() + 12.0 and self.is_awake(actor):
+            raise Violation(f"{actor.owner} stops the handler of {entry.step_id} of {entry.run_id}, and holds the run")
+
     @staticmethod
     def _active(actor: Actor, run_id: str) -> Any:
         return None if actor.engine is None else actor.engine.active_runs.held.get(run_id)
@@ -382,6 +430,8 @@ class Rules:
         """The clock was set forward: no worker may go on with a lease that has ended."""
         now = self._world.loop.time()
         for actor in self._world.workers:
+            if actor.engine is not None and actor.engine.suspect is not None:
+                self._suspects.setdefault((actor.owner, actor.engine.suspect), now)
             if not actor.alive or not self.is_awake(actor):
                 continue
             for active in actor.engine.active_runs.all() if actor.engine is not None else ():

@@ -16,8 +16,8 @@ from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
-from .duels import DUELS, WAITING, WHEN
-from .ledger import Call, Violation
+from .duels import DUELS, LONG, WAITING, WHEN
+from .ledger import Call, Entry, Violation
 from .server import EPOCH
 from .store import Request
 from .transitions import CLEANED_AFTER_S
@@ -33,7 +33,7 @@ EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
     "event", "event", "event to all", "event to all", "forged hook",
-    "start again", "start", "clean up", "clean up expired", "archive", "execute", "drain", "pause and resume",
+    "start again", "start", "stray wake-up", "clean up", "clean up expired", "archive", "execute", "drain", "pause and resume",
 )  # fmt: skip
 FITTING = {
     "wait": ("answer", "answer", "pause", "rewind", "cancel", "resume"),
@@ -55,6 +55,7 @@ MOMENTS = (
     ("done", "checkpoint"), ("sent", "settle_event"), ("done", "record_event"),
     ("done", "scan_runs"), ("done", "copy_runs"),
 )  # fmt: skip
+LONG_SHARE = 0.3  # of these
 DUEL_SHARE = 0.6  # of the schedules whose first workflow has duels
 PAUSES_S = (0.0, 0.002, 0.01, 0.1, 1.0, 6.0, 29.0, 35.0)
 WORK_S = (0.0, 0.0, 0.0, 0.003, 0.5, 8.0, 33.0)
@@ -87,18 +88,21 @@ class Workload:
         self.tokens: list[tuple[str, str]] = []  # (run id, token), oldest first
         self._work = {(kind, place): draw.choice(WORK_S) for kind in KINDS for place in range(4)}
         self._deadline = {kind: draw.choice(DEADLINES_S) for kind in KINDS}
+        self._expires_in = draw.choice((None, None, None, 0.5, 20.0))
+        self._hooks_fail = draw.random() < 0.3
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
         self.differs = draw.random() < 0.12  # the second worker has another application
         self.sent: list[dict[str, Any]] = []  # the data of answers and events
         self._tidies = draw.random() < 0.3
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
-        is_duel = self.kinds[0] in DUELS and draw.random() < DUEL_SHARE
-        self.duel = draw.choice(DUELS[self.kinds[0]]) if is_duel else None
+        is_duel, is_long = draw.random() < DUEL_SHARE, draw.random() < LONG_SHARE
+        self.duel = draw.choice(LONG if is_long else DUELS[self.kinds[0]]) if is_duel else None
         if self.duel is not None and self.duel.rival:
             self.clients = max(2, self.clients)
-        if self.duel is not None and not self.duel.calls:  # nothing but work, and long enough for the fault to meet it
+        if is_duel and is_long:
             self._work = {key: draw.choice((8.0, 33.0, 70.0)) for key in self._work}
+            self.kinds = [self.kinds[0]] * draw.choice((1, 2, 3))  # side by side, so that they are claimed and renewed together
         self._plans = [self._draw_plan(number) for number in range(self.clients)]
         self._played: set[str] = set()
         self._started: asyncio.Future[None] = world.loop.create_future()  # the first run
@@ -173,6 +177,9 @@ class Workload:
                     await asyncio.sleep(work_s)
                 result = await act(ctx)
                 return {"entry": number, "of": result}
+            except asyncio.CancelledError:
+                self._check_stop(actor, entry)
+                raise
             finally:
                 try:
                     if self._tidies:
@@ -181,6 +188,12 @@ class Workload:
                     entry.left = True
 
         return handle
+
+    def _check_stop(self, actor: Actor, entry: Entry) -> None:
+        try:
+            self._world.rules.stopped(actor, entry)
+        except Violation as violation:
+            self._world.fail(violation)
 
     async def _work_step(self, ctx: Context) -> str:
         if ctx.workflow_id == "chain":
@@ -199,10 +212,12 @@ class Workload:
         ctx.wait("answer me", timeout=self._deadline["wait"])
 
     async def _hook_step(self, ctx: Context) -> None:
-        hook = create_hook(ctx, "answer me", expires_in=None)
+        hook = create_hook(ctx, "answer me", expires_in=self._expires_in)
         self.tokens.append((ctx.run_id, hook.token))
         self._moment("done", "hook", None)
         await asyncio.sleep(self._work[("hook", 2)])
+        if self._hooks_fail and ctx.attempt == 1:
+            raise ValueError("the hook's first attempt fails")
         ctx.wait("answer me", timeout=self._deadline["hook"])
 
     async def _event_step(self, ctx: Context) -> None:
@@ -333,6 +348,8 @@ class Workload:
             case "forged hook":
                 forged = f"{run_id}.{'0' * 32}"
                 await self._call(client, "forged hook", run_id, None, app.resume_hook_async(forged, {"by": "a stranger"}))
+            case "stray wake-up":
+                self._world.stray_wake_up(run_id)
             case "event":
                 await self._call(client, "event", run_id, None, app.send_event_async(EVENT, self._data(client), run_id=run_id))
             case "execute":

@@ -26,7 +26,7 @@ from .promptness import Promptness
 from .server import Server
 from .signals import Signals
 from .store import Request
-from .transitions import Rules
+from .transitions import TERMINAL, Rules
 from .workload import Workload
 
 __all__ = ["World"]
@@ -80,6 +80,7 @@ class World:
         self._theme = draw_theme(choices, self.workload.duel)
         self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
         self.last_fault_at = -1.0
+        self._is_over = False
         self._away_until = -1.0  # an outage ends
         self._settling = False
         self._failure: BaseException | None = None
@@ -103,7 +104,7 @@ class World:
             self._end()
 
     def _end(self) -> None:
-        self._settling = True
+        self._settling = self._is_over = True
         self.loop.set_exception_handler(lambda _loop, _context: None)
         self.loop.revive_all()
         self._pending.clear()
@@ -224,6 +225,11 @@ class World:
         for actor in (*self.workers, self.steward):
             if self.loop.is_frozen(actor.owner):
                 self._thaw(actor, actor.owner)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the schedule is over, and what is left of it is cancelled."""
+        return self._failure is not None or self._is_over
 
     @property
     def is_away(self) -> bool:
@@ -358,6 +364,10 @@ class World:
                 copy.owner, copy.call, copy.leases = request.owner, request.call, request.leases
                 self._send_late(copy)
                 return
+            case "full":
+                error = {"index": 0, "code": 17419, "errmsg": "Resulting document after update is larger than 16777216"}
+                request.answer({"n": 0, "nModified": 0, "writeErrors": [error], "ok": 1.0})
+                return
             case "crash before":
                 self._crash(actor)
                 return
@@ -431,6 +441,15 @@ class World:
             if entry[0] < 0:
                 self._late.remove(entry)
                 self._pending.insert(0, entry[1])
+
+    def stray_wake_up(self, run_id: str) -> None:
+        """Another program stores a due time in a run that has ended or is paused, which no code of this package does."""
+        run = self.rules.runs.get(run_id)
+        if run is not None and "lease" not in run and (run["status"] in TERMINAL or run.get("paused") is True):
+            self.ledger.tell(self.loop.time(), f"another program: stores a due time in {run_id}")
+            self.server.set_wake_at(run_id)
+            self.rules.strayed.add(run_id)
+            self.rules.runs = self.server.runs()
 
     # --- faults ------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class Promptness:
                 raise Violation(f"run {run_id} is leased to {run['lease']['owner']}, whose death was reported {now - reported:.3f} s ago")
 
     def _no_handler_of_a_lost_run_goes_on(self) -> None:
-        if self._world.is_away:
+        if self._world.is_away or self._world.server.lags:
             return
         now, limit_s = self._world.loop.time(), SOON_S if self._world.is_calm else RENEWED_S
         for actor in (*self._world.workers, *self._world.clients):

@@ -53,6 +53,8 @@ class Server:
         self._info: dict[str, Any] | None = None
         self._written = set(COLLECTIONS)  # collections that may hold documents
         for database in (self.primary, self.majority):
+            database.drop_collection(_PREFIX + ARCHIVE)
+            database.create_collection(_PREFIX + ARCHIVE)  # so that it is there in every schedule, not only after the first that archives
             for collection in COLLECTIONS[:-1]:
                 body = engine_indexes.ensure_indexes(collection).body
                 database.command({"createIndexes": _PREFIX + collection, **body})
@@ -81,7 +83,11 @@ class Server:
     def command(self, op: Command, document: Mapping[str, Any]) -> dict[str, Any]:
         """Perform a command, which is sent as `document`. Raises PyMongoError."""
         verb = next(iter(document))
-        sent = {**document, "writeConcern": {"w": 1}} if op.writes else dict(document)  # the default, a majority, takes five times as long
+        # By default a write waits for a majority, which takes five times as long. A real read by majority would not show these
+        # quick writes at once, so the level of a read is not sent, and decides here which database is read.
+        sent = {**document, "writeConcern": {"w": 1}} if op.writes else dict(document)
+        by_majority = sent.pop("readConcern", {}).get("level") == "majority"
+        database = self.majority if by_majority and self.lags else self.primary
         if verb in ("create", "createIndexes", "convertToCapped", "collMod"):
             return {"ok": 1.0}  # the explorer has made what the engine needs
         if verb not in _DATA:
@@ -95,7 +101,7 @@ class Server:
             self._written.add(ARCHIVE)
         reply: dict[str, Any] | None = None
         try:
-            reply = dict(self.primary.command(sent if verb == "insert" else _with_time(sent, self.now()), codec_options=CODEC))
+            reply = dict(database.command(sent if verb == "insert" else _with_time(sent, self.now()), codec_options=CODEC))
         finally:
             if op.writes and (reply is None or reply.get("n") != 0):
                 self._changed()

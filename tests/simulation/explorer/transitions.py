@@ -405,7 +405,8 @@ class Rules:
             raise Violation(f"{who} beside {suspect}, which has to run alone")
         if run["crashes"] >= MAX_CRASHES - 1 and actor in self._world.workers and actor.engine is not None:
             others = [active.run_id for active in actor.engine.active_runs.all() if active.run_id != run["_id"]]
-            if lease.get("alone") is not True or others:
+            is_marked = lease.get("alone") is True or "full" in self._world.faults  # a full document has no room for the mark
+            if others or not is_marked:
                 raise Violation(f"{who}, a suspect, beside {others or 'nothing, but the lease does not say so'}")
         if run.get("paused") is True:
             number = (run["_id"], run.get("acts"))
@@ -418,8 +419,12 @@ class Rules:
         faults = self._world.faults
         if not actor.alive or entry.lease_id is None or self._world.is_ending or any(kind in faults for kind in _STOPPING):
             return
-        key = (entry.run_id, entry.lease_id)
-        if key not in self.taken and self.granted.get(key, 0.0) > self._world.loop.time() + 12.0 and self.is_awake(actor):
+        engine = actor.engine
+        active_runs = [] if engine is None else [one for one in engine.active_runs.all() if one.lease_id == entry.lease_id]
+        active = next((one for one in active_runs if one.run_id == entry.run_id), None)
+        if active is None or active.deadline <= self._world.loop.time() + 1.0 or not self.is_awake(actor):
+            return
+        if (entry.run_id, entry.lease_id) not in self.taken:
             raise Violation(f"{actor.owner} stops the handler of {entry.step_id} of {entry.run_id}, and holds the run")
 
     @staticmethod

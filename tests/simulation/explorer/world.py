@@ -517,6 +517,7 @@ class World:
             self._catch_up()
 
     def _catch_up(self) -> None:
+        self.last_fault_at = self.loop.time()
         self.server.catch_up()
         self.rules.lag_ended()
         waiting, self._unacknowledged = self._unacknowledged, []
@@ -524,6 +525,7 @@ class World:
             request.answer(reply)
 
     def _fail_over(self) -> None:
+        self.last_fault_at = self.loop.time()
         self.ledger.tell(self.loop.time(), "FAIL-OVER: what no majority had is rolled back")
         self.server.roll_back()
         waiting, self._unacknowledged = self._unacknowledged, []

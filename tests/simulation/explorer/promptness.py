@@ -83,10 +83,20 @@ class Promptness:
                     continue
                 since = max(taken_at, self._world.rules.entered_at(active.run_id, active.lease_id))
                 told_at = max(since, self._told_at(active.run_id))
-                is_told = not self._world.signals.lost and self._world.last_fault_at < told_at and now > told_at + SOON_S
+                is_told = (
+                    not self._world.signals.lost
+                    and self._hints_pass(told_at)
+                    and self._world.last_fault_at < told_at
+                    and now > told_at + SOON_S
+                )
                 if is_told or (now > since + limit_s and self._world.last_fault_at < since):
                     late = f"{now - taken_at:.3f} s"
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
+
+    def _hints_pass(self, since: float) -> bool:
+        """Whether a steward has been there all the time to pass hints on."""
+        steward = self._world.steward
+        return steward.alive and steward.started_at < since and self._world.rules.is_awake(steward)
 
     def _told_at(self, run_id: str) -> float:
         """When a cancel of this run has returned. From then on its holder has the hint."""

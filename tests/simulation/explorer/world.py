@@ -187,7 +187,7 @@ class World:
         actor = self.choices.one_of(self.workers)
         if not actor.alive or self.loop.is_frozen(actor.owner):
             return
-        fault = self.choices.one_of(_AT_ANY_TIME)
+        fault = self._theme or self.choices.one_of(_AT_ANY_TIME)
         self.faults[fault] = self.faults.get(fault, 0) + 1
         self.ledger.tell(self.loop.time(), f"{actor.owner}: at work: {fault.upper()}")
         match fault:

@@ -73,6 +73,9 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         Duel("server clock"),
         Duel(None, "event waiting", rival=("cancel waiting",)),
         Duel(None, "event to all early", "start 1", "start 1"),
+        Duel(None, "resume waiting", "pause at claim", "resume"),
+        Duel(None, "event to all early", "clean up expired", "rewind"),
+        Duel("crash after", "event to all early", rival=("clean up expired", "clean up expired", "rewind")),
     ),
     "events": (
         Duel("late", "event to all waiting", "event to all waiting"),
@@ -85,6 +88,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         Duel("crash after", "event to all", "rewind 1"),
     ),
     "chain": (
+        Duel(None, "start mine early", rival=("start mine early",)),
         Duel("late", "pause", "resume", "pause"),
         Duel("late", "resume", "pause", "resume"),
         Duel("late", "rewind", "rewind 1", "rewind"),
@@ -115,6 +119,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         Duel("late", "rewind", "hook"),
     ),
     "sleep": (
+        Duel(None, "resume waiting", "pause at claim", "resume"),
         Duel("slow reply", "resume waiting", "rewind at claim"),
         Duel("slow reply", "resume waiting", "rewind at claim", "rewind waiting"),
         Duel(None, "pause", "resume"),

@@ -35,7 +35,7 @@ def is_quiet(world: World) -> bool:
 def judge(world: World) -> None:
     """Raise Violation if something is lost, stuck or inconsistent."""
     runs = world.server.runs()
-    events = world.server.all_of("events")
+    events = list(world.rules.events.values())
     outputs = {output["_id"] for output in world.server.all_of("outputs")}
     for run in runs.values():
         _judge_run(run, is_strayed=run["_id"] in world.rules.strayed)

@@ -47,6 +47,8 @@ class Rules:
         self._entered_under_pause: dict[tuple[str, Any], int] = {}
         self._thawed_at: dict[str, float] = {}
         self._suspects: dict[tuple[str, str], float] = {}  # (owner, run id) -> when it was first seen to keep that suspect
+        self.events: dict[str, dict[str, Any]] = {}  # every event to all that was stored, also those that a clean-up has removed
+        self._arrived_before: dict[tuple[str, str], set[str]] = {}  # (run id, lease id) -> events that its claim could have found
         self.strayed: set[str] = set()  # runs in which another program has stored a due time
         self.deleted: set[str] = set()
         self.archived: dict[str, Run] = {}  # what the runs were that were moved to the archive
@@ -132,6 +134,8 @@ class Rules:
             return
         if holds is not None:
             self._check_claim(request, old, new)
+            if old.get("awaits") is not None:
+                self._arrived_before[(new["_id"], str(holds_id))] = self._events_for(old)
             self._claimer_of[holds_id] = request.owner
             self._claimed_rev[(new["_id"], holds_id)] = new["rev"]
             return
@@ -252,9 +256,21 @@ class Rules:
                 if later.get("output") not in (None, *self._world.workload.sent):  # None: a resume without data
                     raise Violation(f"the answer was stored as something that no client has sent: {later.get('output')}")
                 continue
+            missed = self._arrived_before.get((new["_id"], str((old.get("lease") or {}).get("id"))), set()) - set(old.get("seen") or ())
+            if missed and not self._world.server.lags and self._lag_over_at < 0:
+                raise Violation(f"step {later['stepId']} timed out, and before that there was event {min(missed)}")
             due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
             if later["status"] == "done" and (due is None or due > now):
                 raise Violation(f"the wait of step {later['stepId']} ended before its time: {waiting_for}")
+
+    def _events_for(self, run: Run) -> set[str]:
+        """The events to all that the run waits for, and that are stored."""
+        events = self._world.server.all_of("events")
+        return {event["_id"] for event in events if event["name"] == run["awaits"] and event["bornAt"] > run["bornAt"]}
+
+    def event_recorded(self) -> None:
+        """An event to all was stored."""
+        self.events.update({event["_id"]: event for event in self._world.server.all_of("events")})
 
     def _check_event(self, request: Request, old: Run, answer_id: str) -> None:
         events = {event["_id"]: event for event in self._world.server.all_of("events")}
@@ -340,6 +356,7 @@ class Rules:
     def rolled_back(self) -> None:
         """A fail-over: the changes since `lag_began` have not happened. None of them may have been acknowledged."""
         self.runs = self._world.server.runs()
+        self.events = {event["_id"]: event for event in self._world.server.all_of("events")}
         self.changes += 1
         self.answered = self._lag_answered
         self.granted = self._lag_granted

@@ -33,7 +33,8 @@ EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
     "event", "event", "event to all", "event to all", "forged hook",
-    "start again", "start", "stray wake-up", "clean up", "clean up expired", "archive", "execute", "drain", "pause and resume",
+    "start again", "start", "start mine",
+    "stray wake-up", "clean up", "clean up expired", "archive", "execute", "drain", "pause and resume",
 )  # fmt: skip
 FITTING = {
     "wait": ("answer", "answer", "pause", "rewind", "cancel", "resume"),
@@ -308,9 +309,11 @@ class Workload:
         match action.kind:
             case "start":
                 kind = self.kinds[action.target]
-                await self._start(client, kind, None if action.place else f"key-{action.target}")
+                await self._start(client, kind, None if action.place else self._key(action.target))
             case "start again":
-                await self._start(client, self.kinds[action.target], f"key-{action.target}")
+                await self._start(client, self.kinds[action.target], self._key(action.target))
+            case "start mine":
+                await self._start(client, self.kinds[0], None, "chosen")
             case "clean up":
                 await self._call(client, "clean up", None, None, app.cleanup_old_runs_async(AGE))
             case "clean up expired":
@@ -369,13 +372,21 @@ class Workload:
         if worker.alive:
             worker.drain()
 
-    async def _start(self, client: ClientActor, kind: str, key: str | None) -> None:
-        call = await self._call(
-            client, "start", None, (kind, key), client.app.workflows[kind].start_async({"kind": kind}, idempotency_key=key)
-        )
+    def _key(self, target: int) -> str:
+        """Workflows of different kinds share a key, which belongs to each of them alone."""
+        return f"key-{self.kinds[:target].count(self.kinds[target])}"
+
+    async def _start(self, client: ClientActor, kind: str, key: str | None, run_id: str | None = None) -> None:
+        given = {"kind": kind, "by": client.name}
+        work = client.app.workflows[kind].start_async(given, idempotency_key=key, run_id=run_id)
+        call = await self._call(client, "start", None, (kind, key or run_id), work)
+        if call.outcome == "refused" and run_id is None:
+            self._world.fail(Violation(f"{call} was refused: {call.result}"))
         if call.outcome != "ok":
             return
         run = call.result
+        if run.workflow_id != kind or (key is None and run.input != given):
+            self._world.fail(Violation(f"{call} was given run {run.id} of {run.workflow_id} with the input {run.input}"))
         self.kind_of[run.id] = kind
         if run.id not in self.run_ids:
             self.run_ids.append(run.id)

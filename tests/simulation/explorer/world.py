@@ -412,6 +412,8 @@ class World:
             if request.writes and request.op.collection == "runs" and not _matched_nothing(reply):
                 self.rules.changed(request)
                 self.workload.on_changed()
+        if request.name == "record_event":
+            self.rules.event_recorded()
         self.workload.on_performed(request)
         return reply
 

@@ -69,6 +69,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "part": None if row.mutant is None else row.mutant.part,
             "harm": None if row.mutant is None else row.mutant.harm,
             "equivalent": None if row.mutant is None else row.mutant.equivalent,
+            "beyond_explorer": None if row.mutant is None else row.mutant.beyond_explorer,
             "found": row.is_found,
             "detectors": {
                 detector: {"verdict": str(finding.verdict), "seconds": round(finding.seconds, 1), "by": finding.by}

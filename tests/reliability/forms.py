@@ -1,7 +1,7 @@
 """Brings what the measuring programs write to the form that is stored and rendered. Owns these two forms; it measures nothing.
 
-A mutant: `{name, topic, harm, equivalent, argument, found: {detector: seconds or None}}`. The nemesis: its totals, and `faults` as a list
-of `{name, times, lost, wedged, duplicates, recovery_p50_s, recovery_p99_s}`.
+A mutant: `{name, topic, harm, equivalent, argument, beyond_explorer, found: {detector: seconds or None}}`. The nemesis: its totals, and
+`faults` as a list of `{name, times, lost, wedged, duplicates, recovery_p50_s, recovery_p99_s}`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _mutant(row: Mapping[str, Any]) -> dict[str, Any]:
     argument = row["equivalent"] or ""
     return {
         **{"name": row["name"], "topic": row["part"], "harm": row["harm"]},
-        **{"equivalent": bool(argument), "argument": argument, "found": found},
+        **{"equivalent": bool(argument), "argument": argument, "beyond_explorer": row.get("beyond_explorer") or "", "found": found},
     }
 
 

@@ -149,6 +149,9 @@ def _mutants(result: Sequence[Mapping[str, Any]]) -> list[str]:
         [f"`{m['name']}`", m["topic"], m["harm"], *(_found(m, detector) for detector in detectors)] for m in result if not m["equivalent"]
     ]
     parts = [summary, _table(("mutant", "topic", "harm", *detectors), rows)]
+    beyond = [(f"`{m['name']}`", m["beyond_explorer"]) for m in result if m.get("beyond_explorer")]
+    if beyond:
+        parts.append(_table(("not for the explorer", "why none of its schedules can show it"), beyond))
     if equivalents:
         parts.append(_table(("equivalent", "why it changes nothing"), [(f"`{m['name']}`", m["argument"]) for m in equivalents]))
     return parts

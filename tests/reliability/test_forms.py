@@ -27,15 +27,25 @@ def test_a_mutant_keeps_who_found_it_and_how_fast_and_the_control_is_left_out() 
             "detectors": {"explorer": finding, "quick": {**finding, "verdict": "missed"}},
         },
         {"name": "same", "part": "claim", "harm": "none", "equivalent": "the index is unique", "found": False, "detectors": {}},
+        {
+            "name": "far",
+            "part": "ttl",
+            "harm": "gone",
+            "equivalent": None,
+            "beyond_explorer": "takes a day",
+            "found": True,
+            "detectors": {},
+        },
     ]
 
-    first, second = mutants_of(table)
+    first, second, third = mutants_of(table)
 
     assert first == {
-        **{"name": "no-fence", "topic": "commit", "harm": "two holders", "equivalent": False, "argument": ""},
+        **{"name": "no-fence", "topic": "commit", "harm": "two holders", "equivalent": False, "argument": "", "beyond_explorer": ""},
         "found": {"explorer": 3.5, "quick": None},
     }
     assert (second["equivalent"], second["argument"]) == (True, "the index is unique")
+    assert third["beyond_explorer"] == "takes a day"
 
 
 def test_the_nemesis_keeps_its_totals_each_fault_and_what_it_left_out() -> None:

@@ -380,8 +380,8 @@ class Workload:
         given = {"kind": kind, "by": client.name}
         work = client.app.workflows[kind].start_async(given, idempotency_key=key, run_id=run_id)
         call = await self._call(client, "start", None, (kind, key or run_id), work)
-        if call.outcome == "refused" and run_id is None:
-            self._world.fail(Violation(f"{call} was refused: {call.result}"))
+        if run_id is None and (call.outcome == "refused" or (call.outcome == "unknown" and not self._world.faults)):
+            self._world.fail(Violation(f"{call} was {call.outcome}: {call.result}"))
         if call.outcome != "ok":
             return
         run = call.result

@@ -89,6 +89,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
     ),
     "chain": (
         Duel(None, "start mine early", rival=("start mine early",)),
+        Duel(None, "start again 1", "start again 1"),
         Duel("late", "pause", "resume", "pause"),
         Duel("late", "resume", "pause", "resume"),
         Duel("late", "rewind", "rewind 1", "rewind"),

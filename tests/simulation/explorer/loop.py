@@ -84,6 +84,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self.stop()
             return
         for _ in range(len(self._ready)):
+            if not self._ready:
+                break  # an actor that blocks in a callback has let the others go on in between
             handle = self._ready.popleft()
             if handle._cancelled:
                 continue

@@ -6,7 +6,7 @@ each event a time. Owns these times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,10 @@ class Promptness:
     def lease_taken(self, run_id: str, lease_id: str) -> None:
         """A lease was taken away from its holder, by a call or a recovery."""
         self._taken_at.setdefault((run_id, lease_id), self._world.loop.time())
+
+    def rolled_back(self, taken: Collection[tuple[str, str]]) -> None:
+        """Only these leases were taken away, after a fail-over."""
+        self._taken_at = {lease: at for lease, at in self._taken_at.items() if lease in taken}
 
     def death_reported(self, owner: str) -> None:
         """The steward was told that a worker is dead."""

@@ -351,6 +351,7 @@ class Rules:
         self._lag_at = self.changes
         self._lag_runs = dict(self.runs)
         self._lag_answered = set(self.answered)
+        self._lag_taken = set(self.taken)
         self._lag_granted = dict(self.granted)
 
     def rolled_back(self) -> None:
@@ -359,6 +360,8 @@ class Rules:
         self.events = {event["_id"]: event for event in self._world.server.all_of("events")}
         self.changes += 1
         self.answered = self._lag_answered
+        self.taken = self._lag_taken
+        self._world.promptness.rolled_back(self.taken)
         self.granted = self._lag_granted
         for call in self._world.ledger.calls:
             lost = [effect for effect in call.effects if effect[0] > self._lag_at]

@@ -311,7 +311,8 @@ class Workload:
                 kind = self.kinds[action.target]
                 await self._start(client, kind, None if action.place else self._key(action.target))
             case "start again":
-                await self._start(client, self.kinds[action.target], self._key(action.target))
+                target_kind = action.place if action.place < len(self.kinds) else action.target
+                await self._start(client, self.kinds[target_kind], self._key(target_kind))
             case "start mine":
                 await self._start(client, self.kinds[0], None, "chosen")
             case "clean up":

@@ -359,6 +359,7 @@ class Rules:
         self.runs = self._world.server.runs()
         self.events = {event["_id"]: event for event in self._world.server.all_of("events")}
         self.changes += 1
+        self.history += [(self.changes, run_id, run) for run_id, run in self.runs.items()]  # what was rolled back is no state of theirs
         self.answered = self._lag_answered
         self.taken = self._lag_taken
         self._world.promptness.rolled_back(self.taken)

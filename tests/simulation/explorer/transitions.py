@@ -199,6 +199,9 @@ class Rules:
 
     def _check_states(self, old: Run, new: Run) -> None:
         self._check_schedule(new)
+        kept = [(item["stepId"], item.get("gen")) for item in new.get("inbox") or () if "stepId" in item]
+        if len(kept) != len(set(kept)):
+            raise Violation("two answers are kept for one hook")
         if new.get("rewinds", 0) > old.get("rewinds", 0):
             if old["status"] == "cancelled":
                 raise Violation("a cancelled run was rewound")
@@ -243,11 +246,11 @@ class Rules:
         if new.get("rewinds") != old.get("rewinds"):
             return
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
-            if earlier["status"] != "waiting" or later["status"] == "waiting":
+            if earlier["status"] not in ("running", "waiting") or later["status"] == "waiting":
                 continue
-            waiting_for = earlier["waitingFor"]
+            waiting_for = earlier.get("waitingFor", {})
             if "answer" in later:
-                if waiting_for["type"] == "timer":
+                if waiting_for.get("type") == "timer":
                     raise Violation(f"an answer has ended the sleep of step {later['stepId']}")
                 if (new["_id"], str(later["answer"])) in self.answered:
                     raise Violation(f"the answer or event {later['answer']} was taken twice")
@@ -255,6 +258,8 @@ class Rules:
                 self._check_event(request, old, str(later["answer"]))
                 if later.get("output") not in (None, *self._world.workload.sent):  # None: a resume without data
                     raise Violation(f"the answer was stored as something that no client has sent: {later.get('output')}")
+                continue
+            if earlier["status"] == "running":
                 continue
             missed = self._arrived_before.get((new["_id"], str((old.get("lease") or {}).get("id"))), set()) - set(old.get("seen") or ())
             if missed and not self._world.server.lags and self._lag_over_at < 0:

@@ -65,6 +65,7 @@ MUTANTS: tuple[Mutant, ...] = (
     return query""",
         new="    return query",
         harm="A wake-up brings a suspect beside other runs, which it may kill with their worker.",
+        beyond_explorer="However a suspect was claimed, the engine runs it alone (solitude.py): a schedule shows no more than a pause.",
         likely=("conformance/test_suspects.py", "conformance/test_seams.py"),
     ),
     _bug(

@@ -125,6 +125,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="    if refused:",
         new="    if False:",
         harm="A run whose document was full never receives the event, also after it has room.",
+        beyond_explorer="In the explorer the server refuses commits of lease holders as too large, and no deliveries.",
         likely=("conformance/test_events_refused.py",),
     ),
     _bug(
@@ -202,6 +203,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old=""""$expr": {"$or": [hit, has_room(size)]}}""",
         new=""""$expr": {"$or": [hit, {"$literal": True}]}}""",
         harm="Events that a run never waits for fill its document, until it cannot be claimed.",
+        beyond_explorer="It takes hundreds of events to one run.",
     ),
     _bug(
         name="clean-up-forgets-all-events",

@@ -48,6 +48,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""if stored.get("runId") != output.document["_id"]:""",
         new="if False:",
         harm="A forged marker reads the output of another run.",
+        beyond_explorer="It takes a forged marker, which no code of this package writes.",
     ),
     _output_bug(
         name="half-an-output-is-accepted",
@@ -55,6 +56,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""if not isinstance(data, bytes) or int.from_bytes(data[:_PREFIX_BYTES], "little") != len(data):""",
         new="if not isinstance(data, bytes):",
         harm="A damaged output is handed to a handler, or ends the worker's read with an error that names no run.",
+        beyond_explorer="It takes a damaged output, which no code of this package writes.",
     ),
     _bug(
         name="ttl-on-live-runs",
@@ -62,6 +64,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""key={"endedAt": 1}, partial={"status": {"$in": TERMINAL_TEXTS}}, expire_after_s=after_s)""",
         new="""key={"updatedAt": 1}, expire_after_s=after_s)""",
         harm="The server deletes runs that sleep or wait for longer than `auto_cleanup_days`.",
+        beyond_explorer="The server's own thread deletes by TTL indexes, in real time.",
         likely=("conformance/test_indexes.py",),
     ),
     _bug(
@@ -134,6 +137,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="(yield outputs.outputs_of_runs(gone, _ORPHAN_AGE_S))",
         new="(yield outputs.outputs_of_runs(gone))",
         harm="A clean-up during the restore of a database in parts deletes the outputs of runs that are not there yet.",
+        beyond_explorer="It takes a database that is restored in parts.",
     ),
     _bug(
         name="clean-up-reads-outputs-after-the-delete",

@@ -107,6 +107,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="(len(self._active_runs) > 1 or self._left)",
         new="(len(self._active_runs) > 1)",
         harm="A suspect runs beside a handler that outlived its timeout, and is convicted for what that one does.",
+        beyond_explorer="The explorer's handlers are coroutines, which end when they are stopped. Only a thread goes on.",
     ),
     _suspect_bug(
         name="suspect-alone-is-not-stored",
@@ -150,6 +151,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="return Chosen(suspects[:1], None)",
         new="return Chosen(suspects, None)",
         harm="Two suspects run in one worker, and one is convicted for the other.",
+        beyond_explorer="The engine releases the second suspect before it enters a handler (solitude.py): only time is lost.",
     ),
     _suspect_bug(
         name="result-does-not-end-the-count-of-crashes",

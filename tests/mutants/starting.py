@@ -74,6 +74,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""return {"command": document, "codec_options": _COMMAND_CODEC, "session": session}""",
         new="""return {"command": document, "codec_options": _COMMAND_CODEC}""",
         harm="A run that was started in a transaction exists although the transaction was aborted.",
+        beyond_explorer="The explorer has no transactions.",
         likely=("conformance/test_engine_starting.py", "conformance/test_starting_races.py"),
     ),
 )

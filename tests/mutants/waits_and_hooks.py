@@ -150,6 +150,7 @@ _WAIT_MUTANTS = (
         old="    if change.takes:",
         new="    if False:",
         harm="One event ends two waits of a run.",
+        explorer=("--kinds", "events,event"),
     ),
     _wait_bug(
         name="waiting-step-is-entered",

@@ -57,6 +57,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if len(rows) == SWEEP_LIMIT:",
         new="if False:",
         harm="With a thousand runs that are due soon in one queue, the overdue runs of the next queue are not found.",
+        beyond_explorer="It takes a thousand runs.",
         likely=("conformance/test_sweep.py",),
     ),
     _bug(
@@ -121,6 +122,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="owed_wake_ups=max(owed, 0),",
         new="owed_wake_ups=0,",
         harm="A run that was announced while all workers were busy is found only by a sweep.",
+        beyond_explorer="The explorer's supervisor wakes every worker, so it owes no wake-up.",
         likely=("unit/supervisor/pool/test_pool_work_sharing.py", "unit/supervisor/pool/test_pool_burst.py"),
     ),
     _bug(

@@ -78,13 +78,11 @@ class Actor:
         self.number = 0
         self.owner = name
         self.alive = False
-        self.started_at = 0.0
         self.clock = _Clock(world)
 
     def start(self) -> None:
         """Begin a new incarnation."""
         self.number += 1
-        self.started_at = self.world.loop.time()
         self.owner = f"{self.name}.{self.number}"
         self.alive = True
         self.call = None

@@ -76,8 +76,10 @@ class Promptness:
     def _no_handler_of_a_lost_run_goes_on(self) -> None:
         if self._world.is_away or self._world.server.lags:
             return
-        now, limit_s = self._world.loop.time(), SOON_S if self._world.is_calm else RENEWED_S
+        now = self._world.loop.time()
         for actor in (*self._world.workers, *self._world.clients):
+            gets_hints = actor in self._world.workers  # a program that executes a run itself learns of its loss when it renews
+            limit_s = SOON_S if self._world.is_calm and gets_hints else RENEWED_S
             if not actor.alive or actor.engine is None or not self._world.rules.is_awake(actor):
                 continue
             for active in actor.engine.active_runs.all():
@@ -88,7 +90,8 @@ class Promptness:
                 since = max(taken_at, self._world.rules.entered_at(active.run_id, active.lease_id))
                 told_at = max(since, self._told_at(active.run_id))
                 is_told = (
-                    not self._world.signals.lost
+                    gets_hints
+                    and not self._world.signals.lost
                     and self._hints_pass(told_at)
                     and self._world.last_fault_at < told_at
                     and now > told_at + SOON_S
@@ -100,7 +103,8 @@ class Promptness:
     def _hints_pass(self, since: float) -> bool:
         """Whether a steward has been there all the time to pass hints on."""
         steward = self._world.steward
-        return steward.alive and steward.started_at < since and self._world.rules.is_awake(steward)
+        reads_since = self._world.signals.stewards.get(steward.owner)
+        return steward.alive and reads_since is not None and reads_since < since and self._world.rules.is_awake(steward)
 
     def _told_at(self, run_id: str) -> float:
         """When a cancel of this run has returned. From then on its holder has the hint."""

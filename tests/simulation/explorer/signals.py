@@ -6,11 +6,12 @@ Owns what a tail reads. The capped collection is a hint channel, so nothing is s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from .choices import Choices
+from .loop import ACTOR
 
 __all__ = ["Signals"]
 
@@ -18,8 +19,10 @@ __all__ = ["Signals"]
 class Signals:
     """Delivers each signal to every reader whose filter it matches."""
 
-    def __init__(self, choices: Choices, lost: float) -> None:
+    def __init__(self, choices: Choices, lost: float, now: Callable[[], float]) -> None:
         self._choices = choices
+        self._now = now
+        self.stewards: dict[str, float] = {}  # the stewards that read, and since when
         self.lost = lost  # chance that a reader misses a signal, and that it reads it twice
         self._readers: list[tuple[Mapping[str, Any], asyncio.Queue[dict[str, Any]]]] = []
 
@@ -42,10 +45,13 @@ class Signals:
         """Read from now on."""
         entry = (wanted, asyncio.Queue[dict[str, Any]]())
         self._readers.append(entry)
+        owner = ACTOR.get()
+        self.stewards[owner] = self._now()
         try:
             yield entry[1]
         finally:
             self._readers.remove(entry)
+            self.stewards.pop(owner, None)
 
 
 def _matches(signal: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -65,7 +65,7 @@ class World:
         self.promptness = Promptness(self)
         self.is_calm = choices.profile.name == "calm"
         lost = choices.fixed.choice((0.0, 0.0, 0.05, 1.0))
-        self.signals = Signals(choices, 0.0 if self.is_calm else lost)
+        self.signals = Signals(choices, 0.0 if self.is_calm else lost, self.loop.time)
         self.workers = [WorkerActor(self, f"worker-{number}", number) for number in range(2)]
         self.steward = StewardActor(self, "steward")
         self.clients = [ClientActor(self, f"client-{number}") for number in range(self.workload.clients)]

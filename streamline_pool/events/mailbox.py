@@ -63,7 +63,11 @@ class Mailbox:
                     return None if self._closed else self._events.popleft()
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._waiting.append(future)
-            await future
+            try:
+                await future
+            finally:
+                with self._changed, contextlib.suppress(ValueError):
+                    self._waiting.remove(future)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

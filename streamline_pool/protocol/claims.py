@@ -78,7 +78,7 @@ def find_due(
     - `priorities`: only runs of these priorities; empty means all.
     """
     query = _in_lanes(lanes)
-    query["wakeAt"] = {"$lte": due_at}
+    query |= {"wakeAt": {"$lte": due_at}, "status": _NOT_ENDED, "paused": NOT_PAUSED}  # what no claim matches must not fill a poll
     if slots is not None:
         query["slot"] = {"$mod": list(slots)}  # `$in` would make the scan seek from slot to slot; this one steps
     if since is not None:
@@ -172,7 +172,7 @@ def read_claimed(run_ids: Sequence[str], lease_id: str) -> Find:
 def find_due_before(lanes: Sequence[str], until: datetime, limit: int, since: datetime | None = None) -> Find:
     """Runs due after `since` and until `until`, in no particular order: lane and `wakeAt` of each. For the steward."""
     due = {"$lte": until} if since is None else {"$lte": until, "$gt": since}
-    query = {**_in_lanes(lanes), "wakeAt": due}
+    query = {**_in_lanes(lanes), "wakeAt": due, "status": _NOT_ENDED, "paused": NOT_PAUSED}
     return Find(
         name="find_due_before",
         collection="runs",

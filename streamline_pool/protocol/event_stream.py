@@ -8,7 +8,7 @@ Events are published in the signals, a capped collection, which keeps them in th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from streamline_pool.domain.errors import ValidationError
@@ -31,6 +31,8 @@ __all__ = [
     "unlisten",
 ]  # fmt: skip
 
+_FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+
 SUBSCRIBER_TTL_S = 90.0
 """Seconds after which a subscriber that has not renewed its request counts as gone. It renews three times as often."""
 
@@ -47,7 +49,8 @@ def remove_subscriber(subscriber: str) -> Command:
 
 def find_subscribers() -> Find:
     """All subscribers: `_id` and `expireAt`. Expired ones may still be among them."""
-    query = {"listener": True, "_id": {"$type": "string"}, "expireAt": {"$type": "date"}}  # another program may have stored anything
+    # Another program may have stored anything, also a date that Python cannot hold.
+    query = {"listener": True, "_id": {"$type": "string"}, "expireAt": {"$gte": _FIRST, "$lt": _LAST}}
     return Find(name="find_listeners", collection="hosts", filter=query, projection={"expireAt": 1})
 
 

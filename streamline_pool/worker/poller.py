@@ -116,7 +116,7 @@ class Poller:
         self._keep_in_sight(rows, self._scan_starts.values())
 
     def _keep_in_sight(self, rows: Iterable[Mapping[str, Any]], scan_starts: Iterable[_ScanStart | None]) -> None:
-        earliest = min((row["wakeAt"] for row in rows), default=None)
+        earliest = min((row["wakeAt"] for row in rows if isinstance(row["wakeAt"], datetime)), default=None)
         for scan_start in scan_starts:
             if earliest is not None and scan_start is not None:
                 scan_start.since = min(scan_start.since, earliest)
@@ -228,4 +228,6 @@ def _without(rows: Iterable[Mapping[str, Any]], chosen: Iterable[Mapping[str, An
 
 def _start_of_next(query: _Query, rows: Sequence[Mapping[str, Any]], settled: bool) -> datetime:
     """From which `wakeAt` on the next poll is to start."""
-    return query.now - _MARGIN if settled else min(row["wakeAt"] for row in rows)
+    # What is no date, or one before the year 1, was written by another program; full polls find such runs.
+    found = [row["wakeAt"] for row in rows if isinstance(row["wakeAt"], datetime)]
+    return query.now - _MARGIN if settled or not found else min(found)

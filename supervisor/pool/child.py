@@ -23,6 +23,7 @@ import psutil
 
 from streamline_pool.supervisor.ipc.codec import FROM_STEWARD, FROM_WORKER, Direction, FrameReader, decode, encode
 from streamline_pool.supervisor.ipc.messages import (
+    CheckRun,
     FromSteward,
     FromWorker,
     Parked,
@@ -93,7 +94,7 @@ class Child:
         While a child does not read, messages that will be repeated are dropped. Orders are kept: they are few, and a
         child that does not read sends no heartbeat either, so the supervisor ends it within the stall timeout.
         """
-        if len(self._unsent) > UNSENT_BYTES_MAX and isinstance(message, WakeUp | TimersFired | Parked | PoolFacts):
+        if len(self._unsent) > UNSENT_BYTES_MAX and isinstance(message, WakeUp | TimersFired | CheckRun | Parked | PoolFacts):
             return
         self._unsent += encode(message)
         self.flush()

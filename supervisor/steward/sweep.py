@@ -83,7 +83,7 @@ class Sweep:
             ]
         self._searched_at = searched_at
         for found in rows:
-            if found["wakeAt"] <= overdue:
+            if not isinstance(found["wakeAt"], datetime) or found["wakeAt"] <= overdue:
                 self._wake_ups.wake_up(found["_id"], 1, overdue=True)  # workers may poll only behind its place
             else:
                 self._wake_ups.plan(found["wakeAt"], found["_id"])

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from pymongo import MongoClient
+from pymongo.database import Database
 
 from streamline_pool import Streamline
 
@@ -22,11 +23,10 @@ _HINTS = "workflow_signals"  # a capped collection, which cannot be emptied
 
 
 class Databases:
-    """Gives each test a database that only it uses."""
+    """Gives each test a database that only it uses. Keeps no connection: tests count sockets, and stop the server."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._client = MongoClient[dict[str, Any]](uri)
         self._resting: deque[str] = deque()
         self._made_by_engine = self._examine()
 
@@ -36,34 +36,31 @@ class Databases:
 
     def take(self) -> str:
         """The name of an empty database. It may have the engine's collections."""
-        if len(self._resting) <= _RESTING:
-            return self.new()
-        name = self._resting.popleft()
-        for collection in self._client[name].list_collection_names():
-            if collection == _HINTS:
-                self._client[name].drop_collection(collection)
-            else:
-                self._client[name][collection].delete_many({})
-        return name
+        while len(self._resting) > _RESTING:
+            name = self._resting.popleft()
+            with MongoClient[Any](self._uri) as client:
+                if self._is_as_made(_shape(client[name])):
+                    _empty(client[name])
+                    return name
+                _drop(client[name])
+        return self.new()
 
     def give_back(self, name: str) -> None:
         """The test is over."""
-        shape = self._shape(name)
-        if all(self._made_by_engine.get(collection) == found for collection, found in shape.items()):
-            self._resting.append(name)
-        else:
-            self.drop(name)
+        self._resting.append(name)
 
-    def drop(self, name: str) -> None:
-        """Remove a database."""
-        for collection in self._client[name].list_collection_names():  # `dropDatabase` would wait a tenth of a second for the journal
-            self._client[name].drop_collection(collection)
+    def drop(self, *names: str) -> None:
+        """Remove databases."""
+        with MongoClient[Any](self._uri) as client:
+            for name in names:
+                _drop(client[name])
 
     def close(self) -> None:
         """Remove what rests."""
-        for name in self._resting:
-            self.drop(name)
-        self._client.close()
+        self.drop(*self._resting)
+
+    def _is_as_made(self, shape: Shape) -> bool:
+        return all(self._made_by_engine.get(collection) == found for collection, found in shape.items())
 
     def _examine(self) -> Shape:
         """What the engine makes."""
@@ -72,15 +69,28 @@ class Databases:
         try:
             store = app.connections.store()
             store.drive(store.ensuring())
-            return self._shape(name)
+            return _shape(app.client[name])
         finally:
             app.close()
             self.drop(name)
 
-    def _shape(self, name: str) -> Shape:
-        database = self._client[name]
-        collections = {found["name"]: found.get("options") for found in database.list_collections()}
-        return {
-            collection: (options, {index["name"]: index for index in database[collection].list_indexes()})
-            for collection, options in collections.items()
-        }
+
+def _shape(database: Database[Any]) -> Shape:
+    collections = {found["name"]: found.get("options") for found in database.list_collections()}
+    return {
+        collection: (options, {index["name"]: index for index in database[collection].list_indexes()})
+        for collection, options in collections.items()
+    }
+
+
+def _empty(database: Database[Any]) -> None:
+    for collection in database.list_collection_names():
+        if collection == _HINTS:
+            database.drop_collection(collection)
+        else:
+            database[collection].delete_many({})
+
+
+def _drop(database: Database[Any]) -> None:
+    for collection in database.list_collection_names():  # `dropDatabase` would wait a tenth of a second for the journal
+        database.drop_collection(collection)

@@ -116,9 +116,11 @@ def test_the_tenants_field_is_the_one_of_setup_indexes_also_in_another_process(
     assert ids(app.runs) == {"run-2"}
 
 
-def test_a_database_without_collections_has_nothing_to_clean(app: Streamline) -> None:
+def test_a_database_without_collections_has_nothing_to_clean(mongodb_uri: str, new_database: str) -> None:
+    app = Streamline(mongodb_uri, database=new_database)
     assert app.cleanup_old_runs(0) == app.cleanup_old_runs(0, tenant_id="a") == app.archive_old_runs(0) == app.cleanup_expired() == 0
     assert app.client[app.where.database].list_collection_names() == []
+    app.close()
 
 
 def test_the_asyncio_functions_do_the_same(app: Streamline) -> None:

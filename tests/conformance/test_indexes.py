@@ -198,8 +198,11 @@ def test_an_index_that_appears_meanwhile_is_noticed(app: Streamline) -> None:
         pytest.param({"keys": [("x", 1)], "name": "streamline_status_updated"}, "its keys are {'x': 1}", id="our name"),
     ],
 )
-def test_a_conflicting_hand_made_index_is_reported_in_plain_words(app: Streamline, made: dict[str, Any], message: str) -> None:
+def test_a_conflicting_hand_made_index_is_reported_in_plain_words(
+    mongodb_uri: str, new_database: str, made: dict[str, Any], message: str
+) -> None:
     """MongoDB's own message is an error number and two index specifications."""
+    app = Streamline(mongodb_uri, database=new_database)
     app.runs.create_index(**made)
     before = indexes(app)
     with pytest.raises(ValidationError, match="setup_indexes: the collection has an index") as caught:
@@ -210,6 +213,7 @@ def test_a_conflicting_hand_made_index_is_reported_in_plain_words(app: Streamlin
     assert not {"streamline_user_userId", "streamline_ttl"} & set(indexes(app)), "nothing was created"
     app.runs.drop_index(name)
     assert app.setup_indexes(auto_cleanup_days=10, context_fields=["orderId"])
+    app.close()
 
 
 def test_a_hand_made_index_that_does_the_same_is_used(app: Streamline) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from bson.datetime_ms import DatetimeMS
 
 from streamline_pool import Streamline
 from streamline_pool.storage.store import AsyncStore
@@ -87,3 +88,21 @@ def test_a_search_that_takes_too_long_does_not_keep_the_sweep_from_expired_lease
 
     asyncio.run(play())
     assert "lease" not in app.runs.find_one({})
+
+
+@pytest.mark.parametrize("odd", [DatetimeMS(-62_200_000_000_000), [datetime(2020, 1, 1, tzinfo=UTC)]], ids=["year 0", "a list"])
+def test_dates_that_python_cannot_hold_end_no_steward(app: Streamline, odd: Any) -> None:
+    """A steward compared them with dates, in runs and in the records of subscribers, and died of a TypeError; so did the next one."""
+    flow = app.workflow("flow", steps={"only": lambda ctx: None})
+    app.runs.update_one({"_id": flow.start().id}, {"$set": {"wakeAt": odd}})
+    app.store().collection("hosts").insert_one({"_id": "odd", "listener": True, "expireAt": DatetimeMS(300_000_000_000_000)})
+
+    async def play() -> None:
+        await sweep(app)
+        boot = StewardBoot(host_id="host:1:x", host="host", pid=1, first=False)
+        tools = DutyTools(app, app.settings, app.env, boot, Received())
+        await StreamSubscribers(tools).refresh()
+        await tools.publisher.close()
+        await app.close_async()
+
+    asyncio.run(play())

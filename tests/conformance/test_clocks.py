@@ -16,6 +16,7 @@ from streamline_pool.domain import waits
 from streamline_pool.domain.change import Change
 from streamline_pool.protocol import claims, commits
 from streamline_pool.protocol.operations import Fence
+from streamline_pool.storage.server_clock import ServerClock
 
 HALF_AN_HOUR_S = 1_800.0
 ENDINGS: dict[str, Callable[[Context], None]] = {
@@ -73,3 +74,18 @@ def test_the_server_refuses_the_end_of_a_wait_before_its_time(app: Streamline, e
     assert store.run(commits.write_statements([commits.commit(fence, change, store.now(), 0)]))["n"] == 0
     past = change._replace(not_before=store.now() - timedelta(seconds=1))
     assert store.run(commits.write_statements([commits.commit(fence, past, store.now(), 0)]))["n"] == 1
+
+
+@pytest.mark.parametrize("ending", ["wait", "wait for an event"])
+def test_the_server_decides_that_the_deadline_of_a_claimed_run_has_come(
+    make_app: Callable[..., Streamline], monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """A worker whose reading of the server's clock was slow parked the run and claimed it again, until its reading came there."""
+    app = make_app()
+    flow = app.workflow("flow", steps={"rest": ENDINGS[ending], "end": lambda ctx: 1})
+    run = flow.execute(flow.start().id)
+    due = app.store().now() - timedelta(seconds=1)
+    app.runs.update_one({"_id": run.id}, {"$set": {"wakeAt": due, "steps.0.waitingFor.expiresAt": due}})
+    told = ServerClock.now
+    monkeypatch.setattr(ServerClock, "now", lambda self: told(self) - timedelta(minutes=1))
+    assert flow.execute(run.id).status == "done"

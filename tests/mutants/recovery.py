@@ -146,6 +146,13 @@ MUTANTS: tuple[Mutant, ...] = (
         harm="A worker that holds a suspect claims more runs, so that the suspect is never alone.",
     ),
     _suspect_bug(
+        name="suspect-that-is-claimed-again-is-forgotten",
+        file=_DEMAND,
+        old="            self._suspect = suspect\n",
+        new="            self._suspect = self._suspect if self._suspect == suspect else None\n",
+        harm="A worker that had lost a suspect, and holds it again, takes further suspects and releases them, without a pause.",
+    ),
+    _suspect_bug(
         name="all-suspects-are-claimed-together",
         file=_DEMAND,
         old="return Chosen(suspects[:1], None)",

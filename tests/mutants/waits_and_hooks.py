@@ -216,6 +216,14 @@ _CLOCK_MUTANTS = (
         harm="A host whose clock is ahead times waits out early.",
     ),
     _clock_bug(
+        name="worker-decides-that-a-claimed-wait-goes-on",
+        file=_DRIVER,
+        old="(just_claimed or expires_at <= now)",
+        new="(expires_at <= now)",
+        harm="A worker whose reading of the server's clock is slow parks and claims a run again, until its reading comes to the deadline.",
+        likely=("conformance/test_clocks.py",),
+    ),
+    _clock_bug(
         name="commit-does-not-ask-the-servers-clock",
         file=_COMMITS,
         old="    if change.not_before is not None:",

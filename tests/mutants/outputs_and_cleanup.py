@@ -149,6 +149,6 @@ MUTANTS: tuple[Mutant, ...] = (
         owned = yield from _owned_by(run_ids)
 """,
         harm="The outputs of a new run with the id of a deleted one may be deleted with it.",
-        equivalent="An output is dropped only if its run is in neither collection afterwards. A run is stored before its outputs, so a new run is there.",
+        equivalent="An output is dropped only if no collection has its run afterwards. A run is stored before its outputs.",
     ),
 )

@@ -150,7 +150,7 @@ class WorkerActor(Actor):
         self.app.events = Bus(lambda event: self.world.rules.published(self, event))  # type: ignore[assignment]
         self.worker = worker = Worker(self.app, SETTINGS, owner=self.owner, index=self._index, total=2, notify=self._beat_soon)
         await worker.run()
-        self.world.drained(self)
+        self.world.harm.drained(self)
 
     @property
     def engine(self) -> Engine | None:

@@ -74,29 +74,29 @@ class Promptness:
                 raise Violation(f"run {run_id} is leased to {run['lease']['owner']}, whose death was reported {now - reported:.3f} s ago")
 
     def _no_handler_of_a_lost_run_goes_on(self) -> None:
-        if self._world.is_away or self._world.server.lags:
+        if self._world.harm.is_away or self._world.server.lags:
             return
         now = self._world.loop.time()
         for actor in (*self._world.workers, *self._world.clients):
             gets_hints = actor in self._world.workers  # a program that executes a run itself learns of its loss when it renews
             limit_s = SOON_S if self._world.is_calm and gets_hints else RENEWED_S
-            if not actor.alive or actor.engine is None or not self._world.rules.is_awake(actor):
+            if not actor.alive or actor.engine is None or not self._world.rules.entries.is_awake(actor):
                 continue
             for active in actor.engine.active_runs.all():
                 taken_at = self._taken_at.get((active.run_id, active.lease_id))
                 attempt: Any = active.attempt
                 if taken_at is None or attempt is None or attempt.context.signal.aborted:
                     continue
-                since = max(taken_at, self._world.rules.entered_at(active.run_id, active.lease_id))
+                since = max(taken_at, self._world.rules.entries.entered_at(active.run_id, active.lease_id))
                 told_at = max(since, self._told_at(active.run_id))
                 is_told = (
                     gets_hints
                     and not self._world.signals.lost
                     and self._hints_pass(told_at)
-                    and self._world.last_fault_at < told_at
+                    and self._world.harm.last_at < told_at
                     and now > told_at + SOON_S
                 )
-                if is_told or (now > since + limit_s and self._world.last_fault_at < since):
+                if is_told or (now > since + limit_s and self._world.harm.last_at < since):
                     late = f"{now - taken_at:.3f} s"
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
 
@@ -104,7 +104,7 @@ class Promptness:
         """Whether a steward has been there all the time to pass hints on."""
         steward = self._world.steward
         reads_since = self._world.signals.stewards.get(steward.owner)
-        return steward.alive and reads_since is not None and reads_since < since and self._world.rules.is_awake(steward)
+        return steward.alive and reads_since is not None and reads_since < since and self._world.rules.entries.is_awake(steward)
 
     def _told_at(self, run_id: str) -> float:
         """When a cancel of this run has returned. From then on its holder has the hint."""

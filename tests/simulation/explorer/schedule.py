@@ -56,7 +56,7 @@ def play(server: Server, uri: str, seed: int, record: Sequence[int] | None = Non
         record=tuple(choices.record),
         story=tuple(world.ledger.story),
         operations=world.operations,
-        faults=world.faults,
+        faults=world.harm.counts,
         entries=len(world.ledger.entries),
         virtual_s=world.loop.time(),
     )

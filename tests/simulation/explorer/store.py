@@ -51,6 +51,12 @@ class Request:
     def writes(self) -> bool:
         return isinstance(self.op, Command) and self.op.writes
 
+    def copy(self) -> Request:
+        """The same request once more, whose reply is not awaited."""
+        copy = Request(self.actor, self.op, self.document, self.by_majority)
+        copy.owner, copy.call, copy.leases = self.owner, self.call, self.leases
+        return copy
+
     def answer(self, reply: Any) -> None:
         if self.future is not None and not self.future.done():
             self.future.set_result(reply)

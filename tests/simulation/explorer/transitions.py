@@ -1,6 +1,6 @@
 """The rules that every change of a run obeys, whatever the order of operations was. Checked after each write.
 
-Owns the rules about single changes, handler entries and the passing of time. Rules about the end of a schedule are in judgement.py.
+Owns the rules about single changes and about roll-backs. Those about handlers are in entries.py, those about the end in judgement.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .ledger import Entry, Violation
+from .entries import MAX_CRASHES, Entries, driven_run
+from .ledger import Violation
 from .server import EPOCH
 
 if TYPE_CHECKING:
@@ -18,11 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TERMINAL", "Rules"]
 
-_STOPPING = ("driver lost", "lag", "majority too late")  # by these a handler may be stopped although the lease is held
 TERMINAL = ("done", "failed", "cancelled")
-MAX_CRASHES = 3
 CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
-FENCE_GRACE_S = 1.0  # a handler may be aborted so late: one tick of the self-fence
 
 Run = Mapping[str, Any]
 
@@ -32,6 +30,7 @@ class Rules:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.entries = Entries(world, self)
         self.runs: dict[str, dict[str, Any]] = {}
         self.history: list[tuple[int, str, dict[str, Any] | None]] = []  # (number of the change, run id, the run after it)
         self.changes = 0
@@ -39,14 +38,11 @@ class Rules:
         self.granted: dict[tuple[str, str], float] = {}  # (run id, lease id) -> until when the server has granted it, virtual seconds
         self.taken: set[tuple[str, str]] = set()  # leases that were taken away from their holders
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
-        self._claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
-        self._dead: set[str] = set()
+        self.claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
+        self.dead: set[str] = set()
         self._lag_at = 0
         self._lag_over_at = -1
         self._lag_runs: dict[str, dict[str, Any]] = {}
-        self._entered_under_pause: dict[tuple[str, Any], int] = {}
-        self._thawed_at: dict[str, float] = {}
-        self._suspects: dict[tuple[str, str], float] = {}  # (owner, run id) -> when it was first seen to keep that suspect
         self.events: dict[str, dict[str, Any]] = {}  # every event to all that was stored, also those that a clean-up has removed
         self._arrived_before: dict[tuple[str, str], set[str]] = {}  # (run id, lease id) -> events that its claim could have found
         self.strayed: set[str] = set()  # runs in which another program has stored a due time
@@ -126,7 +122,7 @@ class Rules:
             if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"] and not is_holder:
                 raise Violation(f"{request.owner} renewed the lease of {held['owner']}")
             if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"]:
-                active = self._active(request.actor, new["_id"])
+                active = driven_run(request.actor, new["_id"])
                 if active is None and request.actor.alive and request.actor.owner == request.owner:
                     raise Violation(f"{request.owner} renewed a lease whose run it does not drive")
             if held is not None and holds is not None and new["rev"] == old["rev"] and self._is_done_by_other(request, old, new):
@@ -137,7 +133,7 @@ class Rules:
             if old.get("awaits") is not None:
                 self._arrived_before[(new["_id"], str(holds_id))] = self._events_for(old)
             self._claimer_of[holds_id] = request.owner
-            self._claimed_rev[(new["_id"], holds_id)] = new["rev"]
+            self.claimed_rev[(new["_id"], holds_id)] = new["rev"]
             return
         assert held is not None, "one of the two sides has a lease"
         if new["rev"] > old["rev"]:
@@ -174,7 +170,7 @@ class Rules:
 
     def _check_recovery(self, request: Request, old: Run, new: Run) -> None:
         lease = old["lease"]
-        if lease["expiresAt"] > self._world.server.now() and self._claimer_of.get(lease["id"]) not in self._dead:
+        if lease["expiresAt"] > self._world.server.now() and self._claimer_of.get(lease["id"]) not in self.dead:
             raise Violation(f"the lease of {lease['owner']}, which lives, was taken away before it expired")
         due = new.get("wakeAt") or new.get("pausedWakeAt")
         if due is not None and due > new["createdAt"]:
@@ -375,128 +371,9 @@ class Rules:
                 raise Violation(f"{call} was acknowledged, and its effect was rolled back: {lost}")
             call.effects = [effect for effect in call.effects if effect[0] <= self._lag_at]
 
-    # --- entries and time --------------------------------------------------------------------------------------------
-
-    def entered(self, actor: Actor, ctx: Any) -> Entry:
-        """A handler was entered. Raises Violation."""
-        now = self._world.loop.time()
-        run = self.durable().get(ctx.run_id)
-        active = self._active(actor, ctx.run_id)
-        lease_id = active.lease_id if active is not None else None
-        entry = Entry(
-            actor=actor.name, owner=actor.owner, run_id=ctx.run_id, step_id=ctx.step_id, attempt=ctx.attempt,
-            key=ctx.idempotency_key, at=now, lease_id=lease_id,
-        )  # fmt: skip
-        self._world.ledger.entries.append(entry)
-        self._world.ledger.tell(now, f"{actor.owner}: ENTERS {ctx.step_id} of {ctx.run_id}, attempt {ctx.attempt}")
-        if lease_id is not None and self.granted.get((ctx.run_id, lease_id), 0.0) <= now:
-            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
-        self._check_alone(entry)
-        is_as_claimed = active is not None and active.document["rev"] == self._claimed_rev.get((ctx.run_id, lease_id))
-        if is_as_claimed and active.document.get("paused") is True:
-            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and its claim has read that the run is paused")
-        if run is None or (ctx.run_id, lease_id) in self.taken:
-            return entry  # a control operation came in between
-        rewinds = run.get("rewinds", 0)
-        mine = active.document.get("rewinds", 0) if active is not None else rewinds
-        if mine != rewinds:
-            return entry
-        self._check_entry(actor, run, ctx, lease_id)
-        return entry
-
-    def _check_alone(self, entry: Entry) -> None:
-        """A process has one handler of a run at a time, whatever it knew of its leases."""
-        for other in self._world.ledger.entries[:-1]:
-            if other.owner == entry.owner and other.run_id == entry.run_id and not other.left:
-                raise Violation(f"{entry.owner} entered {entry.step_id} of {entry.run_id} beside its handler of {other.step_id}")
-
-    def _check_entry(self, actor: Actor, run: Run, ctx: Any, lease_id: str | None) -> None:
-        place = next(place for place, step in enumerate(run["steps"]) if step["stepId"] == ctx.step_id)
-        who = f"{actor.owner} entered {ctx.step_id} of {run['_id']}"
-        if run["steps"][place]["status"] in ("done", "skipped"):
-            raise Violation(f"{who}, whose result is durable")
-        unfinished = [step["stepId"] for step in run["steps"][:place] if step["status"] not in ("done", "skipped")]
-        if unfinished:
-            raise Violation(f"{who}, but no majority has the result of {unfinished[0]}")
-        lease = run.get("lease") or {}
-        if lease_id is not None and lease.get("id") != lease_id:
-            raise Violation(f"{who} under the lease {lease_id}, and a majority has {lease or 'no lease'}")
-        if run["steps"][place]["status"] != "running":
-            raise Violation(f"{who}, which is {run['steps'][place]['status']}")
-        if run["steps"][place]["attempts"] != ctx.attempt:
-            raise Violation(f"{who} as attempt {ctx.attempt}, and the stored count is {run['steps'][place]['attempts']}")
-        suspect = None if actor.engine is None else actor.engine.suspect
-        since = self._suspects.get((actor.owner, suspect or ""))
-        if suspect != run["_id"] and since is not None and self._world.loop.time() > since + 0.5:
-            raise Violation(f"{who} beside {suspect}, which has to run alone")
-        if run["crashes"] >= MAX_CRASHES - 1 and actor in self._world.workers and actor.engine is not None:
-            others = [active.run_id for active in actor.engine.active_runs.all() if active.run_id != run["_id"]]
-            is_marked = lease.get("alone") is True or "full" in self._world.faults  # a full document has no room for the mark
-            if others or not is_marked:
-                raise Violation(f"{who}, a suspect, beside {others or 'nothing, but the lease does not say so'}")
-        if run.get("paused") is True:
-            number = (run["_id"], run.get("acts"))
-            self._entered_under_pause[number] = self._entered_under_pause.get(number, 0) + 1
-            if self._entered_under_pause[number] > 1:
-                raise Violation(f"{who} although the run is paused, the second handler since then")
-
-    def stopped(self, actor: Actor, entry: Entry) -> None:
-        """A handler was cancelled. Raises Violation if its worker holds the run for long enough."""
-        faults = self._world.faults
-        if not actor.alive or entry.lease_id is None or self._world.is_ending or any(kind in faults for kind in _STOPPING):
-            return
-        engine = actor.engine
-        active_runs = [] if engine is None else [one for one in engine.active_runs.all() if one.lease_id == entry.lease_id]
-        active = next((one for one in active_runs if one.run_id == entry.run_id), None)
-        if active is None or active.deadline <= self._world.loop.time() + 1.0 or not self.is_awake(actor):
-            return
-        if (entry.run_id, entry.lease_id) not in self.taken:
-            raise Violation(f"{actor.owner} stops the handler of {entry.step_id} of {entry.run_id}, and holds the run")
-
-    @staticmethod
-    def _active(actor: Actor, run_id: str) -> Any:
-        return None if actor.engine is None else actor.engine.active_runs.held.get(run_id)
-
-    def time_passed(self) -> None:
-        """The clock was set forward: no worker may go on with a lease that has ended."""
-        now = self._world.loop.time()
-        for actor in self._world.workers:
-            if actor.engine is not None and actor.engine.suspect is not None:
-                self._suspects.setdefault((actor.owner, actor.engine.suspect), now)
-            if not actor.alive or not self.is_awake(actor):
-                continue
-            for active in actor.engine.active_runs.all() if actor.engine is not None else ():
-                granted = self.granted.get((active.run_id, active.lease_id))
-                if granted is None:
-                    continue
-                if active.deadline > granted and active.lost is None:
-                    raise Violation(
-                        f"{actor.owner} counts on its lease of {active.run_id} until {active.deadline:.3f}, granted is {granted:.3f}"
-                    )
-                attempt = active.attempt
-                if attempt is not None and now > granted + FENCE_GRACE_S and not attempt.context.signal.aborted:
-                    raise Violation(f"{actor.owner} goes on with the handler of {active.run_id} after its lease has expired")
-
-    def is_awake(self, actor: Actor) -> bool:
-        """Whether an actor is not frozen, and has had a moment to notice how late it is."""
-        return not self._world.loop.is_frozen(actor.owner) and self._thawed_at.get(actor.owner, -9.0) <= self._world.loop.time() - 2.0
-
-    def entered_at(self, run_id: str, lease_id: str) -> float:
-        """When the last handler was entered under this lease."""
-        entries = [entry.at for entry in self._world.ledger.entries if (entry.run_id, entry.lease_id) == (run_id, lease_id)]
-        return max(entries, default=-1.0)
-
-    def handlers_run(self) -> bool:
-        """Whether a worker is in a handler."""
-        return any(not entry.left and entry.owner not in self._dead for entry in self._world.ledger.entries)
-
-    def died(self, actor: Actor, owner: str) -> None:
+    def died(self, owner: str) -> None:
         """An actor was killed."""
-        self._dead.add(owner)
-
-    def thawed(self, actor: Actor) -> None:
-        """A frozen actor goes on: it needs a moment to notice how late it is."""
-        self._thawed_at[actor.owner] = self._world.loop.time()
+        self.dead.add(owner)
 
     def published(self, actor: Actor, event: Any) -> None:
         """A worker published an event: what it reports must be durable."""

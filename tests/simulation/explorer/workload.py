@@ -167,7 +167,7 @@ class Workload:
     ) -> Callable[[Context], Awaitable[Any]]:
         async def handle(ctx: Context) -> Any:
             try:
-                entry = self._world.rules.entered(actor, ctx)
+                entry = self._world.rules.entries.entered(actor, ctx)
             except Violation as violation:
                 self._world.fail(violation)
                 raise
@@ -192,7 +192,7 @@ class Workload:
 
     def _check_stop(self, actor: Actor, entry: Entry) -> None:
         try:
-            self._world.rules.stopped(actor, entry)
+            self._world.rules.entries.stopped(actor, entry)
         except Violation as violation:
             self._world.fail(violation)
 
@@ -235,8 +235,8 @@ class Workload:
         return so_far
 
     async def _poisoned_step(self, actor: Actor, ctx: Context) -> str:
-        if ctx.attempt <= self._poisoned and not self._world._settling:
-            self._world.kill(actor)
+        if ctx.attempt <= self._poisoned and not self._world.is_settling:
+            self._world.harm.kill(actor)
             await asyncio.Event().wait()
         return "survived"
 
@@ -298,7 +298,7 @@ class Workload:
             if action.kind != "start" and not self.run_ids:
                 await asyncio.wait([self._started], timeout=MOMENT_S)
             await self._await(client, action.when)
-            if self._world._settling:
+            if self._world.is_settling:
                 break
             await self._act(client, action)
         self._played.add(client.name)
@@ -353,7 +353,7 @@ class Workload:
                 forged = f"{run_id}.{'0' * 32}"
                 await self._call(client, "forged hook", run_id, None, app.resume_hook_async(forged, {"by": "a stranger"}))
             case "stray wake-up":
-                self._world.stray_wake_up(run_id)
+                self._world.harm.stray_wake_up(run_id)
             case "event":
                 await self._call(client, "event", run_id, None, app.send_event_async(EVENT, self._data(client), run_id=run_id))
             case "execute":
@@ -381,7 +381,7 @@ class Workload:
         given = {"kind": kind, "by": client.name}
         work = client.app.workflows[kind].start_async(given, idempotency_key=key, run_id=run_id)
         call = await self._call(client, "start", None, (kind, key or run_id), work)
-        if run_id is None and (call.outcome == "refused" or (call.outcome == "unknown" and not self._world.faults)):
+        if run_id is None and (call.outcome == "refused" or (call.outcome == "unknown" and not self._world.harm.counts)):
             self._world.fail(Violation(f"{call} was {call.outcome}: {call.result}"))
         if call.outcome != "ok":
             return

@@ -322,6 +322,9 @@ class Streamline:
         `dry_run` counts and deletes nothing. Also removes files that a crash has left behind, and events to all that no
         stored run can receive any more, as the other clean-ups do. The call may be interrupted and repeated, and several
         processes may make it at once. It reads the whole collection once.
+
+        With an age below a minute, a `start` whose reply was lost can store its run a second time: it is repeated for ten
+        seconds, and cannot know that its run has ended and is deleted.
         """
         return self.connections.drive(self._maintenance.cleaning_up_old_runs(days, tenant_id, dry_run))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from streamline_pool.engine.hooks import hash_token
+
 from .entries import MAX_CRASHES, Entries, driven_run
 from .ledger import Violation
 from .server import EPOCH
@@ -299,6 +301,7 @@ class Rules:
                 raise Violation(f"event {event_id} was noted as seen, and is neither in the inbox nor a step's answer")
         if request.name == "answer_hook" and old != new:
             self._check_expiry(old)
+            self._check_token(request, old)
         known = _answer_ids(old)
         for answer_id in _answer_ids(new) - known:
             if answer_id not in (new.get("seen") or ()):
@@ -309,6 +312,14 @@ class Rules:
         ends = [hook.get("expiresAt") for hook in step.get("hooks", ())]
         if ends and all(end is not None and end <= self._world.server.now() for end in ends):
             raise Violation("an answer by a token was accepted after its time")
+
+    @staticmethod
+    def _check_token(request: Request, old: Run) -> None:
+        if request.call is None or request.call.kind != "hook":
+            return
+        step = next(step for step in old["steps"] if step["stepId"] == old["currentStepId"])
+        if all(bytes(hook["hash"]) != hash_token(request.call.argument) for hook in step.get("hooks", ())):
+            raise Violation("a token was accepted whose hook the step has not")
 
     def _effect(self, request: Request, kind: str, run_id: str, effect_id: Any) -> None:
         call = request.call

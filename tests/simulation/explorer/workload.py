@@ -348,7 +348,7 @@ class Workload:
                 tokens = [token for of_run, token in self.tokens if of_run == run_id]
                 if tokens:
                     token = tokens[-1 if action.place == 0 else 0]
-                    await self._call(client, "hook", run_id, None, app.resume_hook_async(token, self._data(client)))
+                    await self._call(client, "hook", run_id, token, app.resume_hook_async(token, self._data(client)))
             case "forged hook":
                 forged = f"{run_id}.{'0' * 32}"
                 await self._call(client, "forged hook", run_id, None, app.resume_hook_async(forged, {"by": "a stranger"}))

@@ -108,6 +108,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "clean up expired", "clean up expired"),
         _duel("majority too late", "pause", "resume", "rewind"),
         _duel("majority too late", "cancel"),
+        _duel("lag", "pause", rival=("pause soon", "pause soon")),
+        _duel("lag", "pause", "resume", rival=("cancel soon", "resume soon", "resume soon")),
         _duel("driver lost"),
         _duel("full", "rewind at commit", "rewind at commit"),
         _duel("full", "cancel at commit"),

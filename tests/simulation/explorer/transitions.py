@@ -358,6 +358,11 @@ class Rules:
         run = self._lag_runs.get(run_id or "") if lagged else None
         return [] if run is None else [run]
 
+    def lagging(self, began: int, run_id: str | None) -> list[Run]:
+        """The run as a majority has it, if replication has lagged all the time since this change: readers can have seen no other."""
+        run = self._lag_runs.get(run_id or "") if self._world.server.lags and began >= self._lag_at else None
+        return [] if run is None else [run]
+
     def lag_began(self) -> None:
         """From here on changes may be rolled back."""
         self._lag_at = self.changes

@@ -452,7 +452,7 @@ def check_outcome(world: World, call: Call, outcome: str) -> None:
         run for _, run_id, run in world.rules.history if run_id == call.run_id and _ >= call.began and run is not None
     ]
     before = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ < call.began and run is not None]
-    states += [*before[-1:], *world.rules.durable_since(call.began, call.run_id)]
+    states = world.rules.lagging(call.began, call.run_id) or [*states, *before[-1:], *world.rules.durable_since(call.began, call.run_id)]
     ended = any(run["status"] in ("done", "failed", "cancelled") for run in states)
     match call.kind:
         case "forged hook":

@@ -30,7 +30,8 @@ class StepDefaults(TypedDict, total=False):
 class StepOptions(StepDefaults, total=False):
     """Options of one step: `@wf.step(…)`, or the second part of a `steps=` value. A condition may be `async def`.
 
-    The engine asks `condition`, then `skip_if`, then `run_if`, once per step, and stores the decision.
+    The engine asks `condition`, then `skip_if`, then `run_if`, once per step, and stores the decision. Together
+    they may take as long as an attempt: `timeout`, or 60 seconds without one. One that raises or takes longer fails the attempt.
     """
 
     condition: Callable[[Context, Run], object] | None  # truthy: the step is entered

@@ -22,14 +22,15 @@ from streamline_pool.protocol.operations import Fence, Statement
 from streamline_pool.storage.outputs import Wanted, reading_outputs
 from streamline_pool.storage.procedures import Procedure
 
-from .attempt import Attempt
+from .abort_signal import AbortSignal, fire_signal
+from .attempt import ABORT_GRACE_S, Attempt
 from .group_commit import refusal
 from .hooks import hash_token, make_token
 from .loaded_outputs import LoadedOutputs
 from .ports import EnginePort
 from .write_outcome import Held, WriteOutcome, resolve_write
 
-__all__ = ["STATEMENT_BYTES", "ActiveRun"]
+__all__ = ["STATEMENT_BYTES", "ActiveRun", "Asking"]
 
 _SAVE_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
 _HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
@@ -44,6 +45,19 @@ class Save(NamedTuple):
     value: Any
 
 
+class Asking(NamedTuple):
+    """The current step's conditions, while they are asked."""
+
+    limit: asyncio.Timeout
+    signal: AbortSignal
+
+    def abort(self, reason: str) -> None:
+        """Fire the signal, and cancel the condition that is waiting."""
+        if not self.limit.expired():
+            fire_signal(self.signal, reason)
+            self.limit.reschedule(asyncio.get_running_loop().time())
+
+
 class ActiveRun:
     """One claimed run, from the claim's read-back to the write that releases it."""
 
@@ -53,6 +67,7 @@ class ActiveRun:
         "_engine",
         "_saving",
         "_woken",
+        "asking",
         "attempt",
         "deadline",
         "definition",
@@ -79,6 +94,7 @@ class ActiveRun:
         self.deadline = deadline  # monotonic seconds; after it no handler is entered
         self.lost: str | None = None  # why this worker is known to hold the run no more; None while it may hold it
         self.attempt: Attempt | None = None  # while a handler runs
+        self.asking: Asking | None = None  # while conditions are asked
         self.left_attempt: Attempt | None = None  # the last one, if its outcome came before the end of its handler
         self.is_driven = False  # False: it has been claimed, and waits for other executions to be over
         self.is_alone = False  # a suspect that runs alone in its worker
@@ -116,10 +132,17 @@ class ActiveRun:
         """This worker holds the run no more. The first reason counts."""
         self.lost = self.lost or reason
 
-    def abort(self, reason: str) -> None:
-        """Stop the handler, if one runs."""
+    @property
+    def in_user_code(self) -> bool:
+        """Whether a handler runs, or a condition is asked: no write of the engine's own is under way."""
+        return self.attempt is not None or self.asking is not None
+
+    def abort(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
+        """Stop the handler, if one runs, or the condition that is asked. `grace_s`: see `Attempt.abort`."""
         if self.attempt is not None:
-            self.attempt.abort(reason)
+            self.attempt.abort(reason, grace_s)
+        if self.asking is not None:
+            self.asking.abort(reason)
         self.wake()
 
     async def woken(self) -> None:

@@ -255,11 +255,10 @@ class Engine:
         self._solitude.changed()
 
     def stop(self, grace_s: float) -> None:
-        """Drain now: signals fire with reason "shutdown", handlers have `grace_s` seconds, their runs are released."""
+        """Drain now: signals fire with reason "shutdown", handlers have `grace_s` seconds, conditions none; runs are released."""
         self.drain()
         for active in self.active_runs.all():
-            if active.attempt is not None:
-                active.attempt.abort("shutdown", grace_s)
+            active.abort("shutdown", grace_s)
 
     def stop_run(self, task: asyncio.Task[None]) -> None:
         """Stop the run that `admit` has returned this task for, as `stop` stops all: it is released, uncounted."""

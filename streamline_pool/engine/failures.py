@@ -15,7 +15,7 @@ from streamline_pool.domain.transitions import Failure
 from . import attempt
 from .intents import Suspension
 
-__all__ = ["failure_of", "timeout_failure"]
+__all__ = ["conditions_timeout_failure", "failure_of", "timeout_failure"]
 
 _TRACEBACK_CHARS_MAX = 8_000
 _MESSAGE_CHARS_MAX = 2_000
@@ -45,6 +45,11 @@ def timeout_failure(step: StepDefinition) -> Failure:
     return Failure(
         ErrorCode.STEP_TIMEOUT, f"step {step.id} ran longer than its timeout of {step.timeout_s} s", "StepTimeoutError", "", True
     )
+
+
+def conditions_timeout_failure(step: StepDefinition, limit_s: float) -> Failure:
+    """The conditions of a step were not all answered in time."""
+    return Failure(ErrorCode.STEP_TIMEOUT, f"the conditions of step {step.id} took longer than {limit_s:g} s", "StepTimeoutError", "", True)
 
 
 def _text_of(exc: BaseException) -> str:

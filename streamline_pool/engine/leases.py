@@ -130,8 +130,11 @@ class LeaseKeeper:
         self.renew_soon()
 
     def _lost(self, active: ActiveRun, document: Mapping[str, Any]) -> None:
-        """This worker holds the run no more. Between handlers our own write may have released the lease, so that is left to the write."""
-        if (active.attempt is not None or not active.is_driven) and self._held.get(active.run_id) is active:
+        """This worker holds the run no more.
+
+        Outside of handlers and conditions our own write may have released the lease, so that is left to the write.
+        """
+        if (active.in_user_code or not active.is_driven) and self._held.get(active.run_id) is active:
             active.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
             log.info("run_lost", extra={"run_id": active.run_id, "reason": active.lost})
             active.abort(active.lost)

@@ -51,12 +51,14 @@ async def execute_parallel(tasks: _Tasks, mode: str = "all", concurrency: int | 
     concurrency: the number of tasks that may run at once; they start in their order ("all" and "all_settled" only).
     None: all of them, but at most `THREADS_MAX` plain callables.
     timeout: seconds or a timedelta, for each task, counted from its start. A task that takes longer is stopped and counts
-    as failed, with a built-in TimeoutError that names its place.
+    as failed, with a built-in TimeoutError that names its place. If threads that go on after their task's timeout hold every
+    place, the tasks that wait for one time out as well, from that moment on.
 
     Stopping: an `async def` is cancelled and awaited. A thread cannot be stopped: its task ends at once, the thread is
-    awaited all the same, and its later result is dropped. Both are awaited for at most `GRACE_S` seconds. A task that still
-    runs then is abandoned, with the warning `parallel_task_left_behind` in the log. When the caller is cancelled, all tasks
-    are stopped in every mode; the caller's CancelledError is raised after they have ended.
+    awaited all the same, and its later result is dropped. Until it ends, it counts among the tasks that run at once. Both
+    are awaited for at most `GRACE_S` seconds. A task that still runs then is abandoned, with the warning
+    `parallel_task_left_behind` in the log. When the caller is cancelled, all tasks are stopped in every mode; the caller's
+    CancelledError is raised after they have ended.
 
     A BaseException that is no Exception ends the call in every mode and is raised as it is. So `ctx.sleep` and the like in
     a task end the handler.

@@ -66,11 +66,14 @@ class Outcome(NamedTuple):
 class _ConcurrencyLimit:
     """Jobs that share a limit."""
 
-    __slots__ = ("free_places", "waiting")
+    __slots__ = ("free_places", "late_threads", "places", "timer", "waiting")
 
     def __init__(self, places: int) -> None:
+        self.places = places
         self.free_places = places  # so many more jobs may start now
+        self.late_threads = 0  # places of jobs that have a result, such as a timeout, and whose thread goes on
         self.waiting: deque[_Job] = deque()  # not started yet, in the order of the tasks
+        self.timer: asyncio.TimerHandle | None = None  # for the waiting jobs, while late threads hold every place
 
 
 class _Job:
@@ -105,6 +108,7 @@ class TaskGroup:
         self._jobs = [
             _Job(place, function, common if is_coroutine_function(function) else threads) for place, function in enumerate(call.functions)
         ]
+        self._limits = tuple(dict.fromkeys(job.limit for job in self._jobs))
         for job in self._jobs:
             job.limit.waiting.append(job)
         self._unresolved = len(self._jobs)
@@ -118,12 +122,14 @@ class TaskGroup:
         if not self._jobs:
             return Outcome([])
         cancelled: asyncio.CancelledError | None = None
-        for limit in dict.fromkeys(job.limit for job in self._jobs):
+        for limit in self._limits:
             self._start_waiting(limit)
         try:
             await self._outcome
         except asyncio.CancelledError as exc:
             cancelled = exc
+        for limit in self._limits:
+            _stop_timer(limit)
         cancelled = await self._stop_all() or cancelled
         if cancelled is not None:
             raise cancelled
@@ -187,7 +193,11 @@ class TaskGroup:
         else:  # its task was stopped before
             close_unawaited(outcome.value)
             self._record_exit(outcome.error)
-        if self._call.concurrency is None:
+        if job.result is not None:
+            job.limit.late_threads -= 1
+            _stop_timer(job.limit)
+            self._free_place(job)
+        elif self._call.concurrency is None:
             self._free_place(job)  # the limit is one of threads, and an awaitable that was returned needs none
         self._forget_if_ended(job)
 
@@ -198,14 +208,18 @@ class TaskGroup:
     # --- results -------------------------------------------------------------------------------------------------------
 
     def _resolve(self, job: _Job, outcome: Outcome) -> None:
-        """Give the job its result, once. That may decide the call, and frees a place for another job."""
+        """Give the job its result, once. That may decide the call, and frees a place for another job, unless its thread goes on."""
         self._record_exit(outcome.error)
         if job.result is not None:
             return
         job.result = self._result_of(job, outcome)
         self._unresolved -= 1
         self._decide(job.result)
-        self._free_place(job)
+        if job.on_thread:
+            job.limit.late_threads += 1
+            self._limit_wait(job.limit)
+        else:
+            self._free_place(job)
 
     def _result_of(self, job: _Job, outcome: Outcome) -> Settled:
         """The job's end as an ordinary result or failure. What a job does after its timeout has no effect."""
@@ -251,6 +265,18 @@ class TaskGroup:
             job.holds_place = False
             job.limit.free_places += 1
             self._start_waiting(job.limit)
+
+    def _limit_wait(self, limit: _ConcurrencyLimit) -> None:
+        """Have the waiting jobs time out if late threads hold every place: these may never end, and the call must."""
+        if limit.late_threads == limit.places and limit.waiting and self._call.timeout_s is not None and not self._outcome.done():
+            limit.timer = self._loop.call_later(self._call.timeout_s, self._on_wait_timeout, limit)
+
+    def _on_wait_timeout(self, limit: _ConcurrencyLimit) -> None:
+        held = f"its timeout of {self._call.timeout_s:g} s: every place is held by a thread that goes on"
+        while limit.waiting:
+            job = limit.waiting.popleft()
+            job.holds_place = False
+            self._resolve(job, Outcome(error=TimeoutError(f"tasks[{job.place}] could not start within {held}")))
 
     # --- ending --------------------------------------------------------------------------------------------------------
 
@@ -299,6 +325,12 @@ class TaskGroup:
         self._running.discard(job)
         if not self._running and self._all_ended is not None and not self._all_ended.done():
             self._all_ended.set_result(None)
+
+
+def _stop_timer(limit: _ConcurrencyLimit) -> None:
+    if limit.timer is not None:
+        limit.timer.cancel()
+        limit.timer = None
 
 
 def close_unawaited(value: Any) -> None:

@@ -24,10 +24,10 @@ from streamline_pool.storage.procedures import until_answered
 from streamline_pool.storage.store import AsyncStore
 
 from .abort_signal import AbortSignal
-from .active_run import ActiveRun
+from .active_run import ActiveRun, Asking
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
-from .failures import failure_of
+from .failures import conditions_timeout_failure, failure_of
 from .group_outputs import GroupOutputs
 from .handler_threads import HandlerThreads
 from .intents import Intents, changed_in_place
@@ -37,9 +37,12 @@ from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
 from .solitude import Solitude
 
-__all__ = ["RunDriver", "SupersededError"]
+__all__ = ["CONDITION_TIMEOUT_S", "RunDriver", "SupersededError"]
 
 log = logging.getLogger("streamline_pool")
+
+CONDITION_TIMEOUT_S = 60.0
+"""How long the conditions of a step without a `timeout` may take. A guess: much longer than a question to a service."""
 
 
 class SupersededError(Exception):
@@ -115,7 +118,8 @@ class RunDriver:
             log.warning("lease_ran_out", extra={"run_id": active.run_id})
             return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
         if active.step.is_conditional and not document["steps"][place].get("decided"):
-            return Decided(await self._decide_entry(active, place))
+            change = await self._decide_entry(active, place)
+            return None if change is None else Decided(change)
         if active.is_alone:
             active.release_requested = True  # after this step it is no suspect any more, and this worker may claim others again
         return await self._attempt(active, place)
@@ -173,20 +177,31 @@ class RunDriver:
 
     # --- a step that runs ------------------------------------------------------------------------------------------
 
-    async def _decide_entry(self, active: ActiveRun, place: int) -> Change:
+    async def _decide_entry(self, active: ActiveRun, place: int) -> Change | None:
+        """Ask the step's conditions. None if this worker holds the run no more."""
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
+        limit_s = active.step.timeout_s or CONDITION_TIMEOUT_S
+        limit = asyncio.timeout(limit_s)
+        active.asking = Asking(limit, context.signal)
         try:
-            enter = await allowed(active.step, context, active.document, active.outputs)
+            async with limit:
+                enter = await allowed(active.step, context, active.document, active.outputs)
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._state.closed:
                 raise
+            if active.lost is not None:
+                return None
             if exc is active.outputs.damaged:
                 return damaged(active.document, place, exc, self._store.now())
             if exc is active.interruption:  # the database did not answer `get_output`: the condition is asked again
                 return transitions.release(active.document, place, self._store.now(), was_entered=False)
-            return failed(active.document, active.step, place, failure_of(exc), self._writer.moment())
+            if context.signal.aborted:  # this worker is to let go of the run, and another one asks again
+                return transitions.release(active.document, place, self._store.now(), was_entered=False)
+            failure = conditions_timeout_failure(active.step, limit_s) if limit.expired() else failure_of(exc)
+            return failed(active.document, active.step, place, failure, self._writer.moment())
         finally:
+            active.asking = None
             self._observe_demand(active)
             _warn_of_lost_changes(active.document, intents, "a condition")
         if enter:

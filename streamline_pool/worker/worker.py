@@ -238,7 +238,8 @@ class Worker:
         except WorkflowError:
             self._poller.keep_in_sight(rows)
             raise
-        pause_s = self._demand.polled(more=more, tried=len(chosen.run_ids), won=won)
+        tried = sum(not self._poller.skips(run_id) for run_id in chosen.run_ids)  # the next poll shows others in place of the skipped
+        pause_s = self._demand.polled(more=more, tried=tried, won=won)
         if pause_s:
             engine.loop.call_later(pause_s, self._poll_again)
             await engine.store.sync_clock()  # a new primary's clock may be far behind what this host takes for the server's time

@@ -34,6 +34,7 @@ class Channel(Generic[M_co]):
         self._on_lost = on_lost
         self._frames = FrameReader()
         self._unsent = bytearray()
+        self._latest: dict[type, FromWorker | FromSteward] = {}  # to be sent when nothing is unsent, at most one of each type
         self._loop = asyncio.get_running_loop()
         self._open = True
         self._loop.add_reader(sock, self._readable)
@@ -54,8 +55,19 @@ class Channel(Generic[M_co]):
             if self._unsent and self._open:
                 self._loop.add_writer(self._sock, self._writable)
 
+    def send_latest(self, message: FromWorker | FromSteward) -> None:
+        """Queue a message that replaces earlier ones of its type. While the supervisor does not read, only the newest is kept."""
+        if self._unsent:
+            self._latest[type(message)] = message
+        else:
+            self.send(message)
+
     def _writable(self) -> None:
         self._flush()
+        if not self._unsent:
+            latest, self._latest = self._latest, {}
+            for message in latest.values():
+                self.send(message)
         if not self._unsent and self._open:
             self._loop.remove_writer(self._sock)
 
@@ -90,6 +102,7 @@ class Channel(Generic[M_co]):
         if self._open:
             self._open = False
             self._unsent.clear()
+            self._latest.clear()
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
             self._on_lost()

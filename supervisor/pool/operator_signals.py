@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from streamline_pool.supervisor.ipc.messages import Hold, Reslot
 from streamline_pool.supervisor.pool.shutdown import CANCEL_GRACE_S, begin_shutdown, kill_all
-from streamline_pool.supervisor.pool.state import Action, Decision, Dump, Log, Send, State
-from streamline_pool.supervisor.pool.upkeep import drain_worker
+from streamline_pool.supervisor.pool.state import Decision, Dump, Log, Send, State
 
 __all__ = ["on_signal"]
 
@@ -60,14 +59,8 @@ def _resize(state: State, by: int, now: float) -> Decision:
     if target == state.target:
         return state, [log]
     state = replace(state, target=target)
-    actions: list[Action] = [log]
     if by > 0:
         state = state.with_vacancy("worker", target - 1, now)
-    else:
-        # Places are numbered 0..target-1 without gaps: the last one is removed, occupied or vacant.
-        state = replace(state, vacancies=tuple(v for v in state.vacancies if v.index < target))
-        for member in [m for m in state.active_workers if m.index >= target]:
-            state, more = drain_worker(state, member, "SIGTTOU", now, refill=False)
-            actions += more
-    actions += [Send(pid=m.pid, message=Reslot(index=m.index, total=target)) for m in state.active_workers]
-    return state, actions
+    # Places are numbered 0..target-1 without gaps. The rules of upkeep.py remove the last one, occupied or vacant.
+    reslots = [Send(pid=m.pid, message=Reslot(index=m.index, total=target)) for m in state.active_workers if m.index < target]
+    return state, [log, *reslots]

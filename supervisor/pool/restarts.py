@@ -18,6 +18,7 @@ from streamline_pool.supervisor.ipc.messages import (
     Evidence,
     Gate,
     Hold,
+    Reslot,
     ServeSubscribers,
 )
 from streamline_pool.supervisor.pool.gates import on_trial_lost
@@ -50,8 +51,9 @@ def on_forked(state: State, event: Forked, now: float) -> Decision:
     member = Member(pid=event.pid, owner=event.owner, role=event.role, index=event.index, started_at=now, last_message_at=now)
     state, orders = join_shutdown(state.with_members(member), member, now)
     log = Log(level=logging.DEBUG, event="child_started", fields={"pid": event.pid, "role": event.role})
-    first_orders = _orders_for_new_steward(state, event.pid) if event.role == "steward" else _orders_for_new_worker(state, event.pid, now)
-    return (replace(state, facts_at=0.0) if event.role == "steward" else state), [log, *first_orders, *orders]
+    if event.role == "steward":
+        return replace(state, facts_at=0.0), [log, *_orders_for_new_steward(state, event.pid), *orders]
+    return state, [log, *_orders_for_new_worker(state, event, now), *orders]
 
 
 def _orders_for_new_steward(state: State, pid: int) -> list[Send]:
@@ -59,8 +61,10 @@ def _orders_for_new_steward(state: State, pid: int) -> list[Send]:
     return [*first_orders, Send(pid=pid, message=Circuit(state=state.breaker.state))] if state.breaker.state != "closed" else first_orders
 
 
-def _orders_for_new_worker(state: State, pid: int, now: float) -> list[Send]:
-    first_orders = []
+def _orders_for_new_worker(state: State, event: Forked, now: float) -> list[Send]:
+    first_orders, pid = [], event.pid
+    if event.total != state.target and event.index < state.target:
+        first_orders.append(Send(pid=pid, message=Reslot(index=event.index, total=state.target)))
     if state.held:
         first_orders.append(Send(pid=pid, message=Hold(held=True)))
     if state.breaker.state != "closed":

@@ -206,6 +206,7 @@ class Forked:
     owner: str
     role: Role
     index: int
+    total: int  # the number of workers that it was told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

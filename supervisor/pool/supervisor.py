@@ -239,7 +239,8 @@ class Supervisor:
         self._children[child.pid] = child
         self._selector.register(child.sentinel, selectors.EVENT_READ, lambda _mask: self._want_reaping())
         self._selector.register(child.sock, selectors.EVENT_READ, lambda mask: self._ready_io(child, mask))
-        self._events.append(Forked(pid=child.pid, owner=f"{self._host}:{child.pid}:{nonce}", role=order.role, index=order.index))
+        owner = f"{self._host}:{child.pid}:{nonce}"
+        self._events.append(Forked(pid=child.pid, owner=owner, role=order.role, index=order.index, total=order.total))
 
     def _selector_fds(self) -> list[int]:
         fileno = getattr(self._selector, "fileno", None)  # epoll and kqueue have one, poll and select do not

@@ -1,4 +1,4 @@
-"""The rules that the supervisor applies whenever something has changed: replace, recycle, prove idle, end. Pure.
+"""The rules that the supervisor applies whenever something has changed: replace, drop, recycle, prove idle, end. Pure.
 
 Each rule reads the whole state and brings it one step nearer to what it should be. No rule knows which event came before,
 so a rule cannot be forgotten on some path. The rules of a shutdown are in shutdown.py, the proof for `--burst` in burst.py.
@@ -53,6 +53,23 @@ def _announce_ready(state: State, now: float) -> Decision:
     state = replace(state, ready=True, facts_at=now)
     report = [Send(pid=state.steward.pid, message=pool_facts(state, now))] if state.steward is not None else []
     return state, [Log(level=logging.INFO, event="ready", fields=fields), *report]
+
+
+def _drop_surplus(state: State, now: float) -> Decision:
+    """Drain workers that have no place in the pool: it has become smaller, or another worker has the same place.
+
+    A rule, because a worker becomes known by an event that may come after the signal that made the pool smaller.
+    """
+    places: set[int] = set()
+    actions: list[Action] = []
+    for member in state.active_workers:
+        if member.index < state.target and member.index not in places:
+            places.add(member.index)
+        else:
+            state, more = drain_worker(state, member, "SIGTTOU", now, refill=False)
+            actions += more
+    vacancies = tuple(v for v in state.vacancies if v.role == "steward" or (v.index < state.target and v.index not in places))
+    return (replace(state, vacancies=vacancies) if vacancies != state.vacancies else state), actions
 
 
 def _recycle(state: State, now: float) -> Decision:
@@ -116,5 +133,14 @@ def _confirm_subscribers(state: State, _now: float) -> Decision:
     return state, [Send(pid=steward.pid, message=SubscribersServed(subscribers=tuple(subscribers.until)))]
 
 
-_WORKING: tuple[Rule, ...] = (enforce_deadlines, _announce_ready, _recycle, _roll, _fork_missing, _confirm_subscribers, prove_idle)
+_WORKING: tuple[Rule, ...] = (
+    enforce_deadlines,
+    _drop_surplus,
+    _announce_ready,
+    _recycle,
+    _roll,
+    _fork_missing,
+    _confirm_subscribers,
+    prove_idle,
+)
 _ENDING: tuple[Rule, ...] = (enforce_deadlines, _fork_missing, _confirm_subscribers, advance_shutdown)

@@ -56,6 +56,9 @@ class SupervisorLink(Protocol):
     def send(self, message: FromSteward) -> None:
         """Queue a message; never blocks."""
 
+    def send_latest(self, message: FromSteward) -> None:
+        """Queue a message that replaces earlier ones of its type: only the newest has to arrive."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StewardBoot:
@@ -89,6 +92,10 @@ class DutyTools:
     def send(self, message: FromSteward) -> None:
         """Send what must arrive."""
         self._supervisor.send(message)
+
+    def send_latest(self, message: FromSteward) -> None:
+        """Send a state of which only the newest must arrive: a stopped supervisor reads nothing, and states may change by the thousand."""
+        self._supervisor.send_latest(message)
 
     def hint(self, message: FromSteward) -> None:
         """Send what may be lost: a stopped supervisor reads nothing, and signals may come by the thousand."""

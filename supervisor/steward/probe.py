@@ -45,7 +45,7 @@ class Prober:
         try:
             await self._tools.run(run_lifecycle.server_info(), PROBE_TIMEOUT_S)
         except WorkflowError as exc:
-            self._tools.send(Probe(ok=False, error=exc.message))
+            self._tools.send_latest(Probe(ok=False, error=exc.message))
             return False
-        self._tools.send(Probe(ok=True))
+        self._tools.send_latest(Probe(ok=True))
         return True

@@ -62,7 +62,7 @@ class StreamSubscribers:
         self._until = {subscriber: at for subscriber, at in self._until.items() if at > now}
         remaining = tuple((subscriber, at - now) for subscriber, at in self._until.items())
         self._tools.publisher.serve_subscribers(remaining)
-        self._tools.send(Subscribers(subscribers=remaining))
+        self._tools.send_latest(Subscribers(subscribers=remaining))
 
     def on_served(self, message: SubscribersServed) -> None:
         """Every worker publishes for these."""

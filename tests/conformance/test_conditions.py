@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from pool_process import running
 from stored_runs import stored
-from workers import check_invariants, run_until_idle
+from workers import Pool, check_invariants, run_until_idle
 
 from streamline_pool import Handler, StepOptions, Streamline, create_hook
+from streamline_pool.engine import run_driver
 from streamline_pool.protocol import operations, recovery
 from support import present
 
@@ -198,3 +200,85 @@ def test_a_decision_survives_the_death_of_its_worker(app: Streamline, mongodb_ur
         "asked yes": 1, "asked no": 1, "entered": 2, "killed": 2,
     }  # fmt: skip
     assert stored(app, done)["status"] == "done"
+
+
+def hanging(asked: list[str], ended: list[str]) -> Any:
+    """A predicate that waits for ever, and notes when it is cancelled."""
+
+    async def ask(ctx: Any, *run: Any) -> bool:
+        asked.append(ctx.run_id)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(ctx.run_id)
+        return True
+
+    return ask
+
+
+def work(app: Streamline, during: Callable[[Pool], Awaitable[None]]) -> None:
+    """Have a worker work during that."""
+
+    async def main() -> None:
+        async with Pool(app) as pool:
+            await during(pool)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("timeout", [0.05, None])
+def test_a_condition_that_does_not_return_fails_its_attempt(
+    app: Streamline, name: str, timeout: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It held the run and a place in its worker for ever."""
+    monkeypatch.setattr(run_driver, "CONDITION_TIMEOUT_S", 0.1)
+    asked: list[str] = []
+    ended: list[str] = []
+    options = cast(StepOptions, {name: hanging(asked, ended), "retries": 2, "retry_delay": 0, "timeout": timeout})
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, options)})
+    run = workflow.start()
+    work(app, lambda pool: pool.until(lambda: stored(app, run)["status"] == "failed", timeout=5))
+    document = stored(app, run)
+    check_invariants([document])
+    error = document["steps"][0]["error"]
+    message = f"the conditions of step a took longer than {timeout or 0.1:g} s"
+    assert (error["code"], error["message"], document["error"]["code"]) == ("STEP_TIMEOUT", message, "MAX_RETRIES_EXCEEDED")
+    assert asked == ended == [run.id] * 2
+
+
+def test_a_cancel_ends_a_condition(app: Streamline) -> None:
+    """As it ends a handler: otherwise the cancelled run keeps a place in its worker."""
+    asked: list[str] = []
+    ended: list[str] = []
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {"run_if": hanging(asked, ended)})})
+    run = workflow.start()
+
+    async def cancel(pool: Pool) -> None:
+        await pool.until(lambda: asked)
+        await asyncio.to_thread(workflow.cancel, run.id)
+        pool.workers[0].check_run(run.id)  # what a steward does when it receives the signal
+        await pool.until(lambda: ended and not pool.statuses()[0].in_flight, timeout=5)
+
+    work(app, cancel)
+    document = stored(app, run)
+    check_invariants([document])
+    assert (document["status"], document["failures"], asked) == ("cancelled", 0, [run.id])
+
+
+def test_a_worker_that_stops_releases_a_run_in_the_middle_of_a_condition(app: Streamline) -> None:
+    """No failed attempt is counted, and the next worker asks again."""
+    asked: list[str] = []
+    ended: list[str] = []
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {"run_if": hanging(asked, ended)})})
+    run = workflow.start()
+
+    async def stop(pool: Pool) -> None:
+        await pool.until(lambda: asked)
+        pool.workers[0].stop(0.1)
+        await pool.until(lambda: ended and "lease" not in stored(app, run), timeout=5)
+
+    work(app, stop)
+    document = stored(app, run)
+    check_invariants([document])
+    assert (document["status"], document["failures"], "wakeAt" in document) == ("running", 0, True)

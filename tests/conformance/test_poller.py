@@ -316,3 +316,36 @@ def test_a_run_in_the_slots_of_a_worker_that_is_full_does_not_wait_for_the_end_o
         assert urgent.id in taken
 
     watch(app, use, workers=2)
+
+
+def test_many_runs_that_cannot_be_claimed_hide_no_run_behind_them(app: Streamline, flow: Workflow) -> None:
+    """With more of them than the poller remembered, each poll showed those that it had forgotten, and never a run behind them."""
+    refused = {run.id for run in flow.start_many([None] * 300)}
+    good = flow.start()
+
+    async def use(watch: Watch) -> None:
+        shown: list[str] = []
+        while refused - set(shown):
+            rows, _ = await watch.poller.poll(watch.store, 50, None)
+            shown += (row["_id"] for row in rows)
+            assert len(shown) <= len(refused) + 1, "some were shown twice"
+            watch.poller.skip_for_now(row["_id"] for row in rows)  # as after a claim that the server has refused
+        assert await watch.take(50) == [good.id]
+
+    watch(app, use)
+
+
+@pytest.mark.parametrize("concurrency", [1, 10])
+def test_a_worker_gets_past_many_runs_that_the_server_refuses(make_app: Callable[..., Streamline], concurrency: int) -> None:
+    """The pauses after polls without success are for runs that another worker has claimed. Here each poll brings it further."""
+    app = make_app(concurrency=concurrency)
+    flow = app.workflow("flow", steps={"only": lambda ctx: None})
+    flow.start_many([0] * 12 * concurrency)
+    good = flow.start(1)
+    app.client[app.runs.database.name].command("collMod", app.runs.name, validator={"input": {"$ne": 0}})
+
+    async def main() -> None:
+        async with Pool(app) as pool:
+            await pool.until(lambda: app.runs.count_documents({"_id": good.id, "status": "done"}), timeout=5)
+
+    asyncio.run(main())

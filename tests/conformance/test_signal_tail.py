@@ -61,6 +61,8 @@ class Received:
             if len(self.run_ids) == 1:
                 self._on_first()
 
+    send_latest = send
+
 
 def cancel_signal(app: Streamline, run_id: str, *, behind: timedelta = timedelta()) -> None:
     """Write a signal as a process does whose clock is `behind`."""

@@ -29,6 +29,8 @@ class Received:
     def send(self, message: FromSteward) -> None:
         self.messages.append(message)
 
+    send_latest = send
+
 
 class SlowSearches(AsyncStore):
     """A store that does not answer searches for due runs from the start of the queue."""

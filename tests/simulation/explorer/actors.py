@@ -223,6 +223,8 @@ class StewardActor(Actor):
         for _ in range(self.world.signals.copies()):
             self.world.to_workers(self._deliver(message))
 
+    send_latest = send
+
     def _deliver(self, message: Any) -> Callable[[Worker], None] | None:
         match message:
             case Released(runs=runs) if runs:

@@ -16,6 +16,7 @@ import pytest
 from parallel_tasks import FOREVER_S, Sleeper, abandoned_in_log, failing, value_of
 
 from streamline_pool import execute_parallel, execute_parallel_sync
+from streamline_pool.engine import parallel_group
 from streamline_pool.engine.parallel_group import abandoned_tasks
 from support import eventually, shown
 
@@ -101,7 +102,7 @@ def test_a_plain_task_that_takes_too_long_ends_and_its_later_result_is_dropped(
         return value_of("not awaited")
 
     try:
-        settled = call([stuck, functools.partial(value_of, 1)], "all_settled", concurrency=1, timeout=0.05)
+        settled = call([stuck, functools.partial(value_of, 1)], "all_settled", concurrency=2, timeout=0.05)
         assert ([one.value for one in settled], type(settled[0].error)) == ([None, 1], TimeoutError)
         assert not returned.is_set()
         assert abandoned_in_log(caplog) == [(0, "thread")]
@@ -150,6 +151,74 @@ def test_a_plain_task_that_ends_within_the_grace_is_awaited(call: Callable[..., 
 
     assert call([loser, winner], "race") == "won"
     assert (ended, abandoned_in_log(caplog)) == ([1], [])
+
+
+@pytest.mark.parametrize("limit", ["concurrency", "threads"])
+def test_a_thread_keeps_its_place_until_it_ends(call: Callable[..., Any], limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit protects a service, or the process. A task that has timed out still uses both."""
+    monkeypatch.setattr(parallel_group, "THREADS_MAX", 2)
+    lock, at_work, most = threading.Lock(), 0, 0
+
+    def work(pause_s: float) -> int:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        threading.Event().wait(pause_s)
+        with lock:
+            at_work -= 1
+        return 1
+
+    # Slow ones end after their task's timeout, and before that of the tasks that wait for their places.
+    slow, quick = functools.partial(work, 0.45), functools.partial(work, 0.01)
+    settled = call([slow, slow, quick, quick], "all_settled", concurrency=2 if limit == "concurrency" else None, timeout=0.3)
+    assert [type(one.error) for one in settled] == [TimeoutError, TimeoutError, type(None), type(None)]
+    assert most == 2
+
+
+@pytest.mark.parametrize("mode", ["all_settled", "any"])
+def test_tasks_for_which_no_thread_ever_ends_time_out_as_well(call: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that waited for those threads would hang with them, and hold its run."""
+    monkeypatch.setattr(parallel_group, "THREADS_MAX", 2)
+    release, entered = threading.Event(), []
+
+    def stuck() -> None:
+        entered.append(1)
+        release.wait(FOREVER_S)
+
+    try:
+        if mode == "any":
+            with pytest.raises(ExceptionGroup) as raised:
+                call([stuck] * 4, mode, timeout=0.05)
+            errors = list(raised.value.exceptions)
+        else:
+            errors = [one.error for one in call([stuck] * 4, mode, concurrency=2, timeout=0.05)]
+    finally:
+        release.set()
+    late = [f"tasks[{place}] took longer than its timeout of 0.05 s" for place in (0, 1)]
+    unstarted = [
+        f"tasks[{place}] could not start within its timeout of 0.05 s: every place is held by a thread that goes on" for place in (2, 3)
+    ]
+    assert [(type(error), str(error)) for error in errors] == [(TimeoutError, message) for message in late + unstarted]
+    assert entered == [1, 1]
+
+
+def test_a_call_in_which_every_place_is_held_ends_with_its_caller() -> None:
+    """The timeout of a step cancels its handler."""
+    release = threading.Event()
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        with pytest.raises(TimeoutError, match=r"^$"):
+            async with asyncio.timeout(0.3):
+                await execute_parallel([lambda: release.wait(FOREVER_S)] * 3, "all_settled", concurrency=1, timeout=0.2)
+        return loop.time() - begun
+
+    try:
+        assert asyncio.run(main()) < 5
+    finally:
+        release.set()
 
 
 # --- tasks that do not end -------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class Script:
             self.state, actions = decide(self.state, queue.pop(0), self.now)
             self.actions += actions
             for spawn in (action for action in actions if isinstance(action, Spawn)):
-                queue.append(Forked(pid=self._next_pid, owner=f"h:{self._next_pid}:n", role=spawn.role, index=spawn.index))
+                owner = f"h:{self._next_pid}:n"
+                queue.append(Forked(pid=self._next_pid, owner=owner, role=spawn.role, index=spawn.index, total=spawn.total))
                 self.alive.add(self._next_pid)
                 self._next_pid += 1
         return self.actions
@@ -63,9 +64,9 @@ class Script:
         self.alive.discard(pid)
         return self.send(Exited(pid=pid, exit_code=exit_code, signal=None if exit_code is not None else signal, dump=None, jitter=0.5))
 
-    def signal(self, signum: signal.Signals) -> list[Action]:
-        """The operator sends a signal to the supervisor."""
-        return self.send(Signalled(signum=signum))
+    def signal(self, *signums: signal.Signals) -> list[Action]:
+        """The operator sends signals to the supervisor. If several, it handles all of them before it learns of the forks they cause."""
+        return self.send(*(Signalled(signum=signum) for signum in signums))
 
     def started(self) -> Script:
         """The pool, ready."""

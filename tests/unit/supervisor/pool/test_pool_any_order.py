@@ -49,7 +49,7 @@ happenings = st.one_of(
     st.tuples(st.just("message"), pids, messages),
     st.tuples(st.just("dies"), pids, st.sampled_from([None, 0, 1, 64])),
     st.tuples(st.just("wait"), st.sampled_from([0.1, 1.0, 40.0]), st.none()),
-    st.tuples(st.just("signal"), st.sampled_from(SIGNALS), st.none()),
+    st.tuples(st.just("signals"), st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=3), st.none()),
     st.tuples(st.just("rss"), pids, st.integers(0, 200)),
 )
 
@@ -64,8 +64,8 @@ def play(script: Script, kind: str, what: Any, more: Any) -> None:
             script.dies(what, exit_code=more)
         case "wait":
             script.wait(what)
-        case "signal":
-            script.signal(what)
+        case "signals":
+            script.signal(*what)
         case "rss":
             script.send(Measured(rss_bytes={what: more}))
 

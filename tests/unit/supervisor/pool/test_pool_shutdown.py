@@ -173,7 +173,7 @@ def test_a_worker_forked_just_before_term_is_drained_too() -> None:
     script.state, actions = decide(script.state, Tick(), script.now)
     assert [action.role for action in actions if isinstance(action, Spawn)] == ["worker"]
     script.signal(signal.SIGTERM)
-    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0))
+    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0, total=1))
     assert [pid for pid, _ in script.sent(Drain)] == [102]
 
 
@@ -185,7 +185,7 @@ def test_a_worker_forked_just_before_the_second_int_is_stopped_and_not_drained()
     script.state, _ = decide(script.state, Tick(), script.now)
     script.signal(signal.SIGINT)
     script.signal(signal.SIGINT)
-    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0))
+    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0, total=1))
     assert ([pid for pid, _ in script.sent(Stop)], script.sent(Drain)) == ([102], [])
 
 
@@ -196,5 +196,5 @@ def test_a_child_forked_just_before_the_third_int_is_killed_too() -> None:
     script.state, _ = decide(script.state, Tick(), script.now)
     for _ in range(3):
         script.signal(signal.SIGINT)
-    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0))
+    script.send(Forked(pid=102, owner="h:102:n", role="worker", index=0, total=1))
     assert script.did(Kill) == [Kill(pid=102, signum=signal.SIGKILL)]

@@ -18,7 +18,7 @@ from streamline_pool.supervisor.ipc.messages import (
     WakeUp,
     WorkDue,
 )
-from streamline_pool.supervisor.pool.state import Dump, Event, Kill, Measured, Received, Spawn, Tick
+from streamline_pool.supervisor.pool.state import Dump, Event, ForkFailed, Kill, Measured, Received, Spawn, Tick
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,42 @@ def test_ttin_and_ttou_change_the_size_down_to_one() -> None:
     assert not script.state.vacancies
     script.signal(signal.SIGTTOU)
     assert not script.sent(Drain)
+
+
+TTIN, TTOU = signal.SIGTTIN, signal.SIGTTOU
+
+
+@pytest.mark.parametrize(
+    ("signums", "left"),
+    [
+        pytest.param([TTIN, TTOU], {0: 2, 1: 2}, id="up and down"),
+        pytest.param([TTIN, TTOU, TTOU], {0: 1}, id="up and down twice"),
+        pytest.param([TTIN, TTOU, TTIN], {0: 3, 1: 3, 2: 3}, id="up, down and up"),
+        pytest.param([TTIN, TTIN], {0: 4, 1: 4, 2: 4, 3: 4}, id="up twice"),
+    ],
+)
+def test_several_changes_of_size_in_one_turn_leave_as_many_workers_as_wanted(signums: list[signal.Signals], left: dict[int, int]) -> None:
+    """The second signal is handled between the fork for the first one and the event that makes the new worker known."""
+    script = Script(workers=2).started()
+    script.signal(*signums)
+    totals = {101: 2, 102: 2} | {102 + n: spawn.total for n, spawn in enumerate(script.did(Spawn), 1)}
+    totals |= {pid: message.total for pid, message in script.sent(Reslot)}
+    drained = {pid for pid, _ in script.sent(Drain)}
+    assert {m.index: totals[m.pid] for m in script.state.active_workers} == left, "each worker knows the size of the pool"
+    assert len(script.workers) - len(drained) == len(left)
+    for pid in drained:
+        script.dies(pid, exit_code=0)
+    script.wait(1.0)
+    assert not script.did(Spawn)
+
+
+def test_a_fork_that_fails_after_the_pool_has_shrunk_is_not_repeated() -> None:
+    script = Script(workers=2).started()
+    script.signal(TTOU)
+    script.dies(102, exit_code=0)
+    script.send(ForkFailed(role="worker", index=1, error="no room", jitter=0.5))
+    script.wait(10.0)
+    assert not script.did(Spawn)
 
 
 def test_ttou_removes_a_vacant_place_first() -> None:

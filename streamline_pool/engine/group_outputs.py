@@ -7,6 +7,7 @@ before its driver goes on to the commit that refers to it. So no document ever r
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -14,7 +15,6 @@ from typing import Any, Generic, TypeVar
 from streamline_pool.config.asyncio_tasks import end_tasks
 from streamline_pool.config.env import Env
 from streamline_pool.domain.errors import DataCorruptionError, StoreUnavailableError, ValidationError
-from streamline_pool.protocol.operations import Op
 from streamline_pool.protocol.outputs import DOCUMENT_BYTES_MAX, NewOutput, insert_outputs
 from streamline_pool.storage.outputs import Wanted, putting_output, reading_outputs
 from streamline_pool.storage.procedures import until_answered
@@ -23,6 +23,8 @@ from streamline_pool.storage.store import AsyncStore
 from .loaded_outputs import LoadedOutputs
 
 __all__ = ["GroupOutputs"]
+
+log = logging.getLogger("streamline_pool")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -131,7 +133,7 @@ class GroupOutputs:
     async def put(self, output: NewOutput) -> None:
         """Store an output; durable on return, however long that takes. Raises ValidationError if the server refuses it."""
         if len(output.content) > DOCUMENT_BYTES_MAX:
-            await until_answered(lambda: self._store.drive(putting_output(output)), self._env)
+            await self._until_stored(lambda: self._store.drive(putting_output(output)))
         else:
             await self._puts.call(output)
 
@@ -147,7 +149,7 @@ class GroupOutputs:
 
     async def _put_all(self, outputs: list[NewOutput]) -> list[Exception | None]:
         try:
-            await until_answered(lambda: self._answered(insert_outputs(outputs)), self._env)
+            await self._until_stored(lambda: self._store.run(insert_outputs(outputs)))
         except ValidationError as exc:
             if len(outputs) == 1:
                 return [exc]
@@ -158,11 +160,20 @@ class GroupOutputs:
     async def _read_all(self, wanted: list[Wanted]) -> list[bytes | DataCorruptionError]:
         return await until_answered(lambda: self._store.drive(reading_outputs(wanted)), self._env)
 
-    async def _answered(self, op: Op) -> Any:
-        try:
-            result = await self._store.run(op)
-        except StoreUnavailableError:
-            self._on_answer(False)
-            raise
-        self._on_answer(True)
-        return result
+    async def _until_stored(self, act: Callable[[], Awaitable[None]]) -> None:
+        """As `until_answered`. Each attempt is reported, and the first one that fails is logged: it may never succeed."""
+        failed = False
+
+        async def attempt() -> None:
+            nonlocal failed
+            try:
+                await act()
+            except StoreUnavailableError as exc:
+                if not failed:
+                    log.warning("output_not_stored", extra={"reason": exc.message})
+                failed = True
+                self._on_answer(False)
+                raise
+            self._on_answer(True)
+
+        await until_answered(attempt, self._env)

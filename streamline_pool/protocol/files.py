@@ -15,10 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamline_pool.domain.errors import StoreUnavailableError
-
-from . import server_codes
-from .operations import Command, Find, Reply, deleted, error_text
+from .operations import Command, Find, deleted
+from .stored_once import stored_or_there
 
 __all__ = [
     "CHUNK_BYTES",
@@ -38,6 +36,7 @@ __all__ = [
 
 FILES = "files.files"
 _CHUNKS = "files.chunks"
+_CHUNK_KEY = {"files_id": 1, "n": 1}
 
 CHUNK_BYTES = 255 * 1024
 """The size of a chunk that GridFS drivers choose: with its fields it fits into 256 KiB."""
@@ -59,30 +58,30 @@ def ensure_file_index() -> Command:
 
 def ensure_chunk_index() -> Command:
     """GridFS's index of chunks, with the name and key that drivers give it. Does nothing when it exists."""
-    spec = {"name": "files_id_1_n_1", "key": {"files_id": 1, "n": 1}, "unique": True}
+    spec = {"name": "files_id_1_n_1", "key": _CHUNK_KEY, "unique": True}
     return Command(name="ensure_chunk_index", collection=_CHUNKS, verb="createIndexes", body={"indexes": [spec]})
 
 
 def insert_file(file_id: str, run_id: str, length: int) -> Command:
-    """Store a file's record. An existing record stays as it is. The time of the upload is the server's."""
+    """Store a file's record. An existing record stays as it is. The time of the upload is the server's.
+
+    Raises ValidationError when the server refuses it for good: a validator or an index that users have put on the collection.
+    """
     record = {"filename": {"$literal": run_id}, "length": {"$toLong": length}, "chunkSize": CHUNK_BYTES, "uploadDate": "$$NOW"}
     record["metadata"] = {"runId": {"$literal": run_id}}
     update = [{"$replaceWith": {"$mergeObjects": [record, "$$ROOT"]}}]
     body = {"updates": [{"q": {"_id": file_id}, "u": update, "upsert": True}]}
-    return Command(name="insert_file", collection=FILES, verb="update", body=body, parse=_stored_or_there)
+    return Command(name="insert_file", collection=FILES, verb="update", body=body, parse=stored_or_there("a file"))
 
 
 def insert_chunks(file_id: str, first: int, chunks: Sequence[bytes]) -> Command:
-    """Store chunks number `first` and following. Existing chunks stay as they are: they have the same content."""
+    """Store chunks number `first` and following. Existing chunks stay as they are: they have the same content.
+
+    Raises ValidationError as `insert_file` does.
+    """
     documents = [{"_id": f"{file_id}/{n}", "files_id": file_id, "n": n, "data": data} for n, data in enumerate(chunks, first)]
     body = {"documents": documents, "ordered": False}
-    return Command(name="insert_chunks", collection=_CHUNKS, verb="insert", body=body, parse=_stored_or_there)
-
-
-def _stored_or_there(reply: Reply) -> None:
-    for error in reply.get("writeErrors", ()):
-        if error.get("code") != server_codes.DUPLICATE_KEY:
-            raise StoreUnavailableError(f"a file could not be stored: {error_text(error)}", transient=True)
+    return Command(name="insert_chunks", collection=_CHUNKS, verb="insert", body=body, parse=stored_or_there("a file", _CHUNK_KEY))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -97,8 +96,13 @@ def files_of(run_id: str, file_ids: Sequence[str]) -> Find:
 
 
 def files_of_runs(run_ids: Sequence[str]) -> Find:
-    """The records of all files of these runs, also of files to which no document refers."""
-    return Find(name="files_of_runs", collection=FILES, filter={"filename": {"$in": list(run_ids)}}, projection=_RECORD)
+    """The records of all files of these runs, also of files to which no document refers.
+
+    Applications may have files of their own in the bucket, also under the name of a run. Those have no such `metadata.runId`.
+    """
+    ids = list(run_ids)
+    query = {"filename": {"$in": ids}, "metadata.runId": {"$in": ids}}
+    return Find(name="files_of_runs", collection=FILES, filter=query, projection=_RECORD)
 
 
 def read_chunks(file_id: str) -> Find:
@@ -125,4 +129,4 @@ def mark_archived(file_ids: Sequence[str], collection: str) -> Command:
     """Record that the runs of these files are archived in `collection` (its stored name), so that the files are no orphans."""
     update: Mapping[str, Any] = {"$addToSet": {"metadata.archives": collection}}
     body = {"updates": [{"q": {"_id": {"$in": list(file_ids)}}, "u": update, "multi": True}]}
-    return Command(name="mark_archived", collection=FILES, verb="update", body=body, parse=_stored_or_there)
+    return Command(name="mark_archived", collection=FILES, verb="update", body=body, parse=stored_or_there("the mark of a file"))

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
-
-from . import server_codes
 from .codec import SERVER_TICK
-from .operations import Command, Find, Reply, deleted, error_text
+from .operations import Command, Find, Reply, deleted
+from .stored_once import stored_or_there
 
 __all__ = [
     "DOCUMENT_BYTES_MAX",
@@ -52,16 +50,7 @@ def insert_outputs(outputs: Iterable[NewOutput]) -> Command:
     """
     documents = [{"_id": output.id, "runId": output.run_id, "at": SERVER_TICK, "data": output.content} for output in outputs]
     body = {"documents": documents, "ordered": False}
-    return Command(name="insert_outputs", collection=OUTPUTS, verb="insert", body=body, parse=_stored_or_there)
-
-
-def _stored_or_there(reply: Reply) -> None:
-    failed = [error for error in reply.get("writeErrors", ()) if error.get("code") != server_codes.DUPLICATE_KEY]
-    for error in failed:
-        text = f"an output could not be stored: {error_text(error)}"
-        if error.get("code") in server_codes.WILL_BE_REFUSED_AGAIN:
-            raise ValidationError(text)
-        raise StoreUnavailableError(text, transient=True)
+    return Command(name="insert_outputs", collection=OUTPUTS, verb="insert", body=body, parse=stored_or_there("an output"))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -118,4 +107,6 @@ def mark_outputs_archived(output_ids: Sequence[str], collection: str) -> Command
     """Record that the runs of these outputs are archived in `collection` (its stored name), so that the outputs are no orphans."""
     update: Mapping[str, Any] = {"$addToSet": {"archives": collection}}
     body = {"updates": [{"q": {"_id": {"$in": list(output_ids)}}, "u": update, "multi": True}]}
-    return Command(name="mark_outputs_archived", collection=OUTPUTS, verb="update", body=body, parse=_stored_or_there)
+    return Command(
+        name="mark_outputs_archived", collection=OUTPUTS, verb="update", body=body, parse=stored_or_there("the mark of an output")
+    )

@@ -1,8 +1,10 @@
 """Files beside the runs, as procedures: store a file, read it, delete files. outputs.py says which outputs are files.
 
 Owns the order of the operations. A file's record is written before its chunks and deleted after them. Every file that a
-crash leaves therefore has a record, by which `dropping_orphans` (retention.py) finds it. A file is complete when its
-chunks have the length that the record says.
+crash leaves therefore has a record, by which `dropping_orphans` (retention.py) finds it. A clean-up may meet a writer whose
+run was deleted. So the writer writes the record again at its end, and the clean-up deletes chunks again at its end: either
+the record comes after the delete, and a later clean-up finds the file, or all chunks come before the second delete.
+A file is complete when its chunks have the length that the record says.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streamline_pool.protocol import files
+from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.protocol import files, server_codes
 from streamline_pool.protocol.files import CHUNK_BYTES
+from streamline_pool.protocol.operations import Command
 
+from .driver_errors import has_code
 from .procedures import Procedure
 
 __all__ = ["dropping_files", "putting_file", "reading_file"]
@@ -24,15 +29,25 @@ _DROP_MAX = 100  # files whose content one command deletes; at 64 MiB each some 
 def putting_file(file_id: str, content: bytes, run_id: str) -> Procedure[None]:
     """Store a file durably, before any document refers to it. `content` is that of `split_output`.
 
-    May be repeated under the same id, with the same content only. Raises StoreUnavailableError.
+    May be repeated under the same id, with the same content only. Raises StoreUnavailableError, ValidationError.
     """
     if not (yield files.any_file()):
         # A database without files has no need of these indexes. A user with readWrite may create them.
-        yield files.ensure_file_index()
-        yield files.ensure_chunk_index()
+        yield from _ensuring(files.ensure_file_index())
+        yield from _ensuring(files.ensure_chunk_index())
     yield files.insert_file(file_id, run_id, len(content))
     for first, chunks in _commands(content):
         yield files.insert_chunks(file_id, first, chunks)
+    yield files.insert_file(file_id, run_id, len(content))
+
+
+def _ensuring(index: Command) -> Procedure[None]:
+    try:
+        yield index
+    except StoreUnavailableError as exc:
+        # Another index is in the way, or chunks of another tool are. Files are found without this index, only more slowly.
+        if not has_code(exc, *server_codes.INDEX_CONFLICT, server_codes.DUPLICATE_KEY):
+            raise
 
 
 def _commands(content: bytes) -> Iterator[tuple[int, list[bytes]]]:
@@ -66,4 +81,5 @@ def dropping_files(file_ids: Sequence[str]) -> Procedure[int]:
         batch = file_ids[start : start + _DROP_MAX]
         yield files.delete_chunks(batch)
         dropped += yield files.delete_files(batch)
+        yield files.delete_chunks(batch)
     return dropped

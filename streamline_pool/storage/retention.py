@@ -201,17 +201,25 @@ def _owned_by(run_ids: Sequence[str]) -> Procedure[list[_Beside]]:
 
 def _dropping_unowned(owned: Sequence[_Beside]) -> Procedure[int]:
     """Delete those whose run is neither stored nor archived."""
-    runs: dict[str, set[str]] = {}
-    for beside in owned:
-        runs.setdefault(beside.run_id, set()).update(f"/{name}" for name in beside.archives)
+    runs = dict.fromkeys(beside.run_id for beside in owned)
     # The runs are read before the archives: a run that is moved between the two reads is then found by the second.
     gone = yield from _gone("runs", list(runs))
     gone = yield from _gone(ARCHIVE, gone)
-    for archive in sorted({name for run_id in gone for name in runs[run_id]}):
+    for archive in (yield from _named_archives(owned, gone)):
         gone = yield from _gone(archive, gone)
     lost = set(gone)
     dropped = yield from dropping_outputs([beside.id for beside in owned if beside.run_id in lost and not beside.is_file])
     return dropped + (yield from dropping_files([beside.id for beside in owned if beside.run_id in lost and beside.is_file]))
+
+
+def _named_archives(owned: Sequence[_Beside], run_ids: Sequence[str]) -> Procedure[list[str]]:
+    """The archives, except the usual one, in which one of these runs may be."""
+    if not run_ids:
+        return []
+    wanted = set(run_ids)
+    # The marks are read again: a run that was moved since `owned` was read has been marked since then. It was marked before it was moved.
+    marked = [*owned, *(yield from _owned_by(run_ids))]
+    return sorted({f"/{name}" for beside in marked if beside.run_id in wanted for name in beside.archives})
 
 
 def _gone(collection: str, run_ids: list[str]) -> Procedure[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gridfs
 import pytest
+from old_runs import file_ids, meddling
 from pymongo import MongoClient
 
 from streamline_pool import DataCorruptionError, StoreUnavailableError, Streamline
@@ -206,6 +207,20 @@ def test_an_interrupted_drop_keeps_the_record_until_the_chunks_are_gone(app: Str
     assert app.store().collection("files.chunks").count_documents({}) == 0
     assert app.store().collection("files.files").count_documents({}) == 1
     assert app.store().drive(dropping_files(["f"])) == 1
+
+
+@pytest.mark.parametrize("before", ["insert_chunks", "delete_files"])
+def test_a_clean_up_that_meets_the_writer_leaves_no_chunks_without_a_record(app: Streamline, before: str) -> None:
+    """The run is deleted while its last output is written. Chunks without a record would stay for ever."""
+    if before == "insert_chunks":
+        meddling(app, before, lambda: app.store().drive(dropping_files(["f"])))
+        put(app, "f", BULK)
+    else:
+        meddling(app, "delete_files", lambda: put(app, "f", BULK))
+        app.store().drive(dropping_files(["f"]))
+    file_ids(app)  # compares records and chunks
+    app.store().drive(dropping_files(sorted(file_ids(app))))
+    assert file_ids(app) == set()
 
 
 def test_the_time_of_upload_is_the_servers(app: Streamline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+import gridfs
 import pytest
 from old_runs import archive, file_ids, files, ids, killed_at, meddling, outputs, put_file, put_output, put_run, revive
 
@@ -134,3 +135,33 @@ def test_more_outputs_than_one_command_can_name_are_archived(app: Streamline) ->
     outputs(app).insert_many({"_id": f"{number:05}{'x' * 995}", "runId": "run", "at": None, "data": b""} for number in range(17_000))
     assert app.archive_old_runs(30, to="attic") == 1
     assert outputs(app).count_documents({"archives": "attic"}) == 17_000
+
+
+@KINDS
+@pytest.mark.parametrize(("before", "days"), [("delete_runs", 30), ("existing_runs", 500)])
+def test_a_run_that_is_archived_during_a_clean_up_keeps_its_outputs(app: Streamline, put: Put, left: Left, before: str, days: int) -> None:
+    """The clean-up knew only the archives that the outputs named before the move, and deleted what the archived run refers to."""
+    put_run(app, "run")
+    put(app, "f", "run", days=50)
+    meddling(app, before, lambda: app.archive_old_runs(30, to="attic"))
+    assert app.cleanup_old_runs(days) == 0
+    assert ids(app.client[app.where.database]["attic"]) == {"run"}
+    assert left(app) == {"f"}
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"runId": 7}])
+def test_a_foreign_file_with_the_name_of_a_run_stays_and_stops_nothing(app: Streamline, metadata: dict[str, object] | None) -> None:
+    """Applications may use the same bucket. Such a file ended each clean-up with a KeyError, before anything was deleted."""
+    bucket = gridfs.GridFSBucket(app.client[app.where.database], "workflow_files")
+    bucket.upload_from_stream_with_id("theirs", "run", b"x", metadata=metadata)
+    for to in (None, "attic"):
+        put_run(app, "run")
+        put_file(app, "f", "run")
+        assert app.archive_old_runs(30, to=to) == 1
+    put_run(app, "run")
+    assert app.cleanup_old_runs(30) == 1
+    for collection in (archive(app), app.client[app.where.database]["attic"]):
+        collection.drop()
+    put_run(app, "run")
+    assert app.cleanup_old_runs(30) == 1
+    assert file_ids(app) == {"theirs"}

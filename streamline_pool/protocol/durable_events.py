@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from streamline_pool.domain.errors import StoreUnavailableError, ValidationError
+from streamline_pool.domain.errors import StoreUnavailableError
 from streamline_pool.domain.model import StepStatus
 
 from . import server_codes
@@ -17,6 +17,7 @@ from .codec import SERVER_TICK
 from .expressions import IS_CURRENT, NON_TERMINAL_TEXTS, live_run, server_time_in, some_step
 from .inbox import deliver_item, has_room
 from .operations import Command, Find, Query, Reply, change_one, deleted, error_text
+from .stored_once import stored_or_there
 
 __all__ = [
     "EVENT_BYTES_MAX",
@@ -60,16 +61,11 @@ def record_event(event_id: str, name: str, data: Any, at: datetime) -> Command:
     """Store a broadcast event: for every run that exists now and waits for it, now or later. Repeating changes nothing.
 
     It is pending until the runs that wait now have received it. `bornAt`, and no clock, decides which runs exist.
+    Raises ValidationError when the server refuses it for good.
     """
     document = {"_id": event_id, "name": name, "data": data, "at": at, "bornAt": SERVER_TICK, "pending": True}
     body = {"documents": [document], "ordered": False}
-    return Command(name="record_event", collection="events", verb="insert", body=body, parse=_stored_or_there)
-
-
-def _stored_or_there(reply: Reply) -> None:
-    for error in reply.get("writeErrors", ()):
-        if error.get("code") != server_codes.DUPLICATE_KEY:
-            raise ValidationError(f"MongoDB refuses to store the event: {error_text(error)}")
+    return Command(name="record_event", collection="events", verb="insert", body=body, parse=stored_or_there("an event"))
 
 
 def read_event(event_id: str) -> Find:

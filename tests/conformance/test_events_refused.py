@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from stored_runs import stored
 
-from streamline_pool import PayloadTooLargeError, Run, StoreUnavailableError, Streamline, Workflow
+from streamline_pool import PayloadTooLargeError, Run, StoreUnavailableError, Streamline, ValidationError, Workflow
 from streamline_pool.client.event_delivery import finishing_broadcasts
 from streamline_pool.protocol import durable_events, inbox
 from streamline_pool.protocol.server_codes import TOO_LARGE, TRANSIENT
@@ -173,3 +173,11 @@ def test_one_command_of_a_broadcast_is_never_too_large(app: Streamline) -> None:
     app.runs.insert_many([{**document, "_id": run_id} for run_id in ids])
     assert app.send_event(name, b"x" * 30_500) == len(ids)
     assert events(app).find_one()["pending"] is False
+
+
+def test_an_event_that_a_users_unique_index_refuses_is_not_sent(app: Streamline) -> None:
+    """Any duplicate key counted as the same event, already stored: its sender was told that it is on its way."""
+    events(app).create_index("name", name="one_each", unique=True)
+    app.send_event("news", 1)
+    with pytest.raises(ValidationError, match="one_each"):
+        app.send_event("news", 2)

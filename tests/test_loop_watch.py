@@ -83,6 +83,7 @@ def test_a_task_that_is_left_fails_the_test_that_left_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", [("-n", "0"), ("-n", "1")], ids=["alone", "xdist"])
+@pytest.mark.slow
 def test_a_task_that_is_left_after_the_last_test_fails_the_session(tmp_path: Path, options: tuple[str, ...]) -> None:
     good = OFFENDERS.replace("SESSION", "abandoned")
     code, printed = outcome(tmp_path, good, "-k", "good", *options)

@@ -20,6 +20,7 @@ def test_each_shell_gets_its_script(offline: Shell, name: str) -> None:
     assert f"_STREAMLINE_POOL_COMPLETE={name}_complete" in done.stdout
 
 
+@pytest.mark.slow
 def test_sub_commands_options_and_values_are_completed(offline: Shell) -> None:
     """A shell asks at every press of the key, so the answer needs neither a database nor the application."""
 

@@ -15,6 +15,7 @@ from pymongo import MongoClient
 @pytest.mark.parametrize(
     "words", [("--app", "shop:app"), ("check", "--app", "shop:app"), ("runs", "list"), ("workers",), ("init-db",), ("doctor",)]
 )
+@pytest.mark.slow
 def test_a_database_that_does_not_answer_is_3(offline: Shell, words: tuple[str, ...]) -> None:
     done = offline(*words, STREAMLINE_MONGODB_URI="mongodb://ann:s3cret@127.0.0.1:1/?serverSelectionTimeoutMS=200")
     assert done.returncode == 3, done.stderr
@@ -23,6 +24,7 @@ def test_a_database_that_does_not_answer_is_3(offline: Shell, words: tuple[str, 
     assert "s3cret" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_password_is_3_and_says_so(shell: Shell, mongodb_uri: str) -> None:
     uri = mongodb_uri.replace("mongodb://", "mongodb://ann:s3cret@", 1)
     for words in ((), ("runs", "list")):
@@ -52,6 +54,7 @@ def uri_with_password(mongodb_uri: str, database: str) -> Iterator[str]:
         client[database].command("dropUser", "ann")
 
 
+@pytest.mark.slow
 def test_no_password_in_the_process_list_or_the_log(shell: Shell, uri_with_password: str) -> None:
     """The argument list of every process can be read by every user of the machine."""
     process = shell.start_pool("--mongodb-uri", uri_with_password, "--log-level", "debug")
@@ -79,6 +82,7 @@ def test_init_db_can_be_repeated(shell: Shell, mongodb_uri: str, database: str) 
         assert client[database]["workflow_signals"].options()["capped"] is True
 
 
+@pytest.mark.slow
 def test_check_reports_application_and_database(shell: Shell, database: str) -> None:
     report = shell.json("check")
     assert report["ok"] is True

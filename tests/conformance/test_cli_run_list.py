@@ -129,6 +129,7 @@ def test_what_no_run_can_match_is_refused(shell: Shell, words: tuple[str, ...], 
 # --- pages ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pages_hold_every_run_once_also_among_runs_of_one_instant(shell: Shell, stored: Any) -> None:
     """`start_many` stores a thousand runs with one createdAt. A page that begins in the middle of them must not skip any."""
     stored.insert_many([*(document(f"t-{number}", 5) for number in range(5)), document("new", 1), document("old", 9)])
@@ -168,6 +169,7 @@ def fill(stored: Any) -> None:
     stored.insert_many(list(many), ordered=False)
 
 
+@pytest.mark.slow
 def test_a_list_without_an_index_says_which_one_to_make(shell: Shell, stored: Any) -> None:
     """A query that reads five million runs slows every pool down. It must not happen by a list that looks harmless."""
     fill(stored)
@@ -185,6 +187,7 @@ def test_a_list_without_an_index_says_which_one_to_make(shell: Shell, stored: An
     assert (wrong.returncode, "index 'colour': there are tag, user," in wrong.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_which_lists_need_an_index(app: Streamline, stored: Any) -> None:
     def slow(**filters: Any) -> str | None:
         answer: SlowList | None = app.connections.drive(finding_slow_list(RunFilter(**filters)))
@@ -217,6 +220,7 @@ def test_which_lists_need_an_index(app: Streamline, stored: Any) -> None:
     assert slow(queue="default") == "queue", "such an index does not hold every run"
 
 
+@pytest.mark.slow
 def test_a_page_reads_no_more_runs_than_it_has(app: Streamline, stored: Any) -> None:
     """With its index, the hundredth page of five million runs costs what the first one costs."""
     error = {"code": "STEP_FAILED", "message": ""}

@@ -121,6 +121,7 @@ def test_a_run_is_answered_paused_resumed_and_rewound_from_the_command(shell: Sh
     assert shell.json("runs", "show", "a-1")["steps"][1] == {"stepId": "act", "status": "pending", "attempts": 0}
 
 
+@pytest.mark.slow
 def test_an_idempotency_key_starts_one_run(shell: Shell) -> None:
     first = shell("start", "orders", "--idempotency-key", "k").stdout
     assert shell("start", "orders", "--idempotency-key", "k", "--input", "3").stdout == first
@@ -129,6 +130,7 @@ def test_an_idempotency_key_starts_one_run(shell: Shell) -> None:
 # --- the pool -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_burst_does_the_work_and_ends_with_0(shell: Shell) -> None:
     shell("start", "orders", "--id", "o-1")
     shell("start", "slow", "--id", "s-1")

@@ -61,6 +61,7 @@ def said(text: str) -> list[str]:
     return [re.sub(r"worker \S+:\d+:\S+|a worker", "a worker", re.sub(r"\d+ ms|\d+\.\d s", "T", line)) for line in without_times]
 
 
+@pytest.mark.slow
 def test_start_wait_says_on_standard_error_what_fails_meanwhile(troubled: Shell) -> None:
     """A script that waits for minutes must show why. Its standard output stays the answer."""
     done = troubled("start", "flaky", "--input", "3", "--id", "f-1", "--wait")
@@ -73,6 +74,7 @@ def test_start_wait_says_on_standard_error_what_fails_meanwhile(troubled: Shell)
     assert (failed.returncode, json.loads(failed.stdout)["error"]["code"]) == (1, "MAX_RETRIES_EXCEEDED")
 
 
+@pytest.mark.slow
 def test_watch_shows_a_lost_worker_and_every_attempt_in_order(troubled: Shell) -> None:
     troubled("start", "deadly", "--id", "d-1")
     watching = subprocess.Popen([*COMMAND, "runs", "watch", "d-1"], cwd=troubled.folder, env=troubled.environ, stdout=subprocess.PIPE)
@@ -136,6 +138,7 @@ def on_a_terminal(shell: Shell, *words: str, **environ: str) -> str:
     return written.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_colours_and_a_progress_line_unless_no_color_is_set(troubled: Shell) -> None:
     pytest.importorskip("rich")
     for name in ("NO_COLOR", "FORCE_COLOR"):
@@ -154,6 +157,7 @@ def test_a_terminal_gets_colours_and_a_progress_line_unless_no_color_is_set(trou
     assert "\x1b" not in piped
 
 
+@pytest.mark.slow
 def test_without_rich_a_terminal_gets_plain_text(troubled: Shell) -> None:
     """The extra is optional: without it an operator must see the same words, not a traceback."""
     (troubled.folder / "rich.py").write_text("raise ImportError('not installed')\n")

@@ -57,6 +57,7 @@ def test_it_loses_a_worker_and_no_result(tmp_path: Path) -> None:
     assert pools() == []
 
 
+@pytest.mark.slow
 def test_it_notices_at_once_when_its_pool_has_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Once it waited two minutes for a dead pool, and then deleted the log with the reason."""
     start_many = index.start_many

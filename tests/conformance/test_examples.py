@@ -73,7 +73,7 @@ def test_every_example_is_run() -> None:
     assert {*PRINTS, "stdlib_index", "web_scraper"} == set(EXAMPLES)  # stdlib_index is the demonstration, run by test_demo.py
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize("name", [name if name == "hello_world" else pytest.param(name, marks=pytest.mark.slow) for name in PRINTS])
 def test_each_runs_by_one_command_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     """A new user runs an example first, from any folder."""
     printed = run(str(REPOSITORY / "examples" / f"{name}.py"), folder=tmp_path)

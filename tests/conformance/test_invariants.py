@@ -87,6 +87,8 @@ async def disturb(app: Streamline, runs: list[str], chance: random.Random, cance
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
+@pytest.mark.slow
 def test_each_run_ends_once_and_none_is_wedged_after_random_interleavings(make_app: Callable[..., Streamline], seed: int) -> None:
     print(f"seed {seed}")
     chance = random.Random(seed)

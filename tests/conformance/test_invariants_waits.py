@@ -198,6 +198,7 @@ async def answer_everything(scripted: Scripted) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
 def test_runs_end_after_everything_is_answered_whatever_clients_did_before(make_app: Callable[..., Streamline], seed: int) -> None:
     """Client calls meet workers at every moment of a step; one that gets lost between two writes would wedge a run."""
     print(f"seed {seed}")

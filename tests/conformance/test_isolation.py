@@ -154,6 +154,8 @@ def client(uri: str, database: str, *, workflows: tuple[str, ...] = ("w",), vers
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("apart_by", ["workflow", "version", "prefix"])
+@pytest.mark.slow
+@pytest.mark.slow
 def test_two_pools_on_one_database_run_each_its_own(mongodb_uri: str, database: str, tmp_path: Path, apart_by: str) -> None:
     """Two applications share a database: an idle worker of one must not claim the runs of the other."""
     left: dict[str, Any] = {}

@@ -114,6 +114,8 @@ def test_the_storm_refuses_a_given_server() -> None:
     assert "leave out --mongodb-uri" in answer.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_an_interrupted_load_test_leaves_no_process_behind(mongodb_uri: str) -> None:
     """A pool that goes on by itself would distort the next measurement, and load the machine."""
     process = subprocess.Popen([*MODULE, "memory", "--mongodb-uri", mongodb_uri, "--settle", "60"], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -129,6 +131,8 @@ def test_an_interrupted_load_test_leaves_no_process_behind(mongodb_uri: str) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_load_test_leaves_no_process_behind() -> None:
     """The process that should end the pool and the server is gone, so they must notice it by themselves."""
     process = subprocess.Popen([*MODULE, "throughput", "--find", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)

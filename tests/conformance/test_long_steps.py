@@ -95,6 +95,7 @@ def test_a_step_of_more_than_ten_leases_runs_once(app: Streamline, tmp_path: Pat
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["counting", "counting_async"])
+@pytest.mark.slow
 def test_a_long_step_whose_worker_is_killed_continues_from_its_checkpoint(app: Streamline, tmp_path: Path, name: str) -> None:
     with pool_of(app, tmp_path):
         run = app.workflows[name].start()

@@ -77,6 +77,7 @@ def _waits_in_vain(ctx: Any) -> Any:
 
 
 @pytest.mark.parametrize("handler", [_plain, _plain_def, _fails_once, _fans_out, _falls_asleep, _waits, _waits_in_vain])
+@pytest.mark.slow
 def test_a_run_that_has_ended_leaves_no_circle_in_memory(app: Streamline, handler: Callable[[Any], Any]) -> None:
     """Each run kept its document, context and handler's variables until a full collection: 2 000 ended runs in a busy worker."""
     steps = {"large": _returns_much, "do": handler, "last": lambda ctx: len(ctx.get_output("large"))}

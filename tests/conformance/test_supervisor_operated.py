@@ -62,6 +62,7 @@ def test_a_drain_that_takes_too_long_exits_4_and_loses_nothing(app: Streamline, 
         assert "lease" not in stored(app, run)
 
 
+@pytest.mark.slow
 def test_the_second_int_cancels_now(app: Streamline, start: Start) -> None:
     with start("--workers", "1") as pool:
         pool.ready()
@@ -74,6 +75,7 @@ def test_the_second_int_cancels_now(app: Streamline, start: Start) -> None:
         assert "lease" not in stored(app, run)
 
 
+@pytest.mark.slow
 def test_the_third_int_kills(app: Streamline, start: Start) -> None:
     with start("--workers", "2") as pool:
         pool.ready()
@@ -127,6 +129,7 @@ def test_tstp_stops_claiming_and_cont_resumes(app: Streamline, start: Start) -> 
         assert finish(app, run).status == "done"
 
 
+@pytest.mark.slow
 def test_usr1_shows_the_stacks_of_every_process(start: Start) -> None:
     with start("--workers", "2") as pool:
         pool.ready()
@@ -159,6 +162,7 @@ def test_a_worker_with_a_stuck_thread_is_replaced_and_exits(app: Streamline, sta
         assert finish(app, begin(app, "quick")).status == "done"
 
 
+@pytest.mark.slow
 def test_a_worker_above_its_memory_limit_is_replaced(start: Start) -> None:
     with start("--workers", "1", "--max-rss", "1MiB") as pool:
         pool.ready()
@@ -265,6 +269,7 @@ def test_a_health_address_that_is_not_this_machines_is_refused_at_the_start(star
         assert "192.0.2.1:0: Cannot assign requested address; choose others with --health-host and --health-port" in pool.log_text
 
 
+@pytest.mark.slow
 def test_logs_are_json_to_the_last_line(start: Start) -> None:
     """Stack dumps, too: a log collector drops or damages what is not an object."""
     with start("--workers", "1") as pool:

@@ -92,6 +92,7 @@ def environ(app: Streamline, mongodb_uri: str, database: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("there", [True, False], ids=["there", "not there"])
 @pytest.mark.parametrize("examples", [25, pytest.param(1_500, marks=[pytest.mark.slow, pytest.mark.timeout(900)])], ids=str)
+@pytest.mark.slow
 def test_any_arguments_end_with_a_documented_exit_code_and_no_traceback(environ: dict[str, str], there: bool, examples: int) -> None:
     """A traceback tells a user nothing; an exit code that is not documented tells a script something wrong."""
     used = environ if there else environ | {"STREAMLINE_MONGODB_URI": NOWHERE}

@@ -372,6 +372,8 @@ async def drive(app: Streamline, script: Script, faults: Faults) -> dict[str, An
         for kind in ("lost", "unknown", "late")
     ],
 )
+@pytest.mark.slow
+@pytest.mark.slow
 def test_acknowledged_calls_take_effect_once_whichever_operation_fails(
     make_app: Callable[..., Streamline], make: type[Script], kind: str, count: int
 ) -> None:

@@ -37,6 +37,7 @@ def test_mypy_reports_the_marked_lines_and_no_others() -> None:
     assert_equal(found)
 
 
+@pytest.mark.slow
 def test_pyright_reports_the_marked_lines_and_no_others() -> None:
     """Editors show what pyright says."""
     done = run("pyright", "--outputjson", "--pythonpath", sys.executable)

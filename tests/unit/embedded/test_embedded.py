@@ -124,6 +124,7 @@ def test_a_temporary_folder_is_removed() -> None:
     assert not server.data_dir.exists()
 
 
+@pytest.mark.slow
 def test_two_servers_run_side_by_side() -> None:
     with embedded.start(None) as first, embedded.start(None) as second:
         assert first.port != second.port
@@ -179,6 +180,7 @@ def test_no_mongod_outlives_the_watcher(tmp_path: Path) -> None:
         eventually(owner.gone, timeout=GONE_S)
 
 
+@pytest.mark.slow
 def test_no_mongod_outlives_owner_and_watcher_killed_together(tmp_path: Path) -> None:
     with an_owner(tmp_path) as owner:
         os.kill(owner.watcher, signal.SIGSTOP)  # so that it cannot react to the following kill
@@ -195,6 +197,7 @@ def test_a_suspended_mongod_is_ended_too(tmp_path: Path) -> None:
         eventually(owner.gone, timeout=GONE_S)
 
 
+@pytest.mark.slow
 def test_the_temporary_folder_of_a_killed_owner_is_removed() -> None:
     with an_owner(None) as owner:
         os.kill(owner.process.pid, signal.SIGKILL)

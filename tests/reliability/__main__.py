@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedules", type=int, default=20_000, help="of the explorer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the explorer and the soak (default: %(default)s)")
     parser.add_argument("--nemesis-minutes", type=int, default=10, help="how long its faults go on (default: %(default)s)")
+    parser.add_argument(
+        "--mutant-tables",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="tables that `python -m tests.mutants --json` has made, in the place of a run of all mutants, which takes a day",
+    )
     parser.add_argument("--runs", type=int, default=1_000_000, help="of the soak (default: %(default)s)")
     parser.add_argument("--minutes", type=int, default=1440, help="of the soak: then it starts no more runs (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the soak (default: %(default)s)")

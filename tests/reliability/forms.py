@@ -15,9 +15,13 @@ _TOTALS = ("runs", "seconds", "lost", "wedged", "duplicates", "recovery_p50_s", 
 _OF_FAULT = ("lost", "wedged", "duplicates", "recovery_p50_s", "recovery_p99_s")
 
 
-def mutants_of(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The table of `python -m tests.mutants`, without the row of the tree as it is."""
-    return [_mutant(row) for row in table if row["name"] is not None]
+def mutants_of(*tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tables of `python -m tests.mutants`, joined by mutant, without the row of the tree as it is. A later finding of a detector counts."""
+    mutants: dict[str, dict[str, Any]] = {}
+    for row in (row for table in tables for row in table if row["name"] is not None):
+        mutant = _mutant(row)
+        mutants[row["name"]] = {**mutant, "found": {**mutants.get(row["name"], mutant)["found"], **mutant["found"]}}
+    return list(mutants.values())
 
 
 def _mutant(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,23 @@ from .results import ROOT
 __all__ = ["PARTS", "PartFailedError"]
 
 
+FOR_THE_NEMESIS = (
+    "commit-without-fence",
+    "claim-of-a-leased-run",
+    "recover-without-expiry",
+    "recovery-keeps-the-lease",
+    "pause-forgets-wake-at",
+    "resume-forgets-wake-at",
+    "wait-loses-its-deadline",
+    "search-is-skipped",
+    "answer-whose-reply-was-lost-is-refused",
+    "key-is-not-unique",
+    "delivery-is-not-noted-as-seen",
+    "cancel-keeps-the-lease",
+)
+"""Mutants that the nemesis tries: of each kind of call and fault some."""
+
+
 class PartFailedError(Exception):
     """The program that measures a part has left no result. The page keeps the result that is stored, or says "Not measured."."""
 
@@ -39,7 +56,11 @@ def _explorer(options: Namespace) -> Any:
 
 
 def _mutants(options: Namespace) -> Any:
-    return mutants_of(_run("tests.mutants"))
+    """Every mutant by the explorer and the tests, and some by the nemesis, which has to be able to fail, too."""
+    if options.mutant_tables:
+        return mutants_of(*(json.loads(file.read_text("utf-8")) for file in options.mutant_tables))
+    nemesis = _run("tests.mutants", "--names", ",".join(FOR_THE_NEMESIS), "--detectors", "nemesis")
+    return mutants_of(_run("tests.mutants"), nemesis)
 
 
 def _nemesis(options: Namespace) -> Any:

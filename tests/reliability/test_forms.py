@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.mutants.catalogue import named
+
 from .forms import mutants_of, nemesis_of
+from .parts import FOR_THE_NEMESIS
 
 FAULT = {
     "turns": 4,
@@ -46,6 +49,21 @@ def test_a_mutant_keeps_who_found_it_and_how_fast_and_the_control_is_left_out() 
     }
     assert (second["equivalent"], second["argument"]) == (True, "the index is unique")
     assert third["beyond_explorer"] == "takes a day"
+
+
+def test_tables_are_joined_by_mutant_and_a_later_finding_counts() -> None:
+    def row(name: str, **verdicts: str) -> dict[str, Any]:
+        detectors = {detector: {"verdict": verdict, "seconds": 2.0, "by": ""} for detector, verdict in verdicts.items()}
+        return {"name": name, "part": "p", "harm": "h", "equivalent": None, "found": True, "detectors": detectors}
+
+    first, second = mutants_of([row("a", explorer="missed", quick="found"), row("b", quick="found")], [row("a", explorer="found")])
+
+    assert (first["name"], first["found"]) == ("a", {"explorer": 2.0, "quick": 2.0})
+    assert (second["name"], second["found"]) == ("b", {"quick": 2.0})
+
+
+def test_every_mutant_for_the_nemesis_exists() -> None:
+    assert [mutant.name for mutant in named(FOR_THE_NEMESIS)] == list(FOR_THE_NEMESIS)
 
 
 def test_the_nemesis_keeps_its_totals_each_fault_and_what_it_left_out() -> None:

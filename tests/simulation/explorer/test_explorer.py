@@ -1,6 +1,6 @@
 """The explorer finds no broken promise, repeats a schedule exactly, and does find planted bugs.
 
-1 000 schedules here, 20 000 more in the long suite. `STREAMLINE_EXPLORER_SHARE=5` plays every fifth part of these, and other parts on
+1 000 schedules here, 20 000 more in the long suite. `STREAMLINE_EXPLORER_SHARE=20` plays every twentieth part of these, other parts on
 other days; CI has no time for all. `python -m tests.simulation.explorer` plays any number.
 """
 

@@ -62,8 +62,11 @@ def interrupted(app: Streamline, procedure: Procedure[Any], before: str, meanwhi
     return result
 
 
-def recorded(app: Streamline, procedure: Procedure[Any]) -> list[Command]:
-    """Run a client's procedure. Returns its writes, so that a test can send them again, as a network may do."""
+def recorded(app: Streamline, procedure: Procedure[Any], meanwhile: Callable[[], Any] | None = None) -> list[Command]:
+    """Run a client's procedure. Returns its writes, so that a test can send them again, as a network may do.
+
+    `meanwhile` is called immediately before the first of them.
+    """
     sent: list[Command] = []
 
     def watched() -> Procedure[None]:
@@ -71,6 +74,8 @@ def recorded(app: Streamline, procedure: Procedure[Any]) -> list[Command]:
             effect = next(procedure)
             while True:
                 if isinstance(effect, Command):
+                    if meanwhile is not None and not sent:
+                        meanwhile()
                     sent.append(effect)
                 effect = procedure.send((yield effect))
         except StopIteration:

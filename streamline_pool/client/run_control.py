@@ -158,7 +158,8 @@ def cancelling_run(services: Services, workflow_id: str | None, run_id: str, rea
         found = yield from _finding_run(workflow_id, run_id)
         if found.get("status") in NON_TERMINAL_TEXTS:
             _check_result(found, status=RunStatus.CANCELLED.value)  # also a run that no worker finds can be cancelled
-            document = yield control.cancel_run(workflow_id, run_id, reason, control_id)  # None: it has changed, so decide again
+            # None: it has ended, or another control operation came first, so decide again
+            document = yield control.cancel_run(workflow_id, run_id, found.get("acts"), reason, control_id)
             continue
         parse_run(found)
         if found.get("lastAct") != control_id:

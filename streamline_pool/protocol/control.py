@@ -27,10 +27,10 @@ CONTROL_IDS_KEPT = 8
 """Ids of the latest control operations that a run keeps. A caller whose reply was lost finds its own id there, also after others."""
 
 
-def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, control_id: str) -> Command:
+def cancel_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:
     """Cancel a run that has not ended, also while it is leased. Yields the cancelled document or None.
 
-    Removes the lease (token + 1), so the next write of the lease holder misses: a cancel is final.
+    `acts` as in `pause_run`: a late copy of a cancel that met an ended run must not cancel it after a rewind. Removes the lease (token + 1), so the next write of the lease holder misses: a cancel is final.
     """
     sets = {
         "status": RunStatus.CANCELLED.value,
@@ -47,7 +47,7 @@ def cancel_run(workflow_id: str | None, run_id: str, reason: str | None, control
         # As it was: callers whose replies were lost ask for their ids, and a full run has no room for one more.
         "actIds": {"$ifNull": ["$actIds", "$$REMOVE"]},
     }
-    return change_one("cancel_run", live_run(workflow_id, run_id), [{"$set": sets}])
+    return change_one("cancel_run", {**live_run(workflow_id, run_id), "acts": {"$eq": acts}}, [{"$set": sets}])
 
 
 def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:

@@ -46,7 +46,7 @@ def test_a_cancel_whose_signal_is_lost_reaches_the_handler_with_the_next_renewal
         run = app.workflows["slow"].start()
         eventually(lambda: evidence(app, "entered", run=run.id), timeout=20)
         cancelled_at = time.time()
-        assert app.store().run(control.cancel_run(None, run.id, None, "act")) is not None
+        assert app.store().run(control.cancel_run(None, run.id, 0, None, "act")) is not None
         (left,) = eventually(lambda: evidence(app, "left", run=run.id))
         assert left["at"] - cancelled_at < 2.0, "renewals are one second apart"
         assert left["reason"] in ("cancelled", "lease-lost")

@@ -12,7 +12,7 @@ from workers import check_invariants
 
 from streamline_pool import Context, Streamline
 from streamline_pool.client.event_delivery import broadcasting, sending_event
-from streamline_pool.client.run_control import answering_hook, pausing_run, resuming_run, rewinding_run
+from streamline_pool.client.run_control import answering_hook, cancelling_run, pausing_run, resuming_run, rewinding_run
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.protocol import durable_events
 from streamline_pool.protocol.operations import Find
@@ -255,3 +255,21 @@ def test_a_late_copy_of_a_call_that_is_over_changes_nothing(app: Streamline, wai
     for op in sent:
         app.store().run(op)
     assert app.runs.find_one({"_id": run_id}) == before
+
+
+def test_a_late_copy_of_a_cancel_that_came_too_late_does_not_cancel_a_later_life(app: Streamline, waiting: Waiting) -> None:
+    """The run ended before the cancel, whose caller was told so. Then the run was rewound, which that caller may not even know."""
+    run_id = waiting.parked("human")
+    sent = recorded(app, cancelling_run(app.services, None, run_id, None), lambda: finish(waiting, run_id))
+    assert present(waiting.workflow.get(run_id)).status == "done"
+    waiting.workflow.rewind_to(run_id, "first")
+    before = app.runs.find_one({"_id": run_id})
+    for op in sent:
+        app.store().run(op)
+    assert app.runs.find_one({"_id": run_id}) == before
+
+
+def finish(waiting: Waiting, run_id: str) -> None:
+    """Answer the run's wait, and take it to its end."""
+    waiting.workflow.resume(run_id, "answer")
+    assert waiting.workflow.execute(run_id).status == "done"

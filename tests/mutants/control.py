@@ -74,10 +74,17 @@ _CONTROL_MUTANTS = (
     _bug(
         name="cancel-of-an-ended-run",
         file=_CONTROL,
-        old="""change_one("cancel_run", live_run(workflow_id, run_id), """,
-        new="""change_one("cancel_run", {"_id": run_id}, """,
+        old="""change_one("cancel_run", {**live_run(workflow_id, run_id), "acts": {"$eq": acts}}, """,
+        new="""change_one("cancel_run", {"_id": run_id, "acts": {"$eq": acts}}, """,
         harm="A run that is done, and whose caller has its result, is cancelled afterwards.",
         likely=("conformance/test_engine_cancel.py", "conformance/test_control_matrix.py"),
+    ),
+    _bug(
+        name="cancel-without-acts",
+        file=_CONTROL,
+        old="""change_one("cancel_run", {**live_run(workflow_id, run_id), "acts": {"$eq": acts}}, """,
+        new="""change_one("cancel_run", live_run(workflow_id, run_id), """,
+        harm="A late copy of a cancel that met an ended run cancels the run after a rewind.",
     ),
     _bug(
         name="cancel-keeps-the-lease",
@@ -122,6 +129,14 @@ _CONTROL_MUTANTS = (
         old="""{"$filter": {"input": INBOX, "as": "item", "cond": is_kept}}""",
         new="INBOX",
         harm="An answer to a wait before the rewind ends the wait after it.",
+    ),
+    _bug(
+        name="idempotency-key-of-an-attempt",
+        file="streamline_pool/engine/context.py",
+        old="""key = f"{self._document['_id']}:{self.step_id}\"""",
+        new="""key = f"{self._document['_id']}:{self.step_id}:{self.attempt}\"""",
+        harm="A payment provider charges once for each attempt of a step.",
+        likely=("conformance/test_engine_retries.py", "unit/engine/test_context.py", "conformance/test_rewind.py"),
     ),
     _bug(
         name="rewind-keeps-the-idempotency-key",

@@ -153,6 +153,15 @@ _WAIT_MUTANTS = (
         explorer=("--kinds", "events,event"),
     ),
     _wait_bug(
+        name="wait-takes-every-event-of-its-name",
+        file="streamline_pool/domain/waits.py",
+        old="""takes=(*change.takes, {"id": item.get("id")}))""",
+        new="""takes=(*change.takes, {"name": item["name"]} if "name" in item else {"id": item.get("id")}))""",
+        harm="Two events came before their waits. The first wait takes both, and the second waits for ever.",
+        explorer=("--kinds", "events"),
+        likely=("conformance/test_events_durable.py", "conformance/test_waits.py"),
+    ),
+    _wait_bug(
         name="waiting-step-is-entered",
         file=_DRIVER,
         old="""if document["steps"][place]["status"] == StepStatus.WAITING.value:""",

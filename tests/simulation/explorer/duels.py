@@ -101,6 +101,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("reply lost", "pause", "pause", rival=("resume soon", "resume soon")),
         _duel("reply lost", "rewind", "pause", rival=("pause soon", "resume soon")),
         _duel("reply lost", "cancel"),
+        _duel("late", "cancel at commit", "rewind"),
         _duel(None, "rewind 1", "clean up", "rewind"),
         _duel(None, "clean up", "start again"),
         _duel(None, "archive", "rewind", "archive"),

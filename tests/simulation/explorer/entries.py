@@ -34,6 +34,7 @@ class Entries:
         self._rules = rules
         self._entered_under_pause: dict[tuple[str, Any], int] = {}
         self._thawed_at: dict[str, float] = {}
+        self._keys: dict[tuple[str, str, int], str] = {}  # (run id, step, rewinds) -> idempotency key
         self._suspects: dict[tuple[str, str], float] = {}  # (owner, run id) -> when it was first seen to keep that suspect
 
     def entered(self, actor: Actor, ctx: Any) -> Entry:
@@ -51,10 +52,16 @@ class Entries:
         if lease_id is not None and self._rules.granted.get((ctx.run_id, lease_id), 0.0) <= now:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id} after its lease had expired")
         self._check_alone(entry)
+        if active is None:
+            raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, which its engine does not drive")
+        self._check_key(entry, active.document.get("rewinds", 0))
         is_as_claimed = active is not None and active.document["rev"] == self._rules.claimed_rev.get((ctx.run_id, lease_id))
         if is_as_claimed and active.document.get("paused") is True:
             raise Violation(f"{actor.owner} entered {ctx.step_id} of {ctx.run_id}, and its claim has read that the run is paused")
-        if run is None or (ctx.run_id, lease_id) in self._rules.taken:
+        taken = self._rules.taken.get((ctx.run_id, str(lease_id)))
+        if taken is not None:
+            self._check_grant(entry, taken)
+        if run is None or taken is not None:
             return entry  # a control operation came in between
         rewinds = run.get("rewinds", 0)
         mine = active.document.get("rewinds", 0) if active is not None else rewinds
@@ -68,6 +75,23 @@ class Entries:
         for other in self._world.ledger.entries[:-1]:
             if other.owner == entry.owner and other.run_id == entry.run_id and not other.left:
                 raise Violation(f"{entry.owner} entered {entry.step_id} of {entry.run_id} beside its handler of {other.step_id}")
+
+    def _check_grant(self, entry: Entry, run: Run) -> None:
+        """A handler may be entered after its lease was taken away, if that entry was stored before; `run` is as it was then."""
+        step = next(step for step in run["steps"] if step["stepId"] == entry.step_id)
+        if (step["status"], step["attempts"]) != ("running", entry.attempt):
+            raise Violation(
+                f"{entry.owner} entered {entry.step_id} of {entry.run_id}, attempt {entry.attempt}, without a lease; it was {step}"
+            )
+        same = [other for other in self._world.ledger.entries if (other.run_id, other.lease_id) == (entry.run_id, entry.lease_id)]
+        if sum((other.step_id, other.attempt) == (entry.step_id, entry.attempt) for other in same) > 1:
+            raise Violation(f"{entry.owner} entered {entry.step_id} of {entry.run_id} twice as attempt {entry.attempt}")
+
+    def _check_key(self, entry: Entry, rewinds: int) -> None:
+        """A step has one idempotency key, until it is rewound, and no other step has the same."""
+        key = self._keys.setdefault((entry.run_id, entry.step_id, rewinds), entry.key)
+        if key != entry.key or list(self._keys.values()).count(entry.key) > 1:
+            raise Violation(f"step {entry.step_id} of {entry.run_id} has the idempotency key {entry.key}; keys so far: {self._keys}")
 
     def _check_entry(self, actor: Actor, run: Run, ctx: Any, lease_id: str | None) -> None:
         place = next(place for place, step in enumerate(run["steps"]) if step["stepId"] == ctx.step_id)
@@ -115,7 +139,7 @@ class Entries:
     def time_passed(self) -> None:
         """The clock was set forward: no worker may go on with a lease that has ended."""
         now = self._world.loop.time()
-        for actor in self._world.workers:
+        for actor in (*self._world.workers, *self._world.clients):
             if actor.engine is not None and actor.engine.suspect is not None:
                 self._suspects.setdefault((actor.owner, actor.engine.suspect), now)
             if not actor.alive or not self.is_awake(actor):

@@ -15,6 +15,7 @@ KINDS = (
     "request lost",  # the server never gets it; the sender gets an error
     "reply lost",  # the server performs it; the sender gets an error
     "late",  # the sender gets an error; the server performs it later
+    "half done",  # a write of several documents changes some of them; the sender gets an error
     "slow reply",  # performed, but the reply comes some time later
     "crash before",  # the sender dies; the server never gets it
     "crash after",  # the sender dies; the server performs it
@@ -51,7 +52,7 @@ _HARMFUL = (
 )
 """Kinds that have found the most planted bugs: themes prefer them."""
 _AT_OPERATIONS = tuple(kind for kind in KINDS if kind != "driver lost")
-_OF_WRITES = ("late", "lag", "majority too late", "reply lost")
+_OF_WRITES = ("late", "lag", "majority too late", "reply lost", "half done")
 """Kinds that mean little for a read: a theme of these leaves reads alone."""
 
 

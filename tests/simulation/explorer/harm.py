@@ -89,14 +89,19 @@ class Harm:
                 request.fail(AutoReconnect("the connection broke"))
                 self._send_late(request.copy())
                 return False
+            case "half done":
+                world.perform_part(request.half(self._choices.one_of((2, 3))))
+                request.fail(AutoReconnect("the connection broke in the middle"))
+                return False
             case "full":
                 request.answer({"n": 0, "nModified": 0, "writeErrors": [_TOO_LARGE], "ok": 1.0})
                 return False
             case "crash before":
                 self.crash(request.actor)
                 return False
-            case "freeze before":
-                self.freeze(request.actor)
+            case "freeze before" if not world.loop.is_frozen(request.actor.owner):
+                self._freeze_before(request)
+                return False
             case "lag" | "majority too late" if not world.server.lags:
                 self._begin_lag()
             case "clock jump":
@@ -122,6 +127,19 @@ class Harm:
     def is_away(self) -> bool:
         """Whether an outage is under way."""
         return self._world.loop.time() < self._away_until
+
+    def _freeze_before(self, request: Request) -> None:
+        """The sender stops before it sends, which it does when it goes on, unless it has died."""
+        actor, owner = request.actor, request.owner
+        self._world.loop.freeze(owner)
+
+        def go_on() -> None:
+            self.last_at = self._world.loop.time()
+            if actor.alive and actor.owner == owner:
+                self._world.send_next(request)
+                self.thaw(actor, owner)
+
+        self.later(go_on, self._choices.one_of(FREEZES_S))
 
     def _send_late(self, copy: Request) -> None:
         """A copy comes after some time, or behind the next writes of its sender, where it does most harm."""

@@ -31,6 +31,8 @@ EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 COLLECTIONS = ("runs", "events", "outputs", "hosts", ARCHIVE)
 _PREFIX = "workflow_"
 _FOUND_MAX = 1_000  # no schedule has as many documents
+EVENTS_FORGOTTEN_AFTER = timedelta(hours=1)
+FORGETTING = ("find_outdated_events", "forget_events")
 _DATA = ("insert", "update", "delete", "findAndModify", "find", "aggregate", "count", "distinct")
 
 
@@ -62,6 +64,10 @@ class Server:
     def now(self) -> datetime:
         """The server's time."""
         return EPOCH + timedelta(milliseconds=round((self.clock_s - self.behind_s) * 1000))
+
+    def _now_of(self, op: Command | Find) -> datetime:
+        """The time for this operation. Events to all are forgotten after an hour, and no schedule takes so long before it settles."""
+        return self.now() + (EVENTS_FORGOTTEN_AFTER if op.name in FORGETTING else timedelta())
 
     def clear(self) -> None:
         """An empty database, for the next schedule."""
@@ -101,7 +107,8 @@ class Server:
             self._written.add(ARCHIVE)
         reply: dict[str, Any] | None = None
         try:
-            reply = dict(database.command(sent if verb == "insert" else _with_time(sent, self.now()), codec_options=CODEC))
+            now = self._now_of(op)
+            reply = dict(database.command(sent if verb == "insert" else _with_time(sent, now), codec_options=CODEC))
         finally:
             if op.writes and (reply is None or reply.get("n") != 0):
                 self._changed()
@@ -134,7 +141,7 @@ class Server:
 
     def _search(self, op: Find, database: Any) -> list[dict[str, Any]]:
         given = find_arguments(op)
-        command: dict[str, Any] = {"find": _PREFIX + op.collection, "filter": _with_time(given["filter"], self.now())}
+        command: dict[str, Any] = {"find": _PREFIX + op.collection, "filter": _with_time(given["filter"], self._now_of(op))}
         for name in ("projection", "limit", "hint"):
             if given[name]:
                 command[name] = given[name]

@@ -57,6 +57,18 @@ class Request:
         copy.owner, copy.call, copy.leases = self.owner, self.call, self.leases
         return copy
 
+    def half(self, share: int) -> Request:
+        """The part of this write that the server performs before it is lost: one of `share` of its statements or runs, or all of one."""
+        copy = self.copy()
+        updates = list((self.document or {}).get("updates", ()))
+        if len(updates) > 1:
+            copy.document = {**(self.document or {}), "updates": updates[: -(-len(updates) // share)]}
+        elif updates and isinstance(updates[0]["q"].get("_id"), dict) and "$in" in updates[0]["q"]["_id"]:
+            ids = updates[0]["q"]["_id"]["$in"]
+            query = {**updates[0]["q"], "_id": {"$in": ids[: -(-len(ids) // share)]}}
+            copy.document = {**(self.document or {}), "updates": [{**updates[0], "q": query}]}
+        return copy
+
     def answer(self, reply: Any) -> None:
         if self.future is not None and not self.future.done():
             self.future.set_result(reply)

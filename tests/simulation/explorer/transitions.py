@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["TERMINAL", "Rules"]
 
 TERMINAL = ("done", "failed", "cancelled")
+CLOCKS_S = 30.0  # more than what a worker's reading of the server's clock is wrong by, and than that clock is set back
 CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
 
 Run = Mapping[str, Any]
@@ -38,7 +39,7 @@ class Rules:
         self.changes = 0
         # A batch of runs is claimed under one lease id, so it takes both ids to name a lease.
         self.granted: dict[tuple[str, str], float] = {}  # (run id, lease id) -> until when the server has granted it, virtual seconds
-        self.taken: set[tuple[str, str]] = set()  # leases that were taken away from their holders
+        self.taken: dict[tuple[str, str], Run] = {}  # (run id, lease id) that was taken from its holder -> the run immediately before
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
         self.claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
         self.dead: set[str] = set()
@@ -75,6 +76,7 @@ class Rules:
         if old is None:
             assert new is not None, "a change has two different sides"
             self._effect(request, "start", run_id, new.get("startId"))
+            self.deleted.discard(run_id)
             return
         if new is None:
             self._check_delete(request, old)
@@ -142,7 +144,7 @@ class Rules:
             return  # released by its holder
         if new["token"] == old["token"]:
             raise Violation("a lease was taken away, and the token is the same")
-        self.taken.add((new["_id"], str(held_id)))
+        self.taken[(new["_id"], str(held_id))] = old
         self._world.promptness.lease_taken(new["_id"], str(held_id))
         if request.call is not None or request.name == "deliver_to_waiters":
             return  # a control operation, an answer or an event
@@ -200,7 +202,14 @@ class Rules:
         kept = [(item["stepId"], item.get("gen")) for item in new.get("inbox") or () if "stepId" in item]
         if len(kept) != len(set(kept)):
             raise Violation("two answers are kept for one hook")
+        left = {item.get("id") for item in new.get("inbox") or ()} | {step.get("answer") for step in new["steps"]}
+        gone = [item["id"] for item in old.get("inbox") or () if "name" in item and item["id"] not in left]
+        if gone:
+            raise Violation(f"events {gone} have left the inbox, and no step has taken them")
         if new.get("rewinds", 0) > old.get("rewinds", 0):
+            place = next(place for place, step in enumerate(new["steps"]) if step["stepId"] == new["currentStepId"])
+            if new["steps"][:place] != old["steps"][:place] or any(step["status"] != "pending" for step in new["steps"][place:]):
+                raise Violation("a rewind has changed a step before its own, or has left one behind it as it was")
             if old["status"] == "cancelled":
                 raise Violation("a cancelled run was rewound")
             pending = {step["stepId"] for step in new["steps"] if step["status"] == "pending"}
@@ -244,6 +253,8 @@ class Rules:
         if new.get("rewinds") != old.get("rewinds"):
             return
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            if earlier["status"] != later["status"] == "waiting":
+                self._check_instant(new["_id"], later)
             if earlier["status"] not in ("running", "waiting") or later["status"] == "waiting":
                 continue
             waiting_for = earlier.get("waitingFor", {})
@@ -265,6 +276,20 @@ class Rules:
             due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
             if later["status"] == "done" and (due is None or due > now):
                 raise Violation(f"the wait of step {later['stepId']} ended before its time: {waiting_for}")
+
+    def _check_instant(self, run_id: str, step: Mapping[str, Any]) -> None:
+        """A sleep or a deadline is as long as its handler has asked for, counted from some instant between its entry and now."""
+        waiting_for = step["waitingFor"]
+        asked_s = self._world.workload.asked_s(waiting_for["type"])
+        until = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
+        if (asked_s is None) != (until is None):
+            raise Violation(f"step {step['stepId']} has asked for {asked_s} s, and waits until {until}")
+        entered = [entry.at for entry in self._world.ledger.entries if (entry.run_id, entry.step_id) == (run_id, step["stepId"])]
+        if until is None or asked_s is None or not entered:
+            return
+        at = (until - EPOCH).total_seconds() - asked_s
+        if not entered[-1] - CLOCKS_S <= at <= self._world.loop.time() + CLOCKS_S:
+            raise Violation(f"step {step['stepId']} waits until {until}, which is not {asked_s} s after it was entered")
 
     def _events_for(self, run: Run) -> set[str]:
         """The events to all that the run waits for, and that are stored."""
@@ -325,6 +350,8 @@ class Rules:
         call = request.call
         if call is None:
             return
+        if kind == "act" and call.outcome == "ok" and not call.effects:
+            raise Violation(f"{call} had ended without an effect, and took effect afterwards")
         call.effects.append((self.changes, kind, run_id, effect_id))
         mine = [effect for effect in call.effects if effect[1] == kind and effect[2] == run_id]
         if len(mine) > 1 and run_id not in self.deleted:  # a run that was cleaned up in between is started again
@@ -368,13 +395,16 @@ class Rules:
         self._lag_at = self.changes
         self._lag_runs = dict(self.runs)
         self._lag_answered = set(self.answered)
-        self._lag_taken = set(self.taken)
+        self._lag_taken = dict(self.taken)
         self._lag_granted = dict(self.granted)
+        self._lag_events = dict(self.events)
+        self._lag_deleted = set(self.deleted)
+        self._lag_archived = dict(self.archived)
 
     def rolled_back(self) -> None:
         """A fail-over: the changes since `lag_began` have not happened. None of them may have been acknowledged."""
         self.runs = self._world.server.runs()
-        self.events = {event["_id"]: event for event in self._world.server.all_of("events")}
+        self.events, self.deleted, self.archived = self._lag_events, self._lag_deleted, self._lag_archived
         self.changes += 1
         self.history += [(self.changes, run_id, run) for run_id, run in self.runs.items()]  # what was rolled back is no state of theirs
         self.answered = self._lag_answered

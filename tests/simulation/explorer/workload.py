@@ -94,6 +94,7 @@ class Workload:
         self._sleep_s = draw.choice((0.0, 0.01, 3.0, 50.0))
         self.differs = draw.random() < 0.12  # the second worker has another application
         self.sent: list[dict[str, Any]] = []  # the data of answers and events
+        self._saved: dict[str, int] = {}  # idempotency key of a step -> the last checkpoint that its handler has stored
         self._tidies = draw.random() < 0.3
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
@@ -224,14 +225,22 @@ class Workload:
     async def _event_step(self, ctx: Context) -> None:
         ctx.wait_for(EVENT, timeout=self._deadline["event"])
 
+    def asked_s(self, kind: str) -> float | None:
+        """How long a step sleeps or waits at most, by the type of its wait; None: without end."""
+        return self._sleep_s if kind == "timer" else self._deadline[{"human": "wait", "webhook": "hook"}.get(kind, kind)]
+
     async def _checkpoint_step(self, ctx: Context) -> int:
         so_far = ctx.get_checkpoint() or 0
+        if so_far < self._saved.get(ctx.idempotency_key, 0):
+            self._world.fail(Violation(f"checkpoint {self._saved[ctx.idempotency_key]} of {ctx.run_id} is lost, there is {so_far}"))
         ctx.checkpoint(so_far + 1)
+        self._saved[ctx.idempotency_key] = so_far + 1
         self._moment("done", "checkpoint", None)
         await asyncio.sleep(self._work[("mixed", 3)])
         ctx.checkpoint(so_far + 2)
+        self._saved[ctx.idempotency_key] = so_far + 2
         if ctx.get_checkpoint() != so_far + 2:
-            raise AssertionError("a checkpoint was not kept")
+            self._world.fail(Violation(f"checkpoint {so_far + 2} of {ctx.run_id} was not kept"))
         return so_far
 
     async def _poisoned_step(self, actor: Actor, ctx: Context) -> str:
@@ -322,7 +331,8 @@ class Workload:
             case "archive":
                 await self._call(client, "archive", None, None, app.archive_old_runs_async(AGE))
             case "event to all":
-                await self._call(client, "event to all", None, None, app.send_event_async(EVENT, self._data(client)))
+                data = self._data(client)
+                await self._call(client, "event to all", None, data, app.send_event_async(EVENT, data))
             case "drain":
                 self._drain()
             case _ if target is not None:
@@ -440,6 +450,12 @@ def _moment_of(request: Request) -> str:
 def check_outcome(world: World, call: Call, outcome: str) -> None:
     """What the caller was told is what happened. Raises Violation."""
     effects = [effect for effect in call.effects if effect[1] != "start"]
+    rules = world.rules
+    if call.kind == "event to all" and outcome == "ok" and all(event["data"] != call.argument for event in rules.events.values()):
+        raise Violation(f"{call} was acknowledged, and the event is not stored")
+    is_stored = call.run_id in rules.runs and call.run_id in rules.durable() and call.run_id not in rules.deleted
+    if isinstance(call.result, WorkflowNotFoundError) and is_stored:
+        raise Violation(f"{call} found no run, and it is stored")
     if call.run_id is not None and call.run_id in world.rules.deleted:
         return
     if outcome == "refused" and effects:

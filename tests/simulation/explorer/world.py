@@ -332,6 +332,10 @@ class World:
         self.workload.on_performed(request)
         return reply
 
+    def perform_part(self, part: Request) -> None:
+        """The server performs a part of a write, and its sender does not learn of it."""
+        self._on_server(part)
+
     def send_again(self, copies: Iterable[Request]) -> None:
         """Late copies of requests are on their way, behind all others."""
         self._pending.extend(copies)

@@ -26,6 +26,7 @@ __all__ = [
 _MARGIN_S = 0.05  # between a note and the instant that it stands for, on a busy machine; a guess
 _SWEEP_S = 3.0  # an expired lease is found by the next sweep, on a busy machine; a guess
 _BLOCKED_S = 0.1  # a majority write takes some milliseconds; a guess
+_BLOCKED_ENDS = ("CancelledError", "StoreUnavailableError")  # of handlers on an event loop that a call of the engine has blocked
 _AWAKE_S = 0.05  # a process that is suspended between its last check and the entry enters within this time of its SIGCONT
 
 
@@ -129,9 +130,9 @@ def overlapping(of_run: Sequence[Visit], around: Circumstances) -> Iterator[str]
     """Two handlers of one generation that were inside at once, though the first one's worker could have stopped it.
 
     It could not while it was suspended, nor while the handler was in a call of the engine that waits for the database, such as
-    `ctx.checkpoint`: that call then refuses (LeaseLostError). In an `async def` handler such a call blocks the event loop, and so all
-    other `async def` handlers of the worker, which neither go on nor can be cancelled (CancelledError) meanwhile. The handler of an
-    earlier generation lost its lease by a rewind, of which its worker may learn late.
+    `ctx.checkpoint`: that call then refuses (LeaseLostError), or gives up (StoreUnavailableError). In an `async def` handler such a
+    call blocks the event loop, and so all other `async def` handlers of the worker, which neither go on nor can be cancelled
+    (CancelledError) meanwhile. The handler of an earlier generation lost its lease by a rewind, of which its worker may learn late.
     """
     for number, later in enumerate(of_run):
         at = later.entry["at"]
@@ -139,7 +140,7 @@ def overlapping(of_run: Sequence[Visit], around: Circumstances) -> Iterator[str]
             entry = earlier.entry
             if earlier.left is None or earlier.left <= at + _MARGIN_S or earlier.end == "LeaseLostError":
                 continue
-            excuses = [*around.suspensions, *(around.blocked if earlier.end == "CancelledError" else ())]
+            excuses = [*around.suspensions, *(around.blocked if earlier.end in _BLOCKED_ENDS else ())]
             suspended = any(one.pid == entry["pid"] and one.begun < at and one.ended > entry["at"] for one in excuses)
             if not suspended and generation(entry) == generation(later.entry):
                 yield f"{entry['step']} of pid {entry['pid']} was inside when pid {later.entry['pid']} entered {later.entry['step']}"

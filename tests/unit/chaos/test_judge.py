@@ -236,6 +236,17 @@ def test_a_handler_that_waits_in_a_call_of_the_engine_cannot_be_stopped_and_is_n
     assert case.judged().all() == {}
 
 
+@pytest.mark.parametrize(("blocked_from", "doubled"), [(5.5, 0), (7.5, 1)])
+def test_a_handler_that_waits_in_a_call_of_the_engine_until_it_gives_up_cannot_be_stopped(blocked_from: float, doubled: int) -> None:
+    """Replies of the database are lost, and `ctx.checkpoint` waits for one for longer than the lease. A call after the second entry is no excuse."""
+    case = Case()
+    two_at_once(case)
+    case.ledger[1]["end"] = "StoreUnavailableError"
+    case.ledger.append({"kind": "blocks", "at": blocked_from, "run": case.ledger[1]["run"], "key": case.ledger[1]["key"], "pid": 1})
+
+    assert len(case.judged().doubled) == doubled
+
+
 @pytest.mark.parametrize(("end", "doubled"), [("CancelledError", 0), ("returned", 1)])
 def test_a_handler_whose_event_loop_is_blocked_by_another_one_cannot_be_stopped(end: str, doubled: int) -> None:
     """An `async def` handler of another run waits in `ctx.checkpoint` for a database that does not answer. Threads go on meanwhile."""

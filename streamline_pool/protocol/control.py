@@ -30,7 +30,8 @@ CONTROL_IDS_KEPT = 8
 def cancel_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:
     """Cancel a run that has not ended, also while it is leased. Yields the cancelled document or None.
 
-    `acts` as in `pause_run`: a late copy of a cancel that met an ended run must not cancel it after a rewind. Removes the lease (token + 1), so the next write of the lease holder misses: a cancel is final.
+    `acts` as in `pause_run`: a late copy of a cancel that met an ended run must not cancel it after a rewind. Removes the
+    lease (token + 1), so the next write of the lease holder misses: a cancel is final.
     """
     sets = {
         "status": RunStatus.CANCELLED.value,

@@ -169,6 +169,7 @@ class Workload:
         async def handle(ctx: Context) -> Any:
             try:
                 entry = self._world.rules.entries.entered(actor, ctx)
+                self._check_checkpoint(entry, ctx)
             except Violation as violation:
                 self._world.fail(violation)
                 raise
@@ -190,6 +191,12 @@ class Workload:
                     entry.left = True
 
         return handle
+
+    def _check_checkpoint(self, entry: Entry, ctx: Context) -> None:
+        """A new attempt finds the last checkpoint that an earlier one has stored, unless its lease was taken away before it began."""
+        saved, found = self._saved.get(entry.key, 0), ctx.get_checkpoint() or 0
+        if found < saved and (entry.run_id, str(entry.lease_id)) not in self._world.rules.taken:
+            raise Violation(f"checkpoint {saved} of {entry.step_id} of {entry.run_id} is lost, there is {found}")
 
     def _check_stop(self, actor: Actor, entry: Entry) -> None:
         try:
@@ -231,8 +238,6 @@ class Workload:
 
     async def _checkpoint_step(self, ctx: Context) -> int:
         so_far = ctx.get_checkpoint() or 0
-        if so_far < self._saved.get(ctx.idempotency_key, 0):
-            self._world.fail(Violation(f"checkpoint {self._saved[ctx.idempotency_key]} of {ctx.run_id} is lost, there is {so_far}"))
         ctx.checkpoint(so_far + 1)
         self._saved[ctx.idempotency_key] = so_far + 1
         self._moment("done", "checkpoint", None)

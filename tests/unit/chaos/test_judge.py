@@ -238,7 +238,7 @@ def test_a_handler_that_waits_in_a_call_of_the_engine_cannot_be_stopped_and_is_n
 
 @pytest.mark.parametrize(("blocked_from", "doubled"), [(5.5, 0), (7.5, 1)])
 def test_a_handler_that_waits_in_a_call_of_the_engine_until_it_gives_up_cannot_be_stopped(blocked_from: float, doubled: int) -> None:
-    """Replies of the database are lost, and `ctx.checkpoint` waits for one for longer than the lease. A call after the second entry is no excuse."""
+    """Replies are lost, and `ctx.checkpoint` waits for one for longer than the lease. A call after the second entry is no excuse."""
     case = Case()
     two_at_once(case)
     case.ledger[1]["end"] = "StoreUnavailableError"

@@ -76,7 +76,6 @@ class Rules:
         if old is None:
             assert new is not None, "a change has two different sides"
             self._effect(request, "start", run_id, new.get("startId"))
-            self.deleted.discard(run_id)
             return
         if new is None:
             self._check_delete(request, old)

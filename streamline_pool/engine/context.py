@@ -258,8 +258,8 @@ class Context:
     def checkpoint(self, value: Any) -> Done:
         """Store the progress of this step; durable on return, kept across attempts, dropped when the step ends.
 
-        In `async def` handlers the event loop is blocked for one majority write.
-        Raises LeaseLostError when this worker no longer holds the run.
+        In `async def` handlers the event loop is blocked for one majority write, or for up to 30 seconds while the database
+        does not answer. Raises LeaseLostError when this worker no longer holds the run, StoreUnavailableError after that time.
         """
         self._check_open()
         self._port.save_checkpoint(*as_payload(value, "checkpoint"))

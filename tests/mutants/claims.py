@@ -138,6 +138,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""held.document["token"] > document["token"]""",
         new="False",
         harm="When the answers of two claims come in the wrong order, the execution that holds the run is ended for one that does not.",
+        beyond_explorer="Only time is lost: the claim that holds the run ends by its lease, and slow replies allow for that.",
         likely=("conformance/test_claimed_again.py",),
     ),
     _bug(

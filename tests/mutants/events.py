@@ -227,6 +227,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old='''return {"bornAt": older, "pending": False, "$expr"''',
         new='''return {"bornAt": older, "$expr"''',
         harm="An event whose sender has died is removed before a steward has delivered it.",
+        beyond_explorer="A stored run that can receive the event is older than it, and keeps it. What goes too early can reach no run.",
         likely=("conformance/test_retention_events.py",),
     ),
 )

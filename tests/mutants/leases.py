@@ -167,6 +167,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""concern = None if in_transaction(session) else ReadConcern("majority")""",
         new="""concern = None if in_transaction(session) else ReadConcern("local")""",
         harm="A worker acts on a claim or a commit that it has read, and that a fail-over then undoes.",
+        explorer=("--kinds", "chain"),
     ),
     _durability_bug(
         name="decisions-are-read-from-a-secondary",

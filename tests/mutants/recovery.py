@@ -128,6 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="""        if self._suspect is not None:
             pass  # its claim""",
         harm="A run whose claim was under way when the suspect was claimed enters its handlers, and the suspect waits for all its steps.",
+        beyond_explorer="Only time is lost: the suspect waits for the steps of a run that was claimed in the moment before it.",
     ),
     _suspect_bug(
         name="runs-beside-a-suspect-go-on",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["DUELS", "LONG", "WAITING", "WHEN", "Duel"]
+__all__ = ["DUELS", "ENDED", "LONG", "WAITING", "WHEN", "Duel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Duel:
     """A sequence of calls that has met planted bugs, and the one kind of fault that it needs, if it needs one.
 
     A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`, `at call`
-    (another client has sent a write), `after hook` (a handler has made one), `waiting` (once a run waits).
+    (another client has sent a write), `after hook` (a handler has made one), `waiting` or `ended` (once a run waits or has ended).
     """
 
     theme: str | None
@@ -29,7 +29,7 @@ def _duel(theme: str | None, *calls: str, rival: tuple[str, ...] = ()) -> Duel:
 
 
 SOON = ("done", "call")
-WAITING = ("run", "waits")
+WAITING, ENDED = ("run", "waits"), ("run", "ends")
 COMMIT, CLAIM = ("sent", "commit_runs"), ("done", "claim")
 DUELS: dict[str, tuple[Duel, ...]] = {
     "wait": (
@@ -39,6 +39,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "pause", "resume", "answer"),
         _duel(None, "answer waiting", rival=("cancel waiting",)),
         _duel(None, "pause waiting", "stray wake-up"),
+        _duel(None, "event waiting", "pause at claim", "resume"),
     ),
     "waits": (
         _duel("late", "answer waiting", "answer waiting"),
@@ -76,6 +77,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "event to all early", "start 1", "start 1"),
         _duel(None, "resume waiting", "pause at claim", "resume"),
         _duel(None, "event to all early", "clean up expired", "rewind"),
+        _duel(None, "event to all waiting", "clean up expired ended", "rewind"),
+        _duel(None, "start again waiting", "pause at claim", "resume"),
         _duel("crash after", "event to all early", rival=("clean up expired", "clean up expired", "rewind")),
     ),
     "events": (
@@ -149,6 +152,7 @@ WHEN: Mapping[str, tuple[str, str] | float] = {
     "after hook": ("done", "hook"),
     "at call": ("sent", "call"),
     "waiting": WAITING,
+    "ended": ENDED,
 }
 """The words of a call → when it is made."""
 

@@ -16,11 +16,11 @@ from streamline_pool import Context, Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
-from .duels import DUELS, LONG, WAITING, WHEN
+from .duels import DUELS, ENDED, LONG, WAITING, WHEN
 from .ledger import Call, Entry, Violation
 from .server import EPOCH
 from .store import Request
-from .transitions import CLEANED_AFTER_S
+from .transitions import CLEANED_AFTER_S, TERMINAL
 
 if TYPE_CHECKING:
     from .actors import Actor, ClientActor
@@ -269,12 +269,14 @@ class Workload:
         self._moment("done", _moment_of(request), request.actor)
 
     def on_changed(self) -> None:
-        """A run was changed. A client may wait until one waits."""
-        if self._moments and self._a_run_waits():
-            self._moment(*WAITING, None)
+        """A run was changed. A client may wait until one waits, or has ended."""
+        for when in (WAITING, ENDED) if self._moments else ():
+            if self._has_come(when):
+                self._moment(*when, None)
 
-    def _a_run_waits(self) -> bool:
-        return any(run["status"] == "waiting" for run in self._world.rules.runs.values())
+    def _has_come(self, when: tuple[str, str] | float) -> bool:
+        statuses = ("waiting",) if when == WAITING else TERMINAL if when == ENDED else ()
+        return bool(statuses) and any(run["status"] in statuses for run in self._world.rules.runs.values())
 
     def _moment(self, side: str, name: str, actor: Actor | None) -> bool:
         waiting = [entry for entry in self._moments if (entry[1], entry[2]) == (side, name) and entry[0] is not actor]
@@ -288,7 +290,7 @@ class Workload:
         if isinstance(when, float):
             await asyncio.sleep(when)
             return
-        if when == WAITING and self._a_run_waits():
+        if self._has_come(when):
             return
         future: asyncio.Future[None] = self._world.loop.create_future()
         self._moments.append((client, *when, future))

@@ -228,6 +228,7 @@ _PAUSE_MUTANTS = (
             return without_next_start(document, change, now)._replace(not_before=None) if len(change.steps) == 2 else change
 """,
         harm="A deadline or an event ends the wait of a run that is paused.",
+        explorer=("--kinds", "wait,sleep"),
     ),
     _pause_bug(
         name="run-ends-under-a-pause",

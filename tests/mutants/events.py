@@ -220,6 +220,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="""receivers = [run for run in oldest if run.get("status") not in ("done", "failed", "cancelled")]""",
         harm="A run that is rewound after its end never receives an event that was sent to all before.",
         likely=("conformance/test_retention_events.py",),
+        explorer=("--kinds", "event"),
     ),
     _bug(
         name="clean-up-forgets-pending-events",

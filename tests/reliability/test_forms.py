@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.mutants.catalogue import named
+from mutants.catalogue import named
 
 from .forms import mutants_of, nemesis_of
 from .parts import FOR_THE_NEMESIS

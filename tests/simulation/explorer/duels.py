@@ -39,7 +39,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "pause", "resume", "answer"),
         _duel(None, "answer waiting", rival=("cancel waiting",)),
         _duel(None, "pause waiting", "stray wake-up"),
-        _duel(None, "event waiting", "pause at claim", "resume"),
+        _duel(None, "event waiting", "pause at commit", "resume"),
     ),
     "waits": (
         _duel("late", "answer waiting", "answer waiting"),
@@ -77,8 +77,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "event to all early", "start 1", "start 1"),
         _duel(None, "resume waiting", "pause at claim", "resume"),
         _duel(None, "event to all early", "clean up expired", "rewind"),
-        _duel(None, "event to all waiting", "clean up expired ended", "rewind"),
-        _duel(None, "start again waiting", "pause at claim", "resume"),
+        _duel(None, "event to all waiting", "event to all ended", "clean up expired", "rewind"),
+        _duel(None, "start again waiting", "pause at commit", "resume"),
         _duel("crash after", "event to all early", rival=("clean up expired", "clean up expired", "rewind")),
     ),
     "events": (

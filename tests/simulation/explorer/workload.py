@@ -193,9 +193,13 @@ class Workload:
         return handle
 
     def _check_checkpoint(self, entry: Entry, ctx: Context) -> None:
-        """A new attempt finds the last checkpoint that an earlier one has stored, unless its lease was taken away before it began."""
+        """A new attempt finds the last checkpoint that an earlier one has stored, unless its lease was taken away before it began.
+
+        A run that was deleted may have been started again under its id.
+        """
         saved, found = self._saved.get(entry.key, 0), ctx.get_checkpoint() or 0
-        if found < saved and (entry.run_id, str(entry.lease_id)) not in self._world.rules.taken:
+        rules = self._world.rules
+        if found < saved and (entry.run_id, str(entry.lease_id)) not in rules.taken and entry.run_id not in rules.deleted:
             raise Violation(f"checkpoint {saved} of {entry.step_id} of {entry.run_id} is lost, there is {found}")
 
     def _check_stop(self, actor: Actor, entry: Entry) -> None:

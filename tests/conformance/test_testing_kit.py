@@ -178,7 +178,7 @@ def test_leases_end_at_the_kits_time(kit: TestKit, app: Streamline) -> None:
 
 @pytest.mark.slow
 def test_a_jump_that_never_arrives_says_so(mongodb_uri: str) -> None:
-    """Runs that start each other would keep a test busy for ever. Where the time limit meets the kit decides which of three errors it raises."""
+    """Runs that start each other would keep a test busy for ever. Where the time limit meets the kit decides which error it raises."""
     with TestKit(mongodb_uri, timeout=2) as kit:
         app = kit.use(Streamline(NOWHERE))
         flow = app.workflow("flow", steps={"again": lambda ctx: app.workflows["flow"].start(start_at=1).id})

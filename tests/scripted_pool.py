@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from streamline_pool.config.env import system_env
@@ -134,7 +135,9 @@ def main(script: str) -> int:
         return lambda sock: asyncio.run(run(sock))
 
     setup_logging("json", "debug")
-    return Supervisor(main_of, LIMITS, 2, system_env(), json_log=True).run()
+    # The flood takes seconds on a slow machine, and the child that does not read must live meanwhile.
+    limits = replace(LIMITS, stall_timeout_s=8.0) if script == does_not_read.__name__ else LIMITS
+    return Supervisor(main_of, limits, 2, system_env(), json_log=True).run()
 
 
 if __name__ == "__main__":

@@ -153,18 +153,21 @@ def cancelling_run(services: Services, workflow_id: str | None, run_id: str, rea
     if reason is not None:
         check_text(reason, "cancel: reason")
     control_id = services.env.new_id()
-    document = None
-    while document is None:
+    for _ in range(_ROUNDS_MAX):
         found = yield from _finding_run(workflow_id, run_id)
         if found.get("status") in NON_TERMINAL_TEXTS:
             _check_result(found, status=RunStatus.CANCELLED.value)  # also a run that no worker finds can be cancelled
-            # None: it has ended, or another control operation came first, so decide again
-            document = yield control.cancel_run(workflow_id, run_id, found.get("acts"), reason, control_id)
-            continue
+            document = yield control.cancel_run(workflow_id, run_id, control.control_count(found), reason, control_id)
+            if document is not None:
+                break
+            continue  # it has ended, or another control operation came first: decide again
         parse_run(found)
         if found.get("lastAct") != control_id:
             return (yield from making_run(found))
         document = found  # our own write was committed, and its reply was lost
+        break
+    else:
+        raise _busy(run_id)
     yield from _notifying_holder(services, run_id)
     yield from services.signal("ended", runs=[run_id])
     services.publish(document, "workflow:cancelled", reason)
@@ -181,7 +184,7 @@ def pausing_run(services: Services, workflow_id: str | None, run_id: str, reason
     def decide(found: Document) -> Command | None:
         if found["status"] in TERMINAL or found.get("paused") is True:
             return None
-        return control.pause_run(workflow_id, run_id, found.get("acts"), reason, control_id)
+        return control.pause_run(workflow_id, run_id, control.control_count(found), reason, control_id)
 
     document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
@@ -213,7 +216,7 @@ def _unpausing_run(services: Services, workflow_id: str | None, run_id: str) -> 
             return None  # another client has resumed or ended it meanwhile
         held = isinstance(found.get("lease"), dict)
         _check_result(found, paused=False, wakeAt=None if held else found.get("pausedWakeAt"))
-        return control.unpause_run(workflow_id, run_id, found.get("acts"), control_id)
+        return control.unpause_run(workflow_id, run_id, control.control_count(found), control_id)
 
     document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
@@ -328,7 +331,7 @@ def rewinding_run(services: Services, workflow_id: str | None, run_id: str, step
         lane = f"{found.get('queue', 'default')}/{found['workflowId']}/{found['version']}"
         slot = int(services.env.random() * SLOTS)
         _check_due(found, lane=lane if found.get("lane") is None else found["lane"])
-        return control.rewind_run(workflow_id, run_id, found.get("acts"), place, step_ids, lane, slot, control_id)
+        return control.rewind_run(workflow_id, run_id, control.control_count(found), place, step_ids, lane, slot, control_id)
 
     document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
     if applied:
@@ -378,17 +381,16 @@ def _controlling(
         kept = after.get("actIds")
         if after.get("lastAct") == control_id or (isinstance(kept, list) and control_id in kept):
             return after, True
-        if _control_count(after) - _control_count(found) > control.CONTROL_IDS_KEPT:
+        if control.control_count(after) - control.control_count(found) > control.CONTROL_IDS_KEPT:
             break  # ours may be one of those whose ids are kept no more
-    raise InvalidStateError(
+    raise _busy(run_id)
+
+
+def _busy(run_id: str) -> InvalidStateError:
+    return InvalidStateError(
         f"run {run_id}: other clients change it all the time, so it is unknown whether this call took effect; read the run to see",
         run_id=run_id,
     )
-
-
-def _control_count(document: Document) -> int:
-    count = document.get("acts")
-    return count if isinstance(count, int) else 0
 
 
 def _notifying_holder(services: Services, run_id: str) -> Procedure[None]:

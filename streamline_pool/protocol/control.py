@@ -6,7 +6,8 @@ needs to read, decide and write back. Answers are in answers.py, events in durab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from streamline_pool.domain.model import RunStatus, StepStatus
 
@@ -19,15 +20,24 @@ from .expressions import (
     live_run,
     plus_one,
 )
-from .operations import Command, Expression, change_one
+from .operations import Command, Expression, Query, change_one
 
-__all__ = ["CONTROL_IDS_KEPT", "cancel_run", "pause_run", "rewind_run", "unpause_run"]
+__all__ = ["CONTROL_IDS_KEPT", "cancel_run", "control_count", "pause_run", "rewind_run", "unpause_run"]
+
+_COUNT: Expression = {"$cond": [{"$in": [{"$type": "$acts"}, ["int", "long", "double"]]}, "$acts", 0]}
+"""The count of control operations, as `control_count` reads it: a value that is no such number counts as 0."""
 
 CONTROL_IDS_KEPT = 8
 """Ids of the latest control operations that a run keeps. A caller whose reply was lost finds its own id there, also after others."""
 
 
-def cancel_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:
+def control_count(document: Mapping[str, Any]) -> float:
+    """The count of control operations of a stored run. 0 if another program has stored what is no number there."""
+    count = document.get("acts")
+    return count if isinstance(count, int | float) and not isinstance(count, bool) else 0
+
+
+def cancel_run(workflow_id: str | None, run_id: str, acts: float, reason: str | None, control_id: str) -> Command:
     """Cancel a run that has not ended, also while it is leased. Yields the cancelled document or None.
 
     `acts` as in `pause_run`: a late copy of a cancel that met an ended run must not cancel it after a rewind. Removes the
@@ -48,16 +58,16 @@ def cancel_run(workflow_id: str | None, run_id: str, acts: object, reason: str |
         # As it was: callers whose replies were lost ask for their ids, and a full run has no room for one more.
         "actIds": {"$ifNull": ["$actIds", "$$REMOVE"]},
     }
-    return change_one("cancel_run", {**live_run(workflow_id, run_id), "acts": {"$eq": acts}}, [{"$set": sets}])
+    return change_one("cancel_run", {**live_run(workflow_id, run_id), **_unchanged_since(acts)}, [{"$set": sets}])
 
 
-def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | None, control_id: str) -> Command:
+def pause_run(workflow_id: str | None, run_id: str, acts: float, reason: str | None, control_id: str) -> Command:
     """Keep a run from being claimed. Yields the paused document or None.
 
-    `acts` is the number of control operations with which the caller read the run; the update misses after another one.
+    `acts` is the count of control operations with which the caller read the run; the update misses after another one.
     A live lease stays: its holder finds the pause at its next write, stores the result and releases the run.
     """
-    query = {**live_run(workflow_id, run_id), "paused": NOT_PAUSED, "acts": {"$eq": acts}}
+    query = {**live_run(workflow_id, run_id), "paused": NOT_PAUSED, **_unchanged_since(acts)}
     sets = {
         "paused": True,
         "pauseReason": {"$literal": reason},
@@ -68,12 +78,12 @@ def pause_run(workflow_id: str | None, run_id: str, acts: object, reason: str | 
     return change_one("pause_run", query, [{"$set": sets}])
 
 
-def unpause_run(workflow_id: str | None, run_id: str, acts: object, control_id: str) -> Command:
+def unpause_run(workflow_id: str | None, run_id: str, acts: float, control_id: str) -> Command:
     """Let a paused run continue. Yields the document or None. `acts`: as in `pause_run`.
 
     If a worker holds the run, nothing else changes: its next write succeeds.
     """
-    query = {**live_run(workflow_id, run_id), "paused": True, "acts": {"$eq": acts}}
+    query = {**live_run(workflow_id, run_id), "paused": True, **_unchanged_since(acts)}
     free = {"$ne": [{"$type": "$lease"}, "object"]}
     sets = {
         "paused": False,
@@ -86,7 +96,7 @@ def unpause_run(workflow_id: str | None, run_id: str, acts: object, control_id: 
 
 
 def rewind_run(
-    workflow_id: str | None, run_id: str, acts: object, place: int, step_ids: Sequence[str], lane: str, slot: int, control_id: str
+    workflow_id: str | None, run_id: str, acts: float, place: int, step_ids: Sequence[str], lane: str, slot: int, control_id: str
 ) -> Command:
     """Set the step at `place` and all later ones, `step_ids`, back to pending. Yields the document or None.
 
@@ -96,7 +106,7 @@ def rewind_run(
     query = {
         **live_run(workflow_id, run_id),
         "status": {"$nin": NOT_REWINDABLE_TEXTS},  # a status that another program made up passes: rewind repairs such a run
-        "acts": {"$eq": acts},
+        **_unchanged_since(acts),
         f"steps.{place}.stepId": step_ids[0],
     }
     tail = {"$literal": [{"stepId": step_id, "status": StepStatus.PENDING.value, "attempts": 0} for step_id in step_ids]}
@@ -124,11 +134,19 @@ def rewind_run(
     return change_one("rewind_run", query, [{"$set": sets}])
 
 
+def _unchanged_since(acts: float) -> Query:
+    """Matches a run without another control operation since its count of them was read.
+
+    An equality with the stored value would refuse every operation on a run whose count was damaged: PyMongo cannot write all that it reads.
+    """
+    return {"$expr": {"$eq": [_COUNT, acts]}}
+
+
 def _control_fields(control_id: str) -> Expression:
     """The fields that every control operation changes: its number, its id and the time."""
     earlier = {"$cond": [{"$isArray": ["$actIds"]}, "$actIds", []]}
     return {
-        "acts": plus_one("$acts"),
+        "acts": {"$add": [_COUNT, 1]},
         "lastAct": {"$literal": control_id},
         "actIds": {"$slice": [{"$concatArrays": [earlier, [{"$literal": control_id}]]}, -CONTROL_IDS_KEPT]},
         "updatedAt": "$$NOW",

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from bson import Binary, Decimal128
+from bson.binary import UUID_SUBTYPE
 from parked_runs import Waiting
 from workers import run_until_idle
 
@@ -55,6 +57,9 @@ DAMAGE: list[dict[str, Any]] = [
     {"acts": "garbage"},
     {"acts": None},
     {"acts": {"gt": 0}},
+    {"acts": [7]},
+    {"acts": Binary(b"no UUID", UUID_SUBTYPE)},
+    {"acts": Decimal128("2.5")},
     {"waitGen": "garbage"},
     {"currentStepId": {"first": 1}},
     {"status": "no such status"},

@@ -31,7 +31,7 @@ def test_a_child_that_does_not_read_stalls_no_other(start: Start) -> None:
     with start("does_not_read") as pool:
         eventually(lambda: pool.logged("woken_often"))
         assert not pool.logged("child_stalled"), "while that child was still alive"
-        eventually(lambda: pool.logged("child_stalled"))
+        eventually(lambda: pool.logged("child_stalled"), timeout=30)
         eventually(lambda: pool.logged("child_died"))
         pool.signal(signal.SIGTERM)
         assert pool.exit_code() == 0

@@ -30,21 +30,21 @@ _CONTROL_MUTANTS = (
     _bug(
         name="pause-without-acts",
         file=_CONTROL,
-        old=""""paused": NOT_PAUSED, "acts": {"$eq": acts}}""",
+        old=""""paused": NOT_PAUSED, **_unchanged_since(acts)}""",
         new=""""paused": NOT_PAUSED}""",
         harm="A late copy of a pause that was undone since pauses the run again, for ever.",
     ),
     _bug(
         name="resume-without-acts",
         file=_CONTROL,
-        old=""""paused": True, "acts": {"$eq": acts}}""",
+        old=""""paused": True, **_unchanged_since(acts)}""",
         new=""""paused": True}""",
         harm="A late copy of a resume ends a later pause.",
     ),
     _bug(
         name="rewind-without-acts",
         file=_CONTROL,
-        old="""        "acts": {"$eq": acts},
+        old="""        **_unchanged_since(acts),
 """,
         new="",
         harm="A late copy of a rewind discards what the run has done since.",
@@ -74,15 +74,15 @@ _CONTROL_MUTANTS = (
     _bug(
         name="cancel-of-an-ended-run",
         file=_CONTROL,
-        old="""change_one("cancel_run", {**live_run(workflow_id, run_id), "acts": {"$eq": acts}}, """,
-        new="""change_one("cancel_run", {"_id": run_id, "acts": {"$eq": acts}}, """,
+        old="""change_one("cancel_run", {**live_run(workflow_id, run_id), **_unchanged_since(acts)}, """,
+        new="""change_one("cancel_run", {"_id": run_id, **_unchanged_since(acts)}, """,
         harm="A run that is done, and whose caller has its result, is cancelled afterwards.",
         likely=("conformance/test_engine_cancel.py", "conformance/test_control_matrix.py"),
     ),
     _bug(
         name="cancel-without-acts",
         file=_CONTROL,
-        old="""change_one("cancel_run", {**live_run(workflow_id, run_id), "acts": {"$eq": acts}}, """,
+        old="""change_one("cancel_run", {**live_run(workflow_id, run_id), **_unchanged_since(acts)}, """,
         new="""change_one("cancel_run", live_run(workflow_id, run_id), """,
         harm="A late copy of a cancel that met an ended run cancels the run after a rewind.",
     ),
@@ -177,7 +177,7 @@ _CONTROL_MUTANTS = (
             # `acts` alone would refuse the rewind: a cancel raises it.
             Edit(
                 _CONTROL,
-                """        "acts": {"$eq": acts},
+                """        **_unchanged_since(acts),
 """,
                 "",
             ),

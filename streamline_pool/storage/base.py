@@ -115,9 +115,9 @@ class StoreBase:
 
     # --- what the two APIs share -----------------------------------------------------------------------------------
 
-    def begin(self, procedure: Procedure[T], session: Any) -> ProcedureRun[T]:
+    def begin(self, procedure: Procedure[T], session: Any, within_s: float | None = None) -> ProcedureRun[T]:
         """A procedure to be driven. Within a transaction no effect is repeated: the owner of the transaction decides that."""
-        return ProcedureRun(procedure if in_transaction(session) else repeating(procedure, self.env))
+        return ProcedureRun(procedure if in_transaction(session) else repeating(procedure, self.env, within_s))
 
     def admitted(self, effect: Effect, tails: Container[Tail]) -> Effect:
         """The effect; a Sleep instead of a wait for which no tail may be opened. `tails`: those that this procedure has open."""

@@ -6,6 +6,7 @@ PyMongo's synchronous or asyncio API (the idea is "sans-IO", as in h11 and hyper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -77,11 +78,13 @@ class ProcedureRun(Generic[T]):
         self._procedure.close()
 
 
-def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
+def repeating(procedure: Procedure[T], env: Env, within_s: float | None = None) -> Procedure[T]:
     """The same procedure, but an effect that fails for a passing reason is repeated, for ten seconds from the first failure.
 
+    No longer than `within_s` seconds from now, if that is given.
     Repeating is safe because every operation that a procedure yields either reads, or names the call that made it.
     """
+    last = math.inf if within_s is None else env.clock.monotonic() + within_s
     until = 0.0
     failures = 0
     answer: Any = None
@@ -97,7 +100,7 @@ def repeating(procedure: Procedure[T], env: Env) -> Procedure[T]:
                     effect = procedure.send(None)
                     continue
                 if not failures:
-                    until = env.clock.monotonic() + _REPEAT_S
+                    until = min(env.clock.monotonic() + _REPEAT_S, last)
                 if is_hint(effect) or not exc.context.get("transient") or env.clock.monotonic() > until:
                     effect = procedure.throw(exc)
                     continue

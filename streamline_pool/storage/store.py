@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator
 from typing import Any, TypeVar
 
+import pymongo
 from pymongo import AsyncMongoClient, MongoClient
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.synchronous.client_session import ClientSession
@@ -20,7 +21,7 @@ from streamline_pool.protocol.operations import Find, Op, Signal, Tail
 from streamline_pool.protocol.signals import beyond
 
 from .base import DEAD_CURSOR_PAUSE_S, TAIL_AWAIT_S, StoreBase
-from .procedures import AwaitSignal, Effect, Procedure, Sleep, is_hint
+from .procedures import AwaitSignal, Effect, Procedure, ProcedureRun, Sleep, is_hint
 from .target import DatabaseTarget
 
 __all__ = ["AsyncStore", "Store", "open_clients"]
@@ -57,9 +58,16 @@ class Store(StoreBase):
                 return None
             return self.read_reply(op, self.database.command(**self.command_arguments(op, session)))
 
+    def drive_within(self, seconds: float, procedure: Procedure[T]) -> T:
+        """As `drive`, for callers that may not block for longer. Raises StoreUnavailableError when the time is over."""
+        with pymongo.timeout(seconds):
+            return self._drive(self.begin(procedure, None, seconds), None)
+
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
         """Run a procedure to its end. Within a transaction no effect is repeated: the owner of the transaction decides that."""
-        run = self.begin(procedure, session)
+        return self._drive(self.begin(procedure, session), session)
+
+    def _drive(self, run: ProcedureRun[T], session: ClientSession | None) -> T:
         tails: _Tails = {}
         try:
             while run.effect is not None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
+from workers import run_until_idle
 
-from streamline_pool import Settings, Streamline
+from streamline_pool import Context, Settings, Streamline, create_hook
+from streamline_pool.chaos.link import Link
 from streamline_pool.config.env import system_env
 from streamline_pool.domain.errors import PayloadTooLargeError, StoreUnavailableError, ValidationError
+from streamline_pool.embedded import EmbeddedServer
 from streamline_pool.engine.group_commit import GroupCommitter
 from streamline_pool.engine.write_outcome import WriteOutcome
 from streamline_pool.protocol.operations import Fence, Find, Op, Statement
 from streamline_pool.worker.worker import Worker
+
+SLOW_MACHINE_S = 5.0
+"""The limit of a socket alone is 20 seconds."""
 
 STATEMENT = Statement(Fence("run", "lease", 0, 1), {"q": {"paused": {"$ne": True}}, "u": {"$set": {}}}, 100)
 
@@ -71,6 +79,34 @@ def test_a_write_is_repeated_through_an_outage_of_hours() -> None:
     with pytest.raises(ValidationError, match="it is back"):
         outcome(answer, slept)
     assert max(slept) <= 1
+
+
+@pytest.mark.parametrize("save", [lambda ctx: ctx.checkpoint(1), lambda ctx: create_hook(ctx, "?")], ids=["checkpoint", "hook"])
+def test_a_save_blocks_the_loop_no_longer_than_the_lease(mongod: EmbeddedServer, database: str, save: Callable[[Context], Any]) -> None:
+    """The database takes everything and answers nothing. No other handler of the worker can be stopped while its loop is blocked."""
+    link = Link([f"127.0.0.1:{mongod.port}"])
+    blocked_s: list[float] = []
+
+    async def saving(ctx: Context) -> str:
+        if not blocked_s:
+            link.order("swallow")
+            begun = time.monotonic()
+            try:
+                save(ctx)
+            finally:
+                blocked_s.append(time.monotonic() - begun)
+                link.order("pass")
+        save(ctx)
+        return "saved"
+
+    uri = f"mongodb://{link.addresses[0]}/?replicaSet=rs0"
+    with closing(link), Streamline(uri, database=database, settings=Settings(lease_s=2)) as app:
+        workflow = app.workflow("w", steps={"save": saving})
+        run_id = workflow.start().id
+        run_until_idle(app)
+        assert workflow.execute(run_id).output == "saved"
+    assert len(blocked_s) == 1
+    assert blocked_s[0] < 2 + SLOW_MACHINE_S
 
 
 def test_a_worker_that_has_failed_thousands_of_times_still_claims(app: Streamline) -> None:

@@ -52,6 +52,7 @@ def test_a_client_gets_no_answer_until_the_fault_is_over(client: MongoClient[dic
     client.admin.command("ping")
 
 
+@pytest.mark.slow
 def test_refused_connections_are_errors_at_once(client: MongoClient[dict[str, Any]], link: Link) -> None:
     link.order("refuse")
     with pytest.raises(AutoReconnect):

@@ -107,7 +107,7 @@ def test_the_earlier_execution_is_aborted_and_the_new_one_begins_after_it(app: S
     assert present(rewound.workflow.get(rewound.run.id)).output == 2
 
 
-@pytest.mark.parametrize("kind", ["def", "async"])
+@pytest.mark.parametrize("kind", ["def", pytest.param("async", marks=pytest.mark.slow)])
 def test_an_earlier_execution_that_does_not_end_is_counted_and_its_worker_asks_to_be_recycled(app: Streamline, kind: str) -> None:
     """A drained worker that does not count it would end, or go on, with a handler at work that it knows nothing of."""
     rewound = Rewound(app, kind, polite=False)

@@ -81,7 +81,13 @@ def test_a_write_is_repeated_through_an_outage_of_hours() -> None:
     assert max(slept) <= 1
 
 
-@pytest.mark.parametrize("save", [lambda ctx: ctx.checkpoint(1), lambda ctx: create_hook(ctx, "?")], ids=["checkpoint", "hook"])
+@pytest.mark.parametrize(
+    "save",
+    [
+        pytest.param(lambda ctx: ctx.checkpoint(1), id="checkpoint"),
+        pytest.param(lambda ctx: create_hook(ctx, "?"), id="hook", marks=pytest.mark.slow),
+    ],
+)
 def test_a_save_blocks_the_loop_no_longer_than_the_lease(mongod: EmbeddedServer, database: str, save: Callable[[Context], Any]) -> None:
     """The database takes everything and answers nothing. No other handler of the worker can be stopped while its loop is blocked."""
     link = Link([f"127.0.0.1:{mongod.port}"])

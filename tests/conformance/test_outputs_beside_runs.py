@@ -361,18 +361,18 @@ def test_a_condition_whose_output_cannot_be_read_now_is_asked_again(app: Streaml
     flow.start("first")
     faults: list[str] = []
     store = app.store()
-    drive = store.drive
+    drive = store.drive_within
 
-    def failing(procedure: Any) -> Any:
+    def failing(seconds: float, procedure: Any) -> Any:
         if faults:
             raise StoreUnavailableError(faults.pop(), transient=True)
-        return drive(procedure)
+        return drive(seconds, procedure)
 
     async def play() -> None:
         async with Pool(app) as pool:
             await pool.until_idle()
             second = await flow.start_async("second")
-            monkeypatch.setattr(store, "drive", failing)
+            monkeypatch.setattr(store, "drive_within", failing)
             faults.append("away")
             await pool.until(lambda: app.runs.find_one({"_id": second.id})["status"] in ("done", "failed"))
             assert faults == []

@@ -240,7 +240,7 @@ def test_a_cancelled_suspect_that_waits_to_be_alone_is_let_go(app: Streamline) -
     assert entered == [fresh.id]
 
 
-@pytest.mark.parametrize("kind", ["def", "async"])
+@pytest.mark.parametrize("kind", ["def", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_suspect_is_not_alone_beside_a_handler_that_goes_on_after_its_timeout(app: Streamline, kind: str) -> None:
     """The handler's run has failed, and counts no more. If the handler kills the worker, the suspect would be convicted for it."""
     go = threading.Event()

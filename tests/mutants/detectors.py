@@ -64,7 +64,7 @@ def commands(detector: str, mutants: Sequence[Mutant], search: Search) -> list[l
     """The commands of a detector, in the order in which they are run until one of them finds something. Empty: it does not apply."""
     if detector == "explorer":
         more = mutants[0].explorer if len(mutants) == 1 else ()
-        return [["-m", "tests.simulation.explorer", "--schedules", str(search.schedules), "--seed", str(search.seed), *more]]
+        return [["-m", "tests.simulation.explorer", "--no-shrink", "--schedules", str(search.schedules), "--seed", str(search.seed), *more]]
     if detector == "nemesis":
         command = ["-m", "streamline_pool.supervisor.cli", "chaos", "--embedded", "--members", "1", "--lease", "2"]
         return [[*command, "--seconds", str(search.nemesis_s), "--seed", str(search.seed)]]

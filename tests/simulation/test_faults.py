@@ -97,7 +97,7 @@ async def drive(app: Streamline, scenario: Retrying | Producing, faults: Faults)
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("count", [pytest.param(1, id="once"), pytest.param(OUTAGE, id="for a while", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["lost", "unknown", "late"])
+@pytest.mark.parametrize("kind", [pytest.param("lost", marks=pytest.mark.slow), "unknown", "late"])
 def test_a_run_ends_whichever_of_its_operations_fails(make_app: Callable[..., Streamline], kind: str, count: int) -> None:
     """The outcome of each write is unknown for a moment; a protocol that is wrong at one of these moments is wrong."""
     app = make_app(env=hasty_env(), lease_s=0.5, max_crashes=20)
@@ -129,7 +129,7 @@ def test_a_run_ends_whichever_of_its_operations_fails(make_app: Callable[..., St
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("count", [pytest.param(1, id="once"), pytest.param(OUTAGE, id="for a while", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["lost", "unknown", "late"])
+@pytest.mark.parametrize("kind", [pytest.param("lost", marks=pytest.mark.slow), "unknown", "late"])
 def test_outputs_beside_a_run_are_complete_whichever_operation_fails(make_app: Callable[..., Streamline], kind: str, count: int) -> None:
     """An output is stored by one write and referred to by another; between the two, anything may fail."""
     app = make_app(env=hasty_env(), lease_s=0.5, max_crashes=20)

@@ -77,7 +77,7 @@ PUBLISHED: dict[str, str | None] = {"event to the inbox": None, "pause": "workfl
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("kind", ["lost", "unknown", "late"])
+@pytest.mark.parametrize("kind", [pytest.param("lost", marks=pytest.mark.slow), "unknown", "late"])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_clients_call_takes_effect_once_whichever_of_its_operations_fails(
     make_app: Callable[..., Streamline], call: str, kind: str

@@ -40,6 +40,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "answer waiting", rival=("cancel waiting",)),
         _duel(None, "pause waiting", "stray wake-up"),
         _duel(None, "event waiting", "pause at commit", "resume"),
+        _duel(None, "stray wake-up waiting", "pause at commit", "resume"),
     ),
     "waits": (
         _duel("late", "answer waiting", "answer waiting"),
@@ -78,7 +79,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "resume waiting", "pause at claim", "resume"),
         _duel(None, "event to all early", "clean up expired", "rewind"),
         _duel(None, "event to all waiting", "event to all ended", "clean up expired", "rewind"),
-        _duel(None, "start again waiting", "pause at commit", "resume"),
+        _duel(None, "stray wake-up waiting", "pause at commit", "resume"),
         _duel("crash after", "event to all early", rival=("clean up expired", "clean up expired", "rewind")),
     ),
     "events": (
@@ -93,6 +94,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
     ),
     "chain": (
         _duel(None, "start mine early", rival=("start mine early",)),
+        _duel("request lost", "start mine early", rival=("start mine early",)),
         _duel(None, "start again 1", "start again 1"),
         _duel("late", "pause", "resume", "pause"),
         _duel("late", "resume", "pause", "resume"),
@@ -119,18 +121,25 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("full", "cancel at commit"),
         _duel(None, "stray wake-up", "pause", "stray wake-up", "stray wake-up"),
     ),
-    "large": (_duel("crash after", "rewind 2", "archive"), _duel(None, "clean up", "rewind")),
+    "large": (
+        _duel("crash after", "rewind 2", "archive"),
+        _duel(None, "clean up", "rewind"),
+        _duel("freeze before"),
+        _duel(None, "start mine early", rival=("start mine early",)),
+    ),
     "mixed": (
         _duel(None, "hook", "event", "rewind 1"),
         _duel(None, "event", "hook"),
         _duel("lag", "cancel at commit", "rewind"),
         _duel("late", "rewind", "hook"),
+        _duel("freeze before", "rewind 1"),
     ),
     "sleep": (
         _duel(None, "resume waiting", "pause at claim", "resume"),
         _duel("slow reply", "resume waiting", "rewind at claim"),
         _duel("slow reply", "resume waiting", "rewind at claim", "rewind waiting"),
         _duel(None, "pause", "resume"),
+        _duel(None, "stray wake-up waiting", "pause at commit", "resume"),
         _duel(None, "rewind", "execute"),
         _duel("server clock"),
         _duel("server clock", "pause", "resume"),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pymongo import ReadPreference
 
 from streamline_pool.config.env import Env
 from streamline_pool.protocol.operations import Command, Find, Op, Signal, Tail
 from streamline_pool.storage.base import StoreBase
+from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.requests import command_result
 from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.storage.target import DatabaseTarget
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .world import World
 
 __all__ = ["ExplorerAsyncStore", "ExplorerStore", "Request"]
+
+T = TypeVar("T")
 
 
 class Request:
@@ -140,6 +143,10 @@ class ExplorerStore(Store):
                 return None
             reply = self._world.request_blocking(_request(self, self._actor, op))
             return command_result(op, reply) if isinstance(op, Command) else reply
+
+    def drive_within(self, seconds: float, procedure: Procedure[T]) -> T:
+        """See `Store.drive_within`. The seconds are virtual, so the driver must not measure them."""
+        return self._drive(self.begin(procedure, None, seconds), None)
 
     def close(self) -> None:
         """The connection is the world's."""

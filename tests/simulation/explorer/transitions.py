@@ -243,6 +243,8 @@ class Rules:
                 raise Violation(f"step {later['stepId']} was started while the run was paused")
             if earlier["status"] == "waiting" and later["status"] != "waiting" and request.name == "commit_runs":
                 raise Violation(f"the wait of step {later['stepId']} was ended while the run was paused")
+            if later["attempts"] > earlier["attempts"]:
+                raise Violation(f"an entry of step {later['stepId']} was counted while the run was paused")
         if new["status"] == "done" and old["status"] != "done":
             raise Violation("the run was finished while it was paused")
 

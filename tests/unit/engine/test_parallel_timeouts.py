@@ -176,7 +176,7 @@ def test_a_thread_keeps_its_place_until_it_ends(call: Callable[..., Any], limit:
     assert most == 2
 
 
-@pytest.mark.parametrize("mode", ["all_settled", "any"])
+@pytest.mark.parametrize("mode", ["all_settled", pytest.param("any", marks=pytest.mark.slow)])
 def test_tasks_for_which_no_thread_ever_ends_time_out_as_well(call: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that waited for those threads would hang with them, and hold its run."""
     monkeypatch.setattr(parallel_group, "THREADS_MAX", 2)

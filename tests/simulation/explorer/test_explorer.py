@@ -20,7 +20,7 @@ from streamline_pool.protocol import commits
 from .schedule import play, shrink, tell
 from .server import Server
 
-QUICK_PARTS, QUICK = 10, 100
+QUICK_PARTS, QUICK = 20, 50
 SLOW_PARTS, SLOW, SLOW_FIRST = 100, 200, 1_000_000
 SHARE_VARIABLE = "STREAMLINE_EXPLORER_SHARE"
 

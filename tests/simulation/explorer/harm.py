@@ -41,6 +41,7 @@ class Harm:
         self.theme = draw_theme(world.choices, world.workload.duel)
         self.counts: dict[str, int] = {}  # kind of fault -> how often
         self.last_at = -1.0  # virtual seconds
+        self._came_at = -1.0  # when the last of what was delayed has come
         self.to_come = 0  # late copies, thaws and the like
         self._away_until = -1.0  # an outage ends
         self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
@@ -52,9 +53,14 @@ class Harm:
 
         def happen() -> None:
             self.to_come -= 1
+            self._came_at = self._world.loop.time()
             act()
 
         self._world.loop.call_later(delay_s, happen, context=contextvars.Context())
+
+    def is_over_since(self, at: float) -> bool:
+        """Whether since then nothing has gone wrong, and nothing that was delayed has come or is still to come."""
+        return not self.to_come and max(self.last_at, self._came_at) < at
 
     def end(self) -> None:
         """No more faults: what was held back arrives, and the frozen go on."""

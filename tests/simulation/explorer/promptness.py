@@ -87,13 +87,14 @@ class Promptness:
                 attempt: Any = active.attempt
                 if taken_at is None or attempt is None or attempt.context.signal.aborted:
                     continue
-                since = max(taken_at, self._world.rules.entries.entered_at(active.run_id, active.lease_id))
-                told_at = max(since, self._told_at(active.run_id))
+                entered_at = self._world.rules.entries.entered_at(active.run_id, active.lease_id)
+                since = max(taken_at, entered_at)
+                told_at = max(taken_at, self._told_at(active.run_id, entered_at))
                 is_told = (
                     gets_hints
                     and not self._world.signals.lost
                     and self._hints_pass(told_at)
-                    and self._world.harm.last_at < told_at
+                    and self._world.harm.is_over_since(told_at)
                     and now > told_at + SOON_S
                 )
                 if is_told or (now > since + limit_s and self._world.harm.last_at < since):
@@ -106,10 +107,13 @@ class Promptness:
         reads_since = self._world.signals.stewards.get(steward.owner)
         return steward.alive and reads_since is not None and reads_since < since and self._world.rules.entries.is_awake(steward)
 
-    def _told_at(self, run_id: str) -> float:
-        """When a cancel of this run has returned. From then on its holder has the hint."""
+    def _told_at(self, run_id: str, entered_at: float) -> float:
+        """When a cancel of this run has returned. From then on its holder has the hint.
+
+        A hint that comes before the reply to its claim tells a worker nothing: it does not know yet that it holds the run.
+        """
         ends = [call.ended_at for call in self._world.ledger.calls if call.kind == "cancel" and call.run_id == run_id]
-        return min((end for end in ends if end is not None), default=float("inf"))
+        return min((end for end in ends if end is not None and end >= entered_at), default=float("inf"))
 
 
 def _has_room(actor: WorkerActor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,8 @@ def _run(*arguments: str) -> Any:
 
 
 def _explorer(options: Namespace) -> Any:
-    return _run("tests.simulation.explorer", "--schedules", str(options.schedules), "--seed", str(options.seed))
+    processes = str(os.cpu_count() or 1)
+    return _run("tests.simulation.explorer", "--schedules", str(options.schedules), "--seed", str(options.seed), "--processes", processes)
 
 
 def _mutants(options: Namespace) -> Any:

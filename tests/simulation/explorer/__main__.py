@@ -10,12 +10,14 @@ import json
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 from streamline_pool import embedded
 
 from .schedule import Played, play, shrink, tell
 from .server import Server
+from .side_by_side import playing
 from .workload import KINDS
 
 
@@ -27,6 +29,7 @@ def main() -> int:
     parser.add_argument("--replay", action="store_true", help="play the schedule of --seed alone, and tell it")
     parser.add_argument("--keep-going", action="store_true", help="go on after a violation")
     parser.add_argument("--no-shrink", action="store_true", help="report a violation as it was found")
+    parser.add_argument("--processes", type=int, default=1, help="how many play side by side (default 1)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
         "--kinds", default="", metavar="A,B", help=f"of the first workflow: {', '.join(dict.fromkeys(KINDS))} (default: any)"
@@ -35,12 +38,8 @@ def main() -> int:
     options.kinds = tuple(kind for kind in options.kinds.split(",") if kind)
     if not set(options.kinds) <= set(KINDS):
         parser.error(f"there is no kind {', '.join(set(options.kinds) - set(KINDS))}")
-    with embedded.start(None) as mongod:
-        server = Server(mongod.uri, "explorer")
-        try:
-            return _replay(server, mongod.uri, options) if options.replay else _explore(server, mongod.uri, options)
-        finally:
-            server.close()
+    with embedded.start(None) as mongod, closing(Server(mongod.uri, "explorer")) as server:
+        return _replay(server, mongod.uri, options) if options.replay else _explore(server, mongod.uri, options)
 
 
 def _replay(server: Server, uri: str, options: argparse.Namespace) -> int:
@@ -52,21 +51,22 @@ def _replay(server: Server, uri: str, options: argparse.Namespace) -> int:
 def _explore(server: Server, uri: str, options: argparse.Namespace) -> int:
     began = time.monotonic()
     faults: Counter[str] = Counter()
-    operations = entries = 0
+    count = operations = entries = 0
     violations: list[str] = []
-    for seed in range(options.seed, options.seed + options.schedules):
-        played = play(server, uri, seed, kinds=options.kinds)
-        faults.update(played.faults)
-        operations += played.operations
-        entries += played.entries
-        if played.violation is not None:
-            violations.append(f"seed {seed}: {played.violation}")
-            print(violations[-1], flush=True)
-            if not options.keep_going:
-                _report(server, uri, played, shrinks=not options.no_shrink)
-                break
+    seeds = range(options.seed, options.seed + options.schedules)
+    with playing(server, uri, seeds, options.kinds, options.processes) as schedules:
+        for played in schedules:
+            count += 1
+            faults.update(played.faults)
+            operations += played.operations
+            entries += played.entries
+            if played.violation is not None:
+                violations.append(f"seed {played.seed}: {played.violation}")
+                print(violations[-1], flush=True)
+                if not options.keep_going:
+                    _report(server, uri, played, shrinks=not options.no_shrink)
+                    break
     seconds = time.monotonic() - began
-    count = seed - options.seed + 1
     figures = {
         "schedules": count, "seconds": round(seconds, 1), "per_second": round(count / seconds, 1), "operations": operations,
         "entries": entries, "faults": dict(faults.most_common()), "violations": violations,

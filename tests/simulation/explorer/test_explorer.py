@@ -19,6 +19,7 @@ from streamline_pool.protocol import commits
 
 from .schedule import play, shrink, tell
 from .server import Server
+from .side_by_side import playing
 
 QUICK_PARTS, QUICK = 20, 50
 SLOW_PARTS, SLOW, SLOW_FIRST = 100, 200, 1_000_000
@@ -68,6 +69,16 @@ def test_a_schedule_repeats_exactly(server: Server, mongodb_uri: str) -> None:
         first, second = play(server, mongodb_uri, seed), play(server, mongodb_uri, seed)
         assert first == second
         assert play(server, mongodb_uri, seed, first.record) == first
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_play_the_same_schedules(server: Server, mongodb_uri: str) -> None:
+    """Their figures are those of the reliability page."""
+    played = []
+    for processes in (1, 2):
+        with playing(server, mongodb_uri, range(1, 31), (), processes) as schedules:
+            played.append(list(schedules))
+    assert played[0] == played[1]
 
 
 def test_replies_that_are_not_asked_for_again_are_right(server: Server, mongodb_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ _CONTROL_MUTANTS = (
         old=""""paused": True, **_unchanged_since(acts)}""",
         new=""""paused": True}""",
         harm="A late copy of a resume ends a later pause.",
+        explorer=("--kinds", "chain,wait"),
     ),
     _bug(
         name="rewind-without-acts",

@@ -145,6 +145,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="""        if self.state != "ready" or self._gate == "closed":
             return 0""",
         harm="A worker that holds a suspect claims more runs, so that the suspect is never alone.",
+        beyond_explorer="A schedule has few runs. Once they have ended, the suspect is alone. An endless stream of runs prevents that.",
     ),
     _suspect_bug(
         name="suspect-that-is-claimed-again-is-forgotten",

@@ -262,6 +262,7 @@ _HOOK_MUTANTS = (
         old=""""hooks": {"$elemMatch": {"hash": token_hash, "gen": gen}}}""",
         new=""""hooks": {"$elemMatch": {"hash": token_hash}}}""",
         harm="A token of an earlier wait is accepted for a later one.",
+        equivalent="A token's hash is in one hook, whose `gen` never changes, and the caller has read it there.",
     ),
     _hook_bug(
         name="hook-without-the-waits-generation",
@@ -299,6 +300,7 @@ _HOOK_MUTANTS = (
 """,
         new="",
         harm="An answer to a hook whose wait is over is kept for a later one, and its bearer is told that it counts.",
+        equivalent="A wait ends its step, and a rewind removes its hooks. So a step that can be entered has not waited since its hooks.",
     ),
     _hook_bug(
         name="hook-revives-a-cancelled-run",

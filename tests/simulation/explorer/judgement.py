@@ -39,7 +39,7 @@ def judge(world: World) -> None:
     outputs = {output["_id"] for output in world.server.all_of("outputs")}
     for run in runs.values():
         _judge_run(run, is_strayed=run["_id"] in world.rules.strayed)
-        _judge_wait(run, events)
+        _judge_wait(world, run, events)
         _judge_outputs(world, run, outputs)
     _judge_starts(world, runs)
     _judge_archive(world, outputs)
@@ -80,13 +80,13 @@ def _waits_for_a_call(step: Run | None) -> bool:
     return waiting_for["type"] in ("human", "webhook", "event") and waiting_for.get("expiresAt") is None
 
 
-def _judge_wait(run: Run, events: list[dict[str, Any]]) -> None:
+def _judge_wait(world: World, run: Run, events: list[dict[str, Any]]) -> None:
     """A run that waits must not have missed what it waits for."""
     if run["status"] in TERMINAL or run.get("paused") is True or run.get("awaits") is None:
         return
     seen = run.get("seen") or ()
     for event in events:
-        if event["name"] == run["awaits"] and event["bornAt"] > run["bornAt"] and event["_id"] not in seen:
+        if event["name"] == run["awaits"] and world.rules.is_older(run, event) and event["_id"] not in seen:
             raise Violation(f"run {run['_id']} waits for {run['awaits']!r} and has missed event {event['_id']}")
     for item in run.get("inbox") or ():
         if item.get("name") == run["awaits"]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from .entries import driven_run
 from .ledger import Violation
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Promptness:
         self._world = world
         self._due_since: dict[tuple[str, int], float] = {}  # (run, token) -> since when it is due and a worker has room
         self._taken_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> when it was taken away
+        self._given_up_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> since when its holder does not drive it
         self._reported: dict[str, float] = {}  # owner -> when its death was reported to a steward
 
     def lease_taken(self, run_id: str, lease_id: str) -> None:
@@ -49,6 +51,7 @@ class Promptness:
             self._no_worker_is_deaf()
             self._no_dead_worker_keeps_runs()
         self._no_handler_of_a_lost_run_goes_on()
+        self._no_run_is_given_up()
 
     def _no_worker_is_deaf(self) -> None:
         now, server_now = self._world.loop.time(), self._world.server.now()
@@ -100,6 +103,29 @@ class Promptness:
                 if is_told or (now > since + limit_s and self._world.harm.last_at < since):
                     late = f"{now - taken_at:.3f} s"
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
+
+    def _no_run_is_given_up(self) -> None:
+        """A worker that has entered a step under a lease drives the run for as long as the lease is its own.
+
+        If it gave the run up, as after a lost reply, the run would rest until the lease is over, and a step be entered in vain.
+        """
+        world, now = self._world, self._world.loop.time()
+        given_up = {}
+        for actor in world.workers:
+            is_there = actor.alive and actor.engine is not None and world.rules.entries.is_awake(actor)
+            for run_id, run in world.rules.runs.items() if is_there else ():
+                lease = run.get("lease") or {}
+                active = driven_run(actor, run_id)
+                if lease.get("owner") != actor.owner or (active is not None and active.lease_id == lease["id"]):
+                    continue
+                if world.rules.entries.entered_at(run_id, lease["id"]) >= 0:
+                    given_up[(run_id, lease["id"])] = self._given_up_at.get((run_id, lease["id"]), now)
+        self._given_up_at = given_up
+        if world.harm.is_away or world.server.lags or world.harm.counts.get("driver lost"):
+            return
+        for (run_id, _), since in given_up.items():
+            if world.harm.is_over_since(now - SOON_S) and now > since + SOON_S:
+                raise Violation(f"the holder of {run_id} has not driven it for {now - since:.3f} s, and its lease is not over")
 
     def _hints_pass(self, since: float) -> bool:
         """Whether a steward has been there all the time to pass hints on."""

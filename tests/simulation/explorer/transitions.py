@@ -47,6 +47,7 @@ class Rules:
         self._lag_over_at = -1
         self._lag_runs: dict[str, dict[str, Any]] = {}
         self.events: dict[str, dict[str, Any]] = {}  # every event to all that was stored, also those that a clean-up has removed
+        self._stored_at: dict[str, int] = {}  # id of a run or event -> by which operation it was stored; `bornAt` should tell the same
         self._arrived_before: dict[tuple[str, str], set[str]] = {}  # (run id, lease id) -> events that its claim could have found
         self.strayed: set[str] = set()  # runs in which another program has stored a due time
         self.deleted: set[str] = set()
@@ -75,6 +76,7 @@ class Rules:
     def _check(self, request: Request, run_id: str, old: Run | None, new: Run | None) -> None:
         if old is None:
             assert new is not None, "a change has two different sides"
+            self._stored_at[run_id] = self._world.operations
             self._effect(request, "start", run_id, new.get("startId"))
             return
         if new is None:
@@ -295,23 +297,33 @@ class Rules:
     def _events_for(self, run: Run) -> set[str]:
         """The events to all that the run waits for, and that are stored."""
         events = self._world.server.all_of("events")
-        return {event["_id"] for event in events if event["name"] == run["awaits"] and event["bornAt"] > run["bornAt"]}
+        return {event["_id"] for event in events if event["name"] == run["awaits"] and self.is_older(run, event)}
+
+    def is_older(self, run: Run, event: Mapping[str, Any]) -> bool:
+        """Whether the run was stored before this event to all, so that it gets the event."""
+        return self._stored_at[run["_id"]] < self._stored_at[event["_id"]]
 
     def event_recorded(self) -> None:
         """An event to all was stored."""
-        self.events.update({event["_id"]: event for event in self._world.server.all_of("events")})
+        for event in self._world.server.all_of("events"):
+            if event["_id"] not in self.events:
+                self._stored_at[event["_id"]] = self._world.operations
+            self.events[event["_id"]] = event
 
     def _check_event(self, request: Request, old: Run, answer_id: str) -> None:
         events = {event["_id"]: event for event in self._world.server.all_of("events")}
         event = events.get(answer_id)
         if event is None:
             return
-        if event["bornAt"] <= old["bornAt"]:
+        if not self.is_older(old, event):
             raise Violation("the run was given an event that is older than itself")
         if request.name != "commit_runs" or any(item.get("id") == answer_id for item in old.get("inbox") or ()):
             return
         seen = old.get("seen") or ()
-        earlier = [other for other in events.values() if old["bornAt"] < other["bornAt"] < event["bornAt"] and other["_id"] not in seen]
+        before = [
+            other for other in events.values() if self.is_older(old, other) and self._stored_at[other["_id"]] < self._stored_at[answer_id]
+        ]
+        earlier = [other for other in before if other["_id"] not in seen]
         if earlier:
             raise Violation(f"the search has found event {answer_id} before {earlier[0]['_id']}, which is older")
 

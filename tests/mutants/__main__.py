@@ -87,6 +87,8 @@ def examine(copy: Copy, subjects: Sequence[Mutant], options: argparse.Namespace,
     """What the detectors find in a copy."""
     findings: dict[str, Finding] = {}
     for detector in options.detectors:
+        if detector == "explorer" and len(subjects) == 1 and subjects[0].beyond_explorer is not None:
+            continue  # the reason is in the table
         findings[detector] = detect(copy, detector, subjects, search)
         if options.until_found and findings[detector].verdict is Verdict.FOUND:
             break

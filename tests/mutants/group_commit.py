@@ -146,6 +146,7 @@ MUTANTS: tuple[Mutant, ...] = (
             return Send(Write(write.decided, write.change))
 """,
         harm="A run that was resumed while its holder stored a result is released and claimed anew, or loses its sleep.",
+        explorer=("--kinds", "chain,retry"),
     ),
     _bug(
         name="timer-that-was-too-early-is-given-up",

@@ -58,6 +58,7 @@ _WAIT_MUTANTS = (
         old='''"status": _WAITING, "gen": gen, "waitingFor.type": {"$in"''',
         new='''"status": _WAITING, "waitingFor.type": {"$in"''',
         harm="An answer to an earlier wait of a step, before a rewind, ends its present wait.",
+        explorer=("--kinds", "wait,waits"),
     ),
     _wait_bug(
         name="answer-is-accepted-late",

@@ -148,6 +148,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("server clock"),
         _duel("slow reply", "rewind at claim", "rewind at claim"),
         _duel("lag", "pause at commit", "resume at commit"),
+        _duel(None, "pause at commit", "resume at commit", rival=("pause at commit", "resume at commit")),
     ),
     "poison": (_duel(None, "rewind", "pause"), _duel("crash after"), _duel("freeze after", "cancel")),
 }

@@ -86,6 +86,7 @@ class Rules:
         self._check_lease(request, old, new)
         self._check_states(old, new)
         self._check_pause(request, old, new)
+        self._check_release(request, old, new)
         self._check_waits(request, old, new)
         self._note_effects(request, run_id, old, new)
         self._note_lease(new)
@@ -219,8 +220,7 @@ class Rules:
             if new["crashes"] or new["failures"]:
                 raise Violation(f"rewound, and the counts are {new['crashes']} lost workers, {new['failures']} failed attempts")
             return
-        ended = [later for earlier, later in zip(old["steps"], new["steps"], strict=True) if earlier["status"] != later["status"] == "done"]
-        if ended and (new["crashes"] or new["failures"]):
+        if _done_now(old, new) and (new["crashes"] or new["failures"]):
             raise Violation(f"a result was stored, and the counts are {new['crashes']} lost workers, {new['failures']} failed attempts")
         if old["status"] in TERMINAL and new["status"] != old["status"]:
             raise Violation(f"went from {old['status']} to {new['status']}")
@@ -234,6 +234,18 @@ class Rules:
         places = [place for place, step in enumerate(new["steps"]) if step["status"] != "pending"]
         if places != list(range(len(places))):
             raise Violation(f"a step was reached before the one in front of it: {[step['status'] for step in new['steps']]}")
+
+    def _check_release(self, request: Request, old: Run, new: Run) -> None:
+        """A holder that is not asked to stop goes on with the step after the one whose result it stores."""
+        is_released = "lease" in old and "lease" not in new and new["status"] == "running" and new.get("paused") is not True
+        if request.name != "commit_runs" or not is_released or request.owner != request.actor.owner:
+            return
+        ended = _done_now(old, new)
+        engine, active = request.actor.engine, driven_run(request.actor, new["_id"])
+        if not ended or engine is None or active is None or active.lease_id != old["lease"]["id"]:
+            return
+        if not active.release_requested and not engine._state.draining:
+            raise Violation("a run that is not paused was released after a step, by a holder that was not asked to stop")
 
     def _check_pause(self, request: Request, old: Run, new: Run) -> None:
         if not (old.get("paused") is True and new.get("paused") is True) or new.get("rewinds") != old.get("rewinds"):
@@ -452,6 +464,11 @@ class Rules:
     def describe_unrest(self) -> str:
         """What the runs that are not at rest look like."""
         return "; ".join(f"{run_id}: {_difference(None, run)}" for run_id, run in self.runs.items() if run["status"] not in TERMINAL)
+
+
+def _done_now(old: Run, new: Run) -> list[Any]:
+    """The steps that this change has ended with a result."""
+    return [later for earlier, later in zip(old["steps"], new["steps"], strict=True) if earlier["status"] != later["status"] == "done"]
 
 
 def _answer_ids(run: Run) -> set[Any]:

@@ -107,7 +107,8 @@ class Promptness:
     def _no_run_is_given_up(self) -> None:
         """A worker that has entered a step under a lease drives the run for as long as the lease is its own.
 
-        If it gave the run up, as after a lost reply, the run would rest until the lease is over, and a step be entered in vain.
+        If it gave the run up, as after a lost reply, the run would rest until the lease is over, and a step be entered in vain. It gives
+        up runs whose driver was lost, and full ones, which refuse even their failure.
         """
         world, now = self._world, self._world.loop.time()
         given_up = {}
@@ -121,7 +122,7 @@ class Promptness:
                 if world.rules.entries.entered_at(run_id, lease["id"]) >= 0:
                     given_up[(run_id, lease["id"])] = self._given_up_at.get((run_id, lease["id"]), now)
         self._given_up_at = given_up
-        if world.harm.is_away or world.server.lags or world.harm.counts.get("driver lost"):
+        if world.harm.is_away or world.server.lags or {"driver lost", "full"} & set(world.harm.counts):
             return
         for (run_id, _), since in given_up.items():
             if world.harm.is_over_since(now - SOON_S) and now > since + SOON_S:

@@ -25,6 +25,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old=""""status": _NOT_ENDED, "paused": NOT_PAUSED, **_DUE}""",
         new=""""status": _NOT_ENDED, **_DUE}""",
         harm="A paused run that has a `wakeAt` is claimed.",
+        explorer=("--kinds", "wait,chain"),
     ),
     _bug(
         name="claim-of-a-leased-run",

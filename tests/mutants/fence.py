@@ -52,6 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
 """
         + _SAVE,
         harm="A worker that has lost its lease stores a checkpoint or a hook, and its handler goes on as if it held the run.",
+        explorer=("--kinds", "mixed,large"),
     ),
     _bug(
         name="checkpoint-without-rev",
@@ -87,6 +88,7 @@ MUTANTS: tuple[Mutant, ...] = (
 """
         + _ALONE,
         harm="A worker that has lost a suspect marks the lease of another worker, or makes one for a run that has none.",
+        explorer=("--kinds", "poison"),
     ),
     _bug(
         name="failure-of-a-full-run-without-fence",

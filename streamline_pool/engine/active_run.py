@@ -32,7 +32,6 @@ from .write_outcome import Held, WriteOutcome, resolve_write
 
 __all__ = ["STATEMENT_BYTES", "ActiveRun", "Asking"]
 
-_BLOCKING_S_MIN = 1.0  # beyond a lease that is over: the write finds that out
 _SAVE_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
 _HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
 STATEMENT_BYTES = 600  # of a holder's write without payloads; measured: about 450
@@ -187,7 +186,7 @@ class ActiveRun:
         if not self.step.is_async and threading.get_ident() != self._engine.loop_thread:
             return asyncio.run_coroutine_threadsafe(self._engine.read_output(wanted), self._engine.loop).result()
         try:
-            content = self._engine.blocking_store().drive_within(self._blocking_s(), reading_outputs([wanted]))[0]
+            content = self._engine.drive_blocking(reading_outputs([wanted]))[0]
         except StoreUnavailableError as exc:
             self.interruption = exc  # no failure of the handler, which is entered again
             raise
@@ -215,7 +214,7 @@ class ActiveRun:
     def _save_blocking(self, save: Save) -> None:
         self.unsettled = save
         try:
-            outcome = self._engine.blocking_store().drive_within(self._blocking_s(), _write_alone(save.statement))
+            outcome = self._engine.drive_blocking(_write_alone(save.statement))
         except StoreUnavailableError as exc:
             self.interruption = exc
             raise
@@ -224,10 +223,6 @@ class ActiveRun:
             raise
         self.unsettled = None
         self._saved(outcome, save.field, save.value)
-
-    def _blocking_s(self) -> float:
-        """How long a call may block the loop's thread: until the lease may be over. The loop then stops the worker's handlers."""
-        return max(self.deadline - self._engine.env.clock.monotonic(), _BLOCKING_S_MIN)
 
     async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
         while self._saving is not None:

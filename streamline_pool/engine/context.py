@@ -258,7 +258,7 @@ class Context:
     def checkpoint(self, value: Any) -> Done:
         """Store the progress of this step; durable on return, kept across attempts, dropped when the step ends.
 
-        In `async def` handlers the event loop is blocked for one majority write, or for up to 30 seconds while the database
+        In `async def` handlers the event loop is blocked for one majority write, or for up to 10 seconds while the database
         does not answer. Raises LeaseLostError when this worker no longer holds the run, StoreUnavailableError after that time.
         """
         self._check_open()

@@ -9,23 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.change import Change, ChangeEvent
 from streamline_pool.domain.definition import Definition
 from streamline_pool.domain.document import RunDocument
-from streamline_pool.domain.errors import WorkflowError
+from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
 from streamline_pool.events.bus import EventBus
 from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol import recovery
 from streamline_pool.protocol.operations import Statement
 from streamline_pool.protocol.run_document import validate_run_document
 from streamline_pool.storage.outputs import Wanted
+from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import AsyncStore, Store
 
 from .active_run import ActiveRun
@@ -46,6 +48,12 @@ from .write_outcome import WriteOutcome
 __all__ = ["Engine", "EngineConfig"]
 
 log = logging.getLogger("streamline_pool")
+
+T = TypeVar("T")
+
+# How long a call may block the loop's thread.
+_BLOCKING_S_MIN = 1.0  # after a handler that has computed beyond its lease without a pause: the lease may still be there
+_BLOCKING_S_MAX = 10.0  # by far less than the silence after which the supervisor ends a worker
 
 _EARLIER_EXECUTION_S = ABORT_GRACE_S + 1.0  # by then its handler is over or stuck; a condition that hangs must not hold up its run
 
@@ -68,7 +76,8 @@ class Engine:
     def __init__(self, config: EngineConfig, store: AsyncStore, env: Env, observer: Observer) -> None:
         self.store = store
         self.env = env
-        self.blocking_store = config.blocking_store
+        self._blocking_store = config.blocking_store
+        self._blocked_in_vain = False  # in this turn of the loop, a call has blocked it until its time was over
         self.cache = RunCache()
         self.active_runs = ActiveRuns()
         self.event_publisher = EventPublisher(store, env)
@@ -221,6 +230,29 @@ class Engine:
             self.leases.check(active)
 
     # --- ports.EnginePort ------------------------------------------------------------------------------------------
+
+    def drive_blocking(self, procedure: Procedure[T]) -> T:
+        """See ports.EnginePort.
+
+        While the loop's thread waits, no lease is renewed, and no handler of this worker can be stopped. So the time ends before the
+        first lease does. Handlers that are ready in the same turn of the loop do not wait one after the other.
+        """
+        on_loop = threading.get_ident() == self.loop_thread
+        if on_loop and self._blocked_in_vain:
+            procedure.close()
+            raise StoreUnavailableError("the database has not answered the call of another handler of this worker", transient=True)
+        first = min((active.deadline for active in self.active_runs.all()), default=math.inf)
+        limit_s = min(max(first - self.env.clock.monotonic(), _BLOCKING_S_MIN), _BLOCKING_S_MAX)
+        try:
+            return self._blocking_store().drive_within(limit_s, procedure)
+        except StoreUnavailableError:
+            if on_loop:
+                self._blocked_in_vain = True
+                self.loop.call_soon(self._loop_turned)
+            raise
+
+    def _loop_turned(self) -> None:
+        self._blocked_in_vain = False
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """See ports.EnginePort."""

@@ -145,8 +145,8 @@ class LeaseKeeper:
             await self._env.async_sleep(self._tick_s)
             too_late = self._env.clock.monotonic() + self._tick_s
             for active in list(self._held.values()):
-                if active.deadline <= too_late and active.attempt is not None:
-                    # No other worker holds the run yet: its handler stops, and it is released if that can still be written.
+                if active.deadline <= too_late and active.in_user_code:
+                    # No other worker holds the run yet: its handler or condition stops, and it is released if that can be written.
                     log.warning("lease_running_out", extra={"run_id": active.run_id})
                     active.abort("lease-lost")
 

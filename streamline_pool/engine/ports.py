@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from streamline_pool.config.env import Env
 from streamline_pool.domain.change import ChangeEvent
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.protocol.operations import Statement
 from streamline_pool.storage.outputs import Wanted
-from streamline_pool.storage.store import Store
+from streamline_pool.storage.procedures import Procedure
 
 from .write_outcome import WriteOutcome
 
 __all__ = ["EnginePort", "Observer"]
+
+T = TypeVar("T")
 
 
 class Observer(Protocol):
@@ -41,8 +43,8 @@ class EnginePort(Protocol):
     loop: asyncio.AbstractEventLoop
     loop_thread: int
 
-    def blocking_store(self) -> Store:
-        """The synchronous store of this process, for writes on a handler's thread."""
+    def drive_blocking(self, procedure: Procedure[T]) -> T:
+        """Run a procedure while the calling thread waits. Raises StoreUnavailableError, on the loop's thread before a lease is over."""
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """Send a fenced write with the group; its outcome."""

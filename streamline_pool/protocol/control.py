@@ -24,8 +24,10 @@ from .operations import Command, Expression, Query, change_one
 
 __all__ = ["CONTROL_IDS_KEPT", "cancel_run", "control_count", "pause_run", "rewind_run", "unpause_run"]
 
-_COUNT: Expression = {"$cond": [{"$in": [{"$type": "$acts"}, ["int", "long", "double"]]}, "$acts", 0]}
-"""The count of control operations, as `control_count` reads it: a value that is no such number counts as 0."""
+_COUNTS_MAX = 2**53  # beyond it a double does not grow by 1
+_COUNTS = [{"$in": [{"$type": "$acts"}, ["int", "long", "double"]]}, {"$gte": ["$acts", 0]}, {"$lt": ["$acts", _COUNTS_MAX]}]
+_COUNT: Expression = {"$cond": [{"$and": _COUNTS}, "$acts", 0]}
+"""The count of control operations, as `control_count` reads it: what is no such number, and what cannot grow, counts as 0."""
 
 CONTROL_IDS_KEPT = 8
 """Ids of the latest control operations that a run keeps. A caller whose reply was lost finds its own id there, also after others."""
@@ -34,7 +36,7 @@ CONTROL_IDS_KEPT = 8
 def control_count(document: Mapping[str, Any]) -> float:
     """The count of control operations of a stored run. 0 if another program has stored what is no number there."""
     count = document.get("acts")
-    return count if isinstance(count, int | float) and not isinstance(count, bool) else 0
+    return count if isinstance(count, int | float) and not isinstance(count, bool) and 0 <= count < _COUNTS_MAX else 0
 
 
 def cancel_run(workflow_id: str | None, run_id: str, acts: float, reason: str | None, control_id: str) -> Command:

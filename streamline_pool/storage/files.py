@@ -63,11 +63,15 @@ def reading_file(file_id: str, run_id: str) -> Procedure[bytes]:
     records = yield files.files_of(run_id, [file_id])
     if not records:
         raise ValueError("there is no such output of this run")
-    return _joined((yield files.read_chunks(file_id)), records[0]["length"])
+    return _joined((yield files.read_chunks(file_id)), records[0].get("length"))
 
 
-def _joined(chunks: Sequence[Mapping[str, Any]], length: int) -> bytes:
-    """The content of a file. Raises ValueError when a part of it is missing."""
+def _joined(chunks: Sequence[Mapping[str, Any]], length: object) -> bytes:
+    """The content of a file. Raises ValueError when a part of it is missing, or was damaged by another program."""
+    if not isinstance(length, int):
+        raise ValueError("its record was damaged by another program")
+    if not all(isinstance(chunk.get("n"), int) and isinstance(chunk.get("data"), bytes) for chunk in chunks):
+        raise ValueError("a part of it was damaged by another program")
     content = b"".join(chunk["data"] for chunk in sorted(chunks, key=lambda chunk: chunk["n"]))
     if len(content) != length:
         raise ValueError(f"it has {len(content)} of {length} bytes")

@@ -7,6 +7,7 @@ here (protocol/operations.py). A store never repeats a write by itself: the call
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import pymongo
@@ -59,20 +60,24 @@ class Store(StoreBase):
             return self.read_reply(op, self.database.command(**self.command_arguments(op, session)))
 
     def drive_within(self, seconds: float, procedure: Procedure[T]) -> T:
-        """As `drive`, for callers that may not block for longer. Raises StoreUnavailableError when the time is over."""
+        """As `drive`, for callers that may not block for longer. Raises StoreUnavailableError when the time is over.
+
+        One operation gets half of the time, so that a connection that is dead leaves enough to repeat it on another one.
+        """
         with pymongo.timeout(seconds):
-            return self._drive(self.begin(procedure, None, seconds), None)
+            return self._drive(self.begin(procedure, None, seconds), None, seconds / 2)
 
     def drive(self, procedure: Procedure[T], session: ClientSession | None = None) -> T:
         """Run a procedure to its end. Within a transaction no effect is repeated: the owner of the transaction decides that."""
         return self._drive(self.begin(procedure, session), session)
 
-    def _drive(self, run: ProcedureRun[T], session: ClientSession | None) -> T:
+    def _drive(self, run: ProcedureRun[T], session: ClientSession | None, each_s: float | None = None) -> T:
         tails: _Tails = {}
         try:
             while run.effect is not None:
                 try:
-                    answer = self._perform(run.effect, session, tails)
+                    with pymongo.timeout(each_s) if each_s is not None else nullcontext():
+                        answer = self._perform(run.effect, session, tails)
                 except WorkflowError as exc:
                     run.fail(exc)
                 else:

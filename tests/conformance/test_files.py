@@ -174,6 +174,16 @@ def test_a_missing_or_damaged_file_is_a_corruption_that_names_it(app: Streamline
             load(app, "f")
         chunks.insert_one(chunk)
     assert load(app, "f") == b"x" * 1_000_000
+    for damage in ({"$unset": {"data": ""}}, {"$set": {"data": "text"}}, {"$set": {"n": "text"}}):
+        whole = chunks.find_one_and_update({"files_id": "f", "n": 1}, damage)
+        with pytest.raises(DataCorruptionError, match="a part of it was damaged by another program"):
+            load(app, "f")
+        chunks.replace_one({"_id": whole["_id"]}, whole)
+    records = app.store().collection("files.files")
+    record = records.find_one_and_update({"_id": "f"}, {"$unset": {"length": ""}})
+    with pytest.raises(DataCorruptionError, match="its record was damaged by another program"):
+        load(app, "f")
+    records.replace_one({"_id": "f"}, record)
     chunks.delete_many({})
     with pytest.raises(DataCorruptionError, match=r"it has 0 of 1\d+ bytes; restore it, or rewind the run to step a"):
         load(app, "f")

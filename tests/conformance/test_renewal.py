@@ -162,6 +162,38 @@ def test_a_handler_is_stopped_in_time_whatever_becomes_of_the_renewals(make_app:
     assert asyncio.run(play()).reasons == {"work": "lease-lost"}
 
 
+def test_a_condition_is_stopped_before_its_lease_is_over(make_app: Callable[..., Streamline]) -> None:
+    """After the expiry another worker asks the same condition."""
+    jumps = Jumps()
+    app = make_app(env=jumps.env, lease_s=LEASE_S)
+    asked: list[str] = []
+
+    async def asking(ctx: Any) -> bool:
+        asked.append("asked")
+        if len(asked) > 1:
+            return True
+        try:
+            await asyncio.sleep(HANDLER_S)
+        finally:
+            asked.append(ctx.signal.reason)
+        return True
+
+    async def play() -> Any:
+        store = app.connections.use(WatchedStore(app.where, app.env))
+        workflow = app.workflow("asking", steps={"work": (lambda ctx: "worked", {"run_if": asking})})
+        async with Pool(app) as pool:
+            run = await workflow.start_async()
+            await pool.until(lambda: asked)
+            store.silent = True
+            jumps.total_s += FENCED_S
+            await pool.until(lambda: len(asked) > 1)
+            store.silent = False
+            return await workflow.wait_for_async(run.id, timeout=20)
+
+    assert asyncio.run(play()).output == "worked"
+    assert asked == ["asked", "lease-lost", "asked"]
+
+
 def test_a_lease_counts_from_before_the_request_that_renewed_it(make_app: Callable[..., Streamline]) -> None:
     """The server grants it while the request is under way. Counted from the answer, a handler would go on after its end."""
     jumps = Jumps()

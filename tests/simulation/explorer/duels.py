@@ -120,6 +120,9 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("full", "rewind at commit", "rewind at commit"),
         _duel("full", "cancel at commit"),
         _duel(None, "stray wake-up", "pause", "stray wake-up", "stray wake-up"),
+        _duel(None, "pause early", "stray wake-up early", "execute early"),
+        _duel(None, "stray wake-up ended", "execute early"),
+        _duel("driver lost", "rewind"),
     ),
     "large": (
         _duel("crash after", "rewind 2", "archive"),
@@ -176,6 +179,7 @@ LONG = (
     _duel("late"),
     _duel("majority too late"),
     _duel("majority too late", "pause", "resume"),
+    _duel("driver lost"),
     _duel("driver lost"),
     _duel("driver lost", "rewind"),
     _duel("reply lost", "cancel"),

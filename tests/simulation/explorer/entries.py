@@ -108,6 +108,10 @@ class Entries:
             raise Violation(f"{who}, which is {run['steps'][place]['status']}")
         if run["steps"][place]["attempts"] != ctx.attempt:
             raise Violation(f"{who} as attempt {ctx.attempt}, and the stored count is {run['steps'][place]['attempts']}")
+        for earlier in () if actor.engine is None else actor.engine.active_runs.all():
+            is_other = earlier.run_id == run["_id"] and earlier.lease_id != lease_id
+            if is_other and earlier.attempt is not None and not earlier.attempt.context.signal.aborted:
+                raise Violation(f"{who} beside its own earlier handler, which it has not told to stop")
         suspect = None if actor.engine is None else actor.engine.suspect
         since = self._suspects.get((actor.owner, suspect or ""))
         if suspect != run["_id"] and since is not None and self._world.loop.time() > since + 0.5:

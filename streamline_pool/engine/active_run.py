@@ -22,7 +22,7 @@ from streamline_pool.protocol.operations import Fence, Statement
 from streamline_pool.storage.outputs import Wanted, reading_outputs
 from streamline_pool.storage.procedures import Procedure
 
-from .abort_signal import AbortSignal, fire_signal
+from .asking import Asking
 from .attempt import ABORT_GRACE_S, Attempt
 from .group_commit import refusal
 from .hooks import hash_token, make_token
@@ -30,7 +30,7 @@ from .loaded_outputs import LoadedOutputs
 from .ports import EnginePort
 from .write_outcome import Held, WriteOutcome, resolve_write
 
-__all__ = ["STATEMENT_BYTES", "ActiveRun", "Asking"]
+__all__ = ["STATEMENT_BYTES", "ActiveRun"]
 
 _SAVE_POLL_S = 0.002  # for the threads that a handler has left behind: one write takes about as long
 _HOOK_BYTES = 10_000  # of a few of them; the reason is the largest part
@@ -43,19 +43,6 @@ class Save(NamedTuple):
     statement: Statement
     field: str
     value: Any
-
-
-class Asking(NamedTuple):
-    """The current step's conditions, while they are asked."""
-
-    limit: asyncio.Timeout
-    signal: AbortSignal
-
-    def abort(self, reason: str) -> None:
-        """Fire the signal, and cancel the condition that is waiting."""
-        if not self.limit.expired():
-            fire_signal(self.signal, reason)
-            self.limit.reschedule(asyncio.get_running_loop().time())
 
 
 class ActiveRun:

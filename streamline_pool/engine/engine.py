@@ -211,10 +211,13 @@ class Engine:
             self.cache.put(active.run_id, RunNote(active.definition.version, active.document["token"], active.deadline, False))
         self._observer.on_finished(active.run_id, active.document["status"] if active.lost is None else "lost")
 
-    def _on_stuck(self, active: ActiveRun, attempt: Attempt, what: str) -> None:
-        """A handler does not end. A thread leaves its driver free; a coroutine blocks its driver, so a new one goes on."""
+    def _on_stuck(self, active: ActiveRun, attempt: Attempt | None, what: str) -> None:
+        """A handler or a condition does not end.
+
+        A condition (`attempt` is None) and a thread leave their driver free; a coroutine blocks its driver, so a new one goes on.
+        """
         self._observer.on_stuck(what)
-        if attempt.on_thread or active.attempt is not attempt:
+        if attempt is None or attempt.on_thread or active.attempt is not attempt:
             return
         self._driver.close_attempt(active, attempt)
         decided = self._driver.decide(active, attempt, Outcome(Kind.ABANDONED, None))

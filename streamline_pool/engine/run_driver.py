@@ -24,7 +24,8 @@ from streamline_pool.storage.procedures import until_answered
 from streamline_pool.storage.store import AsyncStore
 
 from .abort_signal import AbortSignal
-from .active_run import ActiveRun, Asking
+from .active_run import ActiveRun
+from .asking import Asking, ConditionStuckError
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import conditions_timeout_failure, failure_of
@@ -62,7 +63,7 @@ class RunDriver:
         state: EngineState,
         threads: HandlerThreads,
         solitude: Solitude,
-        on_stuck: Callable[[ActiveRun, Attempt, str], None],
+        on_stuck: Callable[[ActiveRun, Attempt | None, str], None],
     ) -> None:
         self._store = store
         self._env = env
@@ -73,7 +74,7 @@ class RunDriver:
         self._state = state
         self._threads = threads
         self._solitude = solitude
-        self._on_stuck = on_stuck  # called for a handler that does not end
+        self._on_stuck = on_stuck  # called for a handler that does not end, and without an attempt for a condition
 
     async def drive(self, active: ActiveRun) -> None:
         """Go on with a run until it is released, ended or lost."""
@@ -182,14 +183,14 @@ class RunDriver:
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
         limit_s = active.step.timeout_s or CONDITION_TIMEOUT_S
-        limit = asyncio.timeout(limit_s)
-        active.asking = Asking(limit, context.signal)
+        active.asking = asking = Asking(allowed(active.step, context, active.document, active.outputs), context.signal)
         try:
-            async with limit:
-                enter = await allowed(active.step, context, active.document, active.outputs)
+            enter = await asking.answer(limit_s)
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt
             if self._state.closed:
                 raise
+            if isinstance(exc, ConditionStuckError):
+                self._on_stuck(active, None, f"run {active.run_id}: a condition of step {active.step.id} goes on although it was cancelled")
             if active.lost is not None:
                 return None
             if exc is active.outputs.damaged:
@@ -198,7 +199,7 @@ class RunDriver:
                 return transitions.release(active.document, place, self._store.now(), was_entered=False)
             if context.signal.aborted:  # this worker is to let go of the run, and another one asks again
                 return transitions.release(active.document, place, self._store.now(), was_entered=False)
-            failure = conditions_timeout_failure(active.step, limit_s) if limit.expired() else failure_of(exc)
+            failure = conditions_timeout_failure(active.step, limit_s) if asking.is_late else failure_of(exc)
             return failed(active.document, active.step, place, failure, self._writer.moment())
         finally:
             active.asking = None

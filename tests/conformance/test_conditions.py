@@ -12,7 +12,7 @@ from pool_process import running
 from stored_runs import stored
 from workers import Pool, check_invariants, run_until_idle
 
-from streamline_pool import Handler, StepOptions, Streamline, create_hook
+from streamline_pool import Context, Handler, StepOptions, Streamline, create_hook
 from streamline_pool.engine import run_driver
 from streamline_pool.protocol import operations, recovery
 from support import present
@@ -245,6 +245,34 @@ def test_a_condition_that_does_not_return_fails_its_attempt(
     message = f"the conditions of step a took longer than {timeout or 0.1:g} s"
     assert (error["code"], error["message"], document["error"]["code"]) == ("STEP_TIMEOUT", message, "MAX_RETRIES_EXCEEDED")
     assert asked == ended == [run.id] * 2
+
+
+@pytest.mark.parametrize("swallowed", [1, 1_000], ids=["once", "always"])
+def test_a_condition_that_goes_on_although_it_was_cancelled_is_left_behind(app: Streamline, swallowed: int) -> None:
+    """One cancellation can get lost. A condition that swallows each of them must not hold its run, which fails or goes on elsewhere."""
+    over = asyncio.Event()
+    left = [swallowed]
+
+    async def stubborn(ctx: Context) -> bool:
+        while not over.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise
+        return True
+
+    workflow = app.workflow("w", steps={"a": (lambda ctx: 1, {"run_if": stubborn, "retries": 1, "timeout": 0.05})})
+    run = workflow.start()
+
+    async def wait(pool: Pool) -> None:
+        await pool.until(lambda: stored(app, run)["status"] == "failed", timeout=5)
+        assert bool(pool.statuses()[0].recycle) is (swallowed > 1)
+        over.set()
+
+    work(app, wait)
+    assert stored(app, run)["steps"][0]["error"]["code"] == "STEP_TIMEOUT"
 
 
 def test_a_cancel_ends_a_condition(app: Streamline) -> None:

@@ -1,0 +1,67 @@
+"""The question whether a step is entered: its conditions, asked in a task of their own.
+
+Owns their end. A condition is user code: it may take too long, and it may go on although it was cancelled. Then the driver goes
+on without it, as without a handler that does not end (attempt.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from .abort_signal import AbortSignal, fire_signal
+
+__all__ = ["Asking", "ConditionStuckError"]
+
+_GRACE_S = (0.5, 0.5)  # after a cancellation, and after another one, because one can get lost (config/asyncio_tasks.py)
+
+_left_behind: set[asyncio.Task[bool]] = set()  # an event loop holds its tasks weakly
+
+
+class ConditionStuckError(Exception):
+    """A condition goes on although it was cancelled."""
+
+
+class Asking:
+    """One asking of a step's conditions."""
+
+    __slots__ = ("_stopped", "_task", "is_late", "signal")
+
+    def __init__(self, conditions: Coroutine[Any, Any, bool], signal: AbortSignal) -> None:
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(conditions)
+        self._stopped: asyncio.Future[None] = loop.create_future()
+        self.signal = signal
+        self.is_late = False  # they took longer than they may
+
+    def abort(self, reason: str) -> None:
+        """Fire the signal, and cancel the condition that is waiting."""
+        if not self._stopped.done():
+            fire_signal(self.signal, reason)
+            self._stopped.set_result(None)
+
+    async def answer(self, limit_s: float) -> bool:
+        """Their answer. Raises what they raise, CancelledError if they were stopped, ConditionStuckError if they cannot be."""
+        ends: set[asyncio.Future[Any]] = {self._task, self._stopped}
+        try:
+            await asyncio.wait(ends, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            self.is_late = not self._task.done() and not self._stopped.done()
+            for grace_s in _GRACE_S:
+                if not self._task.done():
+                    self._task.cancel()
+                    await asyncio.wait({self._task}, timeout=grace_s)
+        finally:
+            if not self._task.done():
+                self._task.cancel()
+                _left_behind.add(self._task)
+                self._task.add_done_callback(_ended)
+        if not self._task.done():
+            raise ConditionStuckError
+        return self._task.result()
+
+
+def _ended(task: asyncio.Task[bool]) -> None:
+    _left_behind.discard(task)
+    if not task.cancelled():
+        task.exception()  # else asyncio logs that it was never asked for

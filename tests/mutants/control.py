@@ -86,6 +86,7 @@ _CONTROL_MUTANTS = (
         old="""change_one("cancel_run", {**live_run(workflow_id, run_id), **_unchanged_since(acts)}, """,
         new="""change_one("cancel_run", live_run(workflow_id, run_id), """,
         harm="A late copy of a cancel that met an ended run cancels the run after a rewind.",
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="cancel-keeps-the-lease",

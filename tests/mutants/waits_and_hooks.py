@@ -51,6 +51,7 @@ _WAIT_MUTANTS = (
         old="""gen = document.get("waitGen", 0) + 1""",
         new="gen = 1",
         harm="A late copy of an answer ends a later wait.",
+        explorer=("--kinds", "waits"),
     ),
     _wait_bug(
         name="answer-without-generation",

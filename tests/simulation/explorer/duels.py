@@ -40,6 +40,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "answer waiting", rival=("cancel waiting",)),
         _duel(None, "pause waiting", "stray wake-up"),
         _duel(None, "event waiting", "pause at commit", "resume"),
+        _duel(None, "stray wake-up waiting", "answer"),
         _duel(None, "stray wake-up waiting", "pause at commit", "resume"),
     ),
     "waits": (
@@ -81,6 +82,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "event to all waiting", "event to all ended", "clean up expired", "rewind"),
         _duel(None, "stray wake-up waiting", "pause at commit", "resume"),
         _duel("crash after", "event to all early", rival=("clean up expired", "clean up expired", "rewind")),
+        _duel("crash after", "event to all early", rival=("start 1 at call", "start 1")),
+        _duel(None, "stray wake-up waiting", "event"),
     ),
     "events": (
         _duel("late", "event to all waiting", "event to all waiting"),
@@ -91,6 +94,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("reply lost", "event", "event waiting"),
         _duel("late", "event waiting", "event waiting"),
         _duel("crash after", "event to all", "rewind 1"),
+        _duel("crash after", "event to all early", rival=("start 1 at call", "start 1")),
     ),
     "chain": (
         _duel(None, "start mine early", rival=("start mine early",)),
@@ -182,6 +186,7 @@ LONG = (
     _duel("driver lost"),
     _duel("driver lost"),
     _duel("driver lost", "rewind"),
+    _duel("reply lost", "cancel"),
     _duel("reply lost", "cancel"),
     _duel("reply lost", "rewind", "cancel"),
     _duel(None, "cancel"),

@@ -84,6 +84,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("crash after", "event to all early", rival=("clean up expired", "clean up expired", "rewind")),
         _duel("crash after", "event to all early", rival=("start 1 at call", "start 1")),
         _duel(None, "stray wake-up waiting", "event"),
+        _duel("crash after", "event to all waiting"),
+        _duel("crash before", "event to all waiting"),
     ),
     "events": (
         _duel("late", "event to all waiting", "event to all waiting"),

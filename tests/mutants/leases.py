@@ -87,7 +87,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="no-self-fence",
         file=_LEASES,
-        old="if active.deadline <= too_late and active.attempt is not None:",
+        old="if active.deadline <= too_late and active.in_user_code:",
         new="if False:",
         harm="A handler whose lease cannot be renewed goes on beside that of its successor.",
     ),

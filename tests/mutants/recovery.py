@@ -17,7 +17,12 @@ _bug = mutants_of(
     "conformance/test_supervisor.py",
 )
 _suspect_bug = mutants_of(
-    "suspects", "conformance/test_suspects.py", "conformance/test_seams.py", "unit/worker/test_demand.py", kinds="poison"
+    "suspects",
+    "unit/engine/test_solitude.py",
+    "conformance/test_suspects.py",
+    "conformance/test_seams.py",
+    "unit/worker/test_demand.py",
+    kinds="poison",
 )
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -272,6 +272,7 @@ _HOOK_MUTANTS = (
         old="""waiting = {"status": _WAITING, "gen": gen, "waitingFor.type": "webhook"}""",
         new="""waiting = {"status": _WAITING, "waitingFor.type": "webhook"}""",
         harm="A late copy of an answer by token ends a later wait of the step.",
+        equivalent="A wait ends its step, and a rewind removes its hooks. So the hooks of a waiting step are those of this very wait.",
     ),
     _hook_bug(
         name="hooks-are-stored-unhashed",

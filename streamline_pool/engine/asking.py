@@ -7,7 +7,7 @@ on without it, as without a handler that does not end (attempt.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from .abort_signal import AbortSignal, fire_signal
@@ -16,7 +16,7 @@ __all__ = ["Asking", "ConditionStuckError"]
 
 _GRACE_S = (0.5, 0.5)  # after a cancellation, and after another one, because one can get lost (config/asyncio_tasks.py)
 
-_left_behind: set[asyncio.Task[bool]] = set()  # an event loop holds its tasks weakly
+_left_behind: set[asyncio.Task[bool | BaseException]] = set()  # an event loop holds its tasks weakly
 
 
 class ConditionStuckError(Exception):
@@ -28,9 +28,9 @@ class Asking:
 
     __slots__ = ("_stopped", "_task", "is_late", "signal")
 
-    def __init__(self, conditions: Coroutine[Any, Any, bool], signal: AbortSignal) -> None:
+    def __init__(self, ask: Callable[[], Awaitable[bool]], signal: AbortSignal) -> None:
         loop = asyncio.get_running_loop()
-        self._task = loop.create_task(conditions)
+        self._task = loop.create_task(_outcome(ask))
         self._stopped: asyncio.Future[None] = loop.create_future()
         self.signal = signal
         self.is_late = False  # they took longer than they may
@@ -55,13 +55,18 @@ class Asking:
             if not self._task.done():
                 self._task.cancel()
                 _left_behind.add(self._task)
-                self._task.add_done_callback(_ended)
+                self._task.add_done_callback(_left_behind.discard)
         if not self._task.done():
             raise ConditionStuckError
-        return self._task.result()
+        outcome = self._task.result()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
-def _ended(task: asyncio.Task[bool]) -> None:
-    _left_behind.discard(task)
-    if not task.cancelled():
-        task.exception()  # else asyncio logs that it was never asked for
+async def _outcome(ask: Callable[[], Awaitable[bool]]) -> bool | BaseException:
+    """The answer, or what was raised in its place: a SystemExit that ends a task ends the event loop, too."""
+    try:
+        return await ask()
+    except BaseException as exc:  # noqa: BLE001 - see above
+        return exc

@@ -183,7 +183,8 @@ class RunDriver:
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
         limit_s = active.step.timeout_s or CONDITION_TIMEOUT_S
-        active.asking = asking = Asking(allowed(active.step, context, active.document, active.outputs), context.signal)
+        conditions = functools.partial(allowed, active.step, context, active.document, active.outputs)
+        active.asking = asking = Asking(conditions, context.signal)
         try:
             enter = await asking.answer(limit_s)
         except BaseException as exc:  # a predicate is user code: what it raises is a failed attempt

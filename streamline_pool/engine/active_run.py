@@ -173,7 +173,7 @@ class ActiveRun:
         if not self.step.is_async and threading.get_ident() != self._engine.loop_thread:
             return asyncio.run_coroutine_threadsafe(self._engine.read_output(wanted), self._engine.loop).result()
         try:
-            content = self._engine.drive_blocking(reading_outputs([wanted]))[0]
+            content = self._engine.drive_blocking(self.run_id, reading_outputs([wanted]))[0]
         except StoreUnavailableError as exc:
             self.interruption = exc  # no failure of the handler, which is entered again
             raise
@@ -201,7 +201,7 @@ class ActiveRun:
     def _save_blocking(self, save: Save) -> None:
         self.unsettled = save
         try:
-            outcome = self._engine.drive_blocking(_write_alone(save.statement))
+            outcome = self._engine.drive_blocking(self.run_id, _write_alone(save.statement))
         except StoreUnavailableError as exc:
             self.interruption = exc
             raise

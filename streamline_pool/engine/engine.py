@@ -77,7 +77,7 @@ class Engine:
         self.store = store
         self.env = env
         self._blocking_store = config.blocking_store
-        self._blocked_in_vain = False  # in this turn of the loop, a call has blocked it until its time was over
+        self._blocked_in_vain: str | None = None  # run id: in this turn of the loop, its call has blocked the loop until its time was over
         self.cache = RunCache()
         self.active_runs = ActiveRuns()
         self.event_publisher = EventPublisher(store, env)
@@ -234,14 +234,14 @@ class Engine:
 
     # --- ports.EnginePort ------------------------------------------------------------------------------------------
 
-    def drive_blocking(self, procedure: Procedure[T]) -> T:
+    def drive_blocking(self, run_id: str, procedure: Procedure[T]) -> T:
         """See ports.EnginePort.
 
         While the loop's thread waits, no lease is renewed, and no handler of this worker can be stopped. So the time ends before the
         first lease does. Handlers that are ready in the same turn of the loop do not wait one after the other.
         """
         on_loop = threading.get_ident() == self.loop_thread
-        if on_loop and self._blocked_in_vain:
+        if on_loop and self._blocked_in_vain not in (None, run_id):
             procedure.close()
             raise StoreUnavailableError("the database has not answered the call of another handler of this worker", transient=True)
         first = min((active.deadline for active in self.active_runs.all()), default=math.inf)
@@ -250,12 +250,12 @@ class Engine:
             return self._blocking_store().drive_within(limit_s, procedure)
         except StoreUnavailableError:
             if on_loop:
-                self._blocked_in_vain = True
+                self._blocked_in_vain = run_id
                 self.loop.call_soon(self._loop_turned)
             raise
 
     def _loop_turned(self) -> None:
-        self._blocked_in_vain = False
+        self._blocked_in_vain = None
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """See ports.EnginePort."""

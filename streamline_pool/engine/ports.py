@@ -43,8 +43,11 @@ class EnginePort(Protocol):
     loop: asyncio.AbstractEventLoop
     loop_thread: int
 
-    def drive_blocking(self, procedure: Procedure[T]) -> T:
-        """Run a procedure while the calling thread waits. Raises StoreUnavailableError, on the loop's thread before a lease is over."""
+    def drive_blocking(self, run_id: str, procedure: Procedure[T]) -> T:
+        """Run a procedure for a handler of that run, while the calling thread waits.
+
+        Raises StoreUnavailableError, on the loop's thread before a lease is over.
+        """
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """Send a fenced write with the group; its outcome."""

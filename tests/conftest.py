@@ -13,6 +13,7 @@ from databases import Databases
 from loop_watch import LoopWatchPlugin
 
 from streamline_pool import Settings, Streamline, embedded
+from streamline_pool.chaos.link import Link
 from streamline_pool.config.env import Env
 
 SERVER_VARIABLE = "STREAMLINE_TEST_MONGODB_URI"
@@ -53,6 +54,14 @@ def databases(mongodb_uri: str) -> Iterator[Databases]:
     databases = Databases(mongodb_uri)
     yield databases
     databases.close()
+
+
+@pytest.fixture
+def link(mongod: embedded.EmbeddedServer) -> Iterator[Link]:
+    """A proxy in front of the private mongod, which loses, delays or refuses what passes."""
+    link = Link([f"127.0.0.1:{mongod.port}"])
+    yield link
+    link.close()
 
 
 @pytest.fixture

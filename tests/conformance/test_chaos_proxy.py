@@ -12,14 +12,6 @@ from pymongo.errors import AutoReconnect, NetworkTimeout
 
 from streamline_pool.chaos.link import Link
 from streamline_pool.chaos.wire import is_commit
-from streamline_pool.embedded import EmbeddedServer
-
-
-@pytest.fixture
-def link(mongod: EmbeddedServer) -> Iterator[Link]:
-    link = Link([f"127.0.0.1:{mongod.port}"])
-    yield link
-    link.close()
 
 
 @pytest.fixture

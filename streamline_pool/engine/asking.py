@@ -68,5 +68,5 @@ async def _outcome(ask: Callable[[], Awaitable[bool]]) -> bool | BaseException:
     """The answer, or what was raised in its place: a SystemExit that ends a task ends the event loop, too."""
     try:
         return await ask()
-    except BaseException as exc:  # noqa: BLE001 - see above
+    except BaseException as exc:  # noqa: BLE001 - raised by `answer`
         return exc

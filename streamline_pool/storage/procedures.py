@@ -105,7 +105,7 @@ def repeating(procedure: Procedure[T], env: Env, within_s: float | None = None) 
                     effect = procedure.throw(exc)
                     continue
                 failures += 1
-                yield Sleep(_BACKOFF.delay_s(failures, env.random()))
+                yield Sleep(min(_BACKOFF.delay_s(failures, env.random()), max(0.0, last - env.clock.monotonic())))
                 continue
             failures = 0
             effect = procedure.send(answer)

@@ -25,7 +25,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old=""""status": _NOT_ENDED, "paused": NOT_PAUSED, **_DUE}""",
         new=""""status": _NOT_ENDED, **_DUE}""",
         harm="A paused run that has a `wakeAt` is claimed.",
-        explorer=("--kinds", "wait,chain"),
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="claim-of-a-leased-run",
@@ -47,6 +47,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old='''{"_id": run_id, "status": _NOT_ENDED, "paused"''',
         new='''{"_id": run_id, "paused"''',
         harm="A `wakeAt` that another program wrote revives a run that has ended.",
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="claim-outside-of-its-lanes",

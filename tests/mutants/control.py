@@ -71,6 +71,7 @@ _CONTROL_MUTANTS = (
         new="if True:",
         harm="No subscriber and no holder learns of a cancel whose reply was lost, until the next renewal.",
         likely=("simulation/test_faults_control_operations.py", "conformance/test_engine_cancel.py", "conformance/test_hostile_races.py"),
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="cancel-of-an-ended-run",

@@ -72,6 +72,7 @@ MUTANTS: tuple[Mutant, ...] = (
 """,
         new="",
         harm="A steward delivers an event late, to a run that was started after it was sent.",
+        explorer=("--kinds", "event,events"),
     ),
     _bug(
         name="birth-is-told-by-the-hosts-clock",
@@ -93,6 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old='''query = {**live_run(None, run_id), "seen"''',
         new='''query = {"_id": run_id, "seen"''',
         harm="An event that comes after a cancel makes the run go on.",
+        explorer=("--kinds", "event"),
     ),
     _bug(
         name="waits-are-ended-without-their-generation",
@@ -118,6 +120,7 @@ MUTANTS: tuple[Mutant, ...] = (
 """,
         harm="When its sender dies, an event to all never reaches the runs that were waiting for it.",
         likely=("conformance/test_dead_senders.py", "simulation/test_faults_waits.py", "conformance/test_events_durable.py"),
+        explorer=("--kinds", "event"),
     ),
     _bug(
         name="refused-event-counts-as-delivered",
@@ -152,6 +155,7 @@ MUTANTS: tuple[Mutant, ...] = (
         while True:
 """,
         harm="After a crash between the wait and its search, an event to all is lost to the run.",
+        explorer=("--kinds", "event"),
     ),
     _bug(
         name="deadline-comes-before-the-search",
@@ -178,6 +182,7 @@ MUTANTS: tuple[Mutant, ...] = (
             if decided is None or not await self._writer.store_decided(active, decided):
 """,
         harm="An event to all that is stored between the search and the wait is lost to the run.",
+        explorer=("--kinds", "event"),
     ),
     _bug(
         name="event-is-published-before-its-write",

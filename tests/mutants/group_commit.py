@@ -52,6 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""released = lease_id is None and committed and document.get("token") == fence.token and _releases(statement)""",
         new="released = False",
         harm="The end of a run whose reply was lost is published by no worker, and the timer of a sleep is not set.",
+        explorer=("--kinds", "chain,mixed"),
     ),
     _bug(
         name="release-is-known-without-the-token",
@@ -59,6 +60,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""committed and document.get("token") == fence.token and""",
         new="committed and",
         harm="A holder takes the cancel or recovery of its run for its own release, and publishes what was discarded.",
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="lost-lease-is-not-noticed",
@@ -103,6 +105,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ and not doubtful else outcome)""",
         new="""WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ else outcome)""",
         harm="When a late copy of another form of the write was stored, the holder goes on from a document that is not the stored one.",
+        beyond_explorer="A write that keeps the lease has one form, so memory has what is stored. The reading guards forms to come.",
     ),
     _bug(
         name="unknown-checkpoint-is-not-settled",
@@ -112,6 +115,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="""        if False:
             save, self.unsettled""",
         harm="After a checkpoint whose reply was lost, the holder names a wrong `rev`, and takes its own run for lost.",
+        explorer=("--kinds", "mixed"),
     ),
     _bug(
         name="done-and-advance-in-two-writes",
@@ -135,6 +139,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if held.stopping and change.kind is ChangeKind.ADVANCE:",
         new="if False:",
         harm="A worker that drains grants itself the next step, and releases it with a second write.",
+        beyond_explorer="It costs a write: the step is released before its handler is entered. No promise is broken.",
     ),
     _bug(
         name="resumed-run-keeps-the-form-for-paused-runs",
@@ -157,5 +162,6 @@ MUTANTS: tuple[Mutant, ...] = (
         new="""            return Lost()
 """,
         harm="A run that was claimed a moment too early is held by a worker that has forgotten it, until its lease expires.",
+        explorer=("--kinds", "sleep,event"),
     ),
 )

@@ -94,6 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""statement = {"q": {"_id": {"$in": list(run_ids)}, **condition}, "limit": 0}""",
         new="""statement = {"q": {"_id": {"$in": list(run_ids)}}, "limit": 0}""",
         harm="A run that is rewound between the search and the delete is deleted.",
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="archive-deletes-revived-runs",
@@ -122,6 +123,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""gone = yield from _gone("runs", list(runs))""",
         new="gone = list(runs)",
         harm="A run refers to an output that a clean-up has deleted.",
+        beyond_explorer="Only outputs that are a day old are candidates. A schedule takes an hour at most.",
     ),
     _bug(
         name="clean-up-drops-outputs-of-archived-runs",

@@ -67,6 +67,7 @@ MUTANTS: tuple[Mutant, ...] = (
         new="""        "wakeAt": now,
 """,
         harm="A run with a start time is started at once.",
+        explorer=("--kinds", "chain"),
     ),
     _bug(
         name="start-in-a-transaction-is-outside-of-it",

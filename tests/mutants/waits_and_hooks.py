@@ -51,7 +51,7 @@ _WAIT_MUTANTS = (
         old="""gen = document.get("waitGen", 0) + 1""",
         new="gen = 1",
         harm="A late copy of an answer ends a later wait.",
-        explorer=("--kinds", "waits"),
+        explorer=("--kinds", "wait"),
     ),
     _wait_bug(
         name="answer-without-generation",
@@ -59,7 +59,7 @@ _WAIT_MUTANTS = (
         old='''"status": _WAITING, "gen": gen, "waitingFor.type": {"$in"''',
         new='''"status": _WAITING, "waitingFor.type": {"$in"''',
         harm="An answer to an earlier wait of a step, before a rewind, ends its present wait.",
-        explorer=("--kinds", "wait,waits"),
+        explorer=("--kinds", "wait"),
     ),
     _wait_bug(
         name="answer-is-accepted-late",
@@ -211,6 +211,7 @@ _CLOCK_MUTANTS = (
         old="""return change._replace(kind=ChangeKind.WAKE, not_before=waiting_for["expiresAt"])""",
         new="return change._replace(kind=ChangeKind.WAKE)",
         harm="A worker whose idea of the server's time is ahead times a wait out early.",
+        explorer=("--kinds", "event,wait"),
     ),
     _clock_bug(
         name="timeout-by-the-hosts-clock",
@@ -233,6 +234,7 @@ _CLOCK_MUTANTS = (
         new="(expires_at <= now)",
         harm="A worker whose reading of the server's clock is slow parks and claims a run again, until its reading comes to the deadline.",
         likely=("conformance/test_clocks.py",),
+        explorer=("--kinds", "event,wait"),
     ),
     _clock_bug(
         name="commit-does-not-ask-the-servers-clock",

@@ -163,6 +163,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if scan_start is not None and asked_at < scan_start.full_at:",
         new="if scan_start is not None:",
         harm="A run of a priority that was never seen, or with an old place in the queue, is left behind by every poll.",
+        beyond_explorer="The sweep of a steward finds such a run as well, and has the workers begin at the start: only time is lost.",
     ),
     _bug(
         name="runs-that-were-not-claimed-are-passed",

@@ -147,7 +147,7 @@ class WorkerActor(Actor):
 
     async def main(self) -> None:
         self.use_store()
-        self.app.events = Bus(lambda event: self.world.rules.published(self, event))  # type: ignore[assignment]
+        self.app.events = Bus(lambda event: self.world.publications.published(self, event))  # type: ignore[assignment]
         self.worker = worker = Worker(self.app, SETTINGS, owner=self.owner, index=self._index, total=2, notify=self._beat_soon)
         await worker.run()
         self.world.harm.drained(self)

@@ -13,10 +13,11 @@ __all__ = ["DUELS", "ENDED", "LONG", "WAITING", "WHEN", "Duel"]
 
 @dataclass(frozen=True, slots=True)
 class Duel:
-    """A sequence of calls that has met planted bugs, and the one kind of fault that it needs, if it needs one.
+    """A sequence of calls that has met planted bugs, and the one kind of fault that it needs, if it needs one; perhaps `at` one operation.
 
-    A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`, `at call`
-    (another client has sent a write), `after hook` (a handler has made one), `waiting` or `ended` (once a run waits or has ended).
+    A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`,
+    `at claiming` (a worker has sent a claim), `at call` (another client has sent a write), `after hook` (a handler has made one),
+    `waiting` or `ended` (once a run waits or has ended).
     """
 
     theme: str | None
@@ -42,6 +43,9 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "event waiting", "pause at commit", "resume"),
         _duel(None, "stray wake-up waiting", "answer"),
         _duel(None, "stray wake-up waiting", "pause at commit", "resume"),
+        _duel("late at answer_wait", "answer waiting", "rewind", "pause waiting"),
+        _duel("late at answer_wait", "answer waiting", "rewind", "answer waiting"),
+        _duel("server clock"),
     ),
     "waits": (
         _duel("late", "answer waiting", "answer waiting"),
@@ -86,6 +90,15 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "stray wake-up waiting", "event"),
         _duel("crash after", "event to all waiting"),
         _duel("crash before", "event to all waiting"),
+        _duel("crash after at record_event", "event to all early", rival=("start 1 at call", "start 1")),
+        _duel("crash after at settle_event", "event to all waiting"),
+        _duel("crash before at find_waiters", "event to all waiting"),
+        _duel("crash before at find_event_for", "event to all early"),
+        _duel("crash after at commit_runs", "event to all early"),
+        _duel("crash after at commit_runs"),
+        _duel(None, "event to all at commit"),
+        _duel(None, "event waiting", rival=("cancel at call",)),
+        _duel("freeze before at commit_runs"),
     ),
     "events": (
         _duel("late", "event to all waiting", "event to all waiting"),
@@ -129,6 +142,14 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "pause early", "stray wake-up early", "execute early"),
         _duel(None, "stray wake-up ended", "execute early"),
         _duel("driver lost", "rewind"),
+        _duel("late at cancel_run", "rewind 2 ended", "cancel at commit", "rewind ended", "pause"),
+        _duel(None, "cancel at claiming", "stray wake-up early"),
+        _duel(None, "pause at claiming", "stray wake-up early"),
+        _duel(None, "start later"),
+        _duel("freeze before at commit_runs"),
+        _duel("reply lost at commit_runs"),
+        _duel(None, "clean up expired ended", rival=("rewind at call",)),
+        _duel(None, "clean up ended", rival=("rewind at call",)),
     ),
     "large": (
         _duel("crash after", "rewind 2", "archive"),
@@ -142,6 +163,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("lag", "cancel at commit", "rewind"),
         _duel("late", "rewind", "hook"),
         _duel("freeze before", "rewind 1"),
+        _duel("outage after at commit_runs"),
+        _duel("reply lost at commit_runs"),
     ),
     "sleep": (
         _duel(None, "resume waiting", "pause at claim", "resume"),
@@ -168,6 +191,7 @@ WHEN: Mapping[str, tuple[str, str] | float] = {
     "soon": SOON,
     "at commit": COMMIT,
     "at claim": CLAIM,
+    "at claiming": ("sent", "claim"),
     "after hook": ("done", "hook"),
     "at call": ("sent", "call"),
     "waiting": WAITING,
@@ -194,5 +218,7 @@ LONG = (
     _duel(None, "cancel"),
     _duel(None, "rewind", "rewind", "rewind"),
     _duel(None, "rewind at claim", "rewind at commit", "cancel"),
+    _duel("reply lost at cancel_run", "cancel"),
+    _duel("driver lost"),
 )
 """For every kind of workflow, with handlers that work for longer than renewals and faults take."""

@@ -88,7 +88,7 @@ class Harm:
                 request.fail(AutoReconnect("the request was lost"))
                 return False
             case "outage":
-                self._away_until = world.loop.time() + self._choices.one_of(OUTAGES_S)
+                self.begin_outage()
                 request.fail(AutoReconnect("the server is away"))
                 return False
             case "late":
@@ -124,6 +124,10 @@ class Harm:
             self._unacknowledged.append((request, reply))
         else:
             request.answer(reply)
+
+    def begin_outage(self) -> None:
+        """From now on, and for some time, every operation fails."""
+        self._away_until = self._world.loop.time() + self._choices.one_of(OUTAGES_S)
 
     def waits_for_majority(self, request: Request) -> bool:
         """Whether the reply to this request cannot come now."""
@@ -168,14 +172,14 @@ class Harm:
     def disturb(self) -> None:
         """Stop or kill a worker in whose handlers time passes, or end a driver, without any operation under way."""
         chance = self._choices.profile.near_writes / 4
-        if self.theme not in (None, *_AT_ANY_TIME) or not chance:
+        if not chance or (self.theme is not None and (self.theme.at is not None or self.theme.kind not in _AT_ANY_TIME)):
             return
         if not self._world.rules.entries.handlers_run() or not self._choices.happens(chance):
             return
         actor = self._choices.one_of(self._world.workers)
         if not actor.alive or self._world.loop.is_frozen(actor.owner):
             return
-        fault = self.theme or self._choices.one_of(_AT_ANY_TIME)
+        fault = self._choices.one_of(_AT_ANY_TIME) if self.theme is None else self.theme.kind
         self.counts[fault] = self.counts.get(fault, 0) + 1
         self._world.ledger.tell(self._world.loop.time(), f"{actor.owner}: at work: {fault.upper()}")
         match fault:

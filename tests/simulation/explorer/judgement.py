@@ -125,8 +125,10 @@ def _judge_archive(world: World, outputs: set[str]) -> None:
 def _judge_starts(world: World, runs: Mapping[str, Run]) -> None:
     """Every acknowledged start is stored, and one key has one run."""
     for call in world.ledger.calls:
-        if call.kind == "start" and call.outcome == "ok" and call.result.id not in runs and call.result.id not in world.rules.deleted:
-            raise Violation(f"{call} was acknowledged, and run {call.result.id} is lost")
+        is_start = call.kind.startswith("start") and call.outcome == "ok"
+        for run in (call.result if call.kind == "start many" else [call.result]) if is_start else ():
+            if run.id not in runs and run.id not in world.rules.deleted:
+                raise Violation(f"{call} was acknowledged, and run {run.id} is lost")
     keys = [(run["workflowId"], run["idempotencyKey"]) for run in runs.values() if "idempotencyKey" in run]
     if len(keys) != len(set(keys)):
         raise Violation(f"two runs have one key: {sorted(keys)}")

@@ -43,6 +43,7 @@ class Call:
     outcome: str = "open"  # "ok", "error", "open", "died"
     result: Any = None
     effects: list[tuple[int, str, str, Any]] = field(default_factory=list)  # (number of the change, kind, run id, id)
+    began_at: float = 0.0  # virtual seconds
     ended: int = -1  # number of the last change before its end
     ended_at: float | None = None  # virtual seconds, if it succeeded
 

@@ -15,6 +15,7 @@ from .ledger import Violation
 
 if TYPE_CHECKING:
     from .actors import WorkerActor
+    from .store import Request
     from .world import World
 
 __all__ = ["Promptness"]
@@ -31,6 +32,7 @@ class Promptness:
         self._due_since: dict[tuple[str, int], float] = {}  # (run, token) -> since when it is due and a worker has room
         self._taken_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> when it was taken away
         self._given_up_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> since when its holder does not drive it
+        self._driven: set[tuple[str, str]] = set()  # (run id, lease id): its holder has sent a write, so it knows its claim
         self._reported: dict[str, float] = {}  # owner -> when its death was reported to a steward
 
     def lease_taken(self, run_id: str, lease_id: str) -> None:
@@ -44,6 +46,11 @@ class Promptness:
     def death_reported(self, owner: str) -> None:
         """The steward was told that a worker is dead."""
         self._reported.setdefault(owner, self._world.loop.time())
+
+    def writes(self, request: Request) -> None:
+        """Statements of lease holders were sent."""
+        for update in (request.document or {}).get("updates", ()):
+            self._driven.add((update["q"].get("_id"), update["q"].get("lease.id")))
 
     def time_passed(self) -> None:
         """Raise Violation if something that should have happened has not."""
@@ -105,7 +112,7 @@ class Promptness:
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
 
     def _no_run_is_given_up(self) -> None:
-        """A worker that has entered a step under a lease drives the run for as long as the lease is its own.
+        """A worker that has sent a write under a lease drives the run for as long as the lease is its own.
 
         If it gave the run up, as after a lost reply, the run would rest until the lease is over, and a step be entered in vain. It gives
         up runs whose driver was lost, and full ones, which refuse even their failure.
@@ -119,7 +126,7 @@ class Promptness:
                 active = driven_run(actor, run_id)
                 if lease.get("owner") != actor.owner or (active is not None and active.lease_id == lease["id"]):
                     continue
-                if world.rules.entries.entered_at(run_id, lease["id"]) >= 0:
+                if (run_id, lease["id"]) in self._driven:
                     given_up[(run_id, lease["id"])] = self._given_up_at.get((run_id, lease["id"]), now)
         self._given_up_at = given_up
         if world.harm.is_away or world.server.lags or {"driver lost", "full"} & set(world.harm.counts):

@@ -6,6 +6,7 @@ Owns the rules about single changes and about roll-backs. Those about handlers a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamline_pool.engine.hooks import hash_token
@@ -15,15 +16,15 @@ from .ledger import Violation
 from .server import EPOCH
 
 if TYPE_CHECKING:
-    from .actors import Actor
     from .store import Request
     from .world import World
 
-__all__ = ["TERMINAL", "Rules"]
+__all__ = ["CLEANED_AFTER_S", "LATER_S", "TERMINAL", "Rules"]
 
 TERMINAL = ("done", "failed", "cancelled")
 CLOCKS_S = 30.0  # more than what a worker's reading of the server's clock is wrong by, and than that clock is set back
 CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
+LATER_S = 100.0  # after which the workload has some runs started
 
 Run = Mapping[str, Any]
 
@@ -41,6 +42,8 @@ class Rules:
         self.granted: dict[tuple[str, str], float] = {}  # (run id, lease id) -> until when the server has granted it, virtual seconds
         self.taken: dict[tuple[str, str], Run] = {}  # (run id, lease id) that was taken from its holder -> the run immediately before
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
+        self._suspect_of: dict[Any, str] = {}  # lease id -> the suspect that was claimed under it
+        self._claimed_at: dict[tuple[str, Any], datetime] = {}  # (run id, lease id) -> the server's time of the claim
         self.claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
         self.dead: set[str] = set()
         self._lag_at = 0
@@ -77,6 +80,7 @@ class Rules:
         if old is None:
             assert new is not None, "a change has two different sides"
             self._stored_at[run_id] = self._world.operations
+            self._check_start(request, new)
             self._effect(request, "start", run_id, new.get("startId"))
             return
         if new is None:
@@ -87,9 +91,20 @@ class Rules:
         self._check_states(old, new)
         self._check_pause(request, old, new)
         self._check_release(request, old, new)
+        self._check_park(request, old, new)
+        if request.name == "commit_runs" and new["status"] == "done" != old["status"]:
+            self._world.publications.run_done(new["_id"], request)
         self._check_waits(request, old, new)
         self._note_effects(request, run_id, old, new)
         self._note_lease(new)
+
+    def _check_start(self, request: Request, new: Run) -> None:
+        call = request.call
+        if call is None or call.kind != "start later":
+            return
+        earliest_s = call.began_at + LATER_S - CLOCKS_S
+        if new.get("wakeAt") is None or (new["wakeAt"] - EPOCH).total_seconds() < earliest_s:
+            raise Violation(f"a run that is to start after {LATER_S:g} s is due at {new.get('wakeAt')}")
 
     def _check_delete(self, request: Request, old: Run) -> None:
         if old["status"] not in TERMINAL:
@@ -140,6 +155,7 @@ class Rules:
                 self._arrived_before[(new["_id"], str(holds_id))] = self._events_for(old)
             self._claimer_of[holds_id] = request.owner
             self.claimed_rev[(new["_id"], holds_id)] = new["rev"]
+            self._claimed_at[(new["_id"], holds_id)] = self._world.server.now()
             return
         assert held is not None, "one of the two sides has a lease"
         if new["rev"] > old["rev"]:
@@ -167,6 +183,11 @@ class Rules:
             raise Violation(f"claimed before it was due: {wake_at}")
         if new["token"] != old["token"] + 1:
             raise Violation("claimed without a new token")
+        if old["crashes"] >= MAX_CRASHES - 1:
+            kept = None if request.actor.engine is None else request.actor.engine.suspect
+            first = self._suspect_of.setdefault(new["lease"]["id"], old["_id"])
+            if first != old["_id"] or (kept not in (None, old["_id"]) and request.owner == request.actor.owner):
+                raise Violation(f"a second suspect was claimed by {request.owner}, beside {kept or first}")
         if new["workflowId"] not in request.actor.app.workflows:
             raise Violation(f"claimed by {request.owner}, which has no workflow {new['workflowId']}")
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
@@ -235,6 +256,18 @@ class Rules:
         if places != list(range(len(places))):
             raise Violation(f"a step was reached before the one in front of it: {[step['status'] for step in new['steps']]}")
 
+    def _check_park(self, request: Request, old: Run, new: Run) -> None:
+        """A holder ends a wait whose deadline was over when it claimed the run, by the clock that decides: another claim would follow."""
+        is_released = "lease" in old and "lease" not in new and new.get("paused") is not True
+        if request.name != "commit_runs" or not is_released or "server clock" in self._world.harm.counts:
+            return
+        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            ends_at = later.get("waitingFor", {}).get("expiresAt")
+            is_same = earlier["status"] == later["status"] == "waiting" and earlier == later
+            claimed_at = self._claimed_at.get((old["_id"], old["lease"]["id"]))
+            if is_same and None not in (ends_at, claimed_at) and ends_at <= claimed_at:
+                raise Violation(f"step {later['stepId']} waits on, and its deadline {ends_at} was over at the claim, {claimed_at}")
+
     def _check_release(self, request: Request, old: Run, new: Run) -> None:
         """A holder that is not asked to stop goes on with the step after the one whose result it stores."""
         is_released = "lease" in old and "lease" not in new and new["status"] == "running" and new.get("paused") is not True
@@ -286,7 +319,7 @@ class Rules:
             if earlier["status"] == "running":
                 continue
             missed = self._arrived_before.get((new["_id"], str((old.get("lease") or {}).get("id"))), set()) - set(old.get("seen") or ())
-            if missed and not self._world.server.lags and self._lag_over_at < 0:
+            if missed and later["status"] == "done" and not self._world.server.lags and self._lag_over_at < 0:
                 raise Violation(f"step {later['stepId']} timed out, and before that there was event {min(missed)}")
             due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
             if later["status"] == "done" and (due is None or due > now):
@@ -445,21 +478,6 @@ class Rules:
     def died(self, owner: str) -> None:
         """An actor was killed."""
         self.dead.add(owner)
-
-    def published(self, actor: Actor, event: Any) -> None:
-        """A worker published an event: what it reports must be durable."""
-        run = self.durable().get(event.run_id)
-        if run is None or run["status"] == "cancelled" or event.name not in ("step:completed", "workflow:completed"):
-            return
-        rewound = any(run_id == event.run_id and later and later.get("rewinds") for _, run_id, later in self.history)
-        if rewound:
-            return
-        if event.name == "workflow:completed" and run["status"] != "done":
-            self._world.fail(Violation(f"{actor.owner} published {event.name} of {event.run_id}, which is {run['status']}"))
-        if event.name == "step:completed":
-            step = next(step for step in run["steps"] if step["stepId"] == event.step_id)
-            if step["status"] != "done":
-                self._world.fail(Violation(f"{actor.owner} published {event.name} of {event.step_id}, which is {step['status']}"))
 
     def describe_unrest(self) -> str:
         """What the runs that are not at rest look like."""

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from streamline_pool import Context, Streamline, create_hook
+from streamline_pool import Context, Run, Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
+from .call_outcomes import check_outcome
 from .duels import DUELS, ENDED, LONG, WAITING, WHEN
 from .ledger import Call, Entry, Violation
 from .server import EPOCH
 from .store import Request
-from .transitions import CLEANED_AFTER_S, TERMINAL
+from .transitions import CLEANED_AFTER_S, LATER_S, TERMINAL
 
 if TYPE_CHECKING:
     from .actors import Actor, ClientActor
@@ -33,7 +34,7 @@ EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
     "event", "event", "event to all", "event to all", "forged hook",
-    "start again", "start", "start mine",
+    "start again", "start", "start mine", "start later",
     "stray wake-up", "clean up", "clean up expired", "archive", "execute", "drain", "pause and resume",
 )  # fmt: skip
 FITTING = {
@@ -52,7 +53,7 @@ FITTING = {
 }
 MOMENTS = (
     ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
-    ("done", "call"), ("sent", "recover"), ("done", "recover"), ("sent", "find_event"), ("done", "find_event"), ("sent", "renew"),
+    ("done", "call"), ("sent", "recover"), ("done", "recover"), ("sent", "find_event_for"), ("done", "find_event_for"), ("sent", "renew"),
     ("done", "checkpoint"), ("sent", "settle_event"), ("done", "record_event"),
     ("done", "scan_runs"), ("done", "copy_runs"),
 )  # fmt: skip
@@ -95,6 +96,7 @@ class Workload:
         self.differs = draw.random() < 0.12  # the second worker has another application
         self.sent: list[dict[str, Any]] = []  # the data of answers and events
         self._saved: dict[str, int] = {}  # idempotency key of a step -> the last checkpoint that its handler has stored
+        self._priorities = [draw.choice((0, 0, 0, 5, -5)) for _ in range(3)]
         self._tidies = draw.random() < 0.3
         self._failures = draw.choice((1, 2))
         self._poisoned = draw.choice((1, 2, 3, 9))  # entries that kill the worker
@@ -117,6 +119,8 @@ class Workload:
         plan = []
         if number == 0:
             plan = [Action("start", 0.0, index, 0) for index in range(len(self.kinds))]
+            if len(set(self.kinds)) == 1 < len(self.kinds) and draw.random() < 0.5:
+                plan = [Action("start many", 0.0, 0, 0)]  # claimed together, too
         if self.duel is not None and number < 2:
             calls = self.duel.calls if number == 0 else self.duel.rival
             if calls or number == 0:
@@ -315,7 +319,7 @@ class Workload:
     async def play(self, client: ClientActor) -> None:
         """Follow the plan of this client."""
         for action in self._plans[int(client.name.rpartition("-")[2])]:
-            if action.kind != "start" and not self.run_ids:
+            if action.kind not in ("start", "start many") and not self.run_ids:
                 await asyncio.wait([self._started], timeout=MOMENT_S)
             await self._await(client, action.when)
             if self._world.is_settling:
@@ -335,6 +339,10 @@ class Workload:
                 await self._start(client, self.kinds[target_kind], self._key(target_kind))
             case "start mine":
                 await self._start(client, self.kinds[0], None, "chosen")
+            case "start later":
+                await self._start(client, self.kinds[0], None, later=True)
+            case "start many":
+                await self._start_many(client, self.kinds[0])
             case "clean up":
                 await self._call(client, "clean up", None, None, app.cleanup_old_runs_async(AGE))
             case "clean up expired":
@@ -398,16 +406,32 @@ class Workload:
         """Workflows of different kinds share a key, which belongs to each of them alone."""
         return f"key-{self.kinds[:target].count(self.kinds[target])}"
 
-    async def _start(self, client: ClientActor, kind: str, key: str | None, run_id: str | None = None) -> None:
+    async def _start(self, client: ClientActor, kind: str, key: str | None, run_id: str | None = None, *, later: bool = False) -> None:
         given = {"kind": kind, "by": client.name}
-        work = client.app.workflows[kind].start_async(given, idempotency_key=key, run_id=run_id)
-        call = await self._call(client, "start", None, (kind, key or run_id), work)
-        if run_id is None and (call.outcome == "refused" or (call.outcome == "unknown" and not self._world.harm.counts)):
+        priority = self._priorities[len(self.run_ids) % 3]
+        start_at = timedelta(seconds=LATER_S) if later else None
+        work = client.app.workflows[kind].start_async(given, idempotency_key=key, run_id=run_id, priority=priority, start_at=start_at)
+        call = await self._call(client, "start later" if later else "start", None, (kind, key or run_id), work)
+        self._check_started(call, may_be_refused=run_id is not None)
+        if call.outcome == "ok":
+            self._started_run(call, call.result, kind, None if key is not None else given)
+
+    async def _start_many(self, client: ClientActor, kind: str) -> None:
+        keys = [self._key(number) for number in range(len(self.kinds))]
+        given = {"kind": kind, "by": client.name}
+        work = client.app.workflows[kind].start_many_async([given] * len(keys), idempotency_keys=keys)
+        call = await self._call(client, "start many", None, (kind, keys), work)
+        self._check_started(call, may_be_refused=False)
+        for run in call.result if call.outcome == "ok" else ():
+            self._started_run(call, run, kind, None)
+
+    def _check_started(self, call: Call, *, may_be_refused: bool) -> None:
+        if not may_be_refused and (call.outcome == "refused" or (call.outcome == "unknown" and not self._world.harm.counts)):
             self._world.fail(Violation(f"{call} was {call.outcome}: {call.result}"))
-        if call.outcome != "ok":
-            return
-        run = call.result
-        if run.workflow_id != kind or (key is None and run.input != given):
+
+    def _started_run(self, call: Call, run: Run, kind: str, given: Mapping[str, Any] | None) -> None:
+        """A start was acknowledged. `given`: its input; None if an earlier call with its key may have given another one."""
+        if run.workflow_id != kind or (given is not None and run.input != given):
             self._world.fail(Violation(f"{call} was given run {run.id} of {run.workflow_id} with the input {run.input}"))
         self.kind_of[run.id] = kind
         if run.id not in self.run_ids:
@@ -422,6 +446,7 @@ class Workload:
         self._calls += 1
         rules = self._world.rules
         call = Call(number=self._calls, actor=client.owner, kind=kind, run_id=run_id, argument=argument, began=rules.changes)
+        call.began_at = self._world.loop.time()
         self._world.ledger.calls.append(call)
         client.call = call
         self._world.ledger.tell(self._world.loop.time(), f"{call}: begins")
@@ -456,43 +481,3 @@ def _moment_of(request: Request) -> str:
     if name in ("claim_run", "claim_runs"):
         return "claim"
     return "recover" if name in ("recover_expired", "release_owner") else name
-
-
-def check_outcome(world: World, call: Call, outcome: str) -> None:
-    """What the caller was told is what happened. Raises Violation."""
-    effects = [effect for effect in call.effects if effect[1] != "start"]
-    rules = world.rules
-    if call.kind == "event to all" and outcome == "ok" and all(event["data"] != call.argument for event in rules.events.values()):
-        raise Violation(f"{call} was acknowledged, and the event is not stored")
-    is_stored = call.run_id in rules.runs and call.run_id in rules.durable() and call.run_id not in rules.deleted
-    if isinstance(call.result, WorkflowNotFoundError) and is_stored:
-        raise Violation(f"{call} found no run, and it is stored")
-    if call.run_id is not None and call.run_id in world.rules.deleted:
-        return
-    if outcome == "refused" and effects:
-        if call.kind in ("answer", "hook") and _rewound(world, call):
-            return  # its answer counted until the rewind, which removed it
-        raise Violation(f"{call} was refused, and took effect: {effects}; {call.result}")
-    if outcome != "ok" or (effects and call.kind != "forged hook"):
-        return
-    states: list[Mapping[str, Any]] = [
-        run for _, run_id, run in world.rules.history if run_id == call.run_id and _ >= call.began and run is not None
-    ]
-    before = [run for _, run_id, run in world.rules.history if run_id == call.run_id and _ < call.began and run is not None]
-    states = world.rules.lagging(call.began, call.run_id) or [*states, *before[-1:], *world.rules.durable_since(call.began, call.run_id)]
-    ended = any(run["status"] in ("done", "failed", "cancelled") for run in states)
-    match call.kind:
-        case "forged hook":
-            raise Violation(f"{call} was acknowledged")
-        case "rewind" | "answer" | "hook":
-            raise Violation(f"{call} was acknowledged, and had no effect")
-        case "cancel" | "event" if not ended:
-            raise Violation(f"{call} was acknowledged, and had no effect")
-        case "pause" if not ended and not any(run.get("paused") for run in states):
-            raise Violation(f"{call} was acknowledged, and the run was not paused")
-        case "resume" if not ended and all(run.get("paused") for run in states):
-            raise Violation(f"{call} was acknowledged, and the run is paused")
-
-
-def _rewound(world: World, call: Call) -> bool:
-    return any(other.kind == "rewind" and other.run_id == call.run_id and other.effects for other in world.ledger.calls)

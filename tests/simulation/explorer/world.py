@@ -24,6 +24,7 @@ from .judgement import is_quiet, judge
 from .ledger import Ledger, Violation
 from .loop import VirtualLoop
 from .promptness import Promptness
+from .publications import Publications
 from .server import Server
 from .signals import Signals
 from .store import Request
@@ -36,7 +37,7 @@ OPERATION_S = 0.001  # virtual time that an operation takes
 OPERATIONS_MAX = 3_000  # more would mean that something repeats for ever
 PLAY_S = 900.0  # virtual time for the clients' plans and the faults
 SETTLE_S = 3_600.0  # and for everything to come to rest without faults: above six retries of the longest back-off
-THEMED_DUELS = 0.7  # of the duels that need a fault
+THEMED_DUELS = 0.7  # of the duels that need a fault; all of those that need it at one operation
 
 
 class _Crashed(BaseException):
@@ -54,9 +55,11 @@ class World:
         self.ledger = Ledger()
         self.rules = Rules(self)
         self.workload = Workload(self)
-        if self.workload.duel is not None and self.workload.duel.theme is not None and choices.fixed.random() < THEMED_DUELS:
+        theme = None if self.workload.duel is None else self.workload.duel.theme
+        if theme is not None and (choices.fixed.random() < THEMED_DUELS or " at " in theme):
             choices.profile = THEMED
         self.promptness = Promptness(self)
+        self.publications = Publications(self)
         self.is_calm = choices.profile.name == "calm"
         lost = choices.fixed.choice((0.0, 0.0, 0.05, 1.0))
         self.signals = Signals(choices, 0.0 if self.is_calm else lost, self.loop.time)
@@ -163,6 +166,7 @@ class World:
         self.server.clock_s = self.loop.time()
         self.rules.entries.time_passed()
         self.promptness.time_passed()
+        self.publications.time_passed()
         if not self.is_settling:
             self.harm.disturb()
         return True
@@ -270,6 +274,8 @@ class World:
     def _note_leases(self, request: Request) -> None:
         if request.writes and request.op.collection == "runs":
             request.leases = {run_id: run.get("lease", {}).get("id") for run_id, run in self.rules.runs.items()}
+            if request.name == "commit_runs":
+                self.promptness.writes(request)
 
     def _perform_one(self) -> None:
         candidates = [request for request in self._pending if request.hold <= 0] or self._pending
@@ -286,7 +292,7 @@ class World:
             return None
         if self.harm.is_away:
             return "request lost"
-        return draw_fault(self.choices, request, self.harm.theme)
+        return draw_fault(self.choices, request, self.harm.theme, has_struck=bool(self.harm.counts))
 
     def _perform(self, request: Request, fault: str | None) -> None:
         """Let one operation happen, or not, as the fault says."""
@@ -300,6 +306,9 @@ class World:
         match fault:
             case "reply lost":
                 request.fail(AutoReconnect("the reply was lost"))
+            case "outage after":
+                self.harm.begin_outage()
+                request.fail(AutoReconnect("the server went away"))
             case "slow reply" if not self.harm.waits_for_majority(request):
                 self.harm.later(lambda: self.harm.acknowledge(request, reply), self.choices.one_of(LATE_S))
             case "crash after":

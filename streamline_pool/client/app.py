@@ -366,6 +366,7 @@ class Streamline:
             events=self.events,
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
+            silence_s=self.settings.stall_timeout_s,
             suspect_from=suspect_from,
         )
         return Engine(config, store, self.env, observer)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
@@ -26,6 +26,7 @@ from .asking import Asking
 from .attempt import ABORT_GRACE_S, Attempt
 from .group_commit import refusal
 from .hooks import hash_token, make_token
+from .intents import Intents
 from .loaded_outputs import LoadedOutputs
 from .ports import EnginePort
 from .write_outcome import Held, WriteOutcome, resolve_write
@@ -59,9 +60,10 @@ class ActiveRun:
         "deadline",
         "definition",
         "document",
-        "interruption",
+        "interruptions",
         "is_alone",
         "is_driven",
+        "is_loading",
         "lease_id",
         "left_attempt",
         "lost",
@@ -85,7 +87,8 @@ class ActiveRun:
         self.left_attempt: Attempt | None = None  # the last one, if its outcome came before the end of its handler
         self.is_driven = False  # False: it has been claimed, and waits for other executions to be over
         self.is_alone = False  # a suspect that runs alone in its worker
-        self.interruption: StoreUnavailableError | None = None  # what a checkpoint, a hook or `get_output` has raised last
+        self.is_loading = False  # outputs that the next handler or condition is expected to ask for
+        self.interruptions: list[StoreUnavailableError] = []  # what checkpoints, hooks and `get_output` have raised in this attempt
         self.unsettled: Save | None = None  # such a checkpoint or hook: no other write may be sent before its outcome is known
         self.outputs = LoadedOutputs(_loader_of(self))  # those that the document only refers to
         self.place = 0  # of the current step
@@ -121,7 +124,7 @@ class ActiveRun:
 
     @property
     def in_user_code(self) -> bool:
-        """Whether a handler runs, or a condition is asked: no write of the engine's own is under way."""
+        """Whether a handler runs, or a condition is asked."""
         return self.attempt is not None or self.asking is not None
 
     def abort(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
@@ -144,18 +147,18 @@ class ActiveRun:
 
     # --- context.Port ----------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, value: Any, size: int) -> None:
+    def save_checkpoint(self, intents: Intents, value: Any, size: int) -> None:
         """See context.Port."""
-        self._save("checkpoint", lambda: value, size)
+        self._save(intents, "checkpoint", lambda: value, size)
 
-    def save_hook(self, reason: str, expires_s: float | None) -> str:
+    def save_hook(self, intents: Intents, reason: str, expires_s: float | None) -> str:
         """See context.Port."""
         token = make_token(self.run_id, self._engine.env.new_secret())
         hook: HookDocument = {"hash": hash_token(token), "gen": self.document.get("waitGen", 0) + 1, "reason": reason}
         if expires_s is not None:
             hook["expiresAt"] = self._engine.now() + timedelta(milliseconds=round(expires_s * 1000))
         # The hooks of earlier attempts stay valid: their tokens may be in use.
-        self._save("hooks", lambda: [*self.document["steps"][self.place].get("hooks", ()), hook], _HOOK_BYTES)
+        self._save(intents, "hooks", lambda: [*self.document["steps"][self.place].get("hooks", ()), hook], _HOOK_BYTES)
         return token
 
     def heartbeat(self) -> None:
@@ -170,51 +173,73 @@ class ActiveRun:
     def _load_output(self, output_id: str) -> bytes:
         """The content of an output of this run. Blocks, in the way that `_save` does. Raises DataCorruptionError, StoreUnavailableError."""
         wanted = Wanted(self.document, output_id)
-        if not self.step.is_async and threading.get_ident() != self._engine.loop_thread:
+        if self._may_wait_for_loop:
             return asyncio.run_coroutine_threadsafe(self._engine.read_output(wanted), self._engine.loop).result()
-        try:
-            content = self._engine.drive_blocking(self.run_id, reading_outputs([wanted]))[0]
-        except StoreUnavailableError as exc:
-            self.interruption = exc  # no failure of the handler, which is entered again
-            raise
+        with self._noting_interruptions():
+            content = self._engine.drive_blocking(reading_outputs([wanted]))[0]
         if isinstance(content, DataCorruptionError):
             raise content
         return content
 
+    @property
+    def _may_wait_for_loop(self) -> bool:
+        """Whether the calling thread may wait for the event loop, which may be waiting for one of an `async def` handler or a condition."""
+        return not self.step.is_async and self.asking is None and not self._engine.blocking.on_loop
+
+    @contextlib.contextmanager
+    def _noting_interruptions(self) -> Iterator[None]:
+        """A database that does not answer is no failure of the handler, which is entered again: see `is_interruption`."""
+        try:
+            yield
+        except StoreUnavailableError as exc:
+            self.interruptions.append(exc)
+            raise
+
+    def is_interruption(self, raised: BaseException) -> bool:
+        """Whether a handler or condition has raised what its calls have raised, because the database did not answer."""
+        if isinstance(raised, BaseExceptionGroup):
+            return all(self.is_interruption(each) for each in raised.exceptions)
+        return any(raised is each for each in self.interruptions)
+
     # --- writes while a handler runs -------------------------------------------------------------------------------
 
-    def _save(self, field: str, value: Callable[[], Any], size: int) -> None:
-        """Store one field of the current step; durable on return. On the loop's own thread only a blocking write can be that.
-
-        The threads of an `async def` handler take the same way: they would wait for a loop that waits for them.
-        """
-        if not self.step.is_async and threading.get_ident() != self._engine.loop_thread:
-            asyncio.run_coroutine_threadsafe(self._save_in_group(field, value, size), self._engine.loop).result()
+    def _save(self, intents: Intents, field: str, value: Callable[[], Any], size: int) -> None:
+        """Store one field of the current step; durable on return. On the loop's own thread only a blocking write can be that."""
+        if self._may_wait_for_loop:
+            asyncio.run_coroutine_threadsafe(self._save_in_group(intents, field, value, size), self._engine.loop).result()
             return
-        with self._blocking_save:
-            self._check_running()
+        with self._noting_interruptions(), self._blocking_save_alone():
+            self._check_running(intents)
             if self.unsettled is not None:
                 self._save_blocking(self.unsettled)  # the next one names the `rev` that follows it
             saved = value()
             self._save_blocking(Save(self._statement(field, saved, size), field, saved))
 
+    @contextlib.contextmanager
+    def _blocking_save_alone(self) -> Iterator[None]:
+        """One blocking save at a time. The loop's thread waits for those of the handler's own threads no longer than for the database."""
+        blocking = self._engine.blocking
+        if not self._blocking_save.acquire(timeout=blocking.left_s() if blocking.on_loop else -1):
+            raise StoreUnavailableError(f"run {self.run_id}: the saves of other threads of its handler take too long", transient=True)
+        try:
+            yield
+        finally:
+            self._blocking_save.release()
+
     def _save_blocking(self, save: Save) -> None:
         self.unsettled = save
         try:
-            outcome = self._engine.drive_blocking(self.run_id, _write_alone(save.statement))
-        except StoreUnavailableError as exc:
-            self.interruption = exc
-            raise
+            outcome = self._engine.drive_blocking(_write_alone(save.statement))
         except ValidationError:
             self.unsettled = None  # refused: it is not stored
             raise
         self.unsettled = None
         self._saved(outcome, save.field, save.value)
 
-    async def _save_in_group(self, field: str, value: Callable[[], Any], size: int) -> None:
+    async def _save_in_group(self, intents: Intents, field: str, value: Callable[[], Any], size: int) -> None:
         while self._saving is not None:
             await self._saving
-        self._check_running()
+        self._check_running(intents)
         done = self._saving = self._engine.loop.create_future()
         try:
             saved = value()
@@ -226,11 +251,12 @@ class ActiveRun:
     def _statement(self, field: str, value: Any, size: int) -> Statement:
         return commits.save_in_step(self.fence(), self.place, field, value, self._engine.now(), size + STATEMENT_BYTES)
 
-    def _check_running(self) -> None:
+    def _check_running(self, intents: Intents) -> None:
+        """The attempt whose record this is runs: a thread that an earlier one has left must store nothing in the step of a later one."""
         if self.lost is not None:
             raise LeaseLostError(f"run {self.run_id}: this worker no longer holds it; nothing was stored", run_id=self.run_id)
-        if self.attempt is None:
-            raise InvalidStateError(f"run {self.run_id}: no handler is running; nothing was stored", run_id=self.run_id)
+        if self.attempt is None or self.attempt.intents is not intents:
+            raise InvalidStateError(f"run {self.run_id}: the handler that asks is not running; nothing was stored", run_id=self.run_id)
 
     def _saved(self, outcome: WriteOutcome, field: str, value: Any) -> None:
         if outcome not in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):

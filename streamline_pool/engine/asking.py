@@ -41,6 +41,13 @@ class Asking:
             fire_signal(self.signal, reason)
             self._stopped.set_result(None)
 
+    def call_when_returned(self, callback: Callable[[], None]) -> bool:
+        """Have `callback` called in the loop when the conditions end. False: they have."""
+        if self._task.done():
+            return False
+        self._task.add_done_callback(lambda _task: callback())
+        return True
+
     async def answer(self, limit_s: float) -> bool:
         """Their answer. Raises what they raise, CancelledError if they were stopped, ConditionStuckError if they cannot be."""
         ends: set[asyncio.Future[Any]] = {self._task, self._stopped}

@@ -34,10 +34,13 @@ WAIT_MAX_S = 100 * 365 * 86400.0  # a century; BSON dates go further, `datetime`
 class Port(Protocol):
     """What `ctx` asks of the engine on behalf of one attempt."""
 
-    def save_checkpoint(self, value: Any, size: int) -> None:
-        """Store the checkpoint; durable on return. Raises LeaseLostError when this worker no longer holds the run."""
+    def save_checkpoint(self, intents: Intents, value: Any, size: int) -> None:
+        """Store the checkpoint; durable on return. Raises LeaseLostError when this worker no longer holds the run.
 
-    def save_hook(self, reason: str, expires_s: float | None) -> str:
+        `intents`: the record of the attempt that asks. Raises InvalidStateError when that attempt is over.
+        """
+
+    def save_hook(self, intents: Intents, reason: str, expires_s: float | None) -> str:
         """Store a hook of the current step; durable on return. The token. Raises as `save_checkpoint` does."""
 
     def heartbeat(self) -> None:
@@ -262,7 +265,7 @@ class Context:
         does not answer. Raises LeaseLostError when this worker no longer holds the run, StoreUnavailableError after that time.
         """
         self._check_open()
-        self._port.save_checkpoint(*as_payload(value, "checkpoint"))
+        self._port.save_checkpoint(self._intents, *as_payload(value, "checkpoint"))
         return DONE
 
     def get_checkpoint(self) -> Any:
@@ -286,4 +289,8 @@ def register_hook(context: Context, reason: str, expires_s: float | None) -> str
     if context._intents.has_hook:
         raise InvalidStateError(f"run {context.run_id}: step {context.step_id} has an open hook already; a step has one at a time")
     context._intents.has_hook = True
-    return context._port.save_hook(reason, expires_s)
+    try:
+        return context._port.save_hook(context._intents, reason, expires_s)
+    except BaseException:
+        context._intents.has_hook = False  # the caller has no token, and may ask for another hook
+        raise

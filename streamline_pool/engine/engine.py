@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
 from streamline_pool.config.env import Env
-from streamline_pool.domain.change import Change, ChangeEvent
+from streamline_pool.domain.change import ChangeEvent
 from streamline_pool.domain.definition import Definition
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
@@ -32,11 +30,12 @@ from streamline_pool.storage.store import AsyncStore, Store
 
 from .active_run import ActiveRun
 from .active_runs import ActiveRuns
-from .attempt import ABORT_GRACE_S, Attempt, Kind, Outcome
+from .attempt import ABORT_GRACE_S, Attempt
 from .group_commit import GroupCommitter
 from .group_outputs import GroupOutputs
 from .handler_threads import HandlerThreads
 from .leases import LeaseKeeper
+from .loop_blocking import LoopBlocking
 from .ports import Observer
 from .run_cache import RunCache, RunNote
 from .run_driver import RunDriver, SupersededError
@@ -51,10 +50,6 @@ log = logging.getLogger("streamline_pool")
 
 T = TypeVar("T")
 
-# How long a call may block the loop's thread.
-_BLOCKING_S_MIN = 1.0  # after a handler that has computed beyond its lease without a pause: the lease may still be there
-_BLOCKING_S_MAX = 10.0  # by far less than the silence after which the supervisor ends a worker
-
 _EARLIER_EXECUTION_S = ABORT_GRACE_S + 1.0  # by then its handler is over or stuck; a condition that hangs must not hold up its run
 
 
@@ -67,6 +62,7 @@ class EngineConfig:
     events: EventBus  # the application's own
     lease_s: float
     threads_max: int  # `def` handlers at once
+    silence_s: float  # of its event loop, after which the supervisor ends a worker
     suspect_from: int | None = None  # a run that has lost as many workers runs alone (solitude.py); None: no run has to
 
 
@@ -77,7 +73,7 @@ class Engine:
         self.store = store
         self.env = env
         self._blocking_store = config.blocking_store
-        self._blocked_in_vain: str | None = None  # run id: in this turn of the loop, its call has blocked the loop until its time was over
+        self._silence_s = config.silence_s
         self.cache = RunCache()
         self.active_runs = ActiveRuns()
         self.event_publisher = EventPublisher(store, env)
@@ -105,7 +101,7 @@ class Engine:
     def start(self) -> None:
         """Begin to commit and to renew, in the running loop."""
         self.loop = asyncio.get_running_loop()
-        self.loop_thread = threading.get_ident()
+        self.blocking = LoopBlocking(self.env, self.loop, self._deadlines, self._silence_s)
         self._committer.start()
         self._outputs.start()
         self.event_publisher.start()
@@ -122,6 +118,9 @@ class Engine:
         await self._outputs.close()
         await self.event_publisher.close()
         self._threads.shutdown()
+
+    def _deadlines(self) -> list[float]:
+        return [active.deadline for active in self.active_runs.all()]
 
     # --- admission -------------------------------------------------------------------------------------------------
 
@@ -173,15 +172,14 @@ class Engine:
 
     # --- drivers ---------------------------------------------------------------------------------------------------
 
-    async def _run_task(self, active: ActiveRun, change: Change | None = None) -> None:
-        """The task of an active run. `change`: what an abandoned handler's outcome means, to be stored first."""
+    async def _run_task(self, active: ActiveRun, abandoned: Attempt | None = None) -> None:
+        """The task of an active run. `abandoned`: an attempt that ended without its handler; what that means is stored first."""
         try:
-            if change is None:
-                if self.events.wanted:
-                    self.events.publish_claimed(active)
-                if active.lost is None:
-                    await self._driver.drive(active)
-            elif await self._writer.store(active, change):
+            if abandoned is None and self.events.wanted:
+                self.events.publish_claimed(active)
+            if abandoned is not None:
+                await self._driver.leave(active, abandoned)
+            elif active.lost is None:
                 await self._driver.drive(active)
         except SupersededError:
             return
@@ -220,11 +218,7 @@ class Engine:
         if attempt is None or attempt.on_thread or active.attempt is not attempt:
             return
         self._driver.close_attempt(active, attempt)
-        decided = self._driver.decide(active, attempt, Outcome(Kind.ABANDONED, None))
-        if decided is None:
-            self._detach(active)
-        else:
-            active.task = self.loop.create_task(self._run_task(active, decided.change))
+        active.task = self.loop.create_task(self._run_task(active, attempt))
 
     def check(self, run_id: str) -> None:
         """A control operation may have changed this run: read it now, if it is active here."""
@@ -234,28 +228,13 @@ class Engine:
 
     # --- ports.EnginePort ------------------------------------------------------------------------------------------
 
-    def drive_blocking(self, run_id: str, procedure: Procedure[T]) -> T:
-        """See ports.EnginePort.
-
-        While the loop's thread waits, no lease is renewed, and no handler of this worker can be stopped. So the time ends before the
-        first lease does. Handlers that are ready in the same turn of the loop do not wait one after the other.
-        """
-        on_loop = threading.get_ident() == self.loop_thread
-        if on_loop and self._blocked_in_vain not in (None, run_id):
+    def drive_blocking(self, procedure: Procedure[T]) -> T:
+        """See ports.EnginePort."""
+        left_s = self.blocking.left_s()
+        if not left_s:
             procedure.close()
-            raise StoreUnavailableError("the database has not answered the call of another handler of this worker", transient=True)
-        first = min((active.deadline for active in self.active_runs.all()), default=math.inf)
-        limit_s = min(max(first - self.env.clock.monotonic(), _BLOCKING_S_MIN), _BLOCKING_S_MAX)
-        try:
-            return self._blocking_store().drive_within(limit_s, procedure)
-        except StoreUnavailableError:
-            if on_loop:
-                self._blocked_in_vain = run_id
-                self.loop.call_soon(self._loop_turned)
-            raise
-
-    def _loop_turned(self) -> None:
-        self._blocked_in_vain = None
+            raise StoreUnavailableError("the calls of handlers have blocked the event loop of this worker for too long", transient=True)
+        return self._blocking_store().drive_within(left_s, procedure)
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """See ports.EnginePort."""

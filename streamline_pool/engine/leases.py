@@ -132,9 +132,9 @@ class LeaseKeeper:
     def _lost(self, active: ActiveRun, document: Mapping[str, Any]) -> None:
         """This worker holds the run no more.
 
-        Outside of handlers and conditions our own write may have released the lease, so that is left to the write.
+        Unless a handler runs, a condition is asked or outputs are loaded, our own write may have released the lease. That write finds out.
         """
-        if (active.in_user_code or not active.is_driven) and self._held.get(active.run_id) is active:
+        if (active.in_user_code or active.is_loading or not active.is_driven) and self._held.get(active.run_id) is active:
             active.lost = "cancelled" if document.get("status") == "cancelled" else "lease-lost"
             log.info("run_lost", extra={"run_id": active.run_id, "reason": active.lost})
             active.abort(active.lost)

@@ -13,6 +13,7 @@ from streamline_pool.protocol.operations import Statement
 from streamline_pool.storage.outputs import Wanted
 from streamline_pool.storage.procedures import Procedure
 
+from .loop_blocking import LoopBlocking
 from .write_outcome import WriteOutcome
 
 __all__ = ["EnginePort", "Observer"]
@@ -41,13 +42,10 @@ class EnginePort(Protocol):
 
     env: Env
     loop: asyncio.AbstractEventLoop
-    loop_thread: int
+    blocking: LoopBlocking
 
-    def drive_blocking(self, run_id: str, procedure: Procedure[T]) -> T:
-        """Run a procedure for a handler of that run, while the calling thread waits.
-
-        Raises StoreUnavailableError, on the loop's thread before a lease is over.
-        """
+    def drive_blocking(self, procedure: Procedure[T]) -> T:
+        """Run a procedure for a handler, while the calling thread waits. Raises StoreUnavailableError after `blocking.left_s`."""
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """Send a fenced write with the group; its outcome."""

@@ -105,14 +105,14 @@ class RunDriver:
         active.place = place
         if document["steps"][place]["status"] == StepStatus.WAITING.value:
             return await self._waiting(active, place, just_claimed)
-        if self._state.draining or active.release_requested:
-            return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
         try:
             await self._load_outputs(active)
         except DataCorruptionError as exc:
             return Decided(damaged(document, place, exc, self._store.now()))
         if active.lost is not None:
             return None
+        if self._state.draining or active.release_requested:
+            return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
         if self._env.clock.monotonic() >= active.deadline:
             # Checked immediately before a handler may be entered: after the deadline another worker may hold the run.
             # If none does, it is released; the write's fence decides.
@@ -127,12 +127,16 @@ class RunDriver:
 
     async def _load_outputs(self, active: ActiveRun) -> None:
         """Load what the run's document only refers to, as far as the step's handler and conditions are expected to ask for it."""
-        if not external_ids(active.document):
+        if not external_ids(active.document) or self._state.draining or active.release_requested:
             return
         expected = self._demand.expected(active.definition, active.place, active.document)
         missing = [output_id for output_id in expected if output_id not in active.outputs]
         if missing:
-            await self._outputs.load(active.document, missing, active.outputs)
+            active.is_loading = True
+            try:
+                await self._outputs.load(active.document, missing, active.outputs)
+            finally:
+                active.is_loading = False
         active.outputs.asked = set()
 
     def _observe_demand(self, active: ActiveRun) -> None:
@@ -182,6 +186,7 @@ class RunDriver:
         """Ask the step's conditions. None if this worker holds the run no more."""
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
+        active.interruptions.clear()
         limit_s = active.step.timeout_s or CONDITION_TIMEOUT_S
         conditions = functools.partial(allowed, active.step, context, active.document, active.outputs)
         active.asking = asking = Asking(conditions, context.signal)
@@ -191,12 +196,13 @@ class RunDriver:
             if self._state.closed:
                 raise
             if isinstance(exc, ConditionStuckError):
+                self._solitude.code_left(asking)
                 self._on_stuck(active, None, f"run {active.run_id}: a condition of step {active.step.id} goes on although it was cancelled")
             if active.lost is not None:
                 return None
             if exc is active.outputs.damaged:
                 return damaged(active.document, place, exc, self._store.now())
-            if exc is active.interruption:  # the database did not answer `get_output`: the condition is asked again
+            if active.is_interruption(exc):  # the database did not answer `get_output`: the condition is asked again
                 return transitions.release(active.document, place, self._store.now(), was_entered=False)
             if context.signal.aborted:  # this worker is to let go of the run, and another one asks again
                 return transitions.release(active.document, place, self._store.now(), was_entered=False)
@@ -204,6 +210,7 @@ class RunDriver:
             return failed(active.document, active.step, place, failure, self._writer.moment())
         finally:
             active.asking = None
+            active.interruptions.clear()
             self._observe_demand(active)
             _warn_of_lost_changes(active.document, intents, "a condition")
         if enter:
@@ -214,6 +221,7 @@ class RunDriver:
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
         attempt = Attempt(asyncio.get_running_loop(), context, intents, functools.partial(self._on_stuck, active))
+        active.interruptions.clear()
         active.attempt = attempt
         if self._events.wanted:
             self._events.publish(active.document, (("step:started", active.step.id, {"attempt": context.attempt}),))
@@ -226,21 +234,28 @@ class RunDriver:
         _warn_of_lost_changes(active.document, attempt.intents, "the handler")
         self._state.steps_total += 1
         self._env.probe("handler.after")
-        return self.decide(active, attempt, outcome)
+        return self._decide(active, attempt, outcome)
 
     def close_attempt(self, active: ActiveRun, attempt: Attempt) -> None:
         """From here on nothing that the handler does has any effect."""
         attempt.intents.close()
         active.attempt = None
         active.left_attempt = attempt if attempt.goes_on else None
-        self._solitude.handler_left(attempt)
+        self._solitude.code_left(attempt)
         self._observe_demand(active)
 
-    def decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:
+    async def leave(self, active: ActiveRun, attempt: Attempt) -> None:
+        """An attempt is over, and its handler goes on: store what that means, then go on with the run."""
+        await active.saves_done()  # those of the handler's threads, too: the decision stores the step as it is now
+        decided = self._decide(active, attempt, Outcome(Kind.ABANDONED, None))
+        if decided is not None and await self._writer.store_decided(active, decided):
+            await self.drive(active)
+
+    def _decide(self, active: ActiveRun, attempt: Attempt, outcome: Outcome) -> Decided | None:
         """What an attempt's outcome means for its run; None if this worker holds the run no more."""
         if active.lost is not None or self._state.closed:
             return None
-        if outcome.kind is Kind.RAISED and outcome.value is active.interruption:
+        if outcome.kind is Kind.RAISED and active.is_interruption(outcome.value):
             # The database did not answer a checkpoint, hook or `get_output`: no failure of the handler. It is entered again.
             return Decided(transitions.release(active.document, active.place, self._store.now(), was_entered=True))
         if outcome.value is not None and outcome.value is active.outputs.damaged:

@@ -15,6 +15,7 @@ from streamline_pool.protocol import commits
 
 from .active_run import STATEMENT_BYTES, ActiveRun
 from .active_runs import ActiveRuns
+from .asking import Asking
 from .attempt import Attempt
 from .group_commit import GroupCommitter
 from .run_writer import EngineState
@@ -40,7 +41,7 @@ class Solitude:
         self._now = now  # the server's time
         self._suspect_from = suspect_from  # lost workers; None: no run of this engine has to be alone
         self._suspect: ActiveRun | None = None
-        self._left: set[Attempt] = set()  # their outcome came before the end of their handler, which goes on
+        self._left: set[Attempt | Asking] = set()  # their outcome came before the end of their handler or condition, which goes on
 
     @property
     def suspect(self) -> str | None:
@@ -63,13 +64,13 @@ class Solitude:
             self._suspect = None
         self.changed()
 
-    def handler_left(self, attempt: Attempt) -> None:
-        """An attempt is over. Its handler may go on, and count as stuck: a suspect beside it would not be alone."""
-        if attempt.call_when_returned(lambda: self._returned(attempt)):
-            self._left.add(attempt)
+    def code_left(self, left: Attempt | Asking) -> None:
+        """An attempt or an asking is over. Its handler or condition may go on: a suspect beside it would not be alone."""
+        if left.call_when_returned(lambda: self._returned(left)):
+            self._left.add(left)
 
-    def _returned(self, attempt: Attempt) -> None:
-        self._left.discard(attempt)
+    def _returned(self, left: Attempt | Asking) -> None:
+        self._left.discard(left)
         self.changed()
 
     def changed(self) -> None:

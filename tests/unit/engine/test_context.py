@@ -27,10 +27,10 @@ class Port:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def save_checkpoint(self, value: Any, size: int) -> None:
+    def save_checkpoint(self, intents: Intents, value: Any, size: int) -> None:
         self.calls.append(("checkpoint", value))
 
-    def save_hook(self, reason: str, expires_s: float | None) -> str:
+    def save_hook(self, intents: Intents, reason: str, expires_s: float | None) -> str:
         self.calls.append(("hook", reason, expires_s))
         return "token"
 

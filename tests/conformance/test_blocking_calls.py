@@ -1,0 +1,213 @@
+"""Calls on `ctx` that wait for the database: what they have stored stays, and a database that does not answer is no failure of the step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from workers import Pool, run_until_idle
+
+from streamline_pool import Context, InvalidStateError, StoreUnavailableError, Streamline, create_hook, execute_parallel
+from streamline_pool.storage.procedures import Procedure
+from streamline_pool.storage.store import AsyncStore
+
+
+async def _by_gather(save: Callable[[], Any]) -> None:
+    async def branch() -> None:
+        save()
+
+    await asyncio.gather(branch(), branch())
+
+
+async def _by_task_group(save: Callable[[], Any]) -> None:
+    async def branch() -> None:
+        save()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(branch())
+        group.create_task(branch())
+
+
+async def _by_threads(save: Callable[[], Any]) -> None:
+    await execute_parallel([save, save])
+
+
+async def _by_hand(save: Callable[[], Any]) -> None:
+    with suppress(StoreUnavailableError):
+        save()
+    save()
+
+
+@pytest.mark.parametrize("make", [_by_gather, _by_task_group, _by_threads])
+def test_a_step_whose_saves_get_no_answer_is_entered_again_uncounted(
+    app: Streamline, monkeypatch: pytest.MonkeyPatch, make: Callable[[Callable[[], Any]], Any]
+) -> None:
+    """However many saves fail at once, and however their errors come out of the handler."""
+    unanswered = _no_answers(app, monkeypatch, times=2)
+    entered: list[int] = []
+
+    async def saving(ctx: Context) -> None:
+        entered.append(ctx.attempt)
+        await make(lambda: ctx.checkpoint("done"))
+
+    run_id = app.workflow("w", steps={"s": (saving, {"retries": 1})}).start().id
+    run_until_idle(app)
+    run = app.get_run(run_id)
+    assert run is not None
+    assert run.status == "done", run.error
+    assert (len(entered), unanswered) == (2, [])
+
+
+def test_a_hook_that_could_not_be_stored_may_be_asked_for_again(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler has no token of the first."""
+    _no_answers(app, monkeypatch, times=1)
+    tokens: list[str] = []
+
+    async def asking(ctx: Context) -> None:
+        await _by_hand(lambda: tokens.append(create_hook(ctx, "approve").token))
+        ctx.wait("approve")
+
+    run_id = app.workflow("w", steps={"s": (asking, {"retries": 1})}).start().id
+    run_until_idle(app)
+    assert app.resume_hook(tokens[0], "yes").run_id == run_id
+
+
+def _no_answers(app: Streamline, monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
+    """The next blocking calls get no answer. Returns the list of those to come."""
+    store, to_come = app.store(), ["away"] * times
+    drive = store.drive_within
+
+    def drive_within(seconds: float, procedure: Procedure[Any]) -> Any:
+        if to_come:
+            procedure.close()
+            raise StoreUnavailableError(to_come.pop(), transient=True)
+        return drive(seconds, procedure)
+
+    monkeypatch.setattr(store, "drive_within", drive_within)
+    return to_come
+
+
+def test_what_a_thread_has_saved_stays_when_its_handler_is_given_up(app: Streamline) -> None:
+    """The handler waits for its thread, whatever comes, so it counts as stuck in the middle of a save."""
+    saved: list[int] = []
+
+    async def saving(ctx: Context) -> Any:
+        if ctx.attempt > 1:
+            return ctx.get_checkpoint()
+
+        def save_rows() -> None:
+            with suppress(Exception):
+                for row in range(1, 1_000_000):
+                    ctx.checkpoint(row)
+                    saved.append(row)
+
+        rows = asyncio.get_running_loop().run_in_executor(None, save_rows)
+        while not rows.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(rows)
+        return None
+
+    workflow = app.workflow("w", steps={"s": (saving, {"retries": 2, "retry_delay": 0.5, "timeout": 0.1})})
+
+    async def main() -> Any:
+        async with Pool(app) as pool:
+            run = await workflow.start_async()
+            await pool.until(lambda: app.runs.find_one({"_id": run.id, "status": "done"}) is not None)
+            return (await workflow.get_async(run.id)).output  # type: ignore[union-attr]
+
+    assert asyncio.run(main()) in (saved[-1], saved[-1] + 1)  # one more, if the thread never heard of its last save
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_thread_that_a_step_has_left_stores_nothing_in_the_next_step(app: Streamline, is_async: bool) -> None:
+    """It had passed the first check of `ctx.checkpoint` when its step ended: as here, where only the second one is made."""
+    left: list[Context] = []
+    refused: list[Exception] = []
+
+    def late_save() -> None:
+        try:
+            left[0]._port.save_checkpoint(left[0]._intents, "of step one", 20)
+        except InvalidStateError as exc:
+            refused.append(exc)
+
+    def two(ctx: Context) -> Any:
+        late_save()
+        return ctx.get_checkpoint()
+
+    async def two_async(ctx: Context) -> Any:
+        return two(ctx)
+
+    workflow = app.workflow("w", steps={"one": left.append, "two": two_async if is_async else two})
+    run_id = workflow.start().id
+    run_until_idle(app)
+    run = workflow.get(run_id)
+    assert run is not None
+    assert (run.status, run.output, len(refused)) == ("done", None, 1)
+
+
+def test_a_condition_may_wait_for_a_thread_that_asks_for_an_output(app: Streamline) -> None:
+    """Conditions run on the event loop, so a thread that waited for the loop would wait for ever."""
+
+    def is_long(ctx: Context) -> bool:
+        with ThreadPoolExecutor(1) as threads:
+            return ctx.input == "first" or len(threads.submit(ctx.get_output, "make").result(20)) > 1_000
+
+    steps: dict[str, Any] = {
+        "make": lambda ctx: "x" * 10_000,
+        "nap": lambda ctx: ctx.sleep(0.01),
+        "use": (lambda ctx: "used", {"run_if": is_long}),
+    }
+    workflow = app.workflow("w", steps=steps)
+
+    async def main() -> list[Any]:
+        async with Pool(app) as pool:
+            runs = []
+            for given in ("first", "second"):  # so the worker has learnt that the condition asks for no output
+                runs.append(await workflow.start_async(given))
+                await pool.until(lambda: app.runs.count_documents({"status": {"$in": ["done", "failed"]}}) == len(runs))
+            return [app.get_run(run.id) for run in runs]
+
+    assert [(run.status, run.output) for run in asyncio.run(main())] == [("done", "used")] * 2
+
+
+def test_a_run_that_is_stopped_while_its_outputs_are_read_is_released_before_it_enters_a_step(
+    app: Streamline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    entered: list[str] = []
+    run_op = AsyncStore.run
+
+    async def run(self: AsyncStore, op: Any, session: Any = None) -> Any:
+        if op.name == "read_outputs" and entered:
+            reading.set()
+            await asyncio.to_thread(go_on.wait, 20)
+        return await run_op(self, op, session)
+
+    monkeypatch.setattr(AsyncStore, "run", run)
+
+    def use(ctx: Context) -> int:
+        ctx.get_output("make")
+        entered.append(ctx.run_id)
+        return 1
+
+    workflow = app.workflow("w", steps={"make": lambda ctx: "x" * 10_000, "nap": lambda ctx: ctx.sleep(0.01), "use": use})
+
+    async def main() -> Any:
+        async with Pool(app) as pool:
+            first = await workflow.start_async()
+            await pool.until(lambda: app.runs.find_one({"_id": first.id, "status": "done"}) is not None)
+            second = await workflow.start_async()
+            await pool.until(reading.is_set)
+            pool.workers[0].stop(1.0)
+            go_on.set()
+            await pool.until(lambda: app.runs.find_one({"_id": second.id, "lease": {"$exists": False}}) is not None)
+            return app.runs.find_one({"_id": second.id})
+
+    stopped = asyncio.run(main())
+    step = stopped["steps"][2]
+    assert (len(entered), stopped["status"], step["status"], step["attempts"], stopped["crashes"]) == (1, "running", "pending", 0, 0)

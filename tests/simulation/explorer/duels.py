@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["DUELS", "ENDED", "LONG", "WAITING", "WHEN", "Duel"]
+__all__ = ["DUELS", "ENDED", "LONG", "PARKED", "WAITING", "WHEN", "Duel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Duel:
 
     A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`,
     `at claiming` (a worker has sent a claim), `at call` (another client has sent a write), `after hook` (a handler has made one),
-    `waiting` or `ended` (once a run waits or has ended).
+    `waiting`, `parked` or `ended` (once a run waits, waits without a lease, or has ended).
     """
 
     theme: str | None
@@ -30,7 +30,7 @@ def _duel(theme: str | None, *calls: str, rival: tuple[str, ...] = ()) -> Duel:
 
 
 SOON = ("done", "call")
-WAITING, ENDED = ("run", "waits"), ("run", "ends")
+WAITING, PARKED, ENDED = ("run", "waits"), ("run", "parks"), ("run", "ends")
 COMMIT, CLAIM = ("sent", "commit_runs"), ("done", "claim")
 DUELS: dict[str, tuple[Duel, ...]] = {
     "wait": (
@@ -91,8 +91,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("crash after", "event to all waiting"),
         _duel("crash before", "event to all waiting"),
         _duel("crash after at record_event", "event to all early", rival=("start 1 at call", "start 1")),
-        _duel("crash after at settle_event", "event to all waiting"),
-        _duel("crash before at find_waiters", "event to all waiting"),
+        _duel("crash after at settle_event", "event to all parked"),
+        _duel("crash before at find_waiters", "event to all parked"),
         _duel("crash before at find_event_for", "event to all early"),
         _duel("crash after at commit_runs", "event to all early"),
         _duel("crash after at commit_runs"),
@@ -195,6 +195,7 @@ WHEN: Mapping[str, tuple[str, str] | float] = {
     "after hook": ("done", "hook"),
     "at call": ("sent", "call"),
     "waiting": WAITING,
+    "parked": PARKED,
     "ended": ENDED,
 }
 """The words of a call → when it is made."""

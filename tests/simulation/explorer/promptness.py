@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .entries import driven_run
 from .ledger import Violation
+from .transitions import TERMINAL
 
 if TYPE_CHECKING:
     from .actors import WorkerActor
@@ -59,6 +60,7 @@ class Promptness:
             self._no_dead_worker_keeps_runs()
         self._no_handler_of_a_lost_run_goes_on()
         self._no_run_is_given_up()
+        self._no_run_rests_beside_its_event()
 
     def _no_worker_is_deaf(self) -> None:
         now, server_now = self._world.loop.time(), self._world.server.now()
@@ -135,6 +137,20 @@ class Promptness:
             if world.harm.is_over_since(now - SOON_S) and now > since + SOON_S:
                 raise Violation(f"the holder of {run_id} has not driven it for {now - since:.3f} s, and its lease is not over")
 
+    def _no_run_rests_beside_its_event(self) -> None:
+        """Once an event to all counts as delivered, no older run that waits for it rests, be it until a deadline."""
+        world, rules = self._world, self._world.rules
+        if not rules.events or world.server.lags or "server clock" in world.harm.counts:
+            return
+        now = world.server.now()
+        resting = [run for run in rules.runs.values() if run.get("awaits") is not None and _rests(run, now)]
+        pending = {event["_id"] for event in world.server.all_of("events") if event.get("pending")} if resting else set()
+        for run in resting:
+            for event in rules.events.values():
+                is_missed = event["_id"] not in pending and event["_id"] not in (run.get("seen") or ())
+                if is_missed and event["name"] == run["awaits"] and rules.is_older(run, event):
+                    raise Violation(f"run {run['_id']} rests, waits for {run['awaits']!r}, and has missed event {event['_id']}")
+
     def _hints_pass(self, since: float) -> bool:
         """Whether a steward has been there all the time to pass hints on."""
         steward = self._world.steward
@@ -148,6 +164,13 @@ class Promptness:
         """
         ends = [call.ended_at for call in self._world.ledger.calls if call.kind == "cancel" and call.run_id == run_id]
         return min((end for end in ends if end is not None and end >= entered_at), default=float("inf"))
+
+
+def _rests(run: Mapping[str, Any], now: datetime) -> bool:
+    """Whether no worker holds the run, and none will claim it by itself now."""
+    if "lease" in run or run.get("paused") is True or run["status"] in TERMINAL:
+        return False
+    return run.get("wakeAt") is None or bool(run["wakeAt"] > now)
 
 
 def _has_room(actor: WorkerActor) -> bool:

@@ -17,7 +17,7 @@ from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, 
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
 from .call_outcomes import check_outcome
-from .duels import DUELS, ENDED, LONG, WAITING, WHEN
+from .duels import DUELS, ENDED, LONG, PARKED, WAITING, WHEN
 from .ledger import Call, Entry, Violation
 from .server import EPOCH
 from .store import Request
@@ -278,13 +278,16 @@ class Workload:
 
     def on_changed(self) -> None:
         """A run was changed. A client may wait until one waits, or has ended."""
-        for when in (WAITING, ENDED) if self._moments else ():
+        for when in (WAITING, PARKED, ENDED) if self._moments else ():
             if self._has_come(when):
                 self._moment(*when, None)
 
     def _has_come(self, when: tuple[str, str] | float) -> bool:
-        statuses = ("waiting",) if when == WAITING else TERMINAL if when == ENDED else ()
-        return bool(statuses) and any(run["status"] in statuses for run in self._world.rules.runs.values())
+        runs = self._world.rules.runs.values()
+        if when == ENDED:
+            return any(run["status"] in TERMINAL for run in runs)
+        is_wait = when in (WAITING, PARKED)
+        return is_wait and any(run["status"] == "waiting" and (when == WAITING or "lease" not in run) for run in runs)
 
     def _moment(self, side: str, name: str, actor: Actor | None) -> bool:
         waiting = [entry for entry in self._moments if (entry[1], entry[2]) == (side, name) and entry[0] is not actor]

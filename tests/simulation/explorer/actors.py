@@ -65,7 +65,7 @@ class Actor:
     """One process. `owner` names its incarnation; a new one is made after each death."""
 
     call: Call | None = None
-    clock_error_s = 0.0  # of its first reading of the server's clock
+    clock_error_s = 0.0  # of its readings of the server's clock
 
     @property
     def engine(self) -> Engine | None:

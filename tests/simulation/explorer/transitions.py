@@ -43,7 +43,9 @@ class Rules:
         self.taken: dict[tuple[str, str], Run] = {}  # (run id, lease id) that was taken from its holder -> the run immediately before
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
         self._suspect_of: dict[Any, str] = {}  # lease id -> the suspect that was claimed under it
-        self._claimed_at: dict[tuple[str, Any], datetime] = {}  # (run id, lease id) -> the server's time of the claim
+        self._waits_claimed: dict[
+            tuple[str, Any, Any], datetime
+        ] = {}  # (run id, lease id, `waitGen` then) -> the server's time of the claim
         self.claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
         self.dead: set[str] = set()
         self._lag_at = 0
@@ -155,7 +157,7 @@ class Rules:
                 self._arrived_before[(new["_id"], str(holds_id))] = self._events_for(old)
             self._claimer_of[holds_id] = request.owner
             self.claimed_rev[(new["_id"], holds_id)] = new["rev"]
-            self._claimed_at[(new["_id"], holds_id)] = self._world.server.now()
+            self._waits_claimed[(new["_id"], holds_id, new.get("waitGen"))] = self._world.server.now()
             return
         assert held is not None, "one of the two sides has a lease"
         if new["rev"] > old["rev"]:
@@ -264,7 +266,7 @@ class Rules:
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
             ends_at = later.get("waitingFor", {}).get("expiresAt")
             is_same = earlier["status"] == later["status"] == "waiting" and earlier == later
-            claimed_at = self._claimed_at.get((old["_id"], old["lease"]["id"]))
+            claimed_at = self._waits_claimed.get((old["_id"], old["lease"]["id"], new.get("waitGen")))
             if is_same and None not in (ends_at, claimed_at) and ends_at <= claimed_at:
                 raise Violation(f"step {later['stepId']} waits on, and its deadline {ends_at} was over at the claim, {claimed_at}")
 

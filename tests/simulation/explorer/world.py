@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 from pymongo.errors import AutoReconnect, PyMongoError
@@ -330,6 +331,8 @@ class World:
             else:
                 assert request.document is not None, "a command has a document"
                 reply = self.server.command(request.op, request.document)
+                if "localTime" in reply:
+                    reply["localTime"] += timedelta(seconds=request.actor.clock_error_s)
         except PyMongoError as exc:
             return exc
         finally:

@@ -23,10 +23,11 @@ class Duel:
     theme: str | None
     calls: tuple[str, ...]
     rival: tuple[str, ...]  # of another client at the same time
+    is_long: bool  # several runs side by side, whose handlers work for longer than renewals and faults take
 
 
-def _duel(theme: str | None, *calls: str, rival: tuple[str, ...] = ()) -> Duel:
-    return Duel(theme, calls, rival)
+def _duel(theme: str | None, *calls: str, rival: tuple[str, ...] = (), is_long: bool = False) -> Duel:
+    return Duel(theme, calls, rival, is_long)
 
 
 SOON = ("done", "call")
@@ -182,7 +183,12 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("lag", "pause at commit", "resume at commit"),
         _duel(None, "pause at commit", "resume at commit", rival=("pause at commit", "resume at commit")),
     ),
-    "poison": (_duel(None, "rewind", "pause"), _duel("crash after"), _duel("freeze after", "cancel")),
+    "poison": (
+        _duel(None, "rewind", "pause"),
+        _duel("crash after"),
+        _duel("freeze after", "cancel"),
+        _duel("freeze after", is_long=True),
+    ),
 }
 """By the kind of the first workflow."""
 

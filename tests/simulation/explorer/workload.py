@@ -104,7 +104,7 @@ class Workload:
         self.duel = draw.choice(LONG if is_long else DUELS[self.kinds[0]]) if is_duel else None
         if self.duel is not None and self.duel.rival:
             self.clients = max(2, self.clients)
-        if is_duel and is_long:
+        if self.duel is not None and (is_long or self.duel.is_long):
             self._work = {key: draw.choice((8.0, 33.0, 70.0)) for key in self._work}
             self.kinds = [self.kinds[0]] * draw.choice((1, 2, 3))  # side by side, so that they are claimed and renewed together
         self._plans = [self._draw_plan(number) for number in range(self.clients)]

@@ -22,12 +22,13 @@ class Promise:
 
 PROMISES = (
     Promise(
-        promise="What returned is durable and took effect once: a start, an answer, an event, a pause, a cancellation (invariant 2)",
+        promise="What returned is durable and took effect once: a start, an answer, an event, a pause, a checkpoint (invariant 2)",
         fault="the reply is lost, and the caller sends the call again; the process dies before or after the write; the primary is replaced",
         tests=(
             "tests/simulation/test_faults_control_operations.py",
             "tests/simulation/test_faults_waits.py",
             "tests/conformance/test_starting_races.py",
+            "tests/conformance/test_blocking_calls.py",
             "tests/chaos/test_storm.py",
         ),
     ),

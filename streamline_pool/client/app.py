@@ -20,6 +20,7 @@ from streamline_pool.domain.definition import Declaration, Definition, check_id
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.domain.model import Run
 from streamline_pool.engine.engine import Engine, EngineConfig
+from streamline_pool.engine.loop_blocking import LoopsBlocking
 from streamline_pool.engine.ports import Observer
 from streamline_pool.events.bus import EventBus
 from streamline_pool.events.stream import EventStream, open_stream
@@ -74,6 +75,7 @@ class Streamline:
         self.events = EventBus(self._open_stream)
         self.services = Services(self.env, self.connections, self.events)
         self._maintenance = Maintenance(self.services)
+        self._loops_blocking = LoopsBlocking(self.env)
         self._workflows: dict[str, Workflow] = {}
 
     # --- workflows -------------------------------------------------------------------------------------------------
@@ -366,7 +368,7 @@ class Streamline:
             events=self.events,
             lease_s=self.settings.lease_s,
             threads_max=self.settings.concurrency,
-            silence_s=self.settings.stall_timeout_s,
+            blocking=lambda: self._loops_blocking.here(self.settings.stall_timeout_s),
             suspect_from=suspect_from,
         )
         return Engine(config, store, self.env, observer)

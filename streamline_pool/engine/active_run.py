@@ -53,6 +53,7 @@ class ActiveRun:
         "__weakref__",
         "_blocking_save",
         "_engine",
+        "_interruptions",
         "_saving",
         "_woken",
         "asking",
@@ -60,7 +61,7 @@ class ActiveRun:
         "deadline",
         "definition",
         "document",
-        "interruptions",
+        "has_left_condition",
         "is_alone",
         "is_driven",
         "is_loading",
@@ -88,7 +89,8 @@ class ActiveRun:
         self.is_driven = False  # False: it has been claimed, and waits for other executions to be over
         self.is_alone = False  # a suspect that runs alone in its worker
         self.is_loading = False  # outputs that the next handler or condition is expected to ask for
-        self.interruptions: list[StoreUnavailableError] = []  # what checkpoints, hooks and `get_output` have raised in this attempt
+        self.has_left_condition = False  # one goes on although it was cancelled
+        self._interruptions: weakref.WeakSet[StoreUnavailableError] | None = None  # what calls of this attempt or condition have raised
         self.unsettled: Save | None = None  # such a checkpoint or hook: no other write may be sent before its outcome is known
         self.outputs = LoadedOutputs(_loader_of(self))  # those that the document only refers to
         self.place = 0  # of the current step
@@ -184,7 +186,8 @@ class ActiveRun:
     @property
     def _may_wait_for_loop(self) -> bool:
         """Whether the calling thread may wait for the event loop, which may be waiting for one of an `async def` handler or a condition."""
-        return not self.step.is_async and self.asking is None and not self._engine.blocking.on_loop
+        has_condition = self.asking is not None or self.has_left_condition
+        return not self.step.is_async and not has_condition and not self._engine.blocking.on_loop
 
     @contextlib.contextmanager
     def _noting_interruptions(self) -> Iterator[None]:
@@ -192,14 +195,19 @@ class ActiveRun:
         try:
             yield
         except StoreUnavailableError as exc:
-            self.interruptions.append(exc)
+            self._interruptions = self._interruptions or weakref.WeakSet()  # weak: an error knows the frames, and they the payload
+            self._interruptions.add(exc)
             raise
 
     def is_interruption(self, raised: BaseException) -> bool:
         """Whether a handler or condition has raised what its calls have raised, because the database did not answer."""
         if isinstance(raised, BaseExceptionGroup):
             return all(self.is_interruption(each) for each in raised.exceptions)
-        return any(raised is each for each in self.interruptions)
+        return self._interruptions is not None and raised in self._interruptions
+
+    def forget_interruptions(self) -> None:
+        """Another attempt begins, or another condition is asked."""
+        self._interruptions = None
 
     # --- writes while a handler runs -------------------------------------------------------------------------------
 
@@ -219,14 +227,17 @@ class ActiveRun:
     def _blocking_save_alone(self) -> Iterator[None]:
         """One blocking save at a time. The loop's thread waits for those of the handler's own threads no longer than for the database."""
         blocking = self._engine.blocking
-        if not self._blocking_save.acquire(timeout=blocking.left_s() if blocking.on_loop else -1):
-            raise StoreUnavailableError(f"run {self.run_id}: the saves of other threads of its handler take too long", transient=True)
+        if not self._blocking_save.acquire(blocking=not blocking.on_loop):
+            with blocking.waiting() as seconds:
+                if not self._blocking_save.acquire(timeout=seconds):
+                    raise StoreUnavailableError(f"run {self.run_id}: the saves of its handler's threads get no answer", transient=True)
         try:
             yield
         finally:
             self._blocking_save.release()
 
     def _save_blocking(self, save: Save) -> None:
+        self._engine.blocking.admit()  # else it is not sent, and nothing is unsettled
         self.unsettled = save
         try:
             outcome = self._engine.drive_blocking(_write_alone(save.statement))

@@ -18,7 +18,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.domain.change import ChangeEvent
 from streamline_pool.domain.definition import Definition
 from streamline_pool.domain.document import RunDocument
-from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError
+from streamline_pool.domain.errors import WorkflowError
 from streamline_pool.events.bus import EventBus
 from streamline_pool.events.publisher import EventPublisher
 from streamline_pool.protocol import recovery
@@ -62,7 +62,7 @@ class EngineConfig:
     events: EventBus  # the application's own
     lease_s: float
     threads_max: int  # `def` handlers at once
-    silence_s: float  # of its event loop, after which the supervisor ends a worker
+    blocking: Callable[[], LoopBlocking]  # of the running loop
     suspect_from: int | None = None  # a run that has lost as many workers runs alone (solitude.py); None: no run has to
 
 
@@ -73,7 +73,7 @@ class Engine:
         self.store = store
         self.env = env
         self._blocking_store = config.blocking_store
-        self._silence_s = config.silence_s
+        self._blocking_here = config.blocking
         self.cache = RunCache()
         self.active_runs = ActiveRuns()
         self.event_publisher = EventPublisher(store, env)
@@ -101,7 +101,8 @@ class Engine:
     def start(self) -> None:
         """Begin to commit and to renew, in the running loop."""
         self.loop = asyncio.get_running_loop()
-        self.blocking = LoopBlocking(self.env, self.loop, self._deadlines, self._silence_s)
+        self.blocking = self._blocking_here()
+        self.blocking.watch(self._deadlines)
         self._committer.start()
         self._outputs.start()
         self.event_publisher.start()
@@ -110,6 +111,7 @@ class Engine:
     async def close(self) -> None:
         """Stop. The leases of runs that are still active expire; drain first to release them."""
         self._state.closed = True
+        self.blocking.forget(self._deadlines)
         await self.leases.close()
         for active in self.active_runs.all():
             if active.task is not None:
@@ -230,11 +232,8 @@ class Engine:
 
     def drive_blocking(self, procedure: Procedure[T]) -> T:
         """See ports.EnginePort."""
-        left_s = self.blocking.left_s()
-        if not left_s:
-            procedure.close()
-            raise StoreUnavailableError("the calls of handlers have blocked the event loop of this worker for too long", transient=True)
-        return self._blocking_store().drive_within(left_s, procedure)
+        with contextlib.closing(procedure), self.blocking.waiting() as seconds:
+            return self._blocking_store().drive_within(seconds, procedure)
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """See ports.EnginePort."""

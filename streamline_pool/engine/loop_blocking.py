@@ -1,58 +1,105 @@
-"""How long the calls of handlers may block the event loop of their worker: all calls of one turn of the loop together.
+"""How long the calls of handlers may block an event loop: all calls of one turn of the loop together.
 
-While the loop's thread waits, no lease is renewed, no handler of this worker can be stopped, and the supervisor hears nothing. So the
-time ends before the first lease does, and in a part of the silence after which the supervisor ends the worker.
+While the loop's thread waits, no lease is renewed, no handler in this loop can be stopped, and the supervisor hears nothing. So a call
+ends before the first lease does, and in a part of the silence after which the supervisor ends the worker. Only the time within calls
+counts: what a handler computes between two calls is its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from streamline_pool.config.env import Env
+from streamline_pool.domain.errors import StoreUnavailableError
 
-__all__ = ["LoopBlocking"]
+__all__ = ["LoopBlocking", "LoopsBlocking"]
 
-_MIN_S = 1.0  # after a handler that has computed beyond its lease without a pause: the lease may still be there
+_Deadlines = Callable[[], Iterable[float]]
+
+_MIN_S = 1.0  # also for a handler that has computed beyond its lease without a pause: the lease may still be there
 _MAX_S = 10.0  # a guess: a fail-over takes less
-_SILENCE_SHARE = 1 / 3  # of the silence after which the supervisor ends a worker; a turn of the loop is followed by a beat
+_SILENCE_SHARE = 1 / 3  # of the supervisor's patience, for one call
+_TURN_SHARE = 2 / 3  # of the supervisor's patience, for the calls of one turn that were answered; it has a beat behind it
 
 
 class LoopBlocking:
-    """The time of one event loop. Threads of handlers have as much for each call, because they block no loop."""
+    """The blocking calls in one event loop, whose thread makes this. Threads of handlers have as much time for each call."""
 
-    def __init__(self, env: Env, loop: asyncio.AbstractEventLoop, deadlines: Callable[[], Iterable[float]], silence_s: float) -> None:
+    def __init__(self, env: Env, silence_s: float) -> None:
         self._env = env
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self._deadlines = deadlines  # monotonic: when the leases end
+        self._deadlines: list[_Deadlines] = []
         self._max_s = min(_MAX_S, silence_s * _SILENCE_SHARE)
-        self._until: float | None = None  # monotonic; when the time of this turn is over; None: no call has blocked in it
-        self._least_s = 0.0  # less is not worth a call
+        self._turn_max_s = silence_s * _TURN_SHARE
+        self._spent_s = 0.0  # within calls of this turn
+        self._in_vain = False  # a call of this turn got no answer
+        self._turn_ends = False  # its end is planned
+
+    def watch(self, deadlines: _Deadlines) -> None:
+        """An engine begins in this loop. `deadlines`: when its leases end, monotonic seconds."""
+        self._deadlines.append(deadlines)
+
+    def forget(self, deadlines: _Deadlines) -> None:
+        """That engine has ended."""
+        if deadlines in self._deadlines:
+            self._deadlines.remove(deadlines)
 
     @property
     def on_loop(self) -> bool:
         """Whether the calling thread is the loop's own."""
         return threading.get_ident() == self._thread
 
-    def left_s(self) -> float:
-        """How long the calling thread may wait from now on, in seconds; 0 if it may not."""
-        now = self._env.clock.monotonic()
-        if not self.on_loop:
-            return self._longest_s(now)
-        if self._until is None:
-            longest_s = self._longest_s(now)
-            self._until, self._least_s = now + longest_s, longest_s / 20
-            # Behind the timers that are due, and what they wake: renewals, beats and self-fences come before the next call.
-            self._loop.call_later(0, self._loop.call_soon, self._turned)
-        left_s = self._until - now
-        return left_s if left_s > self._least_s else 0.0
+    def admit(self) -> None:
+        """Raise StoreUnavailableError if the calling thread must not wait: calls of this turn have blocked the loop for long enough."""
+        if self.on_loop and (self._in_vain or self._spent_s >= self._turn_max_s):
+            raise StoreUnavailableError(
+                "other calls of handlers have blocked the event loop of this worker for long enough", transient=True
+            )
 
-    def _longest_s(self, now: float) -> float:
-        first = min(self._deadlines(), default=math.inf)
-        return min(max(first - now, _MIN_S), self._max_s)
+    @contextmanager
+    def waiting(self) -> Iterator[float]:
+        """While the calling thread waits for the database: for so many seconds at most. Raises as `admit` does."""
+        self.admit()
+        began = self._env.clock.monotonic()
+        first = min((deadline for deadlines in self._deadlines for deadline in deadlines()), default=began + self._max_s)
+        if not self.on_loop:
+            yield _between(_MIN_S, first - began, self._max_s)
+            return
+        if not self._turn_ends:
+            # Behind the timers that are due, and what they wake: renewals, beats and self-fences come before the next call.
+            self._turn_ends = True
+            self._loop.call_later(0, self._loop.call_soon, self._turned)
+        try:
+            yield _between(_MIN_S, min(first - began, self._max_s - self._spent_s), self._max_s)
+        except StoreUnavailableError:
+            self._in_vain = True
+            raise
+        finally:
+            self._spent_s += self._env.clock.monotonic() - began
 
     def _turned(self) -> None:
-        self._until = None
+        self._spent_s, self._in_vain, self._turn_ends = 0.0, False, False
+
+
+class LoopsBlocking:
+    """Those of the event loops in which one application executes runs: a worker's, and those of `execute`."""
+
+    def __init__(self, env: Env) -> None:
+        self._env = env
+        self._of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBlocking] = weakref.WeakKeyDictionary()
+
+    def here(self, silence_s: float) -> LoopBlocking:
+        """That of the running loop. `silence_s`: of a loop, after which the supervisor ends its worker."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._of:
+            self._of[loop] = LoopBlocking(self._env, silence_s)
+        return self._of[loop]
+
+
+def _between(least: float, value: float, most: float) -> float:
+    return min(max(value, least), most)

@@ -45,7 +45,7 @@ class EnginePort(Protocol):
     blocking: LoopBlocking
 
     def drive_blocking(self, procedure: Procedure[T]) -> T:
-        """Run a procedure for a handler, while the calling thread waits. Raises StoreUnavailableError after `blocking.left_s`."""
+        """Run a procedure for a handler, while the calling thread waits. Raises StoreUnavailableError as `blocking` says."""
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """Send a fenced write with the group; its outcome."""

@@ -186,7 +186,7 @@ class RunDriver:
         """Ask the step's conditions. None if this worker holds the run no more."""
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
-        active.interruptions.clear()
+        active.forget_interruptions()
         limit_s = active.step.timeout_s or CONDITION_TIMEOUT_S
         conditions = functools.partial(allowed, active.step, context, active.document, active.outputs)
         active.asking = asking = Asking(conditions, context.signal)
@@ -196,6 +196,7 @@ class RunDriver:
             if self._state.closed:
                 raise
             if isinstance(exc, ConditionStuckError):
+                active.has_left_condition = True
                 self._solitude.code_left(asking)
                 self._on_stuck(active, None, f"run {active.run_id}: a condition of step {active.step.id} goes on although it was cancelled")
             if active.lost is not None:
@@ -210,7 +211,7 @@ class RunDriver:
             return failed(active.document, active.step, place, failure, self._writer.moment())
         finally:
             active.asking = None
-            active.interruptions.clear()
+            active.forget_interruptions()
             self._observe_demand(active)
             _warn_of_lost_changes(active.document, intents, "a condition")
         if enter:
@@ -221,7 +222,7 @@ class RunDriver:
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
         attempt = Attempt(asyncio.get_running_loop(), context, intents, functools.partial(self._on_stuck, active))
-        active.interruptions.clear()
+        active.forget_interruptions()
         active.attempt = attempt
         if self._events.wanted:
             self._events.publish(active.document, (("step:started", active.step.id, {"attempt": context.attempt}),))

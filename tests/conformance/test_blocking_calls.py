@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +15,7 @@ import pytest
 from workers import Pool, run_until_idle
 
 from streamline_pool import Context, InvalidStateError, StoreUnavailableError, Streamline, create_hook, execute_parallel
+from streamline_pool.engine.active_run import Save
 from streamline_pool.storage.procedures import Procedure
 from streamline_pool.storage.store import AsyncStore
 
@@ -40,6 +43,7 @@ async def _by_threads(save: Callable[[], Any]) -> None:
 async def _by_hand(save: Callable[[], Any]) -> None:
     with suppress(StoreUnavailableError):
         save()
+    await asyncio.sleep(0.01)  # in the same turn of the loop no call would be sent
     save()
 
 
@@ -48,8 +52,8 @@ def test_a_step_whose_saves_get_no_answer_is_entered_again_uncounted(
     app: Streamline, monkeypatch: pytest.MonkeyPatch, make: Callable[[Callable[[], Any]], Any]
 ) -> None:
     """However many saves fail at once, and however their errors come out of the handler."""
-    unanswered = _no_answers(app, monkeypatch, times=2)
     entered: list[int] = []
+    _no_answers(app, monkeypatch, while_true=lambda: len(entered) == 1)
 
     async def saving(ctx: Context) -> None:
         entered.append(ctx.attempt)
@@ -60,16 +64,21 @@ def test_a_step_whose_saves_get_no_answer_is_entered_again_uncounted(
     run = app.get_run(run_id)
     assert run is not None
     assert run.status == "done", run.error
-    assert (len(entered), unanswered) == (2, [])
+    assert (len(entered), run.steps[0].attempts) == (2, 2)
 
 
 def test_a_hook_that_could_not_be_stored_may_be_asked_for_again(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The handler has no token of the first."""
-    _no_answers(app, monkeypatch, times=1)
+    tried: list[None] = []
+    _no_answers(app, monkeypatch, while_true=lambda: len(tried) == 1)
     tokens: list[str] = []
 
     async def asking(ctx: Context) -> None:
-        await _by_hand(lambda: tokens.append(create_hook(ctx, "approve").token))
+        def ask() -> None:
+            tried.append(None)
+            tokens.append(create_hook(ctx, "approve").token)
+
+        await _by_hand(ask)
         ctx.wait("approve")
 
     run_id = app.workflow("w", steps={"s": (asking, {"retries": 1})}).start().id
@@ -77,19 +86,60 @@ def test_a_hook_that_could_not_be_stored_may_be_asked_for_again(app: Streamline,
     assert app.resume_hook(tokens[0], "yes").run_id == run_id
 
 
-def _no_answers(app: Streamline, monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
-    """The next blocking calls get no answer. Returns the list of those to come."""
-    store, to_come = app.store(), ["away"] * times
+def _no_answers(app: Streamline, monkeypatch: pytest.MonkeyPatch, while_true: Callable[[], bool]) -> None:
+    """Blocking calls get no answer for so long."""
+    store = app.store()
     drive = store.drive_within
 
     def drive_within(seconds: float, procedure: Procedure[Any]) -> Any:
-        if to_come:
+        if while_true():
             procedure.close()
-            raise StoreUnavailableError(to_come.pop(), transient=True)
+            raise StoreUnavailableError("away", transient=True)
         return drive(seconds, procedure)
 
     monkeypatch.setattr(store, "drive_within", drive_within)
-    return to_come
+
+
+def test_saves_without_an_answer_keep_nothing_in_memory(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler for which progress is a favour tries row after row. Each error knows frames that know its row."""
+    entered: list[int] = []
+    _no_answers(app, monkeypatch, while_true=lambda: len(entered) == 1)
+
+    async def saving(ctx: Context) -> int:
+        entered.append(ctx.attempt)
+        for row in range(50):
+            with suppress(StoreUnavailableError):
+                ctx.checkpoint([row])
+            await asyncio.sleep(0.001)
+        gc.collect()
+        return sum(type(each) is Save for each in gc.get_objects())
+
+    run_id = app.workflow("w", steps={"s": saving}).start().id
+    run_until_idle(app)
+    run = app.get_run(run_id)
+    assert run is not None
+    assert run.output == 1, "the first one, whose outcome is not known"
+
+
+def test_a_handler_that_computes_between_two_saves_is_not_interrupted(make_app: Callable[..., Streamline]) -> None:
+    """The database answers at once, and the handler keeps the loop from turning for longer than a call may."""
+    entered: list[int] = []
+
+    async def saving(ctx: Context) -> str:
+        entered.append(ctx.attempt)
+        ctx.checkpoint("begun")
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            pass
+        ctx.checkpoint("computed")
+        return "done"
+
+    app = make_app(stall_timeout_s=3.0)  # so a call may take 1 s
+    run_id = app.workflow("w", steps={"s": (saving, {"retries": 1})}).start().id
+    run_until_idle(app)
+    run = app.get_run(run_id)
+    assert run is not None
+    assert (run.status, run.output, entered) == ("done", "done", [1])
 
 
 def test_what_a_thread_has_saved_stays_when_its_handler_is_given_up(app: Streamline) -> None:
@@ -173,6 +223,37 @@ def test_a_condition_may_wait_for_a_thread_that_asks_for_an_output(app: Streamli
             return [app.get_run(run.id) for run in runs]
 
     assert [(run.status, run.output) for run in asyncio.run(main())] == [("done", "used")] * 2
+
+
+def test_a_condition_that_was_left_behind_may_wait_for_its_thread(app: Streamline) -> None:
+    """It goes on although it was cancelled, and keeps the loop until its thread has the output."""
+    got: list[int] = []
+
+    async def stubborn(ctx: Context) -> bool:
+        if ctx.input == "first":
+            return True
+        for _ in range(3):
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.9)
+        with ThreadPoolExecutor(1) as threads:
+            got.append(len(threads.submit(ctx.get_output, "make").result(20)))
+        return True
+
+    use: Any = (lambda ctx: "used", {"run_if": stubborn, "retries": 1, "timeout": 0.2})
+    workflow = app.workflow("w", steps={"make": lambda ctx: "x" * 10_000, "nap": lambda ctx: ctx.sleep(0.01), "use": use})
+
+    started: list[Any] = []
+
+    async def main() -> None:
+        async with Pool(app) as pool:
+            for given in ("first", "second"):
+                started.append(await workflow.start_async(given))
+                await pool.until(lambda: app.runs.count_documents({"status": {"$in": ["done", "failed"]}}) == len(started))
+            while not got:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert got == [10_000]
 
 
 def test_a_run_that_is_stopped_while_its_outputs_are_read_is_released_before_it_enters_a_step(

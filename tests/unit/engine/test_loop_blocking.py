@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from streamline_pool.config.env import system_env
-from streamline_pool.engine.loop_blocking import LoopBlocking
+from streamline_pool.domain.errors import StoreUnavailableError
+from streamline_pool.engine.loop_blocking import LoopBlocking, LoopsBlocking
 
 
 class Clock:
@@ -27,38 +28,80 @@ class Clock:
         raise NotImplementedError
 
 
-def on_a_loop(test: Callable[[LoopBlocking, Clock], Awaitable[None]], *deadlines: float, silence_s: float = 30.0) -> None:
-    """Run `test` with the time of a new event loop."""
+class Calls:
+    """Makes blocking calls in a new event loop."""
+
+    def __init__(self, blocking: LoopBlocking, clock: Clock) -> None:
+        self.blocking = blocking
+        self.clock = clock
+
+    def call(self, takes_s: float, *, is_answered: bool = True) -> float | None:
+        """A call. How long it could have taken; None: it was refused."""
+        try:
+            self.blocking.admit()
+        except StoreUnavailableError:
+            return None
+        seconds = 0.0
+        try:
+            with self.blocking.waiting() as seconds:
+                self.clock.seconds += min(takes_s, seconds)
+                if not is_answered:
+                    raise StoreUnavailableError("no answer")
+        except StoreUnavailableError:
+            pass
+        return seconds
+
+
+def on_a_loop(test: Callable[[Calls], Awaitable[None]], *deadlines: float, silence_s: float = 30.0) -> None:
+    """Run `test` in a new event loop, in which leases end at these instants. The clock stands at 100 s."""
 
     async def main() -> None:
         clock = Clock()
-        env = dataclasses.replace(system_env(), clock=clock)
-        await test(LoopBlocking(env, asyncio.get_running_loop(), lambda: deadlines, silence_s), clock)
+        blocking = LoopsBlocking(dataclasses.replace(system_env(), clock=clock)).here(silence_s)
+        blocking.watch(lambda: deadlines[:1])
+        blocking.watch(lambda: deadlines[1:])  # of another engine
+        await test(Calls(blocking, clock))
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize(
     ("deadlines", "silence_s", "seconds"),
-    [((), 30.0, 10.0), ((104.0, 120.0), 30.0, 4.0), ((90.0,), 30.0, 1.0), ((120.0,), 6.0, 2.0), ((90.0,), 0.3, 0.1)],
+    [((), 30.0, 10.0), ((120.0, 104.0), 30.0, 4.0), ((90.0,), 30.0, 1.0), ((120.0,), 6.0, 2.0), ((90.0,), 0.3, 0.1)],
     ids=["no lease", "first lease", "a lease that is over", "patience", "little patience and no lease"],
 )
-def test_the_time_ends_before_the_first_lease_and_in_a_part_of_the_supervisors_patience(
+def test_a_call_ends_before_the_first_lease_and_in_a_part_of_the_supervisors_patience(
     deadlines: tuple[float, ...], silence_s: float, seconds: float
 ) -> None:
-    async def test(blocking: LoopBlocking, clock: Clock) -> None:
-        assert blocking.left_s() == pytest.approx(seconds)
+    async def test(calls: Calls) -> None:
+        assert calls.call(0.0) == pytest.approx(seconds)
 
     on_a_loop(test, *deadlines, silence_s=silence_s)
 
 
-def test_the_calls_of_one_turn_share_its_time_whether_they_succeed_or_not() -> None:
-    async def test(blocking: LoopBlocking, clock: Clock) -> None:
-        left = []
-        for _ in range(5):
-            left.append(blocking.left_s())
-            clock.seconds += 3.0
-        assert left == pytest.approx([10.0, 7.0, 4.0, 1.0, 0.0])
+def test_after_a_call_without_an_answer_no_call_of_the_same_turn_waits() -> None:
+    async def test(calls: Calls) -> None:
+        assert calls.call(20.0, is_answered=False) == 10.0
+        assert [calls.call(0.0) for _ in range(3)] == [None] * 3
+
+    on_a_loop(test)
+
+
+def test_answered_calls_of_one_turn_share_two_thirds_of_the_supervisors_patience() -> None:
+    """A database that is slow, and many handlers that are ready at once. Each call has a moment."""
+
+    async def test(calls: Calls) -> None:
+        assert [calls.call(6.0) for _ in range(12)] == pytest.approx([10.0, 4.0, *[1.0] * 10])
+        assert calls.call(0.0) is None
+
+    on_a_loop(test)
+
+
+def test_what_a_handler_computes_between_two_calls_does_not_count() -> None:
+    async def test(calls: Calls) -> None:
+        assert calls.call(0.01) == 10.0
+        calls.clock.seconds += 25.0
+        assert calls.call(0.01) == pytest.approx(9.99)
 
     on_a_loop(test)
 
@@ -66,36 +109,48 @@ def test_the_calls_of_one_turn_share_its_time_whether_they_succeed_or_not() -> N
 def test_the_next_call_has_its_time_only_after_what_the_loop_had_to_do_meanwhile() -> None:
     """The timers of renewals, beats and self-fences are due by then: they come first, and so does what they wake."""
 
-    async def test(blocking: LoopBlocking, clock: Clock) -> None:
-        left: list[tuple[str, float]] = []
+    async def test(calls: Calls) -> None:
+        happened: list[str] = []
 
         async def saves_in_each_turn() -> None:
-            while left[-1:] != [("handler", 10.0)]:
+            while happened[-1:] != ["save"]:
                 await asyncio.sleep(0)
-                left.append(("handler", blocking.left_s()))
+                happened.append("refused" if calls.call(0.0) is None else "save")
 
         async def beats() -> None:
             await asyncio.sleep(0.001)
-            left.append(("beat", 0.0))
+            happened.append("beat")
 
         beat = asyncio.create_task(beats())
         await asyncio.sleep(0)
-        assert blocking.left_s() == 10.0
-        clock.seconds += 10.0
+        calls.call(10.0, is_answered=False)
         time.sleep(0.005)  # the call blocks the loop, and the timer of the beat is due
         await asyncio.create_task(saves_in_each_turn())
         await beat
-        assert left.index(("beat", 0.0)) < left.index(("handler", 10.0))
+        assert happened.index("beat") < happened.index("save")
 
     on_a_loop(test)
 
 
 def test_threads_do_not_share_the_time_of_the_loop() -> None:
-    async def test(blocking: LoopBlocking, clock: Clock) -> None:
-        blocking.left_s()
-        clock.seconds += 10.0
-        assert blocking.left_s() == 0.0
-        assert not await asyncio.to_thread(lambda: blocking.on_loop)
-        assert await asyncio.to_thread(blocking.left_s) == 10.0
+    async def test(calls: Calls) -> None:
+        calls.call(10.0, is_answered=False)
+        assert calls.call(0.0) is None
+        assert await asyncio.to_thread(calls.call, 20.0, is_answered=False) == 10.0
+        assert await asyncio.to_thread(calls.call, 0.0) == 10.0
+        assert not await asyncio.to_thread(lambda: calls.blocking.on_loop)
 
     on_a_loop(test)
+
+
+def test_the_engines_of_an_application_share_the_time_of_their_loop() -> None:
+    async def main() -> None:
+        loops = LoopsBlocking(system_env())
+        assert loops.here(30.0) is loops.here(30.0)
+        other = await asyncio.to_thread(lambda: asyncio.run(_here(loops)))
+        assert other is not loops.here(30.0)
+
+    async def _here(loops: LoopsBlocking) -> LoopBlocking:
+        return loops.here(30.0)
+
+    asyncio.run(main())

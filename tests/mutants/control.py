@@ -63,6 +63,7 @@ _CONTROL_MUTANTS = (
         old=""""actIds": {"$slice": [{"$concatArrays": [earlier, [{"$literal": control_id}]]}, -CONTROL_IDS_KEPT]},""",
         new=""""actIds": [{"$literal": control_id}],""",
         harm="A call whose reply was lost, and which another call has followed, is decided again.",
+        explorer=("--kinds", "wait"),
     ),
     _bug(
         name="cancel-whose-reply-was-lost-is-not-announced",

@@ -98,5 +98,6 @@ MUTANTS: tuple[Mutant, ...] = (
 """
         + _MINIMAL,
         harm="A worker that has lost a run whose document was full ends it, although another worker goes on with it.",
+        explorer=("--kinds", "retry"),
     ),
 )

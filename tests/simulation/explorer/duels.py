@@ -47,6 +47,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("late at answer_wait", "answer waiting", "rewind", "pause waiting"),
         _duel("late at answer_wait", "answer waiting", "rewind", "answer waiting"),
         _duel("server clock"),
+        _duel("reply lost at rewind_run", "rewind waiting", rival=("pause waiting", "resume soon", "pause soon")),
+        _duel("reply lost at pause_run", "pause waiting", rival=("resume soon", "pause soon")),
     ),
     "waits": (
         _duel("late", "answer waiting", "answer waiting"),
@@ -182,6 +184,8 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("slow reply", "rewind at claim", "rewind at claim"),
         _duel("lag", "pause at commit", "resume at commit"),
         _duel(None, "pause at commit", "resume at commit", rival=("pause at commit", "resume at commit")),
+        _duel("full at commit_runs", "cancel at commit"),
+        _duel("full at commit_runs", "rewind at commit"),
     ),
     "poison": (
         _duel(None, "rewind", "pause"),

@@ -85,7 +85,8 @@ def draw_fault(choices: Choices, request: Request, theme: Theme | None, *, has_s
     """The fault at this operation, or None. `has_struck`: there was one in this schedule."""
     profile = choices.profile
     if theme is not None and theme.at is not None:
-        return theme.kind if request.name == theme.at and choices.happens(_AGAIN if has_struck else _FIRST) else None
+        chance = _AGAIN if has_struck and theme.kind != "full" else _FIRST  # a full document stays full
+        return theme.kind if request.name == theme.at and choices.happens(chance) else None
     kind = None if theme is None else theme.kind
     if kind in _OF_WRITES and not request.writes:
         return None

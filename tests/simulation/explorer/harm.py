@@ -171,7 +171,7 @@ class Harm:
 
     def disturb(self) -> None:
         """Stop or kill a worker in whose handlers time passes, or end a driver, without any operation under way."""
-        chance = self._choices.profile.near_writes / 4
+        chance = self._choices.profile.near_writes / (4 if not self.counts or self.theme is None else 40)  # a theme strikes, then waits
         if not chance or (self.theme is not None and (self.theme.at is not None or self.theme.kind not in _AT_ANY_TIME)):
             return
         if not self._world.rules.entries.handlers_run() or not self._choices.happens(chance):

@@ -43,7 +43,7 @@ test-slow: $(STAMP) ## Run the slow tests, then the chaos tests
 
 test-all: test test-slow ## Run every test
 
-mutants: $(STAMP) ## Plant a bug in a copy of the tree, one after the other, and show which tests find it
+mutants: $(STAMP) ## Plant 200 bugs, one after the other, and show which tests find each; takes more than an hour
 	$(BIN)/python -m tests.mutants $(MUTANT_ARGS)
 
 lint: $(STAMP) ## Check style, format and types
@@ -62,7 +62,7 @@ docs: $(DOCS_STAMP) ## Build the documentation site into ./site; a warning is an
 bench: $(STAMP) ## Run the load tests and print each figure beside its reference
 	$(BIN)/python -m loadtests $(BENCH_ARGS)
 
-reliability: $(STAMP) ## Measure what docs/reliability.md says, which takes hours, and make that page
+reliability: $(STAMP) ## Measure what docs/reliability.md says, which takes a day, and make that page
 	$(BIN)/python -m tests.reliability $(RELIABILITY_ARGS)
 
 clean: ## Remove the virtual environment and everything that was built

@@ -167,7 +167,7 @@ def _faults(stage: Stage, plan: Plan, say: Callable[[str], None]) -> list[Turn]:
         if left_s < hold_s and {fault.name for fault in plan.faults} <= {turn.fault for turn in turns}:
             break
         turns.append(_one_fault(stage, fault, hold_s))
-        counts = f"{len(stage.audit.stories)} runs, {sum(stage.audit.ended.values())} ended"
+        counts = f"{len(stage.audit.stories)} runs, {sum(stage.audit.ended.values())} ends"
         say(f"{real_monotonic() - begun:5.0f} s  {fault.name}{f': {turns[-1].no_turn}' if turns[-1].no_turn else ''}  ({counts})")
         stage.wait(_CALM_S)
         _restart_ended(stage, say)

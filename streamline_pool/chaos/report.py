@@ -31,7 +31,7 @@ def document(outcome: Outcome, left_out: dict[str, str]) -> dict[str, Any]:
         **{"settled_s": round(outcome.settled_s, 1), "runs": len(audit.stories), "ends": dict(audit.ended), "deleted": audit.deleted},
         "faults": faults,
         "left_out": left_out,
-        "no_turn": {turn.fault: turn.no_turn for turn in outcome.turns if turn.no_turn},
+        "no_turn": _without_turn(outcome, faults),
         **{"calls": dict(sorted(load.acts.counts.items())), "aimed": dict(load.aimed), "cleaned": dict(load.cleaned)},
         "entered_again": _entered_again(outcome),
         "checked": dict(verdict.checked),
@@ -39,6 +39,12 @@ def document(outcome: Outcome, left_out: dict[str, str]) -> dict[str, Any]:
         "endings": [f"host {end.host} {end.how}: {end.code}" for host in outcome.hosts for end in host.endings],
         "findings": [f"{run_id}: {'; '.join(reasons)}" for run_id, reasons in list(verdict.all().items())[:_SHOWN]],
     }
+
+
+def _without_turn(outcome: Outcome, faults: dict[str, Any]) -> dict[str, str]:
+    """Why a fault has not happened; also of one that has happened at another time."""
+    found_nothing = {turn.fault: turn.no_turn for turn in outcome.turns if turn.no_turn}
+    return {**{name: "the time was over" for name, row in faults.items() if not row["turns"]}, **found_nothing}
 
 
 def _entered_again(outcome: Outcome) -> int:
@@ -72,21 +78,22 @@ def _round(seconds: float | None) -> float | None:
 
 
 def is_clean(report: dict[str, Any]) -> bool:
-    """No rule was broken, and the witnesses are complete."""
+    """No rule was broken, some fault has happened, and the witnesses are complete."""
     counts = sum(report[name] for name in ("lost", "wedged", "duplicates", "early"))
-    return counts == 0 and not report["untrue_exit_codes"] and bool(report["audit_complete"])
+    has_happened = any(row["turns"] for row in report["faults"].values())
+    return counts == 0 and has_happened and not report["untrue_exit_codes"] and bool(report["audit_complete"])
 
 
 def table(report: dict[str, Any]) -> list[str]:
     """One row per fault, then the totals and the findings."""
-    columns = ("fault", "turns", "runs hit", "lost", "wedged", "doubled", "p50", "p99")
+    columns = ("fault", "turns", "runs hit", "lost", "wedged", "duplicates", "p50", "p99")
     rows: list[tuple[str, ...]] = [columns]
     for name, row in report["faults"].items():
         counts = (row["turns"], row["affected"], row["lost"], row["wedged"], row["duplicates"])
         rows.append((name, *map(str, counts), _seconds(row["recovery_p50_s"]), _seconds(row["recovery_p99_s"])))
     totals = (
         sum(row["turns"] for row in report["faults"].values()),
-        report["runs"],
+        sum(row["affected"] for row in report["faults"].values()),
         report["lost"],
         report["wedged"],
         report["duplicates"],
@@ -96,8 +103,10 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows
     ]
+    lines += [f"{report['runs']} runs, with {sum(report['ends'].values())} ends: a run that is rewound ends again"]
     lines += [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]
     lines += [f"no turn: {name}: {reason}" for name, reason in report["no_turn"].items()]
+    lines += [] if any(row["turns"] for row in report["faults"].values()) else ["no fault has happened, so nothing was tried"]
     lines += [f"early: {report['early']}"] if report["early"] else []
     lines += [f"untrue exit code: {text}" for text in report["untrue_exit_codes"]]
     lines += [] if report["audit_complete"] else ["the change stream could not be read to its end, so the judgement is incomplete"]

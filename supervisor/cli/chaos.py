@@ -94,6 +94,7 @@ def _list_faults() -> int:
 
 def _perform(options: dict[str, Any]) -> int:
     wanted = _wanted(options["faults"])
+    _check_outputs(options["json_path"], options["evidence"])
     seed = options["seed"] if options["seed"] is not None else random.SystemRandom().randrange(2**31)
     with nemesis.temporary_folder() as name:
         folder = Path(name)
@@ -101,6 +102,9 @@ def _perform(options: dict[str, Any]) -> int:
             lacks = missing(None if options["embedded"] else server, int(options["members"]))
             omitted = {fault.name: reason for fault in wanted if (reason := left_out(fault, lacks))}
             faults = [fault for fault in wanted if fault.name not in omitted]
+            if not faults:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in omitted.items())
+                raise CommandError(f"none of these faults can happen here: {reasons}. --list-faults shows them all.", ExitCode.USAGE)
             plan = nemesis.Plan(faults=faults, seconds=options["seconds"], seed=seed, rate=options["rate"], lease_s=options["lease"])
             _say(f"seed {seed}; {len(faults)} faults for {plan.seconds:g} s; left out: {', '.join(omitted) or 'none'}")
             outcome = nemesis.perform(server, options["database"] or "streamline_chaos", plan, folder, _say)
@@ -119,15 +123,26 @@ def _wanted(names: str | None) -> list[Fault]:
         raise CommandError(f"there is no fault {exc.args[0]!r}; --list-faults shows them all.", ExitCode.USAGE) from None
 
 
+def _check_outputs(json_path: str | None, evidence: str | None) -> None:
+    """What the command would write after minutes can be written."""
+    try:
+        if json_path not in (None, "-"):
+            Path(str(json_path)).open("a").close()
+        if evidence is not None:
+            Path(evidence).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise CommandError(f"cannot write {exc.filename}: {exc.strerror}; name another place.", ExitCode.USAGE) from None
+
+
 def _print(found: dict[str, Any], json_path: str | None) -> None:
     text = json.dumps(found, indent=2)
     if json_path == "-":
         click.echo(text)
         return
-    if json_path is not None:
-        Path(json_path).write_text(text + "\n")
     for line in report.table(found):
         click.echo(line)
+    if json_path is not None:
+        Path(json_path).write_text(text + "\n")
 
 
 @contextlib.contextmanager

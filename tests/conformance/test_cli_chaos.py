@@ -30,6 +30,8 @@ def test_a_database_with_something_else_in_it_is_refused_and_left_as_it_was(shel
         (("--embedded", "--mongodb-uri", "mongodb://127.0.0.1/", "--database", "d"), "say where"),
         (("--mongodb-uri", "mongodb://127.0.0.1/"), "say where"),
         (("--embedded", "--faults", "kill-all"), "there is no fault 'kill-all'"),
+        (("--embedded", "--json", "/no/such/folder/report.json"), "cannot write /no/such/folder/report.json"),
+        (("--embedded", "--evidence", "/proc/evidence"), "cannot write /proc/evidence"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_started(shell: Shell, words: tuple[str, ...], advice: str) -> None:
@@ -37,6 +39,13 @@ def test_what_cannot_be_done_is_said_before_anything_is_started(shell: Shell, wo
     refused = shell("chaos", *words)
     assert refused.returncode == 2
     assert advice in refused.stderr
+
+
+@pytest.mark.slow
+def test_faults_that_cannot_happen_here_are_no_clean_result(shell: Shell) -> None:
+    refused = shell("chaos", "--embedded", "--members", "1", "--faults", "step-down")
+    assert refused.returncode == 2
+    assert "none of these faults can happen here: step-down:" in refused.stderr
 
 
 @pytest.mark.slow

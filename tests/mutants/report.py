@@ -36,7 +36,11 @@ def line(row: Row) -> str:
     """One line of the table."""
     name = "(no mutant)" if row.mutant is None else row.mutant.name
     marked = f"{name} (equivalent)" if row.mutant is not None and row.mutant.equivalent else name
-    cells = [f"{detector} {found.verdict} {found.seconds:.1f} s {found.by}".rstrip() for detector, found in row.findings.items()]
+    words = {Verdict.MISSED: "green"} if row.mutant is None else {}  # there is nothing to be found
+    findings = row.findings.items()
+    cells = [
+        f"{detector} {words.get(found.verdict, found.verdict)} {found.seconds:.1f} s {found.by}".rstrip() for detector, found in findings
+    ]
     return f"{marked:<{_NAME_WIDTH}} {' | '.join(cells)}"
 
 

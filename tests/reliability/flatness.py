@@ -19,6 +19,9 @@ WARM_UP_SHARE = 0.2
 MEMORY_SLOPE_MAX_MIB = 0.5
 """Per 100 000 runs and process. A process that grows at this rate needs 200 000 000 runs for one gibibyte."""
 
+JUDGED_RUNS = 200_000
+"""A soak of fewer runs has no verdict: until each process has done everything once, it makes threads and takes memory."""
+
 COUNT_RISE_MAX = 2.0
 """Descriptors, threads, sockets and connections: between the medians of the first and the last third.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot, results
-from .flatness import COUNT_RISE_MAX, MEMORY_SLOPE_MAX_MIB, WARM_UP_SHARE
+from .flatness import COUNT_RISE_MAX, JUDGED_RUNS, MEMORY_SLOPE_MAX_MIB, WARM_UP_SHARE
 from .promises import CLOCKS, NOT_TRIED, PROMISES
 
 __all__ = ["PAGE", "PLOT", "render", "render_plot", "write"]
@@ -25,9 +25,10 @@ it is written by hand beside them:
 $ make reliability
 ```
 
-That measures every part and takes hours. `make reliability RELIABILITY_ARGS="--part soak --runs 20000"` measures one part, and
-`make reliability RELIABILITY_ARGS="--part page"` only makes this page from the results that are stored in `tests/reliability/results`.
-A part without a result says "Not measured."
+That measures every part. On two cores the explorer takes half an hour, the nemesis ten minutes, the soak an hour, and the mutants a day
+(`--mutant-tables` takes tables of `make mutants` in their place). `make reliability RELIABILITY_ARGS="--part soak --runs 200000"` measures
+one part, here in ten minutes, and `make reliability RELIABILITY_ARGS="--part page"` only makes this page from the results that are stored
+in `tests/reliability/results`. A part without a result says "Not measured."
 """
 
 
@@ -78,11 +79,11 @@ def _of(quantity: str, series: Mapping[str, Any]) -> dict[str, Any]:
 _EXPLORER = """The real procedures of two workers, a steward and several clients, on a real server, one database operation at a time,
 in an order that a seeded scheduler chooses. Before or after any operation it may crash an actor, delay it beyond its lease, lose a
 reply, or jump a clock. After each schedule the invariants are checked from the database and from a ledger of handler entries and
-acknowledged calls. `python -m tests.simulation.explorer` makes it."""
+acknowledged calls. `.venv/bin/python -m tests.simulation.explorer` makes it."""
 
 _NEMESIS = """A pool under load over every capability, on a server of its own, while faults are made. Every effect is in an external
-ledger. *Lost* is a run or an acknowledged call that is gone; *wedged* is a run that does not end; *duplicate* is a step with two
-accepted results. Recovery is the time from the end of a fault to the next accepted result."""
+ledger. `streamline-pool chaos` makes it; [what counts](how-to/chaos.md) as lost, wedged, duplicate and recovered stands there. Recovery
+is 0.00 s where the runs that a fault hit went on while it lasted."""
 
 _MUTANTS = """Defects that are planted on purpose, one at a time. A proof that does not find them proves nothing. A cell is the seconds
 until that detector found the mutant; "no" means that it did not, and an empty cell that it was not tried. A mutant that changes nothing
@@ -90,7 +91,8 @@ that can be observed is an *equivalent*, with its argument."""
 
 _SOAK = f"""A pool of real processes and one client, on a private server: plain steps, retries, sleeps of milliseconds, waits that are
 answered, hooks, events to one and to all, pause and resume, rewind, cancel, checkpoints, parallel tasks, large outputs, idempotent
-starts, streams, and clean-ups all the time. The first {WARM_UP_SHARE:.0%} of the runs are warm-up. Memory is flat if it grows by at most
+starts, streams, and clean-ups all the time. The first {WARM_UP_SHARE:.0%} of the runs are warm-up, and
+fewer than {JUDGED_RUNS:,} runs have no verdict. Memory is flat if it grows by at most
 {MEMORY_SLOPE_MAX_MIB:g} MiB for 100 000 runs and process; descriptors, threads, sockets and connections are flat if the median of the
 last third is less than {COUNT_RISE_MAX:g} above that of the first third. The USS of processes that were forked rises slowly, with time and
 not with runs, while pages that they shared since the fork are copied: that memory was there before, and *anonymous* memory does not
@@ -174,9 +176,12 @@ def _soak(result: Mapping[str, Any]) -> list[str]:
     not_flat, wrong = result["not_flat"], result["wrong"]
     summary = (
         f"{result['runs']:,} runs in {result['seconds'] / 60:,.0f} minutes ({result['runs_per_second']:,.0f} a second), "
-        f"{result['workers']} workers. Runs or calls with a wrong result: **{len(wrong)}**. Series that are not flat: "
-        f"**{', '.join(not_flat) if not_flat else 'none'}**."
+        f"{result['workers']} workers. Runs or calls with a wrong result: **{len(wrong)}**. "
     )
+    if result.get("is_judged", True):
+        summary += f"Series that are not flat: **{', '.join(not_flat) if not_flat else 'none'}**."
+    else:
+        summary += f"No verdict: that takes {JUDGED_RUNS:,} runs, because processes still warm up before."
     rows = [
         (v["name"], *(f"{third:,.2f}" for third in v["thirds"]), f"{v['slope_per_100k_runs']:+.2f}", "yes" if v["flat"] else "**no**")
         for v in result["verdicts"]

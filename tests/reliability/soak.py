@@ -22,7 +22,7 @@ import psutil
 
 from loadtests.common import Pool, Server, pool, report_progress, serving
 
-from .flatness import MEMORY_SLOPE_MAX_MIB, WARM_UP_SHARE, Point, judge_all
+from .flatness import JUDGED_RUNS, MEMORY_SLOPE_MAX_MIB, WARM_UP_SHARE, Point, judge_all
 from .sampler import QUANTITIES, read_connections, read_process
 
 __all__ = ["CONNECTIONS", "Options", "measure"]
@@ -68,8 +68,8 @@ def measure(options: Options) -> dict[str, Any]:
             started_at = time.monotonic()
             series = _watch(running, server, client, options)
             seconds = time.monotonic() - started_at
-    verdicts = judge_all(series)
     ended = client.report["ended"]
+    verdicts = judge_all(series) if ended >= JUDGED_RUNS else []
     return {
         "runs": ended,
         "seconds": round(seconds, 1),
@@ -77,6 +77,7 @@ def measure(options: Options) -> dict[str, Any]:
         "workers": options.workers,
         "seen": client.report["seen"],
         "wrong": client.report["wrong"],
+        "is_judged": ended >= JUDGED_RUNS,
         "warm_up_share": WARM_UP_SHARE,
         "memory_slope_max_mib": MEMORY_SLOPE_MAX_MIB,
         "verdicts": [verdict.document() for verdict in verdicts],

@@ -24,7 +24,7 @@ from .workload import KINDS
 def main() -> int:
     """The program."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation.explorer", description=__doc__)
-    parser.add_argument("--schedules", type=int, default=1_000, help="how many (default 1000)")
+    parser.add_argument("--schedules", type=_positive, default=1_000, help="how many (default 1000)")
     parser.add_argument("--seed", type=int, default=1, help="of the first schedule; the next ones count up (default 1)")
     parser.add_argument("--replay", action="store_true", help="play the schedule of --seed alone, and tell it")
     parser.add_argument("--keep-going", action="store_true", help="go on after a violation")
@@ -40,6 +40,13 @@ def main() -> int:
         parser.error(f"there is no kind {', '.join(set(options.kinds) - set(KINDS))}")
     with embedded.start(None) as mongod, closing(Server(mongod.uri, "explorer")) as server:
         return _replay(server, mongod.uri, options) if options.replay else _explore(server, mongod.uri, options)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
 def _replay(server: Server, uri: str, options: argparse.Namespace) -> int:
@@ -71,9 +78,9 @@ def _explore(server: Server, uri: str, options: argparse.Namespace) -> int:
         "schedules": count, "seconds": round(seconds, 1), "per_second": round(count / seconds, 1), "operations": operations,
         "entries": entries, "faults": dict(faults.most_common()), "violations": violations,
     }  # fmt: skip
-    print(
-        f"{count} schedules in {seconds:.1f} s ({count / seconds:.1f} per second), {operations} operations, {sum(faults.values())} faults"
-    )
+    speed = f"{seconds:.1f} s ({count / seconds:.1f} per second)"
+    print(f"{count} schedules in {speed}, {operations} operations, {sum(faults.values())} injected faults")
+    print(f"{len(violations)} broke a promise" if violations else "no violation")
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1))
     return int(bool(violations))

@@ -38,7 +38,16 @@ def report(**changes: Any) -> dict[str, Any]:
     row = {"turns": 1, "affected": 2, "lost": 0, "wedged": 0, "duplicates": 0, "recovery_p50_s": 0.5, "recovery_p99_s": None}
     counts = dict.fromkeys(("lost", "wedged", "duplicates", "early"), 0)
     rest = {"left_out": {"disk-full": "needs root"}, "no_turn": {}, "findings": [], "untrue_exit_codes": [], "audit_complete": True}
-    return {**counts, **rest, "runs": 9, "recovery_p50_s": 0.5, "recovery_p99_s": 1.0, "faults": {"partition": row}, **changes}
+    return {
+        **counts,
+        **rest,
+        "runs": 9,
+        "ends": {"done": 9, "failed": 1},
+        "recovery_p50_s": 0.5,
+        "recovery_p99_s": 1.0,
+        "faults": {"partition": row},
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,7 @@ def report(**changes: Any) -> dict[str, Any]:
         *(({name: 1}, False) for name in ("lost", "wedged", "duplicates", "early")),
         ({"untrue_exit_codes": ["host a"]}, False),
         ({"audit_complete": False}, False),
+        ({"faults": {"partition": {"turns": 0}}}, False),
     ],
 )
 def test_each_broken_rule_makes_the_report_unclean(change: dict[str, Any], clean: bool) -> None:

@@ -33,6 +33,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""query = {"_id": {"$in": list(run_ids)}, "lease.id": {"$in": list(lease_ids)}}""",
         new="""query = {"lease.id": {"$in": list(lease_ids)}}""",
         harm="A run of the same claim whose driver has ended by a defect is held for as long as the worker lives.",
+        explorer=("--kinds", "large"),
     ),
     _bug(
         name="renewal-by-owner",

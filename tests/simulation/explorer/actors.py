@@ -65,6 +65,7 @@ class Actor:
     """One process. `owner` names its incarnation; a new one is made after each death."""
 
     call: Call | None = None
+    has_defect = False  # of the next driver that stores something
     clock_error_s = 0.0  # of its readings of the server's clock
 
     @property
@@ -86,6 +87,7 @@ class Actor:
         self.owner = f"{self.name}.{self.number}"
         self.alive = True
         self.call = None
+        self.has_defect = False
         self.app = self._make_app()
         self.spawn(self.main())
 
@@ -120,13 +122,19 @@ class Actor:
             random=chance.random,
             sleep=lambda seconds: self.world.block(self, seconds),
             async_sleep=asyncio.sleep,
-            probe=lambda _point: None,
+            probe=self._probe,
         )
         app = Streamline(self.world.uri, database=self.world.server.name, settings=SETTINGS, env=env)
         app.connections.use(ExplorerStore(app.where, env, self.world, self))
         self.world.workload.define(app, self)
         app.freeze()
         return app
+
+    def _probe(self, point: str) -> None:
+        """Code of the engine: the next driver to come here has a defect."""
+        if self.has_defect and point in ("handler.after", "commit.before"):
+            self.has_defect = False
+            raise RuntimeError("a defect of the engine")
 
     def _new_id(self) -> str:
         self._ids += 1

@@ -159,6 +159,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "clean up", "rewind"),
         _duel("freeze before"),
         _duel(None, "start mine early", rival=("start mine early",)),
+        _duel("driver lost", is_long=True),
     ),
     "mixed": (
         _duel(None, "hook", "event", "rewind 1"),

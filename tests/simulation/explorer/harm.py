@@ -176,8 +176,11 @@ class Harm:
             return
         if not self._world.rules.entries.handlers_run() or not self._choices.happens(chance):
             return
-        actor = self._choices.one_of(self._world.workers)
-        if not actor.alive or self._world.loop.is_frozen(actor.owner):
+        busy = [actor for actor in self._world.workers if actor.alive and actor.engine is not None and actor.engine.active_runs.held]
+        if not busy:
+            return
+        actor = self._choices.one_of(busy)
+        if self._world.loop.is_frozen(actor.owner):
             return
         fault = self._choices.one_of(_AT_ANY_TIME) if self.theme is None else self.theme.kind
         self.counts[fault] = self.counts.get(fault, 0) + 1
@@ -191,9 +194,11 @@ class Harm:
                 self._lose_driver(actor)
 
     def _lose_driver(self, actor: WorkerActor) -> None:
-        """A defect ends the driver of a run. Its lease must not be renewed any more."""
+        """A defect ends the driver of a run, whose lease must not be renewed any more; or a handler cancels the task that it runs in."""
         active_runs = [] if actor.engine is None else list(actor.engine.active_runs.held.values())
-        if active_runs:
+        if self._choices.happens(0.7):
+            actor.has_defect = True
+        elif active_runs:
             task = self._choices.one_of(active_runs).task
             if task is not None:
                 self._world.loop.call_soon(task.cancel, context=actor.context())

@@ -113,8 +113,8 @@ class RunWriter:
             match after_write(result, write, active.held(draining=self._state.draining), self.moment()):
                 case Send(write=write):
                     continue
-                case Committed(reread=reread):
-                    return await self._committed(active, write.change, reread=reread)
+                case Committed(change=change, reread=reread):
+                    return await self._committed(active, change, reread=reread)
                 case ReadFirst():
                     if not await self._reread(active):
                         return False
@@ -152,6 +152,8 @@ class RunWriter:
         elif not await self._reread(active):
             return False
         self._events.publish_committed(active, change)
+        if reread:
+            return True  # it was found with its lease
         if change.releases and change.wake_at is not None:
             self._observer.on_parked(active.document["lane"], change.wake_at, active.run_id)
         return not change.releases

@@ -31,6 +31,7 @@ class WriteOutcome(Enum):
 
     COMMITTED = "committed"
     COMMITTED_BY_READ = "committed by read"  # known from a later read, not from a reply: go on from the document, not from memory
+    KEPT = "kept"  # it would have released the run; a late copy of an earlier form was stored instead, which has kept the lease
     FENCED = "fenced"  # this worker no longer holds the run: write nothing more
     PAUSED = "paused"  # not stored, the run is paused: send the form for paused runs
     RESUMED = "resumed"  # that form was not stored, the run is no longer paused: send the first form
@@ -49,8 +50,8 @@ def resolve_write(statement: Statement, document: Mapping[str, Any] | None) -> W
         # No claim, release or control operation came since (the token is unchanged): this very write released the lease.
         released = lease_id is None and committed and document.get("token") == fence.token and _releases(statement)
         return WriteOutcome.COMMITTED_BY_READ if released else WriteOutcome.FENCED
-    if committed and not _releases(statement):
-        return WriteOutcome.COMMITTED_BY_READ
+    if committed:  # under this lease, so by a copy of this write, or of an earlier form of it
+        return WriteOutcome.KEPT if _releases(statement) else WriteOutcome.COMMITTED_BY_READ
     if document.get("rev") != fence.rev:
         return WriteOutcome.FENCED
     wanted = statement.update["q"].get("paused")
@@ -103,6 +104,7 @@ class Send(NamedTuple):
 class Committed(NamedTuple):
     """Stored."""
 
+    change: Change
     reread: bool  # the holder's copy is not known to be what is stored: read the run
 
 
@@ -140,9 +142,11 @@ def after_write(result: WriteOutcome | ValidationError, write: Write, held: Held
             change = failed(held.document, held.step, held.place, failure_of(result), at)
             return Send(Write(change, change, write.under_pause))
         case WriteOutcome.COMMITTED:
-            return Committed(reread=False)
+            return Committed(write.change, reread=False)
         case WriteOutcome.COMMITTED_BY_READ:
-            return Committed(reread=not write.change.releases)
+            return Committed(write.change, reread=not write.change.releases)
+        case WriteOutcome.KEPT:
+            return Committed(write.decided, reread=True)
         case WriteOutcome.FENCED:
             return Lost()
         case WriteOutcome.PAUSED:

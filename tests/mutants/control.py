@@ -273,6 +273,7 @@ _PAUSE_MUTANTS = (
         old="""steps = {place: _not_started(step, 1) for place, step in change.steps.items()}""",
         new="""steps = {place: _not_started(step, 0) for place, step in change.steps.items()}""",
         harm="`ctx.attempt` counts an entry that did not take place.",
+        explorer=("--kinds", "choice"),
     ),
     _pause_bug(
         name="resume-moves-a-leased-run",

@@ -40,11 +40,19 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="stored-commit-counts-as-lost",
         file=_OUTCOME,
-        old="""    if committed and not _releases(statement):
-        return WriteOutcome.COMMITTED_BY_READ
+        old="""    if committed:  # under this lease, so by a copy of this write, or of an earlier form of it
+        return WriteOutcome.KEPT if _releases(statement) else WriteOutcome.COMMITTED_BY_READ
 """,
         new="",
         harm="After a lost reply a worker drops a run that it holds, and the run waits until its lease expires.",
+    ),
+    _bug(
+        name="late-copy-of-an-earlier-form-counts-as-lost",
+        file=_OUTCOME,
+        old="return WriteOutcome.KEPT if _releases(statement)",
+        new="return WriteOutcome.FENCED if _releases(statement)",
+        harm="A worker drops a run that it holds, because it was paused and resumed meanwhile, and the run waits until its lease expires.",
+        explorer=("--kinds", "choice"),
     ),
     _bug(
         name="stored-release-counts-as-lost",
@@ -105,7 +113,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ and not doubtful else outcome)""",
         new="""WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ else outcome)""",
         harm="When a late copy of another form of the write was stored, the holder goes on from a document that is not the stored one.",
-        beyond_explorer="A write that keeps the lease has one form, so memory has what is stored. The reading guards forms to come.",
+        beyond_explorer="Of the forms of a write one keeps the lease at most. That another one was stored is an outcome of its own: KEPT.",
     ),
     _bug(
         name="unknown-checkpoint-is-not-settled",

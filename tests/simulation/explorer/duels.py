@@ -194,6 +194,12 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("freeze after", "cancel"),
         _duel("freeze after", is_long=True),
     ),
+    "choice": (
+        _duel(None, "pause at claim", "resume"),
+        _duel(None, "pause at commit", "resume at commit"),
+        _duel("freeze after"),
+        _duel("late at commit_runs", "pause at commit", "resume"),
+    ),
 }
 """By the kind of the first workflow."""
 

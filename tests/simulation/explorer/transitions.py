@@ -272,6 +272,7 @@ class Rules:
 
     def _check_release(self, request: Request, old: Run, new: Run) -> None:
         """A holder that is not asked to stop goes on with the step after the one whose result it stores."""
+        self._check_count(request, old, new)
         is_released = "lease" in old and "lease" not in new and new["status"] == "running" and new.get("paused") is not True
         if request.name != "commit_runs" or not is_released or request.owner != request.actor.owner:
             return
@@ -281,6 +282,20 @@ class Rules:
             return
         if not active.release_requested and not engine._state.draining:
             raise Violation("a run that is not paused was released after a step, by a holder that was not asked to stop")
+
+    def _check_count(self, request: Request, old: Run, new: Run) -> None:
+        """A step that its holder gives back has counted the entry, unless there was none. A condition that fails counts as an attempt."""
+        if request.name != "commit_runs" or "lease" in new or "lease" not in old or new.get("rewinds") != old.get("rewinds"):
+            return
+        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+            if (earlier["status"], later["status"]) != ("running", "pending") or new["failures"] != old["failures"]:
+                continue
+            entry = (old["_id"], old["lease"]["id"], earlier["stepId"], earlier["attempts"])
+            is_entered = any((e.run_id, e.lease_id, e.step_id, e.attempt) == entry for e in self._world.ledger.entries)
+            if later["attempts"] != earlier["attempts"] - (not is_entered):
+                raise Violation(
+                    f"step {later['stepId']} counts {later['attempts']} entries, of {entry} {'that' if is_entered else 'no'} one was"
+                )
 
     def _check_pause(self, request: Request, old: Run, new: Run) -> None:
         if not (old.get("paused") is True and new.get("paused") is True) or new.get("rewinds") != old.get("rewinds"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from streamline_pool import Context, Run, Streamline, create_hook
+from streamline_pool import Context, Run, StepOptions, Streamline, create_hook
 from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, WorkflowNotFoundError
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Workload"]
 
-KINDS = ("chain", "retry", "sleep", "wait", "waits", "hook", "hooks", "event", "events", "mixed", "mixed", "large", "poison")
+KINDS = ("chain", "retry", "sleep", "wait", "waits", "hook", "hooks", "event", "events", "mixed", "mixed", "large", "poison", "choice")
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
@@ -50,6 +50,7 @@ FITTING = {
     "large": ("clean up", "archive", "rewind", "cancel"),
     "retry": ("pause", "resume", "start again"),
     "poison": ("pause", "rewind"),
+    "choice": ("pause", "resume", "pause and resume", "rewind", "cancel"),
 }
 MOMENTS = (
     ("sent", "commit_runs"), ("done", "commit_runs"), ("sent", "claim"), ("done", "claim"), ("done", "read_claimed"), ("sent", "call"),
@@ -157,6 +158,7 @@ class Workload:
             "events": [self._event_step, self._event_step, self._work_step],
             "mixed": [self._checkpoint_step, self._hook_step, self._event_step, self._work_step],
             "poison": [lambda ctx: self._poisoned_step(actor, ctx), self._work_step],
+            "choice": [self._work_step] * 3,
             "large": [self._large_step, self._checkpoint_step, self._large_step],
         }
         known = list(dict.fromkeys(self.kinds))
@@ -165,7 +167,10 @@ class Workload:
         for kind in dict.fromkeys(known):
             behaviours = steps[kind]
             handlers = {f"s{place}": self._handler(actor, kind, place, act) for place, act in enumerate(behaviours)}
-            app.workflow(kind, steps={step: (handler, {"retries": 8, "retry_delay": 0.5}) for step, handler in handlers.items()})
+            options: StepOptions = {"retries": 8, "retry_delay": 0.5}
+            if kind == "choice":
+                options["run_if"] = self._is_chosen
+            app.workflow(kind, steps={step: (handler, options) for step, handler in handlers.items()})
 
     def _handler(
         self, actor: Actor, kind: str, place: int, act: Callable[[Context], Awaitable[Any]]
@@ -216,6 +221,11 @@ class Workload:
         if ctx.workflow_id == "chain":
             ctx.set("expireAt", EPOCH)  # over at once, but a run that has not ended is not cleaned up
         return ctx.step_id
+
+    async def _is_chosen(self, ctx: Context) -> bool:
+        """A condition, which takes its time."""
+        await asyncio.sleep(self._work[("choice", 3)])
+        return ctx.step_id != "s1"
 
     async def _failing_step(self, ctx: Context) -> str:
         if ctx.attempt <= self._failures:

@@ -70,14 +70,22 @@ def decide(result: WriteOutcome | ValidationError, change: Change, one: Held, *,
 
 
 def test_a_committed_write_is_applied_from_memory() -> None:
-    assert decide(WriteOutcome.COMMITTED, advanced(held()), held()) == Committed(reread=False)
+    assert decide(WriteOutcome.COMMITTED, advanced(held()), held()) == Committed(advanced(held()), reread=False)
 
 
 def test_a_write_known_from_a_read_is_read_again_unless_it_released_the_run() -> None:
     """After a lost reply only the document shows the state; a released run must not be read, as another worker may hold it."""
-    assert decide(WriteOutcome.COMMITTED_BY_READ, advanced(held()), held()) == Committed(reread=True)
+    assert decide(WriteOutcome.COMMITTED_BY_READ, advanced(held()), held()) == Committed(advanced(held()), reread=True)
     finish = advanced(held(current="b"))
-    assert decide(WriteOutcome.COMMITTED_BY_READ, finish, held(current="b")) == Committed(reread=False)
+    assert decide(WriteOutcome.COMMITTED_BY_READ, finish, held(current="b")) == Committed(finish, reread=False)
+
+
+def test_a_late_copy_of_an_earlier_form_that_has_kept_the_lease_is_what_is_stored() -> None:
+    """The run was resumed, and the result stored by the form for a run that is not paused. Its holder goes on, and publishes the result."""
+    one, change = held(), advanced(held())
+    paused = Write(change, transitions.under_pause(one.document, change, NOW), under_pause=True)
+    assert paused.change.releases
+    assert after_write(WriteOutcome.KEPT, paused, one, AT) == Committed(change, reread=True)
 
 
 def test_a_fenced_writer_writes_nothing_more() -> None:

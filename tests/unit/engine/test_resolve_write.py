@@ -69,6 +69,8 @@ GONE = {"lease": None}
         ("decide", False, {"paused": True}, WriteOutcome.PAUSED),
         ("decide", True, {}, WriteOutcome.RESUMED),
         ("release", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED_BY_READ),
+        ("release", False, {"rev": 5}, WriteOutcome.KEPT),
+        ("wait", True, {"rev": 5}, WriteOutcome.KEPT),
         ("wake", False, {}, WriteOutcome.NOT_YET),
         ("wake", False, {"rev": 5}, WriteOutcome.COMMITTED_BY_READ),
     ],

@@ -68,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""committed and document.get("token") == fence.token and""",
         new="committed and",
         harm="A holder takes the cancel or recovery of its run for its own release, and publishes what was discarded.",
-        explorer=("--kinds", "chain"),
+        explorer=("--kinds", "retry"),
     ),
     _bug(
         name="lost-lease-is-not-noticed",

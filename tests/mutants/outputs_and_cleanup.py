@@ -31,7 +31,11 @@ MUTANTS: tuple[Mutant, ...] = (
     _output_bug(
         name="output-is-stored-after-its-commit",
         file="streamline_pool/engine/run_writer.py",
-        old="""        active.outputs.add(output.id, output.content)
+        old="""        try:
+            await self._outputs.put(output)
+        except ValidationError as exc:
+            return await self.store(active, failed(active.document, active.step, active.place, failure_of(exc), self.moment()))
+        active.outputs.add(output.id, output.content)
         # If the commit finds the run lost, the output stays until the run is deleted: an earlier copy of the write may be stored.
         return await self.store(active, decided.change, decided.size)
 """,
@@ -109,6 +113,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""pipeline = [{"$match": {"_id": {"$in": list(run_ids)}, **condition}}, {"$merge": merge}]""",
         new="""pipeline = [{"$match": {"_id": {"$in": list(run_ids)}}}, {"$merge": merge}]""",
         harm="A run that is rewound between the search and its copy is archived in the middle of its work.",
+        explorer=("--kinds", "large"),
     ),
     _bug(
         name="late-archive-copy-replaces-a-later-state",
@@ -116,6 +121,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old=""""whenMatched": [{"$replaceWith": {"$cond": [is_later_state, "$$new", "$$ROOT"]}}],""",
         new=""""whenMatched": "replace",""",
         harm="The archive has an earlier state of a run than the one that was deleted.",
+        beyond_explorer="It takes a copy whose reading and writing lie apart on the server. The explorer performs each command as one.",
     ),
     _bug(
         name="clean-up-drops-outputs-of-stored-runs",

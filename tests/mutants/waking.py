@@ -131,6 +131,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="        self._backlog = self._backlog or more\n",
         new="        self._backlog = more\n",
         harm="A run that was announced while a worker polled, and that the poll has just missed, is found only by a sweep.",
+        beyond_explorer="A hint goes to both workers of a schedule, so the other one finds the run. The supervisor chooses one.",
     ),
     _bug(
         name="wake-up-before-the-insert-is-lost",
@@ -149,6 +150,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="self._failing = self._backlog = self._pausing = True",
         new="self._failing = self._pausing = True",
         harm="After an outage a worker does not look for the runs that it could not claim.",
+        beyond_explorer="A sweep announces the runs again within seconds. Rules about time hold only in schedules in which nothing fails.",
     ),
     _bug(
         name="overdue-wake-up-polls-behind-the-runs",

@@ -160,6 +160,9 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("freeze before"),
         _duel(None, "start mine early", rival=("start mine early",)),
         _duel("driver lost", is_long=True),
+        _duel("crash after at commit_runs"),
+        _duel("crash after at copy_runs", "archive ended", rival=("rewind at call",)),
+        _duel("crash after at copy_runs", "archive ended", rival=("rewind 2 at call",)),
     ),
     "mixed": (
         _duel(None, "hook", "event", "rewind 1"),
@@ -187,6 +190,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "pause at commit", "resume at commit", rival=("pause at commit", "resume at commit")),
         _duel("full at commit_runs", "cancel at commit"),
         _duel("full at commit_runs", "rewind at commit"),
+        _duel("freeze before at commit_runs"),
     ),
     "poison": (
         _duel(None, "rewind", "pause"),

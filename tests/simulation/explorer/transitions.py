@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from streamline_pool.engine.hooks import hash_token
+from streamline_pool.protocol.payloads import external_ids
 
 from .entries import MAX_CRASHES, Entries, driven_run
 from .ledger import Violation
@@ -94,6 +95,7 @@ class Rules:
         self._check_pause(request, old, new)
         self._check_release(request, old, new)
         self._check_park(request, old, new)
+        self._check_outputs(old, new)
         if request.name == "commit_runs" and new["status"] == "done" != old["status"]:
             self._world.publications.run_done(new["_id"], request)
         self._check_waits(request, old, new)
@@ -258,9 +260,16 @@ class Rules:
         if places != list(range(len(places))):
             raise Violation(f"a step was reached before the one in front of it: {[step['status'] for step in new['steps']]}")
 
+    def _check_outputs(self, old: Run, new: Run) -> None:
+        """What a run begins to refer to is there."""
+        added = set(external_ids(new)) - set(external_ids(old))
+        missing = added - {output["_id"] for output in self._world.server.all_of("outputs")} if added else None
+        if missing:
+            raise Violation(f"the run refers to outputs that are not there: {sorted(missing)}")
+
     def _check_park(self, request: Request, old: Run, new: Run) -> None:
         """A holder ends a wait whose deadline was over when it claimed the run, by the clock that decides: another claim would follow."""
-        is_released = "lease" in old and "lease" not in new and new.get("paused") is not True
+        is_released = "lease" in old and "lease" not in new and new.get("paused") is not True and new["status"] not in TERMINAL
         if request.name != "commit_runs" or not is_released or "server clock" in self._world.harm.counts:
             return
         for earlier, later in zip(old["steps"], new["steps"], strict=True):

@@ -42,6 +42,36 @@ def test_a_worker_takes_the_shares_of_other_workers_that_do_not_claim(app: Strea
     asyncio.run(play())
 
 
+def test_an_overdue_run_is_found_although_polls_begin_behind_its_place(app: Streamline, flow: Workflow) -> None:
+    """Polls from the beginning of a long queue are expensive, and rare. A run that was released has its old place there."""
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            pool.stop_waking_up()
+            store = app.store_async()
+            run = store.run
+            polls: list[str] = []
+
+            async def slow(op: Any, session: Any = None) -> Any:
+                if op.name == "find_due" and not polls:
+                    polls.append("begun")
+                    await asyncio.sleep(0.4)  # so for twenty seconds no further poll begins there
+                    rows = await run(op, session)
+                    polls.append("answered")
+                    return rows
+                return await run(op, session)
+
+            store.run = slow  # type: ignore[method-assign]
+            pool.workers[0].wake_up()
+            await pool.until(lambda: len(polls) == 2)
+            await asyncio.to_thread(flow.start)
+            await asyncio.to_thread(make_old, app)
+            pool.workers[0].wake_up(overdue=True)
+            await pool.until(lambda: done(app) == 1, timeout=8)
+
+    asyncio.run(play())
+
+
 def test_the_runs_beside_a_suspect_are_found_after_another_worker_has_claimed_it(app: Streamline, flow: Workflow) -> None:
     """All runs of a killed worker are due since long. The two workers that poll next choose the same suspect."""
     runs = flow.start_many(range(10))

@@ -158,6 +158,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="        if overdue:\n",
         new="        if False:\n",
         harm="A recovered run keeps its old place in the queue, and the polls of the workers begin behind it.",
+        beyond_explorer="Polls from the start of the queue are rare only where they are expensive. In a schedule each may begin there.",
     ),
     _bug(
         name="poll-never-begins-at-the-start",

@@ -23,6 +23,7 @@ _Deadlines = Callable[[], Iterable[float]]
 _MIN_S = 1.0  # also for a handler that has computed beyond its lease without a pause: the lease may still be there
 _MAX_S = 10.0  # a guess: a fail-over takes less
 _SILENCE_SHARE = 1 / 3  # of the supervisor's patience, for one call
+_IN_VAIN_SHARE = 0.9  # of the time of a call that has failed: in less, the database has answered something
 _TURN_SHARE = 2 / 3  # of the supervisor's patience, for the calls of one turn that were answered; it has a beat behind it
 
 
@@ -37,7 +38,7 @@ class LoopBlocking:
         self._max_s = min(_MAX_S, silence_s * _SILENCE_SHARE)
         self._turn_max_s = silence_s * _TURN_SHARE
         self._spent_s = 0.0  # within calls of this turn
-        self._in_vain = False  # a call of this turn got no answer
+        self._in_vain = False  # a call of this turn has waited until its time was over
         self._turn_ends = False  # its end is planned
 
     def watch(self, deadlines: _Deadlines) -> None:
@@ -74,10 +75,11 @@ class LoopBlocking:
             # Behind the timers that are due, and what they wake: renewals, beats and self-fences come before the next call.
             self._turn_ends = True
             self._loop.call_later(0, self._loop.call_soon, self._turned)
+        seconds = _between(_MIN_S, min(first - began, self._max_s - self._spent_s), self._max_s)
         try:
-            yield _between(_MIN_S, min(first - began, self._max_s - self._spent_s), self._max_s)
+            yield seconds
         except StoreUnavailableError:
-            self._in_vain = True
+            self._in_vain = self._env.clock.monotonic() - began >= seconds * _IN_VAIN_SHARE
             raise
         finally:
             self._spent_s += self._env.clock.monotonic() - began

@@ -79,6 +79,16 @@ def test_a_call_ends_before_the_first_lease_and_in_a_part_of_the_supervisors_pat
     on_a_loop(test, *deadlines, silence_s=silence_s)
 
 
+def test_after_a_call_that_has_failed_at_once_the_next_one_may_wait() -> None:
+    """A handler that tries again finds the database back."""
+
+    async def test(calls: Calls) -> None:
+        assert calls.call(0.5, is_answered=False) == 10.0
+        assert calls.call(0.5) == 9.5
+
+    on_a_loop(test)
+
+
 def test_after_a_call_without_an_answer_no_call_of_the_same_turn_waits() -> None:
     async def test(calls: Calls) -> None:
         assert calls.call(20.0, is_answered=False) == 10.0

@@ -92,6 +92,15 @@ def test_a_search_that_takes_too_long_does_not_keep_the_sweep_from_expired_lease
     assert "lease" not in app.runs.find_one({})
 
 
+def test_the_sweep_that_recovers_a_run_wakes_a_worker(app: Streamline) -> None:
+    """The runs of a dead host have waited for their leases already. Without it they would wait for the next sweep, too."""
+    run = app.workflow("flow", steps={"only": lambda ctx: None}).start()
+    lease = {"id": "x", "owner": "dead", "token": 1, "expiresAt": app.store().now() - timedelta(seconds=5)}
+    app.runs.update_one({"_id": run.id}, {"$unset": {"wakeAt": ""}, "$set": {"lease": lease}})
+    messages = asyncio.run(sweep(app))
+    assert [message for message in messages if isinstance(message, WorkDue)] == [WorkDue(run_id=None, count=1, overdue=True)]
+
+
 @pytest.mark.parametrize("odd", [DatetimeMS(-62_200_000_000_000), [datetime(2020, 1, 1, tzinfo=UTC)]], ids=["year 0", "a list"])
 def test_dates_that_python_cannot_hold_end_no_steward(app: Streamline, odd: Any) -> None:
     """A steward compared them with dates, in runs and in the records of subscribers, and died of a TypeError; so did the next one."""

@@ -11,15 +11,15 @@ from pymongo import MongoClient
 
 
 @pytest.mark.slow
-def test_a_database_with_something_else_in_it_is_refused_and_left_as_it_was(shell: Shell, mongodb_uri: str, database: str) -> None:
+def test_a_database_with_something_else_in_it_is_refused_and_left_as_it_was(shell: Shell, mongodb_uri: str, new_database: str) -> None:
     """Everything in the database is deleted, so a mistyped name must not be enough for that."""
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        client[database]["orders"].insert_one({"_id": 1})
-        refused = shell("chaos", "--mongodb-uri", mongodb_uri, "--database", database, "--seconds", "1")
+        client[new_database]["orders"].insert_one({"_id": 1})
+        refused = shell("chaos", "--mongodb-uri", mongodb_uri, "--database", new_database, "--seconds", "1")
         assert refused.returncode == 2
         assert "(orders)" in refused.stderr
-        assert client[database].list_collection_names() == ["orders"]
-        assert client[database]["orders"].count_documents({}) == 1
+        assert client[new_database].list_collection_names() == ["orders"]
+        assert client[new_database]["orders"].count_documents({}) == 1
 
 
 @pytest.mark.slow
@@ -50,9 +50,9 @@ def test_faults_that_cannot_happen_here_are_no_clean_result(shell: Shell) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_database_that_the_user_names_is_used_and_dropped(shell: Shell, mongodb_uri: str, database: str) -> None:
+def test_a_database_that_the_user_names_is_used_and_dropped(shell: Shell, mongodb_uri: str, new_database: str) -> None:
     options = ("--seconds", "4", "--lease", "2", "--faults", "kill-worker,latency,stop-database", "--json", "-")
-    done = shell("chaos", "--mongodb-uri", mongodb_uri, "--database", database, *options)
+    done = shell("chaos", "--mongodb-uri", mongodb_uri, "--database", new_database, *options)
     report = json.loads(done.stdout)
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,4 +62,4 @@ def test_a_database_that_the_user_names_is_used_and_dropped(shell: Shell, mongod
     assert report["faults"]["kill-worker"]["turns"] > 0
     assert (report["lost"], report["wedged"], report["duplicates"]) == (0, 0, 0)
     with MongoClient[dict[str, Any]](mongodb_uri) as client:
-        assert database not in client.list_database_names()
+        assert new_database not in client.list_database_names()

@@ -151,9 +151,9 @@ class RunWriter:
             apply(active.document, change)
         elif not await self._reread(active):
             return False
+        elif change.releases:  # and the run was found with its lease: an earlier decision was stored in the place of this one
+            return True
         self._events.publish_committed(active, change)
-        if reread:
-            return True  # it was found with its lease
         if change.releases and change.wake_at is not None:
             self._observer.on_parked(active.document["lane"], change.wake_at, active.run_id)
         return not change.releases

@@ -6,13 +6,14 @@ through `redact_text`, so that no log line contains a password, whichever module
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
@@ -20,9 +21,13 @@ from typing import Any, TextIO
 import orjson
 
 from streamline_pool.config.settings import redact_text
+from streamline_pool.supervisor.log_stream import LogStream
 
-__all__ = ["JsonFormatter", "TextFormatter", "fields_of", "setup_logging"]
+__all__ = ["LAST_LINES_S", "JsonFormatter", "TextFormatter", "fields_of", "flush_logs", "never_wait_for_readers", "setup_logging", "show"]
 
+log = logging.getLogger("streamline_pool")
+
+LAST_LINES_S = 0.3  # how long a process that ends waits for the reader of its log; a guess
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _NOISY = ("pymongo", "asyncio")  # at their INFO and DEBUG they describe themselves, not the work
 
@@ -81,6 +86,44 @@ def setup_logging(log_format: str, level: str, stream: TextIO | None = None) -> 
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
+
+
+def never_wait_for_readers() -> None:
+    """From now on, in this process and its forks, no log line waits until standard error is read. See log_stream.py.
+
+    `flush_logs` must be called now and then, because a line that found no room is written by a later call.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor, as in tests
+                handler.setStream(LogStream(handler.stream.fileno()))
+
+
+def flush_logs(wait_s: float = 0.0) -> None:
+    """Write the lines that found no room before; wait at most so long for the reader. Log how many were lost."""
+    for handler, stream in _log_streams():
+        with handler.lock or contextlib.nullcontext():
+            stream.drain(wait_s)
+            lost = stream.take_lost()
+        if lost:
+            log.warning("log_lines_lost", extra={"lines": lost})
+
+
+def show(text: str) -> None:
+    """Write text that is for people, and no event, among the log lines."""
+    for handler, stream in _log_streams():
+        with handler.lock or contextlib.nullcontext():
+            stream.write(f"{text}\n")
+            stream.flush()
+        return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _log_streams() -> Iterator[tuple[logging.Handler, LogStream]]:
+    for handler in logging.getLogger().handlers:
+        stream = getattr(handler, "stream", None)
+        if isinstance(stream, LogStream):
+            yield handler, stream
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

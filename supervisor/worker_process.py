@@ -41,6 +41,7 @@ from streamline_pool.supervisor.ipc.messages import (
     ToWorker,
     WakeUp,
 )
+from streamline_pool.supervisor.logs import flush_logs
 from streamline_pool.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class _WorkerProcess:
 
     def _beat(self) -> None:
         self._beat_in(self._settings.beat_interval_s)
+        flush_logs()
         parked = _nearest(self._worker.take_parked())
         if self._channel.unsent_bytes:
             return  # the supervisor is slow or stopped; the next beat is newer than this one

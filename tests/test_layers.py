@@ -28,7 +28,7 @@ LAYERS = {
     "supervisor": "processes, pipes, signals, the command",
 }
 # The same within `supervisor`, for its packages and the modules beside them.
-SUPERVISOR_LAYERS = ["logs", "ipc", "steward", "worker_process", "pool", "cli"]
+SUPERVISOR_LAYERS = ["log_stream", "logs", "ipc", "steward", "worker_process", "pool", "cli"]
 # Public import paths that own nothing: each may import from every layer of `streamline_pool` but `supervisor`.
 FACADES = {"streamline_pool", "streamline_pool.errors", "streamline_pool.settings"}
 

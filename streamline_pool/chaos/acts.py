@@ -61,6 +61,10 @@ class Acts:
         others = [other for other in self.by_run[act.run_id] if other.kind in ("rewind", "cancel") and other is not act]
         return any(other.outcome != "refused" and (not other.ended or other.ended > act.begun) for other in others)
 
+    def has_started(self, run_id: str) -> bool:
+        """True if its start was acknowledged."""
+        return any(act.kind == "start" and act.outcome == "ok" for act in self.by_run.get(run_id, ()))
+
     def has_event(self, run_id: str) -> bool:
         """True if an event to the run was acknowledged, or may have arrived, and nothing voided it."""
         acts = [act for act in self.by_run.get(run_id, ()) if act.kind == "event"]

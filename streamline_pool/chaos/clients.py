@@ -217,17 +217,19 @@ class Load:
         self._later(self._chance.uniform(0.0, 1.5), lambda: self._send_to_all(name, run_ids))
 
     def _send_to_all(self, name: str, run_ids: list[str]) -> None:
-        """One call that is an act on each of the runs whose start was acknowledged."""
+        """One call that is an act on each of the runs. On one whose start was not acknowledged, its outcome stays unknown.
+
+        Such a run may be stored before the event, and gets it; or after it, and does not.
+        """
         payload = f"event-{next(self._numbers)}"
-        started = [run_id for run_id in run_ids if any(act.outcome == "ok" for act in self.acts.by_run[run_id])]
-        acts = [self.acts.begin("event", run_id, payload) for run_id in started]
+        acts = [(self.acts.begin("event", run_id, payload), self.acts.has_started(run_id)) for run_id in run_ids]
         try:
             self.app.send_event(name, {"act": payload})
             outcome = "ok"
         except StoreUnavailableError:
             outcome = "unknown"
-        for act in acts:
-            self.acts.end(act, outcome)
+        for act, started in acts:
+            self.acts.end(act, outcome if started else "unknown")
 
     def _send(self, run_id: str, name: str) -> None:
         payload = f"event-{next(self._numbers)}"

@@ -70,7 +70,7 @@ def judge(
     inside = {run_id: visits(of_run) for run_id, of_run in notes.items()}
     entries = {run_id: [visit.entry for visit in of_run] for run_id, of_run in inside.items()}
     for run_id, of_acts in list(acts.by_run.items()):
-        _judge_start(verdict, audit, run_id, of_acts, stored)
+        _judge_start(verdict, audit, run_id, acts, stored)
         story = audit.stories.get(run_id)
         if story is not None:
             _judge_acts(verdict, story, acts, of_acts, entries.get(run_id, []))
@@ -112,8 +112,8 @@ def missing_act(document: Mapping[str, Any], acts: Acts) -> str:
     return "" if any(not acts.overridden(act) for act in answers) else "an answer"
 
 
-def _judge_start(verdict: Verdict, audit: Audit, run_id: str, acts: list[Act], stored: Mapping[str, Any]) -> None:
-    if not any(act.kind == "start" and act.outcome == "ok" for act in acts):
+def _judge_start(verdict: Verdict, audit: Audit, run_id: str, acts: Acts, stored: Mapping[str, Any]) -> None:
+    if not acts.has_started(run_id):
         return
     verdict.checked["acknowledged starts"] += 1
     story = audit.stories.get(run_id)

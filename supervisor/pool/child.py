@@ -33,6 +33,7 @@ from streamline_pool.supervisor.ipc.messages import (
     ToWorker,
     WakeUp,
 )
+from streamline_pool.supervisor.logs import LAST_LINES_S, flush_logs
 from streamline_pool.supervisor.pool.state import Role
 
 __all__ = ["HANDLED_SIGNALS", "Child", "fork_child"]
@@ -213,6 +214,7 @@ def _run_child(main: Main, sock: socket.socket, dump: IO[bytes], parent: int, to
         with suppress(OSError, ValueError):  # no process reads this output any more
             sys.stdout.flush()
             sys.stderr.flush()
+        flush_logs(LAST_LINES_S)
         os._exit(code)
 
 

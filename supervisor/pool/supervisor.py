@@ -1,7 +1,8 @@
 """The supervisor: one thread and one loop, which turns what happens into events and performs what decide.py returns.
 
 Owns the supervisor's ends of the pipes, the signals of this process, and the order of its start and its end. It never
-opens MongoDB and never blocks: not on a child, which may be stopped, and not in a signal handler, which only enqueues.
+opens MongoDB and never blocks: not on a child, which may be stopped, not on a reader of its log, and not in a signal handler,
+which only enqueues.
 Forking is safe at any time because no other thread can hold a lock here.
 """
 
@@ -13,7 +14,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import threading
 import traceback
 from collections import deque
@@ -27,6 +27,7 @@ from streamline_pool.config.env import Env
 from streamline_pool.config.settings import Settings
 from streamline_pool.domain.errors import ValidationError
 from streamline_pool.supervisor.ipc.codec import MessageError
+from streamline_pool.supervisor.logs import flush_logs, never_wait_for_readers, show
 from streamline_pool.supervisor.pool.child import HANDLED_SIGNALS, Child, Main, fork_child
 from streamline_pool.supervisor.pool.decide import decide, initial, pause_s
 from streamline_pool.supervisor.pool.state import (
@@ -85,6 +86,7 @@ def run_pool(app: Streamline, settings: Settings, env: Env, *, banner: Sequence[
     from streamline_pool.storage import store
 
     _refuse_open_clients(store.open_clients())
+    never_wait_for_readers()
     _warn_of_threads()
     for line in banner:
         log.info(line)
@@ -186,6 +188,7 @@ class Supervisor:
         if now - self.state.ticked_at >= pause:
             self._measure(now)
             self._collect_dumps(now)
+            flush_logs()
             self._events.append(Tick())
         while self._events and self._exit_code is None:
             self._handle(self._events.popleft())
@@ -362,7 +365,7 @@ class Supervisor:
             log.warning("stack_dump", extra={"of_pid": pid, "dump": dump})
         elif dump:
             log.warning("stack_dump", extra={"of_pid": pid})
-            print(dump.rstrip(), file=sys.stderr, flush=True)
+            show(dump.rstrip())
 
 
 def _enqueue_only(_signum: int, _frame: FrameType | None) -> None:

@@ -32,6 +32,7 @@ from streamline_pool.supervisor.ipc.messages import (
     SubscribersServed,
     ToSteward,
 )
+from streamline_pool.supervisor.logs import flush_logs
 from streamline_pool.supervisor.steward.due_count import DueCounter
 from streamline_pool.supervisor.steward.duty import Duty, DutyTools, StewardBoot
 from streamline_pool.supervisor.steward.health import METRICS_ADVICE, load_exposition
@@ -111,6 +112,7 @@ class _Steward:
         while True:
             if not self._channel.unsent_bytes:
                 self.tools.send(StewardBeat(ready=self._ready))
+            flush_logs()
             await asyncio.sleep(self._settings.idle_beat_interval_s)
 
     async def start(self) -> BootFailed | None:

@@ -102,8 +102,19 @@ def answer_unseen(case: Case) -> None:
     case.ledger[2]["seen"]["ask"] = {"act": "another"}
 
 
+def see(case: Case, output: dict[str, Any]) -> None:
+    """Every later handler sees this output of the first step."""
+    for one in case.ledger[1:]:
+        one["seen"]["first"] = output
+
+
 def event_unseen(case: Case) -> None:
     case.act("event", payload="e1")
+
+
+def another_event_seen(case: Case) -> None:
+    case.act("event", payload="e1")
+    see(case, {"act": "of no client"})
 
 
 def cancel_without_effect(case: Case) -> None:
@@ -123,11 +134,19 @@ def end_unexplained(case: Case) -> None:
     case.story.unexplained = ["done without endedAt"]
 
 
+def test_of_two_events_one_is_enough_also_if_its_own_call_got_no_answer() -> None:
+    case = Case()
+    case.acts.end(case.acts.begin("event", "r", "e1"), "unknown")
+    case.act("event", payload="e2")
+    see(case, {"act": "e1"})
+    assert not case.judged().all()
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
         *(never_stored, gone_while_live, deleted_too_soon, failed, no_last_entry, result_missing, output_damaged),
-        *(answer_unseen, event_unseen, cancel_without_effect, rewind_without_effect, checkpoint_gone, end_unexplained),
+        *(answer_unseen, event_unseen, another_event_seen, cancel_without_effect, rewind_without_effect, checkpoint_gone, end_unexplained),
     ],
 )
 def test_what_is_lost_is_found(spoil: Callable[[Case], None]) -> None:

@@ -77,11 +77,15 @@ def _round(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
 
 
+def _has_happened(report: dict[str, Any]) -> bool:
+    """Some fault had a turn."""
+    return any(row["turns"] for row in report["faults"].values())
+
+
 def is_clean(report: dict[str, Any]) -> bool:
     """No rule was broken, some fault has happened, and the witnesses are complete."""
     counts = sum(report[name] for name in ("lost", "wedged", "duplicates", "early"))
-    has_happened = any(row["turns"] for row in report["faults"].values())
-    return counts == 0 and has_happened and not report["untrue_exit_codes"] and bool(report["audit_complete"])
+    return counts == 0 and _has_happened(report) and not report["untrue_exit_codes"] and bool(report["audit_complete"])
 
 
 def table(report: dict[str, Any]) -> list[str]:
@@ -106,7 +110,7 @@ def table(report: dict[str, Any]) -> list[str]:
     lines += [f"{report['runs']} runs, with {sum(report['ends'].values())} ends: a run that is rewound ends again"]
     lines += [f"left out: {name}: {reason}" for name, reason in report["left_out"].items()]
     lines += [f"no turn: {name}: {reason}" for name, reason in report["no_turn"].items()]
-    lines += [] if any(row["turns"] for row in report["faults"].values()) else ["no fault has happened, so nothing was tried"]
+    lines += [] if _has_happened(report) else ["no fault has happened, so nothing was tried"]
     lines += [f"early: {report['early']}"] if report["early"] else []
     lines += [f"untrue exit code: {text}" for text in report["untrue_exit_codes"]]
     lines += [] if report["audit_complete"] else ["the change stream could not be read to its end, so the judgement is incomplete"]

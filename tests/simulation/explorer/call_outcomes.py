@@ -19,7 +19,7 @@ def check_outcome(world: World, call: Call, outcome: str) -> None:
     """What the caller was told is what happened. Raises Violation."""
     effects = [effect for effect in call.effects if effect[1] != "start"]
     rules = world.rules
-    if call.kind == "event to all" and outcome == "ok" and all(event["data"] != call.argument for event in rules.events.values()):
+    if call.kind == "event to all" and outcome == "ok" and all(event["data"] != call.argument for event in rules.waits.events.values()):
         raise Violation(f"{call} was acknowledged, and the event is not stored")
     is_stored = call.run_id in rules.runs and call.run_id in rules.durable() and call.run_id not in rules.deleted
     if isinstance(call.result, WorkflowNotFoundError) and is_stored:

@@ -35,7 +35,7 @@ def is_quiet(world: World) -> bool:
 def judge(world: World) -> None:
     """Raise Violation if something is lost, stuck or inconsistent."""
     runs = world.server.runs()
-    events = list(world.rules.events.values())
+    events = list(world.rules.waits.events.values())
     outputs = {output["_id"] for output in world.server.all_of("outputs")}
     for run in runs.values():
         _judge_run(run, is_strayed=run["_id"] in world.rules.strayed)
@@ -86,7 +86,7 @@ def _judge_wait(world: World, run: Run, events: list[dict[str, Any]]) -> None:
         return
     seen = run.get("seen") or ()
     for event in events:
-        if event["name"] == run["awaits"] and world.rules.is_older(run, event) and event["_id"] not in seen:
+        if event["name"] == run["awaits"] and world.rules.waits.is_older(run, event) and event["_id"] not in seen:
             raise Violation(f"run {run['_id']} waits for {run['awaits']!r} and has missed event {event['_id']}")
     for item in run.get("inbox") or ():
         if item.get("name") == run["awaits"]:

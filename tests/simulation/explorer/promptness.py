@@ -140,15 +140,15 @@ class Promptness:
     def _no_run_rests_beside_its_event(self) -> None:
         """Once an event to all counts as delivered, no older run that waits for it rests, be it until a deadline."""
         world, rules = self._world, self._world.rules
-        if not rules.events or world.server.lags or "server clock" in world.harm.counts:
+        if not rules.waits.events or world.server.lags or "server clock" in world.harm.counts:
             return
         now = world.server.now()
         resting = [run for run in rules.runs.values() if run.get("awaits") is not None and _rests(run, now)]
         pending = {event["_id"] for event in world.server.all_of("events") if event.get("pending")} if resting else set()
         for run in resting:
-            for event in rules.events.values():
+            for event in rules.waits.events.values():
                 is_missed = event["_id"] not in pending and event["_id"] not in (run.get("seen") or ())
-                if is_missed and event["name"] == run["awaits"] and rules.is_older(run, event):
+                if is_missed and event["name"] == run["awaits"] and rules.waits.is_older(run, event):
                     raise Violation(f"run {run['_id']} rests, waits for {run['awaits']!r}, and has missed event {event['_id']}")
 
     def _hints_pass(self, since: float) -> bool:

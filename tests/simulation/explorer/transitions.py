@@ -1,20 +1,20 @@
 """The rules that every change of a run obeys, whatever the order of operations was. Checked after each write.
 
-Owns the rules about single changes and about roll-backs. Those about handlers are in entries.py, those about the end in judgement.py.
+Owns the rules about single changes and about roll-backs. Those about handlers are in entries.py, those about waits in waits.py,
+those about the end in judgement.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from streamline_pool.engine.hooks import hash_token
 from streamline_pool.protocol.payloads import external_ids
 
 from .entries import MAX_CRASHES, Entries, driven_run
 from .ledger import Violation
 from .server import EPOCH
+from .waits import CLOCKS_S, TERMINAL, Run, Waits
 
 if TYPE_CHECKING:
     from .store import Request
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CLEANED_AFTER_S", "LATER_S", "TERMINAL", "Rules"]
 
-TERMINAL = ("done", "failed", "cancelled")
-CLOCKS_S = 30.0  # more than what a worker's reading of the server's clock is wrong by, and than that clock is set back
 CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
 LATER_S = 100.0  # after which the workload has some runs started
-
-Run = Mapping[str, Any]
 
 
 class Rules:
@@ -36,6 +32,7 @@ class Rules:
     def __init__(self, world: World) -> None:
         self._world = world
         self.entries = Entries(world, self)
+        self.waits = Waits(world)
         self.runs: dict[str, dict[str, Any]] = {}
         self.history: list[tuple[int, str, dict[str, Any] | None]] = []  # (number of the change, run id, the run after it)
         self.changes = 0
@@ -44,21 +41,14 @@ class Rules:
         self.taken: dict[tuple[str, str], Run] = {}  # (run id, lease id) that was taken from its holder -> the run immediately before
         self._claimer_of: dict[Any, str] = {}  # lease id -> the actor that claimed
         self._suspect_of: dict[Any, str] = {}  # lease id -> the suspect that was claimed under it
-        self._waits_claimed: dict[
-            tuple[str, Any, Any], datetime
-        ] = {}  # (run id, lease id, `waitGen` then) -> the server's time of the claim
         self.claimed_rev: dict[tuple[str, Any], int] = {}  # (run id, lease id) -> `rev` that the claim has found
         self.dead: set[str] = set()
         self._lag_at = 0
         self._lag_over_at = -1
         self._lag_runs: dict[str, dict[str, Any]] = {}
-        self.events: dict[str, dict[str, Any]] = {}  # every event to all that was stored, also those that a clean-up has removed
-        self._stored_at: dict[str, int] = {}  # id of a run or event -> by which operation it was stored; `bornAt` should tell the same
-        self._arrived_before: dict[tuple[str, str], set[str]] = {}  # (run id, lease id) -> events that its claim could have found
         self.strayed: set[str] = set()  # runs in which another program has stored a due time
         self.deleted: set[str] = set()
         self.archived: dict[str, Run] = {}  # what the runs were that were moved to the archive
-        self.answered: set[tuple[str, str]] = set()  # (run id, id of an answer or event) that has ended a step's wait
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +72,7 @@ class Rules:
     def _check(self, request: Request, run_id: str, old: Run | None, new: Run | None) -> None:
         if old is None:
             assert new is not None, "a change has two different sides"
-            self._stored_at[run_id] = self._world.operations
+            self.waits.run_stored(run_id)
             self._check_start(request, new)
             self._effect(request, "start", run_id, new.get("startId"))
             return
@@ -94,11 +84,10 @@ class Rules:
         self._check_states(old, new)
         self._check_pause(request, old, new)
         self._check_release(request, old, new)
-        self._check_park(request, old, new)
         self._check_outputs(old, new)
         if request.name == "commit_runs" and new["status"] == "done" != old["status"]:
             self._world.publications.run_done(new["_id"], request)
-        self._check_waits(request, old, new)
+        self.waits.check(request, old, new, has_lagged=self._world.server.lags or self._lag_over_at >= 0)
         self._note_effects(request, run_id, old, new)
         self._note_lease(new)
 
@@ -155,11 +144,9 @@ class Rules:
             return
         if holds is not None:
             self._check_claim(request, old, new)
-            if old.get("awaits") is not None:
-                self._arrived_before[(new["_id"], str(holds_id))] = self._events_for(old)
+            self.waits.claimed(old, new)
             self._claimer_of[holds_id] = request.owner
             self.claimed_rev[(new["_id"], holds_id)] = new["rev"]
-            self._waits_claimed[(new["_id"], holds_id, new.get("waitGen"))] = self._world.server.now()
             return
         assert held is not None, "one of the two sides has a lease"
         if new["rev"] > old["rev"]:
@@ -267,18 +254,6 @@ class Rules:
         if missing:
             raise Violation(f"the run refers to outputs that are not there: {sorted(missing)}")
 
-    def _check_park(self, request: Request, old: Run, new: Run) -> None:
-        """A holder ends a wait whose deadline was over when it claimed the run, by the clock that decides: another claim would follow."""
-        is_released = "lease" in old and "lease" not in new and new.get("paused") is not True and new["status"] not in TERMINAL
-        if request.name != "commit_runs" or not is_released or "server clock" in self._world.harm.counts:
-            return
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
-            ends_at = later.get("waitingFor", {}).get("expiresAt")
-            is_same = earlier["status"] == later["status"] == "waiting" and earlier == later
-            claimed_at = self._waits_claimed.get((old["_id"], old["lease"]["id"], new.get("waitGen")))
-            if is_same and None not in (ends_at, claimed_at) and ends_at <= claimed_at:
-                raise Violation(f"step {later['stepId']} waits on, and its deadline {ends_at} was over at the claim, {claimed_at}")
-
     def _check_release(self, request: Request, old: Run, new: Run) -> None:
         """A holder that is not asked to stop goes on with the step after the one whose result it stores."""
         self._check_count(request, old, new)
@@ -321,83 +296,6 @@ class Rules:
         if new["status"] == "done" and old["status"] != "done":
             raise Violation("the run was finished while it was paused")
 
-    def _check_waits(self, request: Request, old: Run, new: Run) -> None:
-        """A wait ends by an answer, or when its time has come by the server's clock."""
-        now = self._world.server.now()
-        if new.get("rewinds") != old.get("rewinds"):
-            return
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
-            if earlier["status"] != later["status"] == "waiting":
-                self._check_instant(new["_id"], later)
-            if earlier["status"] not in ("running", "waiting") or later["status"] == "waiting":
-                continue
-            waiting_for = earlier.get("waitingFor", {})
-            if "answer" in later:
-                if waiting_for.get("type") == "timer":
-                    raise Violation(f"an answer has ended the sleep of step {later['stepId']}")
-                if (new["_id"], str(later["answer"])) in self.answered:
-                    raise Violation(f"the answer or event {later['answer']} was taken twice")
-                self.answered.add((new["_id"], str(later["answer"])))
-                self._check_event(request, old, str(later["answer"]))
-                if later.get("output") not in (None, *self._world.workload.sent):  # None: a resume without data
-                    raise Violation(f"the answer was stored as something that no client has sent: {later.get('output')}")
-                continue
-            if earlier["status"] == "running":
-                continue
-            missed = self._arrived_before.get((new["_id"], str((old.get("lease") or {}).get("id"))), set()) - set(old.get("seen") or ())
-            if missed and later["status"] == "done" and not self._world.server.lags and self._lag_over_at < 0:
-                raise Violation(f"step {later['stepId']} timed out, and before that there was event {min(missed)}")
-            due = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
-            if later["status"] == "done" and (due is None or due > now):
-                raise Violation(f"the wait of step {later['stepId']} ended before its time: {waiting_for}")
-
-    def _check_instant(self, run_id: str, step: Mapping[str, Any]) -> None:
-        """A sleep or a deadline is as long as its handler has asked for, counted from some instant between its entry and now."""
-        waiting_for = step["waitingFor"]
-        asked_s = self._world.workload.asked_s(waiting_for["type"])
-        until = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
-        if (asked_s is None) != (until is None):
-            raise Violation(f"step {step['stepId']} has asked for {asked_s} s, and waits until {until}")
-        entered = [entry.at for entry in self._world.ledger.entries if (entry.run_id, entry.step_id) == (run_id, step["stepId"])]
-        if until is None or asked_s is None or not entered:
-            return
-        at = (until - EPOCH).total_seconds() - asked_s
-        if not entered[-1] - CLOCKS_S <= at <= self._world.loop.time() + CLOCKS_S:
-            raise Violation(f"step {step['stepId']} waits until {until}, which is not {asked_s} s after it was entered")
-
-    def _events_for(self, run: Run) -> set[str]:
-        """The events to all that the run waits for, and that are stored."""
-        events = self._world.server.all_of("events")
-        return {event["_id"] for event in events if event["name"] == run["awaits"] and self.is_older(run, event)}
-
-    def is_older(self, run: Run, event: Mapping[str, Any]) -> bool:
-        """Whether the run was stored before this event to all, so that it gets the event."""
-        return self._stored_at[run["_id"]] < self._stored_at[event["_id"]]
-
-    def event_recorded(self) -> None:
-        """An event to all was stored."""
-        for event in self._world.server.all_of("events"):
-            if event["_id"] not in self.events:
-                self._stored_at[event["_id"]] = self._world.operations
-            self.events[event["_id"]] = event
-
-    def _check_event(self, request: Request, old: Run, answer_id: str) -> None:
-        events = {event["_id"]: event for event in self._world.server.all_of("events")}
-        event = events.get(answer_id)
-        if event is None:
-            return
-        if not self.is_older(old, event):
-            raise Violation("the run was given an event that is older than itself")
-        if request.name != "commit_runs" or any(item.get("id") == answer_id for item in old.get("inbox") or ()):
-            return
-        seen = old.get("seen") or ()
-        before = [
-            other for other in events.values() if self.is_older(old, other) and self._stored_at[other["_id"]] < self._stored_at[answer_id]
-        ]
-        earlier = [other for other in before if other["_id"] not in seen]
-        if earlier:
-            raise Violation(f"the search has found event {answer_id} before {earlier[0]['_id']}, which is older")
-
     def _note_effects(self, request: Request, run_id: str, old: Run, new: Run) -> None:
         if new.get("acts", 0) > old.get("acts", 0):
             if new.get("acts", 0) != old.get("acts", 0) + 1:
@@ -408,27 +306,10 @@ class Rules:
             in_inbox = any(item.get("id") == event_id for item in new.get("inbox") or ())
             if not in_inbox and not any(step.get("answer") == event_id for step in new["steps"]):
                 raise Violation(f"event {event_id} was noted as seen, and is neither in the inbox nor a step's answer")
-        if request.name == "answer_hook" and old != new:
-            self._check_expiry(old)
-            self._check_token(request, old)
         known = _answer_ids(old)
         for answer_id in _answer_ids(new) - known:
             if answer_id not in (new.get("seen") or ()):
                 self._effect(request, "answer", run_id, answer_id)
-
-    def _check_expiry(self, old: Run) -> None:
-        step = next(step for step in old["steps"] if step["stepId"] == old["currentStepId"])
-        ends = [hook.get("expiresAt") for hook in step.get("hooks", ())]
-        if ends and all(end is not None and end <= self._world.server.now() for end in ends):
-            raise Violation("an answer by a token was accepted after its time")
-
-    @staticmethod
-    def _check_token(request: Request, old: Run) -> None:
-        if request.call is None or request.call.kind != "hook":
-            return
-        step = next(step for step in old["steps"] if step["stepId"] == old["currentStepId"])
-        if all(bytes(hook["hash"]) != hash_token(request.call.argument) for hook in step.get("hooks", ())):
-            raise Violation("a token was accepted whose hook the step has not")
 
     def _effect(self, request: Request, kind: str, run_id: str, effect_id: Any) -> None:
         call = request.call
@@ -478,20 +359,19 @@ class Rules:
         """From here on changes may be rolled back."""
         self._lag_at = self.changes
         self._lag_runs = dict(self.runs)
-        self._lag_answered = set(self.answered)
+        self.waits.lag_began()
         self._lag_taken = dict(self.taken)
         self._lag_granted = dict(self.granted)
-        self._lag_events = dict(self.events)
         self._lag_deleted = set(self.deleted)
         self._lag_archived = dict(self.archived)
 
     def rolled_back(self) -> None:
         """A fail-over: the changes since `lag_began` have not happened. None of them may have been acknowledged."""
         self.runs = self._world.server.runs()
-        self.events, self.deleted, self.archived = self._lag_events, self._lag_deleted, self._lag_archived
+        self.waits.rolled_back()
+        self.deleted, self.archived = self._lag_deleted, self._lag_archived
         self.changes += 1
         self.history += [(self.changes, run_id, run) for run_id, run in self.runs.items()]  # what was rolled back is no state of theirs
-        self.answered = self._lag_answered
         self.taken = self._lag_taken
         self._world.promptness.rolled_back(self.taken)
         self.granted = self._lag_granted

@@ -340,7 +340,7 @@ class World:
                 self.rules.changed(request)
                 self.workload.on_changed()
         if request.name == "record_event":
-            self.rules.event_recorded()
+            self.rules.waits.event_recorded()
         self.workload.on_performed(request)
         return reply
 

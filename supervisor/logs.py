@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
@@ -23,11 +23,21 @@ import orjson
 from streamline_pool.config.settings import redact_text
 from streamline_pool.supervisor.log_stream import LogStream
 
-__all__ = ["LAST_LINES_S", "JsonFormatter", "TextFormatter", "fields_of", "flush_logs", "never_wait_for_readers", "setup_logging", "show"]
+__all__ = [
+    "JsonFormatter",
+    "TextFormatter",
+    "drain_logs",
+    "fields_of",
+    "flush_logs",
+    "never_wait_for_readers",
+    "setup_logging",
+    "show",
+    "wait_for_readers_again",
+]
 
 log = logging.getLogger("streamline_pool")
 
-LAST_LINES_S = 0.3  # how long a process that ends waits for the reader of its log; a guess
+_handlers: list[logging.StreamHandler[Any]] = []  # the one of the last `setup_logging`
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _NOISY = ("pymongo", "asyncio")  # at their INFO and DEBUG they describe themselves, not the work
 
@@ -80,6 +90,7 @@ def setup_logging(log_format: str, level: str, stream: TextIO | None = None) -> 
     for old in list(root.handlers):
         root.removeHandler(old)
     root.addHandler(handler)
+    _handlers[:] = [handler]
     root.setLevel(level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
@@ -89,41 +100,66 @@ def setup_logging(log_format: str, level: str, stream: TextIO | None = None) -> 
 
 
 def never_wait_for_readers() -> None:
-    """From now on, in this process and its forks, no log line waits until standard error is read. See log_stream.py.
+    """From now on, no line that this process and its forks log to standard error waits until it is read. See log_stream.py.
 
     `flush_logs` must be called now and then, because a line that found no room is written by a later call.
     """
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor, as in tests
-                handler.setStream(LogStream(handler.stream.fileno()))
+    handler = _handler_of_ours()
+    if handler is not None and not isinstance(handler.stream, LogStream):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a descriptor, as in tests
+            handler.setStream(LogStream(handler.stream))
 
 
-def flush_logs(wait_s: float = 0.0) -> None:
-    """Write the lines that found no room before; wait at most so long for the reader. Log how many were lost."""
-    for handler, stream in _log_streams():
-        with handler.lock or contextlib.nullcontext():
-            stream.drain(wait_s)
-            lost = stream.take_lost()
-        if lost:
-            log.warning("log_lines_lost", extra={"lines": lost})
+def wait_for_readers_again() -> None:
+    """Undo `never_wait_for_readers` in this process: it is an ordinary one, which does not call `flush_logs`."""
+    handler = _handler_of_ours()
+    if handler is not None and isinstance(handler.stream, LogStream):
+        handler.stream.close()
+        handler.stream = handler.stream.plain
+
+
+def flush_logs() -> None:
+    """Write the lines that found no room before. Log how many were lost."""
+    handler = _handler_of_ours()
+    if handler is None or not isinstance(handler.stream, LogStream):
+        return
+    handler.flush()
+    _report_lost(handler, handler.stream)
+
+
+def drain_logs(patience_s: float = 0.3) -> None:
+    """The same at the end of a process: wait for a reader that reads, and for another one at most so long (a guess)."""
+    handler = _handler_of_ours()
+    if handler is None or not isinstance(handler.stream, LogStream):
+        return
+    with handler.lock or contextlib.nullcontext():
+        handler.stream.drain(patience_s)
+    _report_lost(handler, handler.stream)
 
 
 def show(text: str) -> None:
     """Write text that is for people, and no event, among the log lines."""
-    for handler, stream in _log_streams():
-        with handler.lock or contextlib.nullcontext():
-            stream.write(f"{text}\n")
-            stream.flush()
+    handler = _handler_of_ours()
+    if handler is None:
+        print(text, file=sys.stderr, flush=True)
         return
-    print(text, file=sys.stderr, flush=True)
+    with handler.lock or contextlib.nullcontext():
+        handler.stream.write(f"{text}\n")
+        handler.flush()
 
 
-def _log_streams() -> Iterator[tuple[logging.Handler, LogStream]]:
-    for handler in logging.getLogger().handlers:
-        stream = getattr(handler, "stream", None)
-        if isinstance(stream, LogStream):
-            yield handler, stream
+def _report_lost(handler: logging.StreamHandler[Any], stream: LogStream) -> None:
+    """To this handler alone: other ones of the application have lost nothing."""
+    lost = stream.lost
+    if stream.may_report_lost():
+        stream.lost = 0
+        handler.handle(log.makeRecord(log.name, logging.WARNING, __file__, 0, "log_lines_lost", (), None, extra={"lines": lost}))
+        stream.lost += lost if stream.lost else 0  # the report is lost, too
+
+
+def _handler_of_ours() -> logging.StreamHandler[Any] | None:
+    """What `setup_logging` has made, wherever the application has put it since."""
+    return _handlers[-1] if _handlers else None
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -42,7 +42,7 @@ from streamline_pool.supervisor.cli.doctor import doctor
 from streamline_pool.supervisor.cli.options import Invocation, pick, setting_options
 from streamline_pool.supervisor.cli.systemd import systemd
 from streamline_pool.supervisor.cli.worker_list import workers
-from streamline_pool.supervisor.logs import LAST_LINES_S, flush_logs, setup_logging
+from streamline_pool.supervisor.logs import drain_logs, setup_logging
 
 __all__ = ["cli", "main"]
 
@@ -165,7 +165,7 @@ def _exit_now(code: int) -> NoReturn:
     """Exit at once. Everything of this package is closed by now; a normal exit would wait half a second for PyMongo's threads,
     and for ever for a non-daemon thread that the user's module started.
     """
-    flush_logs(LAST_LINES_S)
+    drain_logs()
     logging.shutdown()
     _flush_output()
     os._exit(code)

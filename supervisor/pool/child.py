@@ -33,7 +33,7 @@ from streamline_pool.supervisor.ipc.messages import (
     ToWorker,
     WakeUp,
 )
-from streamline_pool.supervisor.logs import LAST_LINES_S, flush_logs
+from streamline_pool.supervisor.logs import drain_logs, wait_for_readers_again
 from streamline_pool.supervisor.pool.state import Role
 
 __all__ = ["HANDLED_SIGNALS", "Child", "fork_child"]
@@ -211,11 +211,13 @@ def _run_child(main: Main, sock: socket.socket, dump: IO[bytes], parent: int, to
     except BaseException:  # noqa: BLE001 -- the outermost frame: every error is shown, and ends here
         sys.excepthook(*sys.exc_info())
     finally:
-        with suppress(OSError, ValueError):  # no process reads this output any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-        flush_logs(LAST_LINES_S)
-        os._exit(code)
+        try:
+            drain_logs()
+            with suppress(OSError, ValueError, AttributeError):  # no process reads this output any more, or there is none
+                sys.stdout.flush()
+                sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def _take_own_signals(dump: IO[bytes]) -> None:
@@ -243,6 +245,7 @@ def _leave_pool(sock: socket.socket, dump: IO[bytes]) -> None:
     faulthandler.unregister(signal.SIGUSR1)
     sock.close()
     dump.close()
+    wait_for_readers_again()
     for signum in (*HANDLED_SIGNALS, PARENT_DEATH_SIGNAL):
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 

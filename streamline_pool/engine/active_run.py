@@ -178,7 +178,7 @@ class ActiveRun:
         if self._may_wait_for_loop:
             return asyncio.run_coroutine_threadsafe(self._engine.read_output(wanted), self._engine.loop).result()
         with self._noting_interruptions():
-            content = self._engine.drive_blocking(reading_outputs([wanted]))[0]
+            content = self._engine.drive_blocking(reading_outputs([wanted]), self.run_id)[0]
         if isinstance(content, DataCorruptionError):
             raise content
         return content
@@ -228,7 +228,7 @@ class ActiveRun:
         """One blocking save at a time. The loop's thread waits for those of the handler's own threads no longer than for the database."""
         blocking = self._engine.blocking
         if not self._blocking_save.acquire(blocking=not blocking.on_loop):
-            with blocking.waiting() as seconds:
+            with blocking.waiting(self.run_id) as seconds:
                 if not self._blocking_save.acquire(timeout=seconds):
                     raise StoreUnavailableError(f"run {self.run_id}: the saves of its handler's threads get no answer", transient=True)
         try:
@@ -237,10 +237,10 @@ class ActiveRun:
             self._blocking_save.release()
 
     def _save_blocking(self, save: Save) -> None:
-        self._engine.blocking.admit()  # else it is not sent, and nothing is unsettled
+        self._engine.blocking.admit(self.run_id)  # else it is not sent, and nothing is unsettled
         self.unsettled = save
         try:
-            outcome = self._engine.drive_blocking(_write_alone(save.statement))
+            outcome = self._engine.drive_blocking(_write_alone(save.statement), self.run_id)
         except ValidationError:
             self.unsettled = None  # refused: it is not stored
             raise
@@ -270,7 +270,7 @@ class ActiveRun:
             raise InvalidStateError(f"run {self.run_id}: the handler that asks is not running; nothing was stored", run_id=self.run_id)
 
     def _saved(self, outcome: WriteOutcome, field: str, value: Any) -> None:
-        if outcome not in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
+        if outcome is not WriteOutcome.COMMITTED:
             self.mark_lost()
             self._engine.loop.call_soon_threadsafe(self.abort, "lease-lost")
             raise LeaseLostError(f"run {self.run_id}: this worker no longer holds it; {field} was not stored", run_id=self.run_id)

@@ -230,9 +230,9 @@ class Engine:
 
     # --- ports.EnginePort ------------------------------------------------------------------------------------------
 
-    def drive_blocking(self, procedure: Procedure[T]) -> T:
+    def drive_blocking(self, procedure: Procedure[T], run_id: str) -> T:
         """See ports.EnginePort."""
-        with contextlib.closing(procedure), self.blocking.waiting() as seconds:
+        with contextlib.closing(procedure), self.blocking.waiting(run_id) as seconds:
             return self._blocking_store().drive_within(seconds, procedure)
 
     async def write(self, statement: Statement) -> WriteOutcome:

@@ -111,7 +111,7 @@ class GroupCommitter:
                 await queue.filled.wait()
             batch = _next_batch(queue.items)
             try:
-                await self._send_until_resolved(batch, doubtful=False)
+                await self._send_until_resolved(batch)
             except Exception as exc:
                 # A defect of ours: it ends the drivers of these runs only, and their leases expire.
                 log.exception("commit_failed", extra={"runs": len(batch)})
@@ -122,13 +122,13 @@ class GroupCommitter:
                     future.cancel()
                 raise
 
-    async def _send_until_resolved(self, batch: _Batch, *, doubtful: bool) -> None:
+    async def _send_until_resolved(self, batch: _Batch) -> None:
         """Repeat a batch until every statement in it has its outcome. Repeating is safe: each names the `rev` that it follows."""
         failures = refusals = 0
         while batch:
             try:
                 reply = await self._send([statement for statement, _ in batch])
-                if reply["n"] == len(batch) and not doubtful:
+                if reply["n"] == len(batch):
                     # All in one turn of the loop, though it is a long one. If they were resolved a few at a time, the next statements
                     # would come a few at a time, and the other sender would send them so; measured: a sixth of the throughput.
                     for _, future in batch:
@@ -137,7 +137,7 @@ class GroupCommitter:
                 errors = reply.get("writeErrors", ())
                 refusals = refusals + 1 if errors else 0
                 batch = self._refuse(batch, errors, for_good=refusals >= _REFUSALS_MAX)
-                batch = await self._resolve_by_read(batch, doubtful)
+                batch = await self._resolve_by_read(batch)
                 if not batch:
                     return
             except ValidationError as exc:
@@ -146,11 +146,10 @@ class GroupCommitter:
                     return
                 # The server refused the whole command for one of its statements: each is sent alone.
                 for item in batch:
-                    await self._send_until_resolved([item], doubtful=doubtful)
+                    await self._send_until_resolved([item])
                 return
             except StoreUnavailableError:
                 self._on_answer(False)
-                doubtful = True
             failures += 1
             await self._env.async_sleep(_BACKOFF.delay_s(failures, self._env.random()))
 
@@ -169,7 +168,7 @@ class GroupCommitter:
             _fail(future, refusal(statement, error))
         return [item for index, item in enumerate(batch) if index not in refused]
 
-    async def _resolve_by_read(self, batch: _Batch, doubtful: bool) -> _Batch:
+    async def _resolve_by_read(self, batch: _Batch) -> _Batch:
         """One majority read shows the outcome of each statement. Returns those that must be sent again."""
         found = await self._store.run(commits.read_fences([statement.fence.run_id for statement, _ in batch]))
         documents = {document["_id"]: document for document in found}
@@ -179,8 +178,7 @@ class GroupCommitter:
             if outcome is None:
                 again.append((statement, future))
             else:
-                # Without a lost reply only one copy was sent, so memory is as good as the document.
-                _resolve(future, WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ and not doubtful else outcome)
+                _resolve(future, outcome)
         return again
 
 

@@ -44,8 +44,8 @@ class EnginePort(Protocol):
     loop: asyncio.AbstractEventLoop
     blocking: LoopBlocking
 
-    def drive_blocking(self, procedure: Procedure[T]) -> T:
-        """Run a procedure for a handler, while the calling thread waits. Raises StoreUnavailableError as `blocking` says."""
+    def drive_blocking(self, procedure: Procedure[T], run_id: str) -> T:
+        """Run a procedure for a handler of this run, while the calling thread waits. Raises as `blocking.admit` does, too."""
 
     async def write(self, statement: Statement) -> WriteOutcome:
         """Send a fenced write with the group; its outcome."""

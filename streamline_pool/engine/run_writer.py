@@ -31,6 +31,7 @@ from .run_events import RunEvents
 from .write_outcome import (
     Committed,
     FailMinimal,
+    FindStored,
     Lost,
     ReadFirst,
     Send,
@@ -39,6 +40,7 @@ from .write_outcome import (
     after_reading,
     after_write,
     first_write,
+    stored_form,
 )
 
 __all__ = ["EngineState", "RunWriter"]
@@ -109,20 +111,20 @@ class RunWriter:
             else:
                 self._env.probe("commit.after")
             if result is WriteOutcome.COMMITTED:  # by far the most frequent: nothing to decide
-                return await self._committed(active, write.change, reread=False)
+                return self._committed(active, write.change)
             match after_write(result, write, active.held(draining=self._state.draining), self.moment()):
                 case Send(write=write):
                     continue
-                case Committed(change=change, reread=reread):
-                    return await self._committed(active, change, reread=reread)
+                case Committed(change=change):
+                    return self._committed(active, change)
                 case ReadFirst():
                     if not await self._reread(active):
                         return False
                     write = after_reading(write, active.held(draining=self._state.draining), self._store.now())
+                case FindStored():
+                    return await self._find_stored(active, write)
                 case Lost():
-                    active.mark_lost()
-                    log.info("run_fenced", extra={"run_id": active.run_id, "change": write.change.kind.value})
-                    return False
+                    return self._fenced(active, write)
                 case FailMinimal(cause=cause):
                     await self._fail_minimal(active, cause)
                     return False
@@ -137,6 +139,8 @@ class RunWriter:
     def _send(self, active: ActiveRun, write: Write, size: int) -> asyncio.Future[WriteOutcome]:
         make = commits.commit_under_pause if write.under_pause else commits.commit
         statement = make(active.fence(), write.change, self._store.now(), size + STATEMENT_BYTES)
+        if write.earlier:
+            statement = statement._replace(follows_form=True)
         return self._committer.write(statement, urgent=write.change.kind is ChangeKind.WAKE)
 
     async def _load_event_data(self, active: ActiveRun, change: Change) -> None:
@@ -146,17 +150,34 @@ class RunWriter:
             with contextlib.suppress(WorkflowError):  # then subscribers get the reference, and the run goes on
                 await self._outputs.load(active.document, missing, active.outputs)
 
-    async def _committed(self, active: ActiveRun, change: Change, *, reread: bool) -> bool:
-        if not reread:
-            apply(active.document, change)
-        elif not await self._reread(active):
-            return False
-        elif change.releases:  # and the run was found with its lease: an earlier decision was stored in the place of this one
-            return True
+    def _committed(self, active: ActiveRun, change: Change) -> bool:
+        apply(active.document, change)
+        return self._stored(active, change)
+
+    def _stored(self, active: ActiveRun, change: Change) -> bool:
+        """The change is durable, and the holder's copy has it."""
         self._events.publish_committed(active, change)
         if change.releases and change.wake_at is not None:
             self._observer.on_parked(active.document["lane"], change.wake_at, active.run_id)
         return not change.releases
+
+    async def _find_stored(self, active: ActiveRun, write: Write) -> bool:
+        """Of several forms that were sent, go on from the one that is stored. As `store`."""
+        found: list[RunDocument] = await until_answered(lambda: self._store.run(commits.read_run(active.run_id)), self._env)
+        if not found or validate_run_document(found[0]) is not None:
+            return self._fenced(active, write)
+        change = stored_form(write, active.document, found[0])
+        if change is None:
+            return self._fenced(active, write)
+        active.document = found[0]
+        if self._events.wanted:
+            await self._load_event_data(active, change)
+        return self._stored(active, change)
+
+    def _fenced(self, active: ActiveRun, write: Write) -> bool:
+        active.mark_lost()
+        log.info("run_fenced", extra={"run_id": active.run_id, "change": write.change.kind.value})
+        return False
 
     async def _reread(self, active: ActiveRun) -> bool:
         """Replace the holder's copy by what is stored. False: this worker holds the run no more, or must not go on with it."""
@@ -172,8 +193,11 @@ class RunWriter:
 
     async def _fail_minimal(self, active: ActiveRun, cause: ValidationError) -> None:
         try:
-            await self._committer.write(commits.fail_minimal(active.fence(), active.place, cause.code, cause.message, self._store.now()))
-            active.document["status"] = "failed"
+            statement = commits.fail_minimal(active.fence(), active.place, cause.code, cause.message, self._store.now())
+            if await self._committer.write(statement) is WriteOutcome.COMMITTED:
+                active.document["status"] = "failed"
+            else:
+                active.mark_lost()
         except ValidationError:
             log.exception("run_unstorable", extra={"run_id": active.run_id})
             active.lost = "lease-lost"

@@ -93,7 +93,7 @@ class Solitude:
         except ValidationError:
             active.is_alone = True  # its document has no room for the mark: it runs alone all the same, and cannot be convicted
             return
-        if outcome in (WriteOutcome.COMMITTED, WriteOutcome.COMMITTED_BY_READ):
+        if outcome is WriteOutcome.COMMITTED:
             active.document["rev"] += 1
             active.is_alone = True
         else:

@@ -21,8 +21,8 @@ from .failures import failure_of
 from .outcomes import Moment, failed
 
 __all__ = [
-    "Action", "Committed", "FailMinimal", "Held", "Lost", "ReadFirst", "Send", "Write", "WriteOutcome",
-    "after_reading", "after_write", "first_write", "lease_id_of", "resolve_write",
+    "Action", "Committed", "FailMinimal", "FindStored", "Held", "Lost", "ReadFirst", "Send", "Write", "WriteOutcome",
+    "after_reading", "after_write", "first_write", "lease_id_of", "resolve_write", "stored_form",
 ]  # fmt: skip
 
 
@@ -30,8 +30,7 @@ class WriteOutcome(Enum):
     """What became of a fenced write."""
 
     COMMITTED = "committed"
-    COMMITTED_BY_READ = "committed by read"  # known from a later read, not from a reply: go on from the document, not from memory
-    KEPT = "kept"  # it would have released the run; a late copy of an earlier form was stored instead, which has kept the lease
+    FORM_COMMITTED = "form committed"  # this form or an earlier one of the same write is stored: go on from the document
     FENCED = "fenced"  # this worker no longer holds the run: write nothing more
     PAUSED = "paused"  # not stored, the run is paused: send the form for paused runs
     RESUMED = "resumed"  # that form was not stored, the run is no longer paused: send the first form
@@ -45,14 +44,14 @@ def resolve_write(statement: Statement, document: Mapping[str, Any] | None) -> W
     if document is None:
         return WriteOutcome.FENCED
     lease_id = lease_id_of(document)
-    committed = document.get("rev") == fence.rev + 1
-    if lease_id != fence.lease_id:
-        # No claim, release or control operation came since (the token is unchanged): this very write released the lease.
-        released = lease_id is None and committed and document.get("token") == fence.token and _releases(statement)
-        return WriteOutcome.COMMITTED_BY_READ if released else WriteOutcome.FENCED
-    if committed:  # under this lease, so by a copy of this write, or of an earlier form of it
-        return WriteOutcome.KEPT if _releases(statement) else WriteOutcome.COMMITTED_BY_READ
-    if document.get("rev") != fence.rev:
+    holds = lease_id == fence.lease_id
+    # Without a lease, and with the same token, no claim came since: the write that follows this `rev` has released the run.
+    released = lease_id is None and document.get("token") == fence.token
+    if document.get("rev") == fence.rev + 1 and (holds or released):
+        if statement.follows_form:
+            return WriteOutcome.FORM_COMMITTED
+        return WriteOutcome.COMMITTED if released == _releases(statement) else WriteOutcome.FENCED
+    if not holds or document.get("rev") != fence.rev:
         return WriteOutcome.FENCED
     wanted = statement.update["q"].get("paused")
     if wanted is True and document.get("paused") is not True:
@@ -93,6 +92,12 @@ class Write(NamedTuple):
     decided: Change  # for a run that is not paused
     change: Change  # what is sent
     under_pause: bool = False
+    earlier: tuple[Change, ...] = ()  # forms that were sent before: a late copy of one may be stored in the place of this one
+
+    @property
+    def sent(self) -> tuple[Change, ...]:
+        """Every form, once this one was sent."""
+        return (*self.earlier, self.change)
 
 
 class Send(NamedTuple):
@@ -105,11 +110,14 @@ class Committed(NamedTuple):
     """Stored."""
 
     change: Change
-    reread: bool  # the holder's copy is not known to be what is stored: read the run
 
 
 class ReadFirst(NamedTuple):
     """Not stored: the document has something that the holder's copy lacks. Read it, then ask `after_reading`."""
+
+
+class FindStored(NamedTuple):
+    """One of several forms may be stored. Read the run, then ask `stored_form`."""
 
 
 class Lost(NamedTuple):
@@ -122,7 +130,7 @@ class FailMinimal(NamedTuple):
     cause: ValidationError
 
 
-Action = Send | Committed | ReadFirst | Lost | FailMinimal
+Action = Send | Committed | ReadFirst | FindStored | Lost | FailMinimal
 
 
 def first_write(change: Change, held: Held, now: datetime) -> Write:
@@ -140,22 +148,21 @@ def after_write(result: WriteOutcome | ValidationError, write: Write, held: Held
                 return FailMinimal(result)
             # A failure has the same form under a pause.
             change = failed(held.document, held.step, held.place, failure_of(result), at)
-            return Send(Write(change, change, write.under_pause))
+            return Send(Write(change, change, write.under_pause, write.earlier))
         case WriteOutcome.COMMITTED:
-            return Committed(write.change, reread=False)
-        case WriteOutcome.COMMITTED_BY_READ:
-            return Committed(write.change, reread=not write.change.releases)
-        case WriteOutcome.KEPT:
-            return Committed(write.decided, reread=True)
+            return Committed(write.change)
+        case WriteOutcome.FORM_COMMITTED:
+            return FindStored()
         case WriteOutcome.FENCED:
             return Lost()
         case WriteOutcome.PAUSED:
-            return Send(Write(write.decided, transitions.under_pause(held.document, write.decided, at.now), under_pause=True))
+            change = transitions.under_pause(held.document, write.decided, at.now)
+            return Send(Write(write.decided, change, under_pause=True, earlier=write.sent))
         case WriteOutcome.RESUMED:
-            return Send(Write(write.decided, write.decided))
+            return Send(Write(write.decided, write.decided, earlier=write.sent))
         case WriteOutcome.NOT_YET:
             change = waits.park(held.document, held.place)
-            return Send(Write(change, change))
+            return Send(Write(change, change, earlier=write.sent))
         case WriteOutcome.ARRIVED:
             return ReadFirst()
         case _:
@@ -164,4 +171,23 @@ def after_write(result: WriteOutcome | ValidationError, write: Write, held: Held
 
 def after_reading(write: Write, held: Held, now: datetime) -> Write:
     """After `ReadFirst`: `held` is what was read. The wait has ended before it began, or it begins as decided."""
-    return first_write(waits.take(held.document, write.decided, now) or write.decided, held, now)
+    return first_write(waits.take(held.document, write.decided, now) or write.decided, held, now)._replace(earlier=write.sent)
+
+
+def stored_form(write: Write, before: RunDocument, found: RunDocument) -> Change | None:
+    """Which of the forms that were sent is stored in `found`; None: none of them. `before`: the run before this write.
+
+    A claim, and a control operation that takes the lease, change the token; so with the same token the holder's own form is stored.
+    """
+    if found["rev"] != before["rev"] + 1 or found["token"] != before["token"]:
+        return None
+    return next((change for change in reversed(write.sent) if _is_stored(change, before, found)), None)
+
+
+def _is_stored(change: Change, before: RunDocument, found: RunDocument) -> bool:
+    """What tells forms of one decision apart: the state of the run and of its steps, and whether the lease is released."""
+    steps = all(
+        (found["steps"][place]["status"], found["steps"][place]["attempts"]) == (step["status"], step["attempts"])
+        for place, step in change.steps.items()
+    )
+    return steps and found["status"] == change.fields.get("status", before["status"]) and ("lease" in found) is not change.releases

@@ -23,6 +23,7 @@ __all__ = [
     "mark_alone",
     "read_fences",
     "read_held",
+    "read_run",
     "renew",
     "save_in_step",
     "write_statements",
@@ -105,6 +106,11 @@ def read_fences(run_ids: Sequence[str]) -> Find:
     """What shows the outcome of fenced writes that did not all match: lease, rev, pause and inbox of each run."""
     projection = {"lease.id": 1, "rev": 1, "token": 1, "paused": 1, "status": 1, "inbox.name": 1, "inbox.stepId": 1, "inbox.gen": 1}
     return Find(name="read_fences", collection="runs", filter={"_id": {"$in": list(run_ids)}}, projection=projection)
+
+
+def read_run(run_id: str) -> Find:
+    """The whole document of a run."""
+    return Find(name="read_run", collection="runs", filter={"_id": run_id}, limit=1)
 
 
 def read_held(run_id: str, lease_id: str) -> Find:

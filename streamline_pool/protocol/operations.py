@@ -97,6 +97,7 @@ class Statement(NamedTuple):
     fence: Fence
     update: dict[str, Any]  # {"q", "u"}: an element of the `update` command
     size: int  # estimated bytes
+    follows_form: bool = False  # another form of this write was sent before, and a late copy of it may be stored
 
 
 def update_matching(name: str, query: Query, update: Update) -> Command:

@@ -292,3 +292,70 @@ def test_a_run_that_is_stopped_while_its_outputs_are_read_is_released_before_it_
     stopped = asyncio.run(main())
     step = stopped["steps"][2]
     assert (len(entered), stopped["status"], step["status"], step["attempts"], stopped["crashes"]) == (1, "running", "pending", 0, 0)
+
+
+@pytest.mark.slow
+def test_handlers_that_save_at_once_in_a_slow_database_do_not_outlive_their_leases(
+    make_app: Callable[..., Streamline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each save is answered, so none has failed; but all together take three leases, and the loop renews none meanwhile."""
+    first, second = (make_app(stall_timeout_s=30.0, concurrency=30, lease_s=4.0) for _ in range(2))
+    store = first.store()
+    drive = store.drive_within
+
+    def drive_slowly(seconds: float, procedure: Procedure[Any]) -> Any:
+        time.sleep(min(0.5, seconds))
+        return drive(seconds, procedure)
+
+    monkeypatch.setattr(store, "drive_within", drive_slowly)
+    go, is_over = threading.Event(), threading.Event()
+    elsewhere: list[str] = []
+
+    async def saving(ctx: Context) -> None:
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # all wake in one turn
+        with suppress(StoreUnavailableError):
+            ctx.checkpoint("done")
+
+    first.workflow("w", steps={"s": saving}).start_many([None] * 24)
+    second.workflow("w", steps={"s": lambda ctx: elsewhere.append(ctx.run_id)})
+
+    def work_elsewhere() -> None:
+        async def main() -> None:
+            async with Pool(second, recover_every_s=0.2):
+                await asyncio.to_thread(is_over.wait)
+
+        asyncio.run(main())
+
+    async def main() -> None:
+        async with Pool(first) as pool:
+            await pool.until(lambda: first.runs.count_documents({"lease": {"$exists": True}}) == 24)
+            other = asyncio.create_task(asyncio.to_thread(work_elsewhere))
+            await asyncio.sleep(0.5)
+            go.set()
+            await pool.until(lambda: first.runs.count_documents({"status": "done"}) == 24, timeout=60)
+            is_over.set()
+            await other
+
+    asyncio.run(main())
+    assert elsewhere == []
+
+
+@pytest.mark.slow
+def test_a_handler_that_saves_without_a_pause_fails_and_is_told_why(make_app: Callable[..., Streamline]) -> None:
+    """It was entered again and again, without a count and without a log line."""
+    app = make_app(stall_timeout_s=3.0)
+    entered: list[int] = []
+
+    async def saving(ctx: Context) -> None:
+        entered.append(ctx.attempt)
+        for row in range(1_000_000):
+            ctx.checkpoint(row)
+
+    run_id = app.workflow("w", steps={"s": (saving, {"retries": 2, "retry_delay": 0.01})}).start().id
+    run_until_idle(app, timeout=60)
+    run = app.get_run(run_id)
+    assert run is not None
+    assert (run.status, entered) == ("failed", [1, 2])
+    assert "without a pause; await something between them" in str(run.error)

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 from faulty_store import Faults, FaultyAsyncStore, hasty_env
-from workers import run_until_idle
 
-from streamline_pool import StoreUnavailableError, Streamline
+from streamline_pool import Streamline
 from streamline_pool.domain import transitions
 from streamline_pool.engine.group_commit import GroupCommitter
 from streamline_pool.engine.write_outcome import WriteOutcome
 from streamline_pool.protocol import claims, commits, recovery
-from streamline_pool.protocol.operations import Command, Fence, Statement
-from streamline_pool.storage.store import AsyncStore
+from streamline_pool.protocol.operations import Fence, Statement
 
 NO_FAULTS = Faults("none", 0, 0)
 
@@ -70,10 +68,9 @@ def test_each_write_of_a_command_has_the_outcome_of_its_own_run(app: Streamline,
 
 @pytest.mark.parametrize("kind", ["lost", "unknown"])
 def test_a_write_whose_reply_was_lost_is_stored_once_and_known_from_a_read(app: Streamline, kind: str) -> None:
-    """Its sender must go on from the document: a copy of another form of the write may be what was stored."""
     statements = claimed(app, 2)
     faults = Faults(kind, 1)
-    assert outcomes(app, statements, faults) == [WriteOutcome.COMMITTED_BY_READ] * 2
+    assert outcomes(app, statements, faults) == [WriteOutcome.COMMITTED] * 2
     assert faults.hit == ["commit_runs"]
     for stored in app.runs.find():
         assert (stored["rev"], stored["currentStepId"], stored["steps"][0]["output"]) == (1, "last", "result")
@@ -83,7 +80,7 @@ def test_a_lost_run_is_fenced_also_when_the_reply_was_lost(app: Streamline) -> N
     """An error says nothing about the write. Neither success nor failure may be assumed."""
     statements = claimed(app, 2)
     lose(app, statements[0].fence.run_id)
-    assert outcomes(app, statements, Faults("lost", 1)) == [WriteOutcome.FENCED, WriteOutcome.COMMITTED_BY_READ]
+    assert outcomes(app, statements, Faults("lost", 1)) == [WriteOutcome.FENCED, WriteOutcome.COMMITTED]
 
 
 RELEASES: dict[str, Callable[[Streamline, str], Any]] = {
@@ -104,35 +101,3 @@ def test_a_release_that_was_not_stored_is_not_taken_for_stored_after_another_pro
     assert app.store().run(commits.write_statements([statement]))["n"] == 1  # an earlier write of the holder, of unknown outcome
     RELEASES[taken_by](app, run_id)
     assert outcomes(app, [release]) == [WriteOutcome.FENCED]
-
-
-def test_a_holder_goes_on_when_a_late_copy_is_stored_in_the_place_of_a_form_that_would_have_released_the_run(
-    app: Streamline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Found by the explorer: a result was on its way twice, in the form for a run that goes on and in that for a paused one.
-
-    The run was resumed in between. Its worker took it for lost, and it rested until its lease was over, as if a worker had died.
-    """
-    late: list[Command] = []
-    run_op = AsyncStore.run
-
-    async def run(self: AsyncStore, op: Any, session: Any = None) -> Any:
-        if op.name != "commit_runs":
-            return await run_op(self, op, session)
-        (update,) = op.body["updates"]
-        if not late:
-            late.append(op)
-            await asyncio.to_thread(app.pause_run, update["q"]["_id"])
-            raise StoreUnavailableError("the connection broke, and the request comes later", transient=True)
-        if update["q"].get("paused") is True:
-            await asyncio.to_thread(app.resume_run, update["q"]["_id"])
-            await run_op(self, late[0])
-        return await run_op(self, op, session)
-
-    flow = app.workflow("flow", steps={name: lambda ctx: ctx.step_id for name in ("first", "last")})
-    run_id = flow.start().id
-    monkeypatch.setattr(AsyncStore, "run", run)
-    run_until_idle(app)
-    document = app.runs.find_one({"_id": run_id})
-    assert document is not None
-    assert (document["status"], document["output"], document["token"], document["crashes"]) == ("done", "last", 1, 0)

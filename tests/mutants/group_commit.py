@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mutant import Edit, Mutant, mutants_of
+from .mutant import Mutant, mutants_of
 
 __all__ = ["MUTANTS"]
 
@@ -10,7 +10,6 @@ _GROUP = "streamline_pool/engine/group_commit.py"
 _OUTCOME = "streamline_pool/engine/write_outcome.py"
 _WRITER = "streamline_pool/engine/run_writer.py"
 _NO_ANSWER = """                self._on_answer(False)
-                doubtful = True
 """
 _bug = mutants_of(
     "group commit",
@@ -26,8 +25,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="one-match-is-success-for-all",
         file=_GROUP,
-        old="""if reply["n"] == len(batch) and not doubtful:""",
-        new="""if reply["n"] and not doubtful:""",
+        old="""if reply["n"] == len(batch):""",
+        new="""if reply["n"]:""",
         harm="A worker goes on with a run that it has lost, because another run of the same command was stored.",
     ),
     _bug(
@@ -40,24 +39,22 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="stored-commit-counts-as-lost",
         file=_OUTCOME,
-        old="""    if committed:  # under this lease, so by a copy of this write, or of an earlier form of it
-        return WriteOutcome.KEPT if _releases(statement) else WriteOutcome.COMMITTED_BY_READ
-""",
-        new="",
+        old="if released == _releases(statement) else",
+        new="if released and _releases(statement) else",
         harm="After a lost reply a worker drops a run that it holds, and the run waits until its lease expires.",
     ),
     _bug(
         name="late-copy-of-an-earlier-form-counts-as-lost",
         file=_OUTCOME,
-        old="return WriteOutcome.KEPT if _releases(statement)",
-        new="return WriteOutcome.FENCED if _releases(statement)",
+        old="return FindStored()",
+        new="return Lost()",
         harm="A worker drops a run that it holds, because it was paused and resumed meanwhile, and the run waits until its lease expires.",
         explorer=("--kinds", "choice"),
     ),
     _bug(
         name="stored-release-counts-as-lost",
         file=_OUTCOME,
-        old="""released = lease_id is None and committed and document.get("token") == fence.token and _releases(statement)""",
+        old="""released = lease_id is None and document.get("token") == fence.token""",
         new="released = False",
         harm="The end of a run whose reply was lost is published by no worker, and the timer of a sleep is not set.",
         explorer=("--kinds", "chain,mixed"),
@@ -65,25 +62,17 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="release-is-known-without-the-token",
         file=_OUTCOME,
-        old="""committed and document.get("token") == fence.token and""",
-        new="committed and",
+        old="""released = lease_id is None and document.get("token") == fence.token""",
+        new="released = lease_id is None",
         harm="A holder takes the cancel or recovery of its run for its own release, and publishes what was discarded.",
         explorer=("--kinds", "retry"),
     ),
     _bug(
         name="lost-lease-is-not-noticed",
         file=_OUTCOME,
-        old="    if lease_id != fence.lease_id:\n",
-        new="    if False:\n        released = False\n",
+        old="holds = lease_id == fence.lease_id",
+        new="holds = True",
         harm="A fenced worker takes its successor's write for its own, or repeats its own write for ever.",
-        also=(
-            Edit(
-                _OUTCOME,
-                """        released = lease_id is None and committed and document.get("token") == fence.token and _releases(statement)
-""",
-                "",
-            ),
-        ),
     ),
     _bug(
         name="lost-reply-of-a-commit-is-success",
@@ -108,12 +97,11 @@ MUTANTS: tuple[Mutant, ...] = (
         harm="Each network error costs all runs in progress a lease, and their steps are entered again though they may be stored.",
     ),
     _bug(
-        name="doubtful-commit-is-taken-from-memory",
-        file=_GROUP,
-        old="""WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ and not doubtful else outcome)""",
-        new="""WriteOutcome.COMMITTED if outcome is WriteOutcome.COMMITTED_BY_READ else outcome)""",
-        harm="When a late copy of another form of the write was stored, the holder goes on from a document that is not the stored one.",
-        beyond_explorer="Of the forms of a write one keeps the lease at most. That another one was stored is an outcome of its own: KEPT.",
+        name="form-that-was-sent-last-counts-as-stored",
+        file=_OUTCOME,
+        old="        if statement.follows_form:\n            return WriteOutcome.FORM_COMMITTED\n",
+        new="",
+        harm="When a late copy of another form of the write was stored, the holder publishes an end that the run does not have, or none.",
     ),
     _bug(
         name="unknown-checkpoint-is-not-settled",
@@ -152,12 +140,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="resumed-run-keeps-the-form-for-paused-runs",
         file=_OUTCOME,
-        old="""        case WriteOutcome.RESUMED:
-            return Send(Write(write.decided, write.decided))
-""",
-        new="""        case WriteOutcome.RESUMED:
-            return Send(Write(write.decided, write.change))
-""",
+        old="return Send(Write(write.decided, write.decided, earlier=write.sent))",
+        new="return Send(Write(write.decided, write.change, earlier=write.sent))",
         harm="A run that was resumed while its holder stored a result is released and claimed anew, or loses its sleep.",
         explorer=("--kinds", "chain,retry"),
     ),
@@ -165,7 +149,7 @@ MUTANTS: tuple[Mutant, ...] = (
         name="timer-that-was-too-early-is-given-up",
         file=_OUTCOME,
         old="""            change = waits.park(held.document, held.place)
-            return Send(Write(change, change))
+            return Send(Write(change, change, earlier=write.sent))
 """,
         new="""            return Lost()
 """,

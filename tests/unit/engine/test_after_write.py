@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 
 from streamline_pool.domain import transitions, waits
-from streamline_pool.domain.change import Change, ChangeKind
+from streamline_pool.domain.change import Change, ChangeKind, apply
 from streamline_pool.domain.definition import Definition, make_step
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import PayloadTooLargeError, ValidationError
@@ -17,6 +19,7 @@ from streamline_pool.engine.write_outcome import (
     Action,
     Committed,
     FailMinimal,
+    FindStored,
     Held,
     Lost,
     ReadFirst,
@@ -26,6 +29,7 @@ from streamline_pool.engine.write_outcome import (
     after_reading,
     after_write,
     first_write,
+    stored_form,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -70,22 +74,45 @@ def decide(result: WriteOutcome | ValidationError, change: Change, one: Held, *,
 
 
 def test_a_committed_write_is_applied_from_memory() -> None:
-    assert decide(WriteOutcome.COMMITTED, advanced(held()), held()) == Committed(advanced(held()), reread=False)
+    assert decide(WriteOutcome.COMMITTED, advanced(held()), held()) == Committed(advanced(held()))
 
 
-def test_a_write_known_from_a_read_is_read_again_unless_it_released_the_run() -> None:
-    """After a lost reply only the document shows the state; a released run must not be read, as another worker may hold it."""
-    assert decide(WriteOutcome.COMMITTED_BY_READ, advanced(held()), held()) == Committed(advanced(held()), reread=True)
-    finish = advanced(held(current="b"))
-    assert decide(WriteOutcome.COMMITTED_BY_READ, finish, held(current="b")) == Committed(finish, reread=False)
-
-
-def test_a_late_copy_of_an_earlier_form_that_has_kept_the_lease_is_what_is_stored() -> None:
-    """The run was resumed, and the result stored by the form for a run that is not paused. Its holder goes on, and publishes the result."""
+def test_of_several_forms_that_were_sent_the_stored_one_is_looked_for() -> None:
+    """The run was paused and resumed meanwhile, and a late copy of an earlier form may be stored in the place of the last one."""
     one, change = held(), advanced(held())
-    paused = Write(change, transitions.under_pause(one.document, change, NOW), under_pause=True)
-    assert paused.change.releases
-    assert after_write(WriteOutcome.KEPT, paused, one, AT) == Committed(change, reread=True)
+    paused = decide(WriteOutcome.PAUSED, change, one)
+    assert isinstance(paused, Send)
+    assert after_write(WriteOutcome.FORM_COMMITTED, paused.write, one, AT) == FindStored()
+    assert after_write(WriteOutcome.COMMITTED, paused.write, one, AT) == Committed(paused.write.change)
+
+
+FORMS: dict[str, tuple[Callable[[], Held], Callable[[Held], Change]]] = {
+    "advance": (held, advanced),
+    "finish": (lambda: held(current="b"), advanced),
+    "wake": (sleeping, lambda one: waits.wake(one.document, one.place, NOW)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_stored_form_is_told_from_the_others(name: str) -> None:
+    make, decided_by = FORMS[name]
+    one = make()
+    decided = decided_by(one)
+    other_form = waits.park(one.document, one.place) if name == "wake" else transitions.under_pause(one.document, decided, NOW)
+    forms = [decided, other_form]
+    write = Write(decided, forms[-1], earlier=tuple(forms[:-1]))
+    for form in forms:
+        found = copy.deepcopy(one.document)
+        apply(found, form)
+        if not form.releases:
+            found["lease"] = cast(Any, {"id": "l"})
+        other = stored_form(write, one.document, found)
+        assert other is not None
+        assert (other.kind, other.releases, other.fields.get("status")) == (form.kind, form.releases, form.fields.get("status"))
+        assert stored_form(write, one.document, cast(RunDocument, {**found, "token": found["token"] + 1})) is None, (
+            "a claim or a cancel came since"
+        )
+        assert stored_form(write, one.document, cast(RunDocument, {**found, "rev": found["rev"] + 1})) is None, "another holder has written"
 
 
 def test_a_fenced_writer_writes_nothing_more() -> None:
@@ -96,16 +123,17 @@ def test_a_pause_sends_the_form_for_paused_runs_and_a_resume_sends_the_decision_
     """Each form must be derived from the decision. Derived from an earlier form, a result would lose the start of the next step."""
     one, change = held(), advanced(held())
     paused = decide(WriteOutcome.PAUSED, change, one)
-    assert paused == Send(Write(change, transitions.under_pause(one.document, change, NOW), under_pause=True))
+    assert paused == Send(Write(change, transitions.under_pause(one.document, change, NOW), under_pause=True, earlier=(change,)))
     assert isinstance(paused, Send)
     assert not [step for step in paused.write.change.steps.values() if step["status"] == "running"], "nothing is started"
-    assert after_write(WriteOutcome.RESUMED, paused.write, one, AT) == Send(Write(change, change))
+    assert after_write(WriteOutcome.RESUMED, paused.write, one, AT) == Send(Write(change, change, earlier=(change, paused.write.change)))
 
 
 def test_a_timer_that_fired_too_early_returns_the_run_to_its_wait() -> None:
     one = sleeping()
-    action = decide(WriteOutcome.NOT_YET, waits.wake(one.document, 0, NOW), one)
-    assert action == Send(Write(waits.park(one.document, 0), waits.park(one.document, 0)))
+    wake = waits.wake(one.document, 0, NOW)
+    action = decide(WriteOutcome.NOT_YET, wake, one)
+    assert action == Send(Write(waits.park(one.document, 0), waits.park(one.document, 0), earlier=(wake,)))
 
 
 def test_what_arrived_before_the_wait_is_read_and_becomes_the_result() -> None:

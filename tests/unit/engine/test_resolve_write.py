@@ -62,22 +62,38 @@ GONE = {"lease": None}
         ("wait", False, {"inbox": [ANSWER], **GONE}, WriteOutcome.FENCED),
         ("wait", False, {"inbox": [ANSWER], "rev": 6}, WriteOutcome.FENCED),
         # It was stored, and its answer or event came afterwards.
-        ("wait", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED_BY_READ),
+        ("wait", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED),
         ("wait", False, {"rev": 5, "token": 2, **GONE}, WriteOutcome.FENCED),
-        ("await", False, {"rev": 5, "inbox": [{"name": "paid"}]}, WriteOutcome.COMMITTED_BY_READ),
+        ("await", False, {"rev": 5, "inbox": [{"name": "paid"}]}, WriteOutcome.COMMITTED),
         ("decide", False, {"inbox": [ANSWER]}, None),
         ("decide", False, {"paused": True}, WriteOutcome.PAUSED),
         ("decide", True, {}, WriteOutcome.RESUMED),
-        ("release", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED_BY_READ),
-        ("release", False, {"rev": 5}, WriteOutcome.KEPT),
-        ("wait", True, {"rev": 5}, WriteOutcome.KEPT),
+        ("release", False, {"rev": 5, **GONE}, WriteOutcome.COMMITTED),
+        ("release", False, {"rev": 5}, WriteOutcome.FENCED),
+        ("wait", True, {"rev": 5}, WriteOutcome.FENCED),
         ("wake", False, {}, WriteOutcome.NOT_YET),
-        ("wake", False, {"rev": 5}, WriteOutcome.COMMITTED_BY_READ),
+        ("wake", False, {"rev": 5}, WriteOutcome.COMMITTED),
     ],
 )
 def test_a_document_shows_the_outcome_of_a_write(kind: str, paused: bool, changes: dict[str, Any], outcome: WriteOutcome | None) -> None:
     """A wrong outcome repeats a write that was stored, or continues after one that was not."""
     assert resolve_write(statement(kind, paused=paused), run(**changes)) is outcome
+
+
+@pytest.mark.parametrize("kind", ["wait", "await", "release", "wake"])
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"rev": 5}, WriteOutcome.FORM_COMMITTED),
+        ({"rev": 5, **GONE}, WriteOutcome.FORM_COMMITTED),
+        ({"rev": 5, "token": 2, **GONE}, WriteOutcome.FENCED),
+        ({"rev": 5, "lease": {"id": "theirs"}}, WriteOutcome.FENCED),
+        ({"rev": 6}, WriteOutcome.FENCED),
+    ],
+)
+def test_a_document_does_not_show_which_of_several_forms_is_stored(kind: str, changes: dict[str, Any], outcome: WriteOutcome) -> None:
+    """A late copy of an earlier form, which keeps the lease or not, may be stored in the place of the last one."""
+    assert resolve_write(statement(kind)._replace(follows_form=True), run(**changes)) is outcome
 
 
 def test_a_run_that_is_deleted_is_lost() -> None:

@@ -262,7 +262,8 @@ class Context:
         """Store the progress of this step; durable on return, kept across attempts, dropped when the step ends.
 
         In `async def` handlers the event loop is blocked for one majority write, or for up to 10 seconds while the database
-        does not answer. Raises LeaseLostError when this worker no longer holds the run, StoreUnavailableError after that time.
+        does not answer. Raises LeaseLostError when this worker no longer holds the run, StoreUnavailableError after that time,
+        InvalidStateError when this handler has blocked the loop for too long by many calls without an `await` between them.
         """
         self._check_open()
         self._port.save_checkpoint(self._intents, *as_payload(value, "checkpoint"))

@@ -16,6 +16,7 @@ _bug = mutants_of(
     "unit/engine/test_resolve_write.py",
     "unit/engine/test_after_write.py",
     "conformance/test_group_commit.py",
+    "conformance/test_stored_forms.py",
     "conformance/test_engine_leases.py",
     "simulation/test_faults_checkpoints.py",
     "simulation/test_faults.py",

@@ -103,6 +103,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="        if statement.follows_form:\n            return WriteOutcome.FORM_COMMITTED\n",
         new="",
         harm="When a late copy of another form of the write was stored, the holder publishes an end that the run does not have, or none.",
+        explorer=("--kinds", "choice"),
     ),
     _bug(
         name="unknown-checkpoint-is-not-settled",

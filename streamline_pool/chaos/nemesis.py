@@ -163,7 +163,7 @@ def _faults(stage: Stage, plan: Plan, say: Callable[[str], None]) -> list[Turn]:
             stage.wait(left_s)
             continue
         fault = agenda.pop()
-        hold_s = min(fault.hold_max, max(fault.hold_min(plan.lease_s), 0.5 * slot_s if fault.hold_max > 0 else 0.0))
+        hold_s = fault.hold_s(plan.lease_s, slot_s)
         if left_s < hold_s and {fault.name for fault in plan.faults} <= {turn.fault for turn in turns}:
             break
         turns.append(_one_fault(stage, fault, hold_s))

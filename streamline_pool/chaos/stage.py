@@ -148,7 +148,11 @@ class Fault:
     needs: frozenset[str] = frozenset()  # keys of `needs.NEEDS`
     kill: bool = False  # it has no end of its own: recovery counts from its beginning
     hold_min: Callable[[float], float] = lambda _lease_s: 0.0  # seconds that it lasts at least, from the lease
-    hold_max: float = 60.0
+    hold_max: float = 60.0  # and at most, however much time there is
+
+    def hold_s(self, lease_s: float, slot_s: float) -> float:
+        """How many seconds it lasts when it has this much of the whole time."""
+        return max(self.hold_min(lease_s), min(self.hold_max, 0.5 * slot_s))
 
     def start(self, stage: Stage) -> RunningFault:
         """Begin. NoTurn if there is nothing to act on."""

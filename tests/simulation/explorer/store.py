@@ -44,6 +44,7 @@ class Request:
         self.by_majority = by_majority
         self.future: asyncio.Future[Any] | None = None  # None: no reply is awaited (a late copy, a dead sender)
         self.leases: dict[str, Any] = {}  # run id -> the lease that was stored when this was sent
+        self.driven = frozenset(() if actor.engine is None else actor.engine.active_runs.held)  # runs that the sender drove
         self.hold = 0  # so many other operations come first
 
     @property
@@ -57,7 +58,7 @@ class Request:
     def copy(self) -> Request:
         """The same request once more, whose reply is not awaited."""
         copy = Request(self.actor, self.op, self.document, self.by_majority)
-        copy.owner, copy.call, copy.leases = self.owner, self.call, self.leases
+        copy.owner, copy.call, copy.leases, copy.driven = self.owner, self.call, self.leases, self.driven
         return copy
 
     def half(self, share: int) -> Request:

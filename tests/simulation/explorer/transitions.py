@@ -135,10 +135,8 @@ class Rules:
         if held_id == holds_id:
             if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"] and not is_holder:
                 raise Violation(f"{request.owner} renewed the lease of {held['owner']}")
-            if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"]:
-                active = driven_run(request.actor, new["_id"])
-                if active is None and request.actor.alive and request.actor.owner == request.owner:
-                    raise Violation(f"{request.owner} renewed a lease whose run it does not drive")
+            if held is not None and holds is not None and holds["expiresAt"] != held["expiresAt"] and new["_id"] not in request.driven:
+                raise Violation(f"{request.owner} renewed a lease whose run it did not drive")
             if held is not None and holds is not None and new["rev"] == old["rev"] and self._is_done_by_other(request, old, new):
                 raise Violation("a result was stored without `rev`")
             return

@@ -16,6 +16,7 @@ from streamline_pool.domain.change import Change, ChangeKind, apply
 from streamline_pool.domain.document import RunDocument
 from streamline_pool.domain.errors import ValidationError, WorkflowError
 from streamline_pool.protocol import commits
+from streamline_pool.protocol.operations import Find
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, is_external
 from streamline_pool.protocol.run_document import validate_run_document
 from streamline_pool.storage.procedures import until_answered
@@ -163,13 +164,11 @@ class RunWriter:
 
     async def _find_stored(self, active: ActiveRun, write: Write) -> bool:
         """Of several forms that were sent, go on from the one that is stored. As `store`."""
-        found: list[RunDocument] = await until_answered(lambda: self._store.run(commits.read_run(active.run_id)), self._env)
-        if not found or validate_run_document(found[0]) is not None:
+        found = await self._read(commits.read_run(active.run_id))
+        change = None if found is None else stored_form(write, active.document, found)
+        if found is None or change is None:
             return self._fenced(active, write)
-        change = stored_form(write, active.document, found[0])
-        if change is None:
-            return self._fenced(active, write)
-        active.document = found[0]
+        active.document = found
         if self._events.wanted:
             await self._load_event_data(active, change)
         return self._stored(active, change)
@@ -181,15 +180,17 @@ class RunWriter:
 
     async def _reread(self, active: ActiveRun) -> bool:
         """Replace the holder's copy by what is stored. False: this worker holds the run no more, or must not go on with it."""
-        found: list[RunDocument] = await until_answered(
-            lambda: self._store.run(commits.read_held(active.run_id, active.lease_id)), self._env
-        )
-        # A damaged document is left to the expiry of its lease: the next claim reports it.
-        if not found or validate_run_document(found[0]) is not None:
+        found = await self._read(commits.read_held(active.run_id, active.lease_id))
+        if found is None:
             active.mark_lost()
             return False
-        active.document = found[0]
+        active.document = found
         return True
+
+    async def _read(self, find: Find) -> RunDocument | None:
+        """The run that is found. A damaged one counts as none: it is left to the expiry of its lease, and the next claim reports it."""
+        found: list[RunDocument] = await until_answered(lambda: self._store.run(find), self._env)
+        return found[0] if found and validate_run_document(found[0]) is None else None
 
     async def _fail_minimal(self, active: ActiveRun, cause: ValidationError) -> None:
         try:

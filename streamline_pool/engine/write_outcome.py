@@ -148,7 +148,7 @@ def after_write(result: WriteOutcome | ValidationError, write: Write, held: Held
                 return FailMinimal(result)
             # A failure has the same form under a pause.
             change = failed(held.document, held.step, held.place, failure_of(result), at)
-            return Send(Write(change, change, write.under_pause, write.earlier))
+            return Send(Write(change, change, write.under_pause, earlier=write.sent))
         case WriteOutcome.COMMITTED:
             return Committed(write.change)
         case WriteOutcome.FORM_COMMITTED:

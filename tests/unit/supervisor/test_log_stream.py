@@ -12,7 +12,7 @@ import threading
 import time
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +69,27 @@ def _close_what_was_opened() -> Iterator[None]:
         OPENED.pop().close()
 
 
-@pytest.fixture(params=[a_pipe, a_socket, a_terminal])
-def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
-    """The reading and the writing end of something that holds a few KiB."""
-    made: Callable[[], Ends] = request.param
-    reading, writing = made()
+@contextmanager
+def open_ends(make: Callable[[], Ends]) -> Iterator[Ends]:
+    reading, writing = make()
     os.set_blocking(reading, False)
     yield reading, writing
     for fd in (reading, writing):
         with suppress(OSError):
             os.close(fd)
+
+
+@pytest.fixture(params=[a_pipe, a_socket, a_terminal])
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    """The reading and the writing end of something that holds a few KiB."""
+    with open_ends(request.param) as opened:
+        yield opened
 
 
 @pytest.fixture
 def pipe() -> Iterator[Ends]:
-    reading, writing = a_pipe()
-    os.set_blocking(reading, False)
-    yield reading, writing
-    for fd in (reading, writing):
-        with suppress(OSError):
-            os.close(fd)
+    with open_ends(a_pipe) as opened:
+        yield opened
 
 
 def read_all(fd: int, stream: LogStream) -> bytes:

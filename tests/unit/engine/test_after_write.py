@@ -142,6 +142,7 @@ def test_what_arrived_before_the_wait_is_read_and_becomes_the_result() -> None:
     assert decide(WriteOutcome.ARRIVED, waiting, one) == ReadFirst()
     write = after_reading(Write(waiting, waiting), held(inbox=[PAID]), NOW)
     assert (write.change.kind, write.change.steps[0]["output"]) == (ChangeKind.ADVANCE, 7)
+    assert write.earlier == (waiting,), "it was sent, and a late copy of it may be stored"
     assert after_reading(Write(waiting, waiting), held(), NOW).change == waiting, "the answer was removed again: wait as decided"
     stopping = after_reading(Write(waiting, waiting), held(inbox=[PAID], stopping=True), NOW)
     assert (list(stopping.change.steps), stopping.change.releases) == ([0], True), "a lease holder that stops starts no step"
@@ -153,6 +154,7 @@ def test_a_result_that_the_server_can_never_store_is_a_failed_attempt_also_under
         assert isinstance(action, Send)
         assert (action.write.change.kind, action.write.under_pause) == (ChangeKind.FAIL, under_pause)
         assert action.write.change.fields["error"]["code"] == "PAYLOAD_TOO_LARGE"
+        assert action.write.earlier == (advanced(held()),), "an earlier copy of it may still be on its way"
 
 
 def test_a_failure_that_cannot_be_stored_is_stored_in_few_bytes() -> None:

@@ -10,13 +10,11 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .entries import driven_run
 from .ledger import Violation
 from .transitions import TERMINAL
 
 if TYPE_CHECKING:
     from .actors import WorkerActor
-    from .store import Request
     from .world import World
 
 __all__ = ["Promptness"]
@@ -32,8 +30,6 @@ class Promptness:
         self._world = world
         self._due_since: dict[tuple[str, int], float] = {}  # (run, token) -> since when it is due and a worker has room
         self._taken_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> when it was taken away
-        self._given_up_at: dict[tuple[str, str], float] = {}  # (run id, lease id) -> since when its holder does not drive it
-        self._driven: set[tuple[str, str]] = set()  # (run id, lease id): its holder has sent a write, so it knows its claim
         self._reported: dict[str, float] = {}  # owner -> when its death was reported to a steward
 
     def lease_taken(self, run_id: str, lease_id: str) -> None:
@@ -48,18 +44,12 @@ class Promptness:
         """The steward was told that a worker is dead."""
         self._reported.setdefault(owner, self._world.loop.time())
 
-    def writes(self, request: Request) -> None:
-        """Statements of lease holders were sent."""
-        for update in (request.document or {}).get("updates", ()):
-            self._driven.add((update["q"].get("_id"), update["q"].get("lease.id")))
-
     def time_passed(self) -> None:
         """Raise Violation if something that should have happened has not."""
         if self._world.is_calm:
             self._no_worker_is_deaf()
             self._no_dead_worker_keeps_runs()
         self._no_handler_of_a_lost_run_goes_on()
-        self._no_run_is_given_up()
         self._no_run_rests_beside_its_event()
 
     def _no_worker_is_deaf(self) -> None:
@@ -112,30 +102,6 @@ class Promptness:
                 if is_told or (now > since + limit_s and self._world.harm.last_at < since):
                     late = f"{now - taken_at:.3f} s"
                     raise Violation(f"{actor.owner} goes on with the handler of {active.run_id}, which it lost {late} ago")
-
-    def _no_run_is_given_up(self) -> None:
-        """A worker that has sent a write under a lease drives the run for as long as the lease is its own.
-
-        If it gave the run up, as after a lost reply, the run would rest until the lease is over, and a step be entered in vain. It gives
-        up runs whose driver was lost, and full ones, which refuse even their failure.
-        """
-        world, now = self._world, self._world.loop.time()
-        given_up = {}
-        for actor in world.workers:
-            is_there = actor.alive and actor.engine is not None and world.rules.entries.is_awake(actor)
-            for run_id, run in world.rules.runs.items() if is_there else ():
-                lease = run.get("lease") or {}
-                active = driven_run(actor, run_id)
-                if lease.get("owner") != actor.owner or (active is not None and active.lease_id == lease["id"]):
-                    continue
-                if (run_id, lease["id"]) in self._driven:
-                    given_up[(run_id, lease["id"])] = self._given_up_at.get((run_id, lease["id"]), now)
-        self._given_up_at = given_up
-        if world.harm.is_away or world.server.lags or {"driver lost", "full"} & set(world.harm.counts):
-            return
-        for (run_id, _), since in given_up.items():
-            if world.harm.is_over_since(now - SOON_S) and now > since + SOON_S:
-                raise Violation(f"the holder of {run_id} has not driven it for {now - since:.3f} s, and its lease is not over")
 
     def _no_run_rests_beside_its_event(self) -> None:
         """Once an event to all counts as delivered, no older run that waits for it rests, be it until a deadline."""

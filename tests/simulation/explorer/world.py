@@ -21,6 +21,7 @@ from .actors import Actor, ClientActor, StewardActor, WorkerActor
 from .choices import THEMED, Choices
 from .faults import draw_fault
 from .harm import FREEZES_S, LATE_S, Harm
+from .holders import Holders
 from .judgement import is_quiet, judge
 from .ledger import Ledger, Violation
 from .loop import VirtualLoop
@@ -59,6 +60,7 @@ class World:
         theme = None if self.workload.duel is None else self.workload.duel.theme
         if theme is not None and (choices.fixed.random() < THEMED_DUELS or " at " in theme):
             choices.profile = THEMED
+        self.holders = Holders(self)
         self.promptness = Promptness(self)
         self.publications = Publications(self)
         self.is_calm = choices.profile.name == "calm"
@@ -148,6 +150,7 @@ class World:
             return False
 
     def _step(self) -> bool:
+        self.holders.look()
         if self.operations > OPERATIONS_MAX:
             raise Violation(f"after {self.operations} operations the actors have not come to rest")
         timer = self.loop.next_timer()
@@ -275,8 +278,6 @@ class World:
     def _note_leases(self, request: Request) -> None:
         if request.writes and request.op.collection == "runs":
             request.leases = {run_id: run.get("lease", {}).get("id") for run_id, run in self.rules.runs.items()}
-            if request.name == "commit_runs":
-                self.promptness.writes(request)
 
     def _perform_one(self) -> None:
         candidates = [request for request in self._pending if request.hold <= 0] or self._pending

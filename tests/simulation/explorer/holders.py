@@ -1,0 +1,51 @@
+"""The rule about lease holders: one that lives drives its run for as long as the lease is its own. Checked between operations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .ledger import Violation
+
+if TYPE_CHECKING:
+    from .actors import Actor
+    from .world import World
+
+__all__ = ["Holders"]
+
+_EXCUSES = {"driver lost", "full"}  # a lost driver drives nothing more, and a document that is full refuses even its failure
+
+
+class Holders:
+    """Sees which runs each process drives."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._driven: dict[tuple[str, str, str], Actor] = {}  # (owner, run id, lease id) -> the process that drives the run
+
+    def look(self) -> None:
+        """No process has anything to do. Raise Violation if one has dropped a run that it holds.
+
+        Such a run would rest until its lease is over, and its step be entered in vain. A worker that misreads a lost reply does that.
+        """
+        before, self._driven = self._driven, self._driven_now()
+        if before.keys() <= self._driven.keys() or _EXCUSES & set(self._world.harm.counts):
+            return
+        for (owner, run_id, lease_id), actor in before.items():
+            if (owner, run_id, lease_id) in self._driven or not actor.alive or actor.owner != owner or actor.engine is None:
+                continue
+            if not actor.engine._state.closed and self._is_leased(run_id, lease_id):
+                raise Violation(f"{owner} drives {run_id} no more, and holds its lease {lease_id}")
+
+    def _driven_now(self) -> dict[tuple[str, str, str], Actor]:
+        return {
+            (actor.owner, active.run_id, active.lease_id): actor
+            for actor in (*self._world.workers, *self._world.clients)
+            if actor.alive and actor.engine is not None
+            for active in actor.engine.active_runs.held.values()
+            if active.lost is None
+        }
+
+    def _is_leased(self, run_id: str, lease_id: str) -> bool:
+        """Whether the lease is stored, by what a majority has and by what the primary has."""
+        both = (self._world.rules.durable(), self._world.rules.runs)
+        return all(runs.get(run_id, {}).get("lease", {}).get("id") == lease_id for runs in both)

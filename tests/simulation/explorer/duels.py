@@ -203,6 +203,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "pause at commit", "resume at commit"),
         _duel("freeze after"),
         _duel("late at commit_runs", "pause at commit", "resume"),
+        _duel("late at commit_runs", "pause at commit", "resume at commit"),
     ),
 }
 """By the kind of the first workflow."""

@@ -6,6 +6,7 @@ Owns what is still to come of a fault. faults.py draws them, world.py performs t
 from __future__ import annotations
 
 import contextvars
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ LATE_S = (0.0, 0.01, 0.5, 5.0, 40.0)
 SETBACKS_S = (0.3, 3.0, 20.0)
 JUMPS_S = (3_600.0, -3_600.0, 40.0, -40.0)
 OUTAGES_S = (0.3, 3.0, 15.0, 40.0)
+_AHEAD = -1
 _AT_ANY_TIME = ("freeze after", "crash after", "driver lost")
 _TOO_LARGE = {"index": 0, "code": 17419, "errmsg": "Resulting document after update is larger than 16777216"}
 
@@ -40,11 +42,13 @@ class Harm:
         self._choices = world.choices
         self.theme = draw_theme(world.choices, world.workload.duel)
         self.counts: dict[str, int] = {}  # kind of fault -> how often
+        self.full: set[str] = set()  # runs whose document has refused a write as too large
+        self.lost_drivers: Counter[str] = Counter()  # owner -> how many of its drivers were to end
         self.last_at = -1.0  # virtual seconds
         self._came_at = -1.0  # when the last of what was delayed has come
         self.to_come = 0  # late copies, thaws and the like
         self._away_until = -1.0  # an outage ends
-        self._late: list[list[Any]] = []  # [writes of its sender that come first, the copy]
+        self._late: list[list[Any]] = []  # [writes of its sender that come first, or _AHEAD; the copy]
         self._unacknowledged: list[tuple[Request, Any]] = []
 
     def later(self, act: Callable[[], None], delay_s: float) -> None:
@@ -100,6 +104,7 @@ class Harm:
                 request.fail(AutoReconnect("the connection broke in the middle"))
                 return False
             case "full":
+                self.full.add(_first_run(request))
                 request.answer({"n": 0, "nModified": 0, "writeErrors": [_TOO_LARGE], "ok": 1.0})
                 return False
             case "crash before":
@@ -152,16 +157,21 @@ class Harm:
         self.later(go_on, self._choices.one_of(FREEZES_S))
 
     def _send_late(self, copy: Request) -> None:
-        """A copy comes after some time, or behind the next writes of its sender, where it does most harm."""
-        behind = self._choices.one_of((0, 1, 2, 3))
+        """A copy comes after some time, or behind the next writes of its sender, or just before the next one of its kind."""
+        behind = self._choices.one_of((0, 1, 2, 3, _AHEAD))
         if behind:
             self._late.append([behind, copy])
         else:
             self.later(lambda: self._world.send_again([copy]), self._choices.one_of(LATE_S))
 
     def _release_late(self, request: Request) -> None:
-        """A write is about to be performed: the copies that wait for it come next."""
+        """A write is about to be performed: the copies that wait for it come before it or next."""
         for entry in [entry for entry in self._late if entry[1].owner == request.owner and request.writes]:
+            if entry[0] == _AHEAD:
+                if entry[1].name == request.name:
+                    self._late.remove(entry)
+                    self._world.perform_part(entry[1])
+                continue
             entry[0] -= 1
             if entry[0] < 0:
                 self._late.remove(entry)
@@ -195,6 +205,7 @@ class Harm:
 
     def _lose_driver(self, actor: WorkerActor) -> None:
         """A defect ends the driver of a run, whose lease must not be renewed any more; or a handler cancels the task that it runs in."""
+        self.lost_drivers[actor.owner] += 1
         active_runs = [] if actor.engine is None else list(actor.engine.active_runs.held.values())
         if self._choices.happens(0.7):
             actor.has_defect = True
@@ -294,3 +305,9 @@ class Harm:
             world.rules.lag_ended()
         except Violation as violation:
             world.fail(violation)
+
+
+def _first_run(commits: Request) -> str:
+    """The run of the first statement."""
+    assert commits.document is not None, "a command has a document"
+    return str(commits.document["updates"][0]["q"]["_id"])

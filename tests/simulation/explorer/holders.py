@@ -1,4 +1,4 @@
-"""The rule about lease holders: one that lives drives its run for as long as the lease is its own. Checked between operations."""
+"""The rule about lease holders: a process that lives drives its run for as long as the lease is its own. Checked between operations."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from .world import World
 
 __all__ = ["Holders"]
-
-_EXCUSES = {"driver lost", "full"}  # a lost driver drives nothing more, and a document that is full refuses even its failure
 
 
 class Holders:
@@ -28,13 +26,20 @@ class Holders:
         Such a run would rest until its lease is over, and its step be entered in vain. A worker that misreads a lost reply does that.
         """
         before, self._driven = self._driven, self._driven_now()
-        if before.keys() <= self._driven.keys() or _EXCUSES & set(self._world.harm.counts):
-            return
-        for (owner, run_id, lease_id), actor in before.items():
-            if (owner, run_id, lease_id) in self._driven or not actor.alive or actor.owner != owner or actor.engine is None:
-                continue
-            if not actor.engine._state.closed and self._is_leased(run_id, lease_id):
+        for lease in before.keys() - self._driven.keys():
+            owner, run_id, lease_id = lease
+            actor = before[lease]
+            is_there = actor.alive and actor.owner == owner and actor.engine is not None and not actor.engine._state.closed
+            if is_there and self._is_leased(run_id, lease_id) and not self._is_excused(owner, run_id):
                 raise Violation(f"{owner} drives {run_id} no more, and holds its lease {lease_id}")
+
+    def _is_excused(self, owner: str, run_id: str) -> bool:
+        """Each driver that was lost drops one run; a document that is full refuses even its failure."""
+        harm = self._world.harm
+        if run_id in harm.full:
+            return True
+        harm.lost_drivers[owner] -= 1
+        return harm.lost_drivers[owner] >= 0
 
     def _driven_now(self) -> dict[tuple[str, str, str], Actor]:
         return {

@@ -45,6 +45,8 @@ log = logging.getLogger("streamline_pool")
 CONDITION_TIMEOUT_S = 60.0
 """How long the conditions of a step without a `timeout` may take. A guess: much longer than a question to a service."""
 
+_SEARCHES_MAX = 16  # under way at once. Each needs a connection, and a group commit lets a hundred runs begin to wait in one moment
+
 
 class SupersededError(Exception):
     """Ends a driver whose handler was abandoned and has ended after all: another driver goes on with the run."""
@@ -70,6 +72,7 @@ class RunDriver:
         self._writer = writer
         self._outputs = outputs
         self._demand = OutputDemand()
+        self._searches = asyncio.Semaphore(_SEARCHES_MAX)
         self._events = events
         self._state = state
         self._threads = threads
@@ -177,7 +180,8 @@ class RunDriver:
         """A broadcast event that was sent after the run was stored, and that the run has not received."""
         document = active.document
         search = durable_events.find_event_for(name, document.get("bornAt"), document.get("seen") or ())
-        found = await until_answered(lambda: self._store.run(search), self._env)
+        async with self._searches:
+            found = await until_answered(lambda: self._store.run(search), self._env)
         return dict(found[0]) if found else None
 
     # --- a step that runs ------------------------------------------------------------------------------------------

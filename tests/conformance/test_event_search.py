@@ -17,6 +17,7 @@ from streamline_pool.config.env import system_env
 from streamline_pool.domain import waits
 from streamline_pool.protocol import claims, commits, recovery
 from streamline_pool.protocol.operations import Fence
+from streamline_pool.storage.store import AsyncStore
 
 
 def listening(app: Streamline) -> Workflow:
@@ -61,3 +62,33 @@ def test_a_run_whose_worker_died_before_its_search_receives_the_event_all_the_sa
     assert store.run(recovery.release_owner("host:1:x", 3, {})) == 1
     run_until_idle(app)
     assert (stored(app, run)["status"], stored(app, run)["output"]) == ("done", "here")
+
+
+def test_runs_that_begin_to_wait_together_do_not_each_open_a_connection(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver opens a connection for each operation that is under way, and keeps it for minutes."""
+    under_way, most = 0, 0
+    run_one = AsyncStore.run
+
+    async def counted(store: AsyncStore, op: Any, session: Any = None) -> Any:
+        nonlocal under_way, most
+        if op.name != "find_event_for":
+            return await run_one(store, op, session)
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await run_one(store, op, session)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(AsyncStore, "run", counted)
+    flow = listening(app)
+    runs = flow.start_many([None] * 80)
+    app.send_event("news", "here")
+
+    async def play() -> None:
+        async with Pool(app) as pool:
+            await pool.until_idle()
+
+    asyncio.run(play())
+    assert {stored(app, run)["status"] for run in runs} == {"done"}
+    assert 1 < most <= 16

@@ -33,6 +33,7 @@ _CONTROL_MUTANTS = (
         old=""""paused": NOT_PAUSED, **_unchanged_since(acts)}""",
         new=""""paused": NOT_PAUSED}""",
         harm="A late copy of a pause that was undone since pauses the run again, for ever.",
+        explorer=("--kinds", "chain,wait"),
     ),
     _bug(
         name="resume-without-acts",

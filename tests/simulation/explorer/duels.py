@@ -37,7 +37,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
     "wait": (
         _duel("late", "answer waiting", "rewind", "answer waiting"),
         _duel("late", "answer waiting", "rewind", "pause waiting"),
-        _duel("late", "pause", "resume", "pause"),
+        _duel("late at pause_run", "pause", "resume", "pause"),
         _duel(None, "pause", "resume", "answer"),
         _duel(None, "answer waiting", rival=("cancel waiting",)),
         _duel(None, "pause waiting", "stray wake-up"),
@@ -118,7 +118,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel(None, "start mine early", rival=("start mine early",)),
         _duel("request lost", "start mine early", rival=("start mine early",)),
         _duel(None, "start again 1", "start again 1"),
-        _duel("late", "pause", "resume", "pause"),
+        _duel("late at pause_run", "pause", "resume"),
         _duel("late", "resume", "pause", "resume"),
         _duel("late", "rewind", "rewind 1", "rewind"),
         _duel(None, "pause at commit", "resume at commit"),

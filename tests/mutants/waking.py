@@ -66,6 +66,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="            self._wake_ups.wake_up(None, recovered, overdue=True)\n",
         new="",
         harm="The runs of a dead host wait for one more sweep after their recovery.",
+        explorer=("--kinds", "poison"),
         likely=("conformance/test_sweep.py", "conformance/test_supervisor.py"),
     ),
     _bug(
@@ -174,5 +175,6 @@ MUTANTS: tuple[Mutant, ...] = (
         old="scan_start.since = min(scan_start.since, earliest)",
         new="pass",
         harm="The runs beside a suspect, or of a claim that failed, are left behind by the following polls.",
+        explorer=("--kinds", "poison"),
     ),
 )

@@ -16,7 +16,8 @@ class Duel:
     """A sequence of calls that has met planted bugs, and the one kind of fault that it needs, if it needs one; perhaps `at` one operation.
 
     A call is `kind`, then perhaps the place of a step or of a token, then perhaps when: `early`, `soon`, `at commit`, `at claim`,
-    `at claiming` (a worker has sent a claim), `at call` (another client has sent a write), `after hook` (a handler has made one),
+    `at claiming` (a worker has sent a claim), `at call` (another client has sent a write), `at copying` (to the archive),
+    `after hook` (a handler has made one),
     `waiting`, `parked` or `ended` (once a run waits, waits without a lease, or has ended).
     """
 
@@ -131,7 +132,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("late", "cancel at commit", "rewind"),
         _duel(None, "rewind 1", "clean up", "rewind"),
         _duel(None, "clean up", "start again"),
-        _duel(None, "archive", "rewind", "archive"),
+        _duel(None, "archive ended", "archive", rival=("rewind at copying",)),
         _duel("late", "rewind", "archive", "archive"),
         _duel(None, "clean up expired", "clean up expired"),
         _duel("majority too late", "pause", "resume", "rewind"),
@@ -216,6 +217,7 @@ WHEN: Mapping[str, tuple[str, str] | float] = {
     "at claiming": ("sent", "claim"),
     "after hook": ("done", "hook"),
     "at call": ("sent", "call"),
+    "at copying": ("done", "copy_runs"),
     "waiting": WAITING,
     "parked": PARKED,
     "ended": ENDED,

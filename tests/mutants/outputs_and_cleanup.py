@@ -106,6 +106,7 @@ MUTANTS: tuple[Mutant, ...] = (
         old="""{"_id": found["_id"], **{name: {"$eq": found.get(name)} for name in IDENTITY}}""",
         new="""{"_id": found["_id"]}""",
         harm="A run that is rewound between its copy and the delete is deleted.",
+        explorer=("--kinds", "large"),
     ),
     _bug(
         name="archive-copies-revived-runs",

@@ -132,7 +132,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("late", "cancel at commit", "rewind"),
         _duel(None, "rewind 1", "clean up", "rewind"),
         _duel(None, "clean up", "start again"),
-        _duel(None, "archive ended", "archive", rival=("rewind at copying",)),
+        _duel(None, "archive", "rewind", "archive"),
         _duel("late", "rewind", "archive", "archive"),
         _duel(None, "clean up expired", "clean up expired"),
         _duel("majority too late", "pause", "resume", "rewind"),
@@ -164,6 +164,7 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("crash after at commit_runs"),
         _duel("crash after at copy_runs", "archive ended", rival=("rewind at call",)),
         _duel("crash after at copy_runs", "archive ended", rival=("rewind 2 at call",)),
+        _duel(None, "archive ended", "archive", "archive", rival=("rewind at copying",)),
     ),
     "mixed": (
         _duel(None, "hook", "event", "rewind 1"),

@@ -26,15 +26,16 @@ class Holders:
         Such a run would rest until its lease is over, and its step be entered in vain. A worker that misreads a lost reply does that.
         """
         before, self._driven = self._driven, self._driven_now()
-        for lease in before.keys() - self._driven.keys():
+        for lease, actor in before.items():
+            if lease in self._driven:
+                continue
             owner, run_id, lease_id = lease
-            actor = before[lease]
             is_there = actor.alive and actor.owner == owner and actor.engine is not None and not actor.engine._state.closed
-            if is_there and self._is_leased(run_id, lease_id) and not self._is_excused(owner, run_id):
+            if is_there and self._is_leased(run_id, lease_id) and not self._excuse(owner, run_id):
                 raise Violation(f"{owner} drives {run_id} no more, and holds its lease {lease_id}")
 
-    def _is_excused(self, owner: str, run_id: str) -> bool:
-        """Each driver that was lost drops one run; a document that is full refuses even its failure."""
+    def _excuse(self, owner: str, run_id: str) -> bool:
+        """Whether a fault explains it: each driver that was lost drops one run, and a document that is full refuses even its failure."""
         harm = self._world.harm
         if run_id in harm.full:
             return True

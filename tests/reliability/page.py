@@ -25,10 +25,11 @@ it is written by hand beside them:
 $ make reliability
 ```
 
-That measures every part. On two cores the explorer takes a quarter of an hour, the nemesis ten minutes, the soak half an hour, and the mutants a day
-(`--mutant-tables` takes tables of `make mutants` in their place). `make reliability RELIABILITY_ARGS="--part soak --runs 200000"` measures
-one part, here in ten minutes, and `make reliability RELIABILITY_ARGS="--part page"` only makes this page from the results that are stored
-in `tests/reliability/results`. A part without a result says "Not measured."
+That measures every part. On two cores the explorer takes a quarter of an hour, the nemesis ten minutes, the soak half an hour, and the
+mutants a day (`--mutant-tables` takes tables of `make mutants` in their place).
+`make reliability RELIABILITY_ARGS="--part soak --runs 200000"` measures one part, here in ten minutes, and
+`make reliability RELIABILITY_ARGS="--part page"` only makes this page from the results that are stored in `tests/reliability/results`.
+A part without a result says "Not measured."
 """
 
 

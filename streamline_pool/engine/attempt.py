@@ -45,6 +45,7 @@ class Kind(Enum):
     SUSPENDED = "suspended"  # value: the `Suspension` that ctx.sleep, ctx.wait or ctx.wait_for raised
     ABANDONED = "abandoned"  # the engine asked it to stop, and it has not; value: None
     NOT_ENTERED = "not entered"  # this process could not start a thread for it; value: None
+    TOO_LATE = "too late"  # not entered: the lease was over before a thread began with it; value: None
 
 
 class Outcome(NamedTuple):
@@ -64,6 +65,7 @@ class Attempt:
     __slots__ = (
         "_forks",
         "_loop",
+        "_may_enter",
         "_on_returned",
         "_on_stuck",
         "_stuck",
@@ -78,12 +80,18 @@ class Attempt:
     )
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, context: Context, intents: Intents, on_stuck: Callable[[Attempt, str], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: Context,
+        intents: Intents,
+        on_stuck: Callable[[Attempt, str], None],
+        may_enter: Callable[[], bool],
     ) -> None:
         self._loop = loop
         self.context = context
         self.intents = intents  # what the handler asks for; closed with the attempt
         self._on_stuck = on_stuck
+        self._may_enter = may_enter  # asked by the thread, immediately before the handler: the process may have been suspended since
         self._forks = _forks
         self._timers: list[asyncio.TimerHandle] = []
         self._task: asyncio.Task[Any] | None = None  # the driver, while a coroutine handler runs in it
@@ -134,7 +142,7 @@ class Attempt:
     async def _run_on_thread(self, handler: Handler, threads: HandlerThreads) -> Outcome:
         self.result = self._loop.create_future()
         try:
-            self._work = threads.submit(_run_sync, handler, self.context, self._forks)
+            self._work = threads.submit(_run_sync, handler, self.context, self._forks, self._may_enter)
         except RuntimeError as exc:
             # The executor has queued the call before it tried to start a thread: one that becomes free must not enter the handler.
             fire_signal(self.context.signal, "shutdown")
@@ -212,9 +220,11 @@ class Attempt:
             self._thread_over.set_result(None)
 
 
-def _run_sync(handler: Handler, context: Context, forks: int) -> Outcome:
+def _run_sync(handler: Handler, context: Context, forks: int, may_enter: Callable[[], bool]) -> Outcome:
     if context.signal.aborted:
         return Outcome(Kind.ABANDONED, None)  # it waited for a thread until its attempt was over
+    if not may_enter():
+        return Outcome(Kind.TOO_LATE, None)
     token = current_signal.set(context.signal)
     outcome = _enter(handler, context)
     current_signal.reset(token)  # the thread goes on to other handlers

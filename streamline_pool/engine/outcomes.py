@@ -56,9 +56,9 @@ def attempt_ended(document: RunDocument, definition: Definition, place: int, att
     step, intents, reason = definition.steps[place], attempt.intents, attempt.context.signal.reason
     if reason == "timeout":
         return Decided(failed(document, step, place, timeout_failure(step), at))
-    if outcome.kind is Kind.NOT_ENTERED:
+    if outcome.kind in (Kind.NOT_ENTERED, Kind.TOO_LATE):
         released = transitions.release(document, place, at.now, was_entered=False)
-        return Decided(released._replace(wake_at=at.after(_NO_THREAD_PAUSE_S)))
+        return Decided(released if outcome.kind is Kind.TOO_LATE else released._replace(wake_at=at.after(_NO_THREAD_PAUSE_S)))
     suspension = intents.suspension or (outcome.value if outcome.kind is Kind.SUSPENDED else None)
     if suspension is None and outcome.kind is not Kind.RETURNED:
         if reason in ("shutdown", "lease-lost"):

@@ -116,7 +116,7 @@ class RunDriver:
             return None
         if self._state.draining or active.release_requested:
             return Decided(transitions.release(document, place, self._store.now(), was_entered=False))
-        if self._env.clock.monotonic() >= active.deadline:
+        if not self._has_lease(active):
             # Checked immediately before a handler may be entered: after the deadline another worker may hold the run.
             # If none does, it is released; the write's fence decides.
             log.warning("lease_ran_out", extra={"run_id": active.run_id})
@@ -127,6 +127,10 @@ class RunDriver:
         if active.is_alone:
             active.release_requested = True  # after this step it is no suspect any more, and this worker may claim others again
         return await self._attempt(active, place)
+
+    def _has_lease(self, active: ActiveRun) -> bool:
+        """By the clock alone; the run may have been taken away."""
+        return self._env.clock.monotonic() < active.deadline
 
     async def _load_outputs(self, active: ActiveRun) -> None:
         """Load what the run's document only refers to, as far as the step's handler and conditions are expected to ask for it."""
@@ -225,7 +229,8 @@ class RunDriver:
     async def _attempt(self, active: ActiveRun, place: int) -> Decided | None:
         intents = Intents()
         context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
-        attempt = Attempt(asyncio.get_running_loop(), context, intents, functools.partial(self._on_stuck, active))
+        on_stuck, may_enter = functools.partial(self._on_stuck, active), functools.partial(self._has_lease, active)
+        attempt = Attempt(asyncio.get_running_loop(), context, intents, on_stuck, may_enter)
         active.forget_interruptions()
         active.attempt = attempt
         if self._events.wanted:

@@ -345,7 +345,8 @@ def test_a_run_that_its_worker_claims_again_is_kept_by_the_new_claim(make_app: C
     assert present(workflow.get(run.id)).output == 2
 
 
-def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable[..., Streamline]) -> None:
+@pytest.mark.parametrize("where", ["behind the claim", "before the thread"])
+def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable[..., Streamline], where: str) -> None:
     """A worker that was suspended between its claim and the handler may have lost the lease meanwhile."""
     system = system_env()
     stood_still: list[float] = []
@@ -355,10 +356,12 @@ def test_no_handler_is_entered_past_the_deadline_of_its_lease(make_app: Callable
 
         @staticmethod
         def monotonic() -> float:
+            if where == "before the thread" and threading.current_thread().name.startswith("streamline-handler") and not stood_still:
+                stood_still.append(60.0)
             return system.clock.monotonic() + sum(stood_still)
 
     def probe(point: str) -> None:
-        if point == "claim.after" and not stood_still:
+        if where == "behind the claim" and point == "claim.after" and not stood_still:
             stood_still.append(60.0)
 
     app = make_app(env=replace(system, clock=Clock(), probe=probe), lease_s=30)

@@ -137,9 +137,19 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         name="no-deadline-check-before-an-entry",
         file="streamline_pool/engine/run_driver.py",
-        old="if self._env.clock.monotonic() >= active.deadline:",
+        old="if not self._has_lease(active):",
         new="if False:",
         harm="A worker that was frozen enters a handler after its lease has ended, beside its successor.",
+    ),
+    _bug(
+        name="no-deadline-check-on-the-thread",
+        file="streamline_pool/engine/attempt.py",
+        old="""    if not may_enter():
+        return Outcome(Kind.TOO_LATE, None)
+""",
+        new="",
+        harm="A worker that was frozen after it had passed a handler to a thread enters it after its lease has ended.",
+        beyond_explorer="The handlers of the explorer are `async def`.",
     ),
     _durability_bug(
         name="writes-are-not-majority",

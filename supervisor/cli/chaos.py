@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,7 +41,11 @@ class _Ended(BaseException):
 @click.option("--rate", type=click.FloatRange(min=0.1), default=12.0, show_default=True, help="Runs started per second.")
 @click.option("--lease", type=click.FloatRange(min=1), default=5.0, show_default=True, help="Lease of the two pools in seconds.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the report as JSON; - for standard output.")
-@click.option("--evidence", metavar="FOLDER", help="Where to write the stories of runs with findings, and the logs of the pools.")
+@click.option(
+    "--evidence",
+    metavar="FOLDER",
+    help="Where to write the stories of runs with findings, and the logs of the pools.  [default: a temporary folder, if there are any]",
+)
 @click.option("--list-faults", is_flag=True, help="Show every fault and what it needs, then stop.")
 def chaos(list_faults: bool, **options: Any) -> int:
     """Run two pools under load while processes die and freeze, and say whether a run was lost, wedged or done twice.
@@ -109,9 +114,10 @@ def _perform(options: dict[str, Any]) -> int:
             _say(f"seed {seed}; {len(faults)} faults for {plan.seconds:g} s; left out: {', '.join(omitted) or 'none'}")
             outcome = nemesis.perform(server, options["database"] or "streamline_chaos", plan, folder, _say)
         found = report.document(outcome, omitted)
-        if options["evidence"]:
-            evidence = Path(options["evidence"])
+        if options["evidence"] or not report.is_clean(found):
+            evidence = Path(options["evidence"] or tempfile.mkdtemp(prefix="streamline-evidence-"))
             write_stories(evidence, outcome.verdict.all(), outcome.audit, outcome.load, outcome.notes, outcome.logs)
+            _say(f"evidence: {evidence}")
     _print(found, options["json_path"])
     return ExitCode.OK if report.is_clean(found) else ExitCode.CRASH
 

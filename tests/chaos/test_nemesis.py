@@ -24,8 +24,8 @@ def nemesis(tmp_path: Path, *options: str, package: Path = REPOSITORY, seed: int
     """Run `streamline-pool chaos` of the package in that folder. Returns its exit code, its report, and what it printed."""
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "streamline_pool.supervisor.cli", "chaos", "--embedded", "--seed", str(seed)]
-    command += ["--json", str(report), "--evidence", str(tmp_path / "evidence"), *options]
-    environ = environ_without_settings(PYTHONPATH=str(package))
+    command += ["--json", str(report), *options]
+    environ = environ_without_settings(PYTHONPATH=str(package), TMPDIR=str(tmp_path))
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=280)
     print(done.stdout, done.stderr)
     return done.returncode, json.loads(report.read_text()), done.stdout
@@ -121,4 +121,5 @@ def test_commits_without_a_fence_are_found(tmp_path: Path) -> None:
     assert report["faults"]["freeze-in-commit"]["turns"] >= 1
     assert report["duplicates"] + report["lost"] > 0  # the late commit may also undo a rewind, whose handler is never entered
     assert "finding: " in text
-    assert os.listdir(tmp_path / "evidence")
+    [evidence] = tmp_path.glob("streamline-evidence-*")
+    assert os.listdir(evidence)

@@ -67,7 +67,7 @@ def commands(detector: str, mutants: Sequence[Mutant], search: Search) -> list[l
         return [["-m", "tests.simulation.explorer", "--no-shrink", "--schedules", str(search.schedules), "--seed", str(search.seed), *more]]
     if detector == "nemesis":
         command = ["-m", "streamline_pool.supervisor.cli", "chaos", "--embedded", "--members", "1", "--lease", "2"]
-        return [[*command, "--seconds", str(search.nemesis_s), "--seed", str(search.seed)]]
+        return [[*command, "--seconds", str(search.nemesis_s), "--seed", str(search.seed), "--evidence", "evidence"]]
     likely = list(dict.fromkeys(f"tests/{name}" for mutant in mutants for name in mutant.likely))
     pytest = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "-m", _MARKS[detector]]
     if detector == "chaos":

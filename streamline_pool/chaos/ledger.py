@@ -52,7 +52,7 @@ class Ledger:
         self._lock = threading.Lock()
 
     def note(self, kind: str, **fields: Any) -> None:
-        """Append one line. OSError if the file cannot be opened."""
+        """Append one line, `at` now unless `fields` say otherwise. OSError if the file cannot be opened."""
         line = json.dumps({"kind": kind, "at": real_monotonic(), "pid": os.getpid(), **fields}, default=repr)
         with self._lock:
             if self._pid != os.getpid():

@@ -46,6 +46,7 @@ class _Steps:
         starts_at = 0.0 if value["key"].count(":") > 1 else ctx.input.get("not_before", 0.0)  # a rewind makes a draft due at once
         self._ledger.note(
             "entry",
+            at=entered_at,  # and not when it is noted: the process may be suspended in between
             **{"run": ctx.run_id, "step": ctx.step_id, "key": value["key"], "nonce": value["nonce"], "attempt": ctx.attempt},
             seen={step: _brief(ctx.get_output(step)) for step in steps[: steps.index(ctx.step_id)]},
             place=steps.index(ctx.step_id),

@@ -7,7 +7,7 @@ each event a time. Owns these times.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from .ledger import Violation
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Promptness"]
 
 SOON_S = 1.0  # a guess: far more than any hint and pause between claims takes, and less than any sweep
+READING_S = 6.0  # more than what an actor's reading of the server's clock is wrong by: so late a run may be due that is due at once
 RENEWED_S = 13.0  # a worker renews every 10 s, so it learns of a lost lease no later than that
 
 
@@ -136,7 +137,7 @@ def _rests(run: Mapping[str, Any], now: datetime) -> bool:
     """Whether no worker holds the run, and none will claim it by itself now."""
     if "lease" in run or run.get("paused") is True or run["status"] in TERMINAL:
         return False
-    return run.get("wakeAt") is None or bool(run["wakeAt"] > now)
+    return run.get("wakeAt") is None or bool(run["wakeAt"] > now + timedelta(seconds=READING_S))
 
 
 def _has_room(actor: WorkerActor) -> bool:

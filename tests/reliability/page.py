@@ -144,14 +144,11 @@ def _nemesis(result: Mapping[str, Any]) -> list[str]:
 
 def _mutants(result: Sequence[Mapping[str, Any]]) -> list[str]:
     detectors = list(dict.fromkeys(detector for mutant in result for detector in mutant["found"]))
-    found = sum(any(seconds is not None for seconds in mutant["found"].values()) for mutant in result)
-    equivalents = [mutant for mutant in result if mutant["equivalent"]]
-    summary = (
-        f"{len(result)} mutants: {found} found, {len(equivalents)} equivalent, **{len(result) - found - len(equivalents)}** not found."
-    )
-    rows = [
-        [f"`{m['name']}`", m["topic"], m["harm"], *(_found(m, detector) for detector in detectors)] for m in result if not m["equivalent"]
-    ]
+    equivalents = [mutant for mutant in result if mutant["equivalent"] and not _is_found(mutant)]
+    others = [mutant for mutant in result if mutant not in equivalents]  # an equivalent that was found is none
+    found = sum(map(_is_found, others))
+    summary = f"{len(result)} mutants: {found} found, {len(equivalents)} equivalent, **{len(others) - found}** not found."
+    rows = [[f"`{m['name']}`", m["topic"], m["harm"], *(_found(m, detector) for detector in detectors)] for m in others]
     parts = [summary, _table(("mutant", "topic", "harm", *detectors), rows)]
     beyond = [(f"`{m['name']}`", m["beyond_explorer"]) for m in result if m.get("beyond_explorer")]
     if beyond:
@@ -159,6 +156,10 @@ def _mutants(result: Sequence[Mapping[str, Any]]) -> list[str]:
     if equivalents:
         parts.append(_table(("equivalent", "why it changes nothing"), [(f"`{m['name']}`", m["argument"]) for m in equivalents]))
     return parts
+
+
+def _is_found(mutant: Mapping[str, Any]) -> bool:
+    return any(seconds is not None for seconds in mutant["found"].values())
 
 
 def _found(mutant: Mapping[str, Any], detector: str) -> str:

@@ -15,6 +15,7 @@ EXAMPLES = {
     "mutants": [
         {**MUTANT, "name": "no-fence", "found": {"explorer": 2.5, "chaos": None}},
         {**MUTANT, "name": "same", "equivalent": True, "argument": "the index is unique", "found": {"explorer": None}},
+        {**MUTANT, "name": "not-the-same", "equivalent": True, "argument": "refuted by the explorer", "found": {"explorer": 7.0}},
         {**MUTANT, "name": "unseen", "harm": "a | b", "topic": "wait", "found": {"chaos": None}},
     ],
     "nemesis": {
@@ -62,10 +63,11 @@ def test_every_figure_of_a_result_is_on_the_page(tmp_path: Path) -> None:
 
     assert "\nNot measured.\n" not in page
     assert "20,000 schedules with 1,234,567 operations in 100 s (200 a second). Violations: **0**" in page
-    assert "3 mutants: 1 found, 1 equivalent, **1** not found" in page
+    assert "4 mutants: 2 found, 1 equivalent, **1** not found" in page
     assert "| `no-fence` | commit | two holders | 2.50 s | no |" in page
     assert "| `unseen` | wait | a \\| b |  | no |" in page
     assert "| `same` | the index is unique |" in page
+    assert "refuted by the explorer" not in page
     assert "| step-down | 9 | 0 | 0 | 0 | 1.50 s | – |" in page
     assert "- disk-full: needs root" in page
     assert "Series that are not flat: **client threads**" in page

@@ -236,6 +236,8 @@ class RunDriver:
         if self._events.wanted:
             self._events.publish(active.document, (("step:started", active.step.id, {"attempt": context.attempt}),))
         outcome = await attempt.run(active.step, self._threads)
+        if outcome.kind is Kind.TOO_LATE:
+            log.warning("lease_ran_out", extra={"run_id": active.run_id})
         if active.attempt is not attempt:
             raise SupersededError  # the run went on without this handler, and with another driver
         self.close_attempt(active, attempt)

@@ -317,10 +317,10 @@ class Rules:
             raise Violation(f"{call} had ended without an effect, and took effect afterwards")
         call.effects.append((self.changes, kind, run_id, effect_id))
         mine = [effect for effect in call.effects if effect[1] == kind and effect[2] == run_id]
-        # When a run was cleaned up, a late copy of a start with its id starts it again, whatever became of the call.
-        if len(mine) > 1 and run_id not in self.deleted:
+        if len(mine) > 1 and run_id not in self.deleted:  # a run that was cleaned up in between is started again
             raise Violation(f"{call} took effect twice")
-        if call.outcome == "refused" and run_id not in self.deleted:
+        # A late copy of a start whose id was taken starts the run once that id is free again.
+        if call.outcome == "refused" and not (kind == "start" and run_id in self.deleted):
             raise Violation(f"{call} was refused, and took effect afterwards")
 
     def _note_lease(self, new: Run) -> None:

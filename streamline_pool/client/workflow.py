@@ -271,7 +271,7 @@ class Workflow:
 
     async def execute_async(self, run_id: str) -> Run:
         """`execute` for the running event loop."""
-        return await execute_run(self._connections, self.id, self.version, run_id)
+        return await execute_run(self._connections, self._services.env, self.id, self.version, run_id)
 
     def shutdown(self, *, timeout: float | timedelta = 30.0) -> None:
         """Let local executions finish their current steps, for `timeout` seconds, then stop them. All their runs are released."""

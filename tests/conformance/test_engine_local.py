@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from workers import check_invariants
 
 from streamline_pool import Streamline, WorkflowNotFoundError
+from streamline_pool.storage.server_clock import ServerClock
 from support import REPOSITORY, present
 
 
@@ -30,6 +33,19 @@ def test_execute_of_a_run_that_cannot_be_claimed_returns_it_as_stored_at_once(ap
     statuses = [workflow.execute(run.id).status for run in (draft, paused, leased, cancelled, done)]
     assert (statuses, entered) == (["draft", "running", "running", "cancelled", "done"], [done.id])
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("ahead_ms", [50, 300])
+def test_a_run_is_executed_although_this_program_reads_the_servers_clock_ahead(
+    app: Streamline, monkeypatch: pytest.MonkeyPatch, ahead_ms: int
+) -> None:
+    monkeypatch.setattr(ServerClock, "now", ahead_of(ServerClock.now, ahead_ms))
+    workflow = app.workflow("w", steps={"a": lambda ctx: 1})
+    assert workflow.execute(workflow.start().id).status == "done"
+
+
+def ahead_of(now: Callable[[ServerClock], datetime], ahead_ms: int) -> Callable[[ServerClock], datetime]:
+    return lambda clock: now(clock) + timedelta(milliseconds=ahead_ms)
 
 
 def test_another_workflows_run_does_not_exist(app: Streamline) -> None:

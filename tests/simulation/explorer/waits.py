@@ -34,7 +34,8 @@ class Waits:
         self.events: dict[str, dict[str, Any]] = {}  # every event to all that was stored, also those that a clean-up has removed
         self._stored_at: dict[str, int] = {}  # id of a run or event -> by which operation it was stored; `bornAt` should tell the same
         self._arrived_before: dict[tuple[str, str], set[str]] = {}  # (run id, lease id) -> events that its claim could have found
-        self._claimed: dict[tuple[str, Any, Any], datetime] = {}  # (run id, lease id, `waitGen` then) -> the server's time of the claim
+        # (run id, lease id, `waitGen` and `acts` then) -> the server's time of the claim
+        self._claimed: dict[tuple[str, Any, Any, Any], datetime] = {}
         self._answered: set[tuple[str, str]] = set()  # (run id, id of an answer or event) that has ended a step's wait
 
     def run_stored(self, run_id: str) -> None:
@@ -46,7 +47,7 @@ class Waits:
         run_id, lease_id = new["_id"], new["lease"]["id"]
         if old.get("awaits") is not None:
             self._arrived_before[(run_id, str(lease_id))] = self._events_for(old)
-        self._claimed[(run_id, lease_id, new.get("waitGen"))] = self._world.server.now()
+        self._claimed[(run_id, lease_id, new.get("waitGen"), new.get("acts"))] = self._world.server.now()
 
     def check(self, request: Request, old: Run, new: Run, *, has_lagged: bool) -> None:
         """`has_lagged`: what a claim has read may be older than what was stored."""
@@ -100,14 +101,17 @@ class Waits:
             raise Violation(f"step {step['stepId']} waits until {until}, which is not {asked_s} s after it was entered")
 
     def _check_park(self, request: Request, old: Run, new: Run) -> None:
-        """A holder ends a wait whose deadline was over when it claimed the run, by the clock that decides: another claim would follow."""
+        """A holder ends a wait whose deadline was over when it claimed the run, by the clock that decides: another claim would follow.
+
+        Not if there was a control operation since: a holder that reads the run as paused releases it, and may do so after the resume.
+        """
         is_released = "lease" in old and "lease" not in new and new.get("paused") is not True and new["status"] not in TERMINAL
         if request.name != "commit_runs" or not is_released or "server clock" in self._world.harm.counts:
             return
         for earlier, later in zip(old["steps"], new["steps"], strict=True):
             ends_at = later.get("waitingFor", {}).get("expiresAt")
             is_same = earlier["status"] == later["status"] == "waiting" and earlier == later
-            claimed_at = self._claimed.get((old["_id"], old["lease"]["id"], new.get("waitGen")))
+            claimed_at = self._claimed.get((old["_id"], old["lease"]["id"], new.get("waitGen"), new.get("acts")))
             if is_same and None not in (ends_at, claimed_at) and ends_at <= claimed_at:
                 raise Violation(f"step {later['stepId']} waits on, and its deadline {ends_at} was over at the claim, {claimed_at}")
 

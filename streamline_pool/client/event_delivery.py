@@ -55,8 +55,10 @@ def sending_event(services: Services, name: str, data: Any, run_id: str | None) 
     if run_id is not None:
         return (yield from _sending_to_one(services, check_run_id(run_id), event_id, name, data, size))
     yield durable_events.record_event(event_id, name, data, services.now())
-    (event,) = yield durable_events.read_event(event_id)
-    woken = yield from broadcasting(services, event)
+    found = yield durable_events.read_event(event_id)
+    if not found:
+        return 0  # the reply was slow: meanwhile a steward has delivered the event, and it was removed with the last run that was older
+    woken = yield from broadcasting(services, found[0])
     return woken
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pool_process import ROOT, running
 
 from streamline_pool import Context, Streamline
 from streamline_pool.protocol import durable_events
+from streamline_pool.protocol.operations import Op
 from support import eventually, present
 
 APP = """
@@ -65,3 +67,18 @@ def test_a_pool_finishes_the_event_of_a_sender_that_was_killed(
         eventually(lambda: events.count_documents({"pending": True}) == 0)
     assert [present(workflow.get(run_id)).output for run_id in run_ids] == ["sent"] * 3
     assert all(len(document["seen"]) == 1 for document in app.runs.find())
+
+
+def test_a_sender_whose_reply_is_slow_finds_its_event_delivered_and_removed(app: Streamline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A steward delivers for a sender that seems dead, and a clean-up removes the event with the last run that could receive it."""
+    store = app.store()
+    run = store.run
+
+    def slow(op: Op, session: Any = None) -> Any:
+        result = run(op, session)
+        if op.name == "record_event":
+            store.collection("events").delete_many({})
+        return result
+
+    monkeypatch.setattr(store, "run", slow)
+    assert app.send_event("go", "sent") == 0

@@ -23,6 +23,7 @@ from streamline_pool.domain.errors import (
     InvalidStateError,
     LeaseLostError,
     MaxRetriesExceededError,
+    NonDeterminismError,
     NonRetriableError,
     PayloadTooLargeError,
     StepNotFoundError,
@@ -48,6 +49,8 @@ from streamline_pool.domain.progress import (
     get_workflow_progress,
 )
 from streamline_pool.engine.context import Context
+from streamline_pool.engine.durable.context import BlockingDurableContext, DurableContext
+from streamline_pool.engine.durable.step_context import current_step
 from streamline_pool.engine.hooks import Hook, create_hook
 from streamline_pool.engine.parallel import Settled, execute_parallel, execute_parallel_sync
 from streamline_pool.events.bus import EventBus, global_event_bus
@@ -56,8 +59,10 @@ from streamline_pool.events.event import Event
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockingDurableContext",
     "Context",
     "DataCorruptionError",
+    "DurableContext",
     "ErrorCode",
     "Event",
     "EventBus",
@@ -68,6 +73,7 @@ __all__ = [
     "InvalidStateError",
     "LeaseLostError",
     "MaxRetriesExceededError",
+    "NonDeterminismError",
     "NonRetriableError",
     "PayloadTooLargeError",
     "Run",
@@ -95,6 +101,7 @@ __all__ = [
     "__version__",
     "can_rewind_to",
     "create_hook",
+    "current_step",
     "execute_parallel",
     "execute_parallel_sync",
     "get_execution_path",

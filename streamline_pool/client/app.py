@@ -27,6 +27,7 @@ from streamline_pool.events.stream import EventStream, open_stream
 from streamline_pool.storage.store import AsyncStore, Store
 from streamline_pool.storage.target import DatabaseTarget
 
+from .beginning_again import rewinding_run
 from .connections import Connections
 from .event_delivery import sending_event
 from .inline_runner import InlineRunner
@@ -39,7 +40,6 @@ from .run_control import (
     listing_pools,
     pausing_run,
     resuming_run,
-    rewinding_run,
 )
 from .services import Services
 from .step_options import StepDeclaration, StepDefaults

@@ -15,7 +15,7 @@ from typing import Any
 
 from streamline_pool.domain.errors import InvalidStateError, PayloadTooLargeError, ValidationError
 from streamline_pool.domain.model import TERMINAL
-from streamline_pool.engine.context import check_event_name
+from streamline_pool.engine.run_context import check_event_name
 from streamline_pool.protocol import durable_events
 from streamline_pool.protocol.codec import as_payload, check_payload
 from streamline_pool.protocol.operations import error_text

@@ -18,7 +18,6 @@ from streamline_pool.domain.errors import (
     HookTokenError,
     InvalidStateError,
     PayloadTooLargeError,
-    StepNotFoundError,
     WorkflowNotFoundError,
 )
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepStatus
@@ -32,7 +31,7 @@ from streamline_pool.protocol.inbox import INBOX_BYTES_MAX, INBOX_MAX
 from streamline_pool.protocol.operations import Command
 from streamline_pool.protocol.outputs import NewOutput
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, SplitOutput, external_ids, is_external, split_output
-from streamline_pool.protocol.run_document import SLOTS, check_run_id, parse_run, validate_run_document
+from streamline_pool.protocol.run_document import check_run_id, parse_run, validate_run_document
 from streamline_pool.storage.outputs import loading_outputs, putting_output
 from streamline_pool.storage.procedures import Procedure
 
@@ -40,8 +39,8 @@ from .services import Services
 
 __all__ = [
     "ITEM_BYTES", "HookResult",
-    "answered_step", "answering_hook", "cancelling_run", "check_not_full", "getting_run", "listing_pools", "making_run", "pausing_run",
-    "publish_resumed", "reading_run", "resuming_run", "rewinding_run", "signalling_due",
+    "answered_step", "answering_hook", "cancelling_run", "changed_run", "check_due", "check_not_full", "controlling", "getting_run",
+    "listing_pools", "making_run", "notifying_holder", "pausing_run", "publish_resumed", "reading_run", "resuming_run", "signalling_due",
 ]  # fmt: skip
 
 log = logging.getLogger("streamline_pool")
@@ -129,7 +128,7 @@ def _check_result(found: Document, **changes: Any) -> None:
     parse_run({**found, **changes})
 
 
-def _check_due(found: Document, **changes: Any) -> None:
+def check_due(found: Document, **changes: Any) -> None:
     """As `_check_result`, for an operation that makes the run due, unless it is paused."""
     _check_result(found, status=RunStatus.RUNNING.value, lease=None, wakeAt=found["createdAt"], **changes)
 
@@ -168,7 +167,7 @@ def cancelling_run(services: Services, workflow_id: str | None, run_id: str, rea
         break
     else:
         raise _busy(run_id)
-    yield from _notifying_holder(services, run_id)
+    yield from notifying_holder(services, run_id)
     yield from services.signal("ended", runs=[run_id])
     services.publish(document, "workflow:cancelled", reason)
     return (yield from changed_run(document))
@@ -186,9 +185,9 @@ def pausing_run(services: Services, workflow_id: str | None, run_id: str, reason
             return None
         return control.pause_run(workflow_id, run_id, control.control_count(found), reason, control_id)
 
-    document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
+    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
     if applied:
-        yield from _notifying_holder(services, run_id)
+        yield from notifying_holder(services, run_id)
         services.publish(document, "workflow:paused", reason)
     return (yield from changed_run(document) if applied else making_run(document))
 
@@ -218,7 +217,7 @@ def _unpausing_run(services: Services, workflow_id: str | None, run_id: str) -> 
         _check_result(found, paused=False, wakeAt=None if held else found.get("pausedWakeAt"))
         return control.unpause_run(workflow_id, run_id, control.control_count(found), control_id)
 
-    document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
+    document, applied = yield from controlling(workflow_id, run_id, control_id, decide)
     if applied:
         yield from signalling_due(services, document)
         services.publish(document, "workflow:resumed")
@@ -231,7 +230,7 @@ def _answering_wait(services: Services, workflow_id: str | None, found: RunDocum
         raise InvalidStateError(
             f"run {run_id} is not paused, and waits for no answer: it is {_standing(found)}", run_id=run_id, status=found["status"]
         )
-    _check_due(found)
+    check_due(found)
     answer_id = services.env.new_id()
     yield from _putting(answer, run_id)
     document = yield answers.answer_wait(workflow_id, run_id, step["stepId"], step["gen"], answer.stored, answer_id)
@@ -261,7 +260,7 @@ def answering_hook(services: Services, token: str, payload: Any) -> Procedure[Ho
     step, hook = _hook_of(found, token_hash)
     if step is None or hook is None:
         raise _bad_token()
-    _check_due(found)
+    check_due(found)
     answer_id = services.env.new_id()
     yield from _putting(answer, run_id)
     document = yield answers.answer_hook(
@@ -317,50 +316,10 @@ def check_not_full(document: Document, size: int) -> None:
         )
 
 
-# --- rewind ------------------------------------------------------------------------------------------------------------
-
-
-def rewinding_run(services: Services, workflow_id: str | None, run_id: str, step_id: str) -> Procedure[Run]:
-    """Rewind a run; see `Workflow.rewind_to`."""
-    check_run_id(run_id)
-    control_id = services.env.new_id()
-
-    def decide(found: Document) -> Command:
-        place = _place_to_rewind_to(found, step_id)
-        step_ids = [step["stepId"] for step in found["steps"][place:]]
-        lane = f"{found.get('queue', 'default')}/{found['workflowId']}/{found['version']}"
-        slot = int(services.env.random() * SLOTS)
-        _check_due(found, lane=lane if found.get("lane") is None else found["lane"])
-        return control.rewind_run(workflow_id, run_id, control.control_count(found), place, step_ids, lane, slot, control_id)
-
-    document, applied = yield from _controlling(workflow_id, run_id, control_id, decide)
-    if applied:
-        yield from _notifying_holder(services, run_id)
-        yield from signalling_due(services, document)
-    return (yield from changed_run(document) if applied else making_run(document))
-
-
-def _place_to_rewind_to(found: Document, step_id: str) -> int:
-    """The place of the step, if the run can be rewound to it. Raises InvalidStateError or StepNotFoundError."""
-    run_id = found["_id"]
-    step_ids = [step["stepId"] for step in found["steps"]]
-    if found["status"] == RunStatus.CANCELLED:
-        raise InvalidStateError(f"run {run_id} was cancelled, which is final; start a new one", run_id=run_id, status="cancelled")
-    if step_id not in step_ids:
-        raise StepNotFoundError(f"run {run_id}: no step {step_id!r}; its steps are {', '.join(step_ids)}", run_id=run_id, step_id=step_id)
-    place = step_ids.index(step_id)
-    unreached = [step["stepId"] for step in found["steps"][:place] if step["status"] not in (StepStatus.DONE, StepStatus.SKIPPED)]
-    if unreached:
-        raise InvalidStateError(
-            f"run {run_id} has not come to step {step_id!r} yet: step {unreached[0]!r} comes first; rewind to that", run_id=run_id
-        )
-    return place
-
-
 # --- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _controlling(
+def controlling(
     workflow_id: str | None, run_id: str, control_id: str, decide: Callable[[Document], Command | None]
 ) -> Procedure[tuple[dict[str, Any], bool]]:
     """Read the run, apply what `decide` makes of it. Returns the stored document, and whether the operation took effect.
@@ -393,7 +352,7 @@ def _busy(run_id: str) -> InvalidStateError:
     )
 
 
-def _notifying_holder(services: Services, run_id: str) -> Procedure[None]:
+def notifying_holder(services: Services, run_id: str) -> Procedure[None]:
     """Have the process that holds the run read its state at once, this process included."""
     services.check_here(run_id)
     yield from services.signal("cancel", runId=run_id)

@@ -5,17 +5,30 @@ Owns these types, for type checkers and readers. The values are checked at run t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from streamline_pool.domain.model import Run
 from streamline_pool.engine.context import Context
+from streamline_pool.engine.durable.context import BlockingDurableContext, DurableContext
 
-__all__ = ["Handler", "StepDeclaration", "StepDefaults", "StepOptions"]
+__all__ = ["Handler", "MainFunction", "MainOptions", "StepDeclaration", "StepDefaults", "StepOptions"]
 
 Handler: TypeAlias = Callable[[Context], Any]
 """A step's function: takes `ctx`, is `def` or `async def`. What it returns is the step's output."""
+
+
+MainFunction: TypeAlias = Callable[[DurableContext], Awaitable[Any]] | Callable[[BlockingDurableContext], Any]
+"""A durable function: an `async def` or a `def`. What it returns is the run's output."""
+
+
+class MainOptions(TypedDict, total=False):
+    """Options of a durable function: `@wf.main(…)`."""
+
+    retries: int  # attempts, including the first: 1..20; 1 if not given. What it has stored before an exception is not made again
+    retry_delay: float | timedelta  # base of the back-off, seconds; 1.0 if not given
+    retry_backoff: Literal["exponential", "linear", "fixed"] | float  # a number is the multiplier; "exponential" if not given
 
 
 class StepDefaults(TypedDict, total=False):

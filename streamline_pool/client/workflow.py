@@ -1,4 +1,4 @@
-"""A workflow as programs hold it: declare steps, start runs, read them, control them, wait for them, execute them.
+"""A workflow as programs hold it: declare steps or a main, start runs, read them, control them, wait for them, execute them.
 
 Owns the public methods and their documentation. Each `x` and its `x_async` drive the same procedure, `x` by PyMongo's
 synchronous API and `x_async` by its asyncio API. The procedures are in starting.py, run_control.py and waiting.py.
@@ -13,22 +13,24 @@ from typing import Any, TypeVar, Unpack, overload
 from streamline_pool.domain.definition import Declaration, Definition
 from streamline_pool.domain.model import Run, seconds
 
+from .beginning_again import retrying_run, rewinding_run
 from .connections import Connections
 from .execution import execute_run
 from .new_runs import RunRequest, StartOptions
-from .run_control import cancelling_run, getting_run, pausing_run, resuming_run, rewinding_run
+from .run_control import cancelling_run, getting_run, pausing_run, resuming_run
 from .services import Services
 from .starting import starting_run, starting_runs
-from .step_options import Handler, StepOptions
+from .step_options import Handler, MainFunction, MainOptions, StepOptions
 from .waiting import waiting_for_run
 
 __all__ = ["Workflow"]
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
+AnyMain = TypeVar("AnyMain", bound=MainFunction)
 
 
 class Workflow:
-    """A named sequence of steps. Made by `app.workflow(...)`; the first `start` or a pool freezes its steps.
+    """A named sequence of steps, or a durable function. Made by `app.workflow(...)`; the first `start` or a pool freezes its steps.
 
     Methods that reach the database raise StoreUnavailableError when it does not answer within some ten seconds. They
     raise ValidationError for arguments that cannot be right, and DataCorruptionError for a stored run that another
@@ -91,6 +93,29 @@ class Workflow:
         def decorate(handler: Handler) -> Handler:
             self._declaration.add(target if target is not None else getattr(handler, "__name__", None), handler, options)
             return handler
+
+        return decorate
+
+    @overload
+    def main(self, function: AnyMain, /) -> AnyMain: ...
+
+    @overload
+    def main(self, /, **options: Unpack[MainOptions]) -> Callable[[AnyMain], AnyMain]: ...
+
+    def main(self, function: Any = None, /, **options: Any) -> Any:
+        """Make the workflow a durable function: `@wf.main` or `@wf.main(retries=3)`. The function itself is returned.
+
+        An `async def` gets a `DurableContext`, a `def` a `BlockingDurableContext`. After every stop it is called again from its
+        beginning, and each of its calls that has a stored result returns that. Options: see `MainOptions`. Raises ValidationError for
+        a workflow that has steps or a main.
+        """
+        if function is not None:
+            self._declaration.set_main(function, options)
+            return function
+
+        def decorate(function: MainFunction) -> MainFunction:
+            self._declaration.set_main(function, options)
+            return function
 
         return decorate
 
@@ -246,6 +271,17 @@ class Workflow:
     async def rewind_to_async(self, run_id: str, step_id: str) -> Run:
         """`rewind_to` for the running event loop."""
         return await self._connections.drive_async(rewinding_run(self._services, self.id, run_id, step_id))
+
+    def retry(self, run_id: str) -> Run:
+        """Let a failed run go on: the step or the call that failed it has fresh attempts; what was stored before stays.
+
+        Raises InvalidStateError for a run that has not failed, WorkflowNotFoundError.
+        """
+        return self._connections.drive(retrying_run(self._services, self.id, run_id))
+
+    async def retry_async(self, run_id: str) -> Run:
+        """`retry` for the running event loop."""
+        return await self._connections.drive_async(retrying_run(self._services, self.id, run_id))
 
     # --- waiting and executing -------------------------------------------------------------------------------------
 

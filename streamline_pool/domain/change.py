@@ -33,6 +33,8 @@ class ChangeKind(Enum):
     PARK = "park"  # the wait goes on, and the lease is released
     RETRY = "retry"  # the attempt failed, another one follows
     FAIL = "fail"  # the run failed
+    RECORD = "record"  # calls of a durable function have begun or ended; it goes on
+    CONTINUE = "continue"  # a durable function begins again, with another input and no results
     RELEASE = "release"  # the lease is released, and any worker may go on with the run
 
 

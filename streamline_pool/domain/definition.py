@@ -16,6 +16,7 @@ from .errors import StepNotFoundError, ValidationError
 from .model import RetryPolicy, seconds
 
 __all__ = [
+    "MAIN",
     "Declaration",
     "Definition",
     "Handler",
@@ -28,6 +29,7 @@ __all__ = [
     "make_step",
     "make_steps",
     "queue_of",
+    "retry_policy",
 ]
 
 Handler = Callable[[Any], Any]
@@ -39,8 +41,12 @@ Users' handlers are typed more narrowly, by client/step_options.py, which knows 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _QUEUE = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 _RETRIES_MAX = 20
+MAIN = "main"
+"""The id of the only step of a durable function; its `kind` in a stored run is the same word."""
+
 _CONDITIONS = ("condition", "skip_if", "run_if")
 _OPTIONS = ("retries", "timeout", "retry_delay", "retry_backoff")
+_MAIN_OPTIONS = ("retries", "retry_delay", "retry_backoff")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,7 @@ class Definition:
     queue: str  # where its runs go unless `start(queue=)` says otherwise
     steps: tuple[StepDefinition, ...]
     make_context: Callable[[Any], Any] | None  # input -> context; None: a mapping input is copied
+    is_durable: bool = False  # a durable function: its one step is `MAIN`, and the calls that it makes follow that step in a run
     index: Mapping[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +85,8 @@ class Definition:
         check_queue(self.queue)
         check_version(self.workflow_id, self.version)
         if not self.steps:
-            raise ValidationError(f"workflow {self.workflow_id}: it has no steps; add at least one with @{self.workflow_id}.step or steps=")
+            how = f"add at least one with @{self.workflow_id}.step or steps=, or a durable function with @{self.workflow_id}.main"
+            raise ValidationError(f"workflow {self.workflow_id}: it has no steps; {how}")
         object.__setattr__(self, "index", {step.id: place for place, step in enumerate(self.steps)})
 
     @property
@@ -92,6 +100,10 @@ class Definition:
         Neither a queue nor a workflow id can hold a slash, so the three parts stay apart.
         """
         return f"{queue}/{self.workflow_id}/{self.version}"
+
+    def step_at(self, place: int) -> StepDefinition:
+        """The step at that place of a run. A durable function's calls belong to its one step."""
+        return self.steps[0 if self.is_durable else place]
 
     def step(self, step_id: str) -> StepDefinition:
         """The step with that id. StepNotFoundError names the steps there are."""
@@ -129,6 +141,7 @@ class Declaration:
         self.queue = check_queue(queue)
         self._make_context = make_context
         self._definition: Definition | None = None
+        self._is_durable = False
         if steps is not None:
             self.freeze()
 
@@ -139,6 +152,8 @@ class Declaration:
 
     def add(self, step_id: Any, handler: Handler, options: Mapping[str, Any]) -> None:
         """Add a step behind the others. `options` override the defaults."""
+        if self._is_durable:
+            raise ValidationError(f"workflow {self.workflow_id}: it has a main, and takes no step {step_id!r}; call ctx.step in main")
         if self._definition is not None:
             raise ValidationError(
                 f"workflow {self.workflow_id}: step {step_id!r} comes too late; steps are frozen by the first start or by a pool"
@@ -147,6 +162,20 @@ class Declaration:
         if step.id in self.step_ids:
             raise ValidationError(f"workflow {self.workflow_id}: two steps have the id {step.id!r}; give one of them another")
         self._steps.append(step)
+
+    def set_main(self, handler: Handler, options: Mapping[str, Any]) -> None:
+        """Make the workflow a durable function. `options`: retries (1 if not given), retry_delay, retry_backoff."""
+        if self._is_durable:
+            raise ValidationError(f"workflow {self.workflow_id}: it has a main already")
+        if self._steps:
+            known = ", ".join(self.step_ids)
+            raise ValidationError(f"workflow {self.workflow_id}: it has steps ({known}) and can have no main; keep one of the two")
+        for name in options:
+            if name not in _MAIN_OPTIONS:
+                raise ValidationError(f"main of {self.workflow_id}: unknown option {name!r}; the options are {', '.join(_MAIN_OPTIONS)}")
+        step = make_step(self.workflow_id, MAIN, handler, {"retries": 1, **options})
+        self._steps, self._is_durable = [step], True
+        self.freeze()
 
     def freeze(self) -> Definition:
         """The definition. From now on no step can be added. Raises ValidationError, and freezes nothing, without steps."""
@@ -157,6 +186,7 @@ class Declaration:
                 queue=self.queue,
                 steps=tuple(self._steps),
                 make_context=self._make_context,
+                is_durable=self._is_durable,
             )
         return self._definition
 
@@ -189,13 +219,14 @@ def make_step(workflow_id: str, step_id: str, handler: object, options: Mapping[
         id=step_id,
         handler=handler,
         is_async=is_coroutine_function(handler),
-        retry=_retry_policy(where, options),
+        retry=retry_policy(where, options),
         timeout_s=None if timeout is None else seconds(timeout, f"{where}: timeout"),
         **{name: options.get(name) for name in _CONDITIONS},
     )
 
 
-def _retry_policy(where: str, options: Mapping[str, Any]) -> RetryPolicy:
+def retry_policy(where: str, options: Mapping[str, Any]) -> RetryPolicy:
+    """How often and after which delays is attempted what has these step options. Raises ValidationError."""
     retries = options.get("retries", 3)
     if isinstance(retries, bool) or not isinstance(retries, int) or not 1 <= retries <= _RETRIES_MAX:
         raise ValidationError(f"{where}: retries counts attempts and is a whole number from 1 to {_RETRIES_MAX}, not {retries!r}")

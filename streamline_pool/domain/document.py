@@ -50,8 +50,10 @@ class StepDocument(TypedDict):
     """One element of `steps`."""
 
     stepId: str
+    kind: NotRequired[str]  # "main", or of its calls (domain/journal.py); absent: a declared step
     status: str  # a StepStatus
     attempts: int  # entries into the handler, those of lost workers included
+    failures: NotRequired[int]  # failed attempts of a call
     startedAt: NotRequired[datetime | None]  # entry of the latest attempt
     endedAt: NotRequired[datetime]
     durationMs: NotRequired[int]
@@ -136,7 +138,8 @@ class RunDocument(UserFields):
     waitGen: int  # +1 with every wait
     crashes: int  # workers lost at the current step
     failures: int  # failed attempts at the current step
-    rewinds: NotRequired[int]
+    rewinds: NotRequired[int]  # how often results were dropped: by a rewind, or by a new generation
+    generation: NotRequired[int]  # how often a durable function has continued as new
     awaits: NotRequired[str]  # name of the event that the run waits for
     inbox: NotRequired[list[InboxItem]]
     seen: NotRequired[list[Any]]  # ids of broadcast events that the run has had

@@ -12,6 +12,7 @@ WorkflowError                     whose fault             try again?   what to d
 ├─ MaxRetriesExceededError        the handler             by rewind    correct the cause, `rewind_to` the step
 ├─ LeaseLostError                 no fault; a takeover    no           stop the step, write nothing
 ├─ VersionMismatchError           a deployment            no           deploy the version the run was started with
+├─ NonDeterminismError            a deployment            no           name new calls anew, or give the code a new version
 ├─ DataCorruptionError            another program         no           correct the document by hand, `rewind_to`
 └─ StoreUnavailableError          the database, network   yes          wait; the message says what was tried
 NonRetriableError                 raised by handlers      no           fails the step at once, whatever `retries` says
@@ -30,6 +31,7 @@ __all__ = [
     "InvalidStateError",
     "LeaseLostError",
     "MaxRetriesExceededError",
+    "NonDeterminismError",
     "NonRetriableError",
     "PayloadTooLargeError",
     "StepNotFoundError",
@@ -60,6 +62,7 @@ class ErrorCode(StrEnum):
     PAYLOAD_TOO_LARGE = "PAYLOAD_TOO_LARGE"
     VERSION_MISMATCH = "VERSION_MISMATCH"
     WORKER_CRASHED = "WORKER_CRASHED"
+    NON_DETERMINISM = "NON_DETERMINISM"
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
 
 
@@ -69,6 +72,7 @@ _HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.INVALID_STATE: 409,
     ErrorCode.LEASE_LOST: 409,
     ErrorCode.VERSION_MISMATCH: 409,
+    ErrorCode.NON_DETERMINISM: 409,
     ErrorCode.WORKFLOW_CANCELLED: 409,
     ErrorCode.STEP_TIMEOUT: 408,
     ErrorCode.VALIDATION_ERROR: 400,
@@ -178,6 +182,12 @@ class VersionMismatchError(_CodedError):
     """The stored steps of a run do not fit the code of the version it names."""
 
     fixed_code = ErrorCode.VERSION_MISMATCH
+
+
+class NonDeterminismError(_CodedError):
+    """A durable function makes a call under a name that its run has stored for a call of another kind."""
+
+    fixed_code = ErrorCode.NON_DETERMINISM
 
 
 class DataCorruptionError(_CodedError):

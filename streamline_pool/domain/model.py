@@ -153,6 +153,7 @@ class StepState:
     started_at: datetime | None  # aware UTC; entry of the latest attempt
     ended_at: datetime | None  # aware UTC
     duration: float | None  # seconds from `started_at` to `ended_at`
+    kind: str | None = None  # "main", or of its calls "step", "sleep", "wait", "event", "patch"; None of a declared step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +181,7 @@ class Run:
     started_at: datetime | None
     ended_at: datetime | None
     document: Mapping[str, Any]  # the stored document; `to_dict()` gives a copy
+    generation: int = 0  # how often a durable function has continued as new
 
     @property
     def is_terminal(self) -> bool:

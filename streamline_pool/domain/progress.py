@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, Literal
 
+from .definition import MAIN
 from .model import ENDED_STEPS, REWINDABLE, TERMINAL, Run, RunStatus, StepState, StepStatus
 
 __all__ = [
@@ -111,17 +113,20 @@ def get_step_timeline(run: Run, *, now: datetime | None = None) -> tuple[StepTim
 def get_step_ui_states(run: Run) -> tuple[StepUIState, ...]:
     """Every step, with its place relative to the current step. When all steps have ended, all are past.
 
+    Of a durable function, `main` is current while it runs; its calls that have ended are past, those under way are future.
+
     `shown` differs from the stored status where that alone would mislead: "cancelled" for steps that a cancelled run had not
     ended; for the current step "retrying" between two attempts, and "paused" in a paused run that no worker holds.
     """
     here, reach = _place(run), _reach(run)
+    past = [step.status in ENDED_STEPS if _is_durable(run) else place < here for place, step in enumerate(run.steps)]
     return tuple(
         StepUIState(
             step=step,
             shown=_shown(run, step, is_current=place == here),
             is_current=place == here,
-            is_past=place < here,
-            is_future=place > here,
+            is_past=past[place] and place != here,
+            is_future=not past[place] and place != here,
             can_rewind_to=place <= reach,
         )
         for place, step in enumerate(run.steps)
@@ -138,6 +143,10 @@ def get_waiting_info(run: Run) -> WaitingInfo | None:
     if run.status in TERMINAL or place == len(run.steps):
         return None
     step = run.steps[place]
+    if _is_durable(run) and run.status is RunStatus.WAITING and step.status is StepStatus.PENDING:
+        _, step = min(
+            ((call.retry_after, call) for call in run.steps if call.retry_after is not None), key=itemgetter(0), default=(None, step)
+        )
     if step.status is StepStatus.WAITING and step.waiting_for is not None:
         return _info(run, step, step.waiting_for)
     if _is_backing_off(run, step):
@@ -152,7 +161,7 @@ def get_waiting_info(run: Run) -> WaitingInfo | None:
 def can_rewind_to(run: Run, step_id: str) -> bool:
     """True exactly when `Workflow.rewind_to` accepts this step on the run as it was read. StepNotFoundError for an unknown one.
 
-    That is: the run was not cancelled, and every step before this one is done or skipped.
+    That is: the run was not cancelled, and every step before this one is done or skipped. To every call of a durable function.
     """
     step = run.step(step_id)
     return run.steps.index(step) <= _reach(run)
@@ -161,6 +170,10 @@ def can_rewind_to(run: Run, step_id: str) -> bool:
 def get_execution_path(run: Run) -> tuple[str, ...]:
     """The ids of the steps that are done, in order. Skipped steps are not among them."""
     return tuple(step.step_id for step in run.steps if step.status is StepStatus.DONE)
+
+
+def _is_durable(run: Run) -> bool:
+    return run.steps[0].kind == MAIN
 
 
 def _place(run: Run) -> int:
@@ -172,6 +185,8 @@ def _reach(run: Run) -> int:
     """The last place that the run can be rewound to; -1 if it cannot be."""
     if run.status not in REWINDABLE:
         return -1
+    if _is_durable(run):
+        return len(run.steps)
     return next((place for place, step in enumerate(run.steps) if step.status not in _COMPLETED), len(run.steps))
 
 

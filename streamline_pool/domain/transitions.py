@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, assert_never, cast
 
 from .change import Change, ChangeEvent, ChangeKind, make_change
-from .definition import StepDefinition
+from .definition import MAIN, StepDefinition
 from .document import Fields, RunDocument, StepDocument
 from .errors import ErrorCode
 from .model import ENDED_STEPS, RunStatus, StepStatus
@@ -22,9 +22,13 @@ __all__ = [
     "context_fields",
     "current_place",
     "decide_entry",
+    "ended_well",
     "entered",
+    "error_of",
     "fail_run",
     "finish",
+    "is_durable",
+    "milliseconds",
     "release",
     "skip",
     "step_failed",
@@ -65,6 +69,17 @@ def current_place(document: Mapping[str, Any] | RunDocument) -> int | None:
 def advance(document: RunDocument, place: int, output: Any, sets: Mapping[str, Any], now: datetime) -> Change:
     """The step is done: its result, the cursor and the next step's start (or the run's end) in one write."""
     step = document["steps"][place]
+    done = ended_well(step, output, now)
+    change = _next_step(document, place, done, ("step:completed", step["stepId"], output), sets, now)
+    if "hooks" in step or "awaits" in document:
+        # The step's hooks end with it, and so do answers to them that arrived unasked; the run awaits no event any more.
+        takes = ({"stepId": step["stepId"]},) if "hooks" in step else ()
+        change = change._replace(takes=takes, unset=("awaits",) if "awaits" in document else ())
+    return change
+
+
+def ended_well(step: StepDocument, output: Any, now: datetime) -> StepDocument:
+    """The step, or the call, with its result."""
     started = step.get("startedAt") or now
     done: StepDocument = {
         "stepId": step["stepId"],
@@ -72,15 +87,12 @@ def advance(document: RunDocument, place: int, output: Any, sets: Mapping[str, A
         "attempts": step["attempts"],
         "startedAt": started,
         "endedAt": now,
-        "durationMs": _milliseconds(started, now),
+        "durationMs": milliseconds(started, now),
         "output": output,
     }
-    change = _next_step(document, place, done, ("step:completed", step["stepId"], output), sets, now)
-    if "hooks" in step or "awaits" in document:
-        # The step's hooks end with it, and so do answers to them that arrived unasked; the run awaits no event any more.
-        takes = ({"stepId": step["stepId"]},) if "hooks" in step else ()
-        change = change._replace(takes=takes, unset=("awaits",) if "awaits" in document else ())
-    return change
+    if "kind" in step:
+        done["kind"] = step["kind"]
+    return done
 
 
 def skip(document: RunDocument, place: int, sets: Mapping[str, Any], now: datetime) -> Change:
@@ -93,8 +105,8 @@ def skip(document: RunDocument, place: int, sets: Mapping[str, Any], now: dateti
 def _next_step(
     document: RunDocument, place: int, ended: StepDocument, event: ChangeEvent, sets: Mapping[str, Any], now: datetime
 ) -> Change:
-    following = place + 1
-    if following == len(document["steps"]):
+    following = _following(document, place)
+    if following is None:
         fields: Fields = {
             "status": _DONE,
             "currentStepId": None,
@@ -113,6 +125,8 @@ def _next_step(
         "attempts": upcoming["attempts"] + 1,
         "startedAt": now,
     }
+    if "kind" in upcoming:
+        start["kind"] = upcoming["kind"]
     fields = {"currentStepId": start["stepId"]}
     if document["status"] != _RUNNING:
         fields["status"] = _RUNNING
@@ -122,6 +136,18 @@ def _next_step(
     if sets:
         fields.update(context_fields(document, sets))
     return make_change(document, ChangeKind.ADVANCE, fields, {place: ended, following: start}, (event,))
+
+
+def is_durable(document: Mapping[str, Any] | RunDocument) -> bool:
+    """Whether the run is one of a durable function: its first step is the function, its other steps are the calls of it."""
+    return document["steps"][0].get("kind") == MAIN
+
+
+def _following(document: RunDocument, place: int) -> int | None:
+    """The place of the step after the one that ends; None after the last. A durable function goes on after each of its calls."""
+    if is_durable(document):
+        return None if place == 0 else 0
+    return place + 1 if place + 1 < len(document["steps"]) else None
 
 
 def context_fields(document: RunDocument, sets: Mapping[str, Any]) -> Fields:
@@ -135,7 +161,7 @@ def context_fields(document: RunDocument, sets: Mapping[str, Any]) -> Fields:
 
 def finish(document: RunDocument, now: datetime) -> Change:
     """Every step has ended but the run has not: the last result was stored while the run was paused."""
-    output = document["steps"][-1].get("output")
+    output = document["steps"][0 if is_durable(document) else -1].get("output")
     fields = {"status": _DONE, "output": output, "endedAt": now}
     return make_change(document, ChangeKind.FINISH, fields, {}, (("workflow:completed", None, output),), releases=True)
 
@@ -156,7 +182,7 @@ def step_failed(document: RunDocument, step: StepDefinition, place: int, failure
     if not failure.retriable or failures >= step.retry.attempts_max:
         used_up = failure.retriable and step.retry.attempts_max > 1
         return fail_run(document, place, failure, now, failures=failures, code=ErrorCode.MAX_RETRIES_EXCEEDED if used_up else failure.code)
-    error = _error(failure)
+    error = error_of(failure)
     pending = entered(stored)
     pending["status"], pending["error"], pending["retryAfter"] = _S_PENDING, error, retry_at
     data = {"error": error, "retryAfter": retry_at, "attempt": stored["attempts"]}
@@ -171,7 +197,7 @@ def fail_run(document: RunDocument, place: int, failure: Failure, now: datetime,
     A step that had ended before keeps its result.
     """
     stored = document["steps"][place]
-    step_error = _error(failure)
+    step_error = error_of(failure)
     message = failure.message
     if code is ErrorCode.MAX_RETRIES_EXCEEDED:
         message = f"step {stored['stepId']} failed {failures} times, the last time with {failure.code}: {failure.type}: {failure.message}"
@@ -180,7 +206,7 @@ def fail_run(document: RunDocument, place: int, failure: Failure, now: datetime,
     if stored["status"] not in ENDED_STEPS:
         failed = entered(stored)
         started = stored.get("startedAt") or now
-        failed["status"], failed["error"], failed["endedAt"], failed["durationMs"] = _S_FAILED, step_error, now, _milliseconds(started, now)
+        failed["status"], failed["error"], failed["endedAt"], failed["durationMs"] = _S_FAILED, step_error, now, milliseconds(started, now)
         steps[place] = failed
     fields = {"status": _FAILED, "error": run_error, "endedAt": now, "failures": failures}
     run_failed = ("workflow:failed", None, run_error)
@@ -246,15 +272,19 @@ def under_pause(document: RunDocument, change: Change, now: datetime) -> Change:
             return change if change.releases else without_next_start(document, change, now)
         case ChangeKind.AWAIT_EVENT:
             return change._replace(wake_at=now, releases=True)  # the next holder still has to search for broadcasts
-        case ChangeKind.SLEEP | ChangeKind.WAIT | ChangeKind.RETRY | ChangeKind.FAIL:
+        case ChangeKind.SLEEP | ChangeKind.WAIT | ChangeKind.RETRY | ChangeKind.FAIL | ChangeKind.RECORD:
             return change
+        case ChangeKind.CONTINUE:
+            (main,) = change.fields["steps"]
+            fields = {**change.fields, "steps": [_not_started(main, main["attempts"])]}
+            return change._replace(fields=fields, wake_at=now, releases=True)
         case _:
             assert_never(change.kind)
 
 
 # --- shared --------------------------------------------------------------------------------------------------------
 
-_KEPT = frozenset({"stepId", "attempts", "startedAt", "checkpoint", "decided", "error", "hooks"})
+_KEPT = frozenset({"stepId", "kind", "failures", "attempts", "startedAt", "checkpoint", "decided", "error", "hooks"})
 
 
 def entered(step: StepDocument) -> StepDocument:
@@ -262,9 +292,9 @@ def entered(step: StepDocument) -> StepDocument:
     return cast(StepDocument, {key: value for key, value in step.items() if key in _KEPT})
 
 
-def _error(failure: Failure) -> Fields:
+def error_of(failure: Failure) -> Fields:
     return {"code": failure.code.value, "message": failure.message, "type": failure.type}
 
 
-def _milliseconds(start: datetime, end: datetime) -> int:
+def milliseconds(start: datetime, end: datetime) -> int:
     return max(0, round((end - start).total_seconds() * 1000))

@@ -57,6 +57,8 @@ def _begin_wait(document: RunDocument, kind: ChangeKind, place: int, waiting_for
     waiting = entered(step)
     waiting["status"], waiting["waitingFor"], waiting["gen"] = StepStatus.WAITING.value, waiting_for, gen
     fields: Fields = {"status": _WAITING, "waitGen": gen, "crashes": 0, "failures": 0, **context_fields(document, sets)}
+    if "kind" in step:
+        fields["currentStepId"] = step["stepId"]  # a durable function waits in one of its calls
     events = (("step:waiting", step["stepId"], waiting_for), ("workflow:waiting", step["stepId"], waiting_for))
     return make_change(document, kind, fields, {place: waiting}, events)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
+from streamline_pool.domain.change import Change
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import Fields, HookDocument, RunDocument
 from streamline_pool.domain.errors import DataCorruptionError, InvalidStateError, LeaseLostError, StoreUnavailableError, ValidationError
@@ -28,7 +29,7 @@ from .group_commit import refusal
 from .hooks import hash_token, make_token
 from .intents import Intents
 from .loaded_outputs import LoadedOutputs
-from .ports import EnginePort
+from .ports import CallsPort, EnginePort
 from .write_outcome import Held, WriteOutcome, resolve_write
 
 __all__ = ["STATEMENT_BYTES", "ActiveRun"]
@@ -58,6 +59,7 @@ class ActiveRun:
         "_woken",
         "asking",
         "attempt",
+        "calls",
         "deadline",
         "definition",
         "document",
@@ -72,6 +74,7 @@ class ActiveRun:
         "place",
         "release_requested",
         "renew_now",
+        "steps_stored",
         "task",
         "unsettled",
     )
@@ -94,6 +97,8 @@ class ActiveRun:
         self.unsettled: Save | None = None  # such a checkpoint or hook: no other write may be sent before its outcome is known
         self.outputs = LoadedOutputs(_loader_of(self))  # those that the document only refers to
         self.place = 0  # of the current step
+        self.steps_stored = len(document["steps"])  # the steps behind these are calls that a durable function has begun here
+        self.calls: CallsPort | None = None  # of a durable function, while it runs
         self.renew_now = False
         self.release_requested = False  # no further step is to be entered here
         self.task: asyncio.Task[None] | None = None  # its driver
@@ -109,7 +114,7 @@ class ActiveRun:
     @property
     def step(self) -> StepDefinition:
         """The current step."""
-        return self.definition.steps[self.place]
+        return self.definition.step_at(self.place)
 
     def fence(self) -> Fence:
         """What the next write must find unchanged."""
@@ -119,6 +124,21 @@ class ActiveRun:
     def held(self, *, draining: bool) -> Held:
         """The holder's view of the run, for decisions."""
         return Held(self.document, self.step, self.place, draining or self.release_requested)
+
+    def filled(self, change: Change) -> Change:
+        """The change with every call that it would leave out of `steps` behind what is stored: a write by place must leave no gap."""
+        last = max(change.steps, default=0)
+        if last <= self.steps_stored:
+            return change
+        begun = {place: self.document["steps"][place] for place in range(self.steps_stored, last)}
+        return change._replace(steps={**begun, **change.steps})
+
+    def replace_document(self, stored: RunDocument) -> None:
+        """Go on with what is stored, and with the calls that have begun here and are not stored yet."""
+        begun = self.document["steps"][self.steps_stored :]
+        self.steps_stored = len(stored["steps"])
+        stored["steps"].extend(begun)
+        self.document = stored
 
     def mark_lost(self, reason: str = "lease-lost") -> None:
         """This worker holds the run no more. The first reason counts."""
@@ -131,6 +151,8 @@ class ActiveRun:
 
     def abort(self, reason: str, grace_s: float = ABORT_GRACE_S) -> None:
         """Stop the handler, if one runs, or the condition that is asked. `grace_s`: see `Attempt.abort`."""
+        if self.calls is not None:
+            self.calls.abort(reason, grace_s)
         if self.attempt is not None:
             self.attempt.abort(reason, grace_s)
         if self.asking is not None:

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from streamline_pool.domain.definition import Handler, StepDefinition
 
 from .abort_signal import current_signal, fire_signal
-from .context import Context
 from .handler_threads import HandlerThreads
 from .intents import Intents, Suspension
+from .run_context import RunContext
 
-__all__ = ["ABORT_GRACE_S", "Attempt", "Kind", "Outcome"]
+__all__ = ["ABORT_GRACE_S", "Attempt", "Kind", "Outcome", "enter_async"]
 
 ABORT_GRACE_S = 2.0
 """Seconds that an `async def` handler may clean up after its cancellation, before it counts as stuck. A guess."""
@@ -82,7 +82,7 @@ class Attempt:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        context: Context,
+        context: RunContext,
         intents: Intents,
         on_stuck: Callable[[Attempt, str], None],
         may_enter: Callable[[], bool],
@@ -106,6 +106,11 @@ class Attempt:
     def on_thread(self) -> bool:
         """True for a `def` handler."""
         return self.result is not None
+
+    @property
+    def is_stuck(self) -> bool:
+        """True for a handler that has not ended within its grace."""
+        return self._stuck
 
     @property
     def goes_on(self) -> bool:
@@ -154,7 +159,7 @@ class Attempt:
     async def _run_async(self, handler: Handler) -> Outcome:
         task = self._task = asyncio.current_task(self._loop)
         assert task is not None, "drivers are tasks"
-        outcome = await _enter_async(handler, self.context)
+        outcome = await enter_async(handler, self.context)
         if _forks != self._forks:
             os._exit(0)  # the handler forked, and this is the child process: the run belongs to the parent
         self._task = None
@@ -181,10 +186,14 @@ class Attempt:
         fire_signal(self.context.signal, reason)
         if self._task is not None:
             if is_first:  # a second cancellation would end the handler's clean-up
-                self._task.cancel()
+                self._cancel_task()
         elif reason != "shutdown" or (self._work is not None and self._work.cancel()):
             self._resolve(Outcome(Kind.ABANDONED, None))
         self._timers.append(self._loop.call_later(grace_s, self._out_of_grace))
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     def _out_of_grace(self) -> None:
         if self.on_thread and (self._work is None or self._work.done()):
@@ -220,7 +229,7 @@ class Attempt:
             self._thread_over.set_result(None)
 
 
-def _run_sync(handler: Handler, context: Context, forks: int, may_enter: Callable[[], bool]) -> Outcome:
+def _run_sync(handler: Handler, context: RunContext, forks: int, may_enter: Callable[[], bool]) -> Outcome:
     if context.signal.aborted:
         return Outcome(Kind.ABANDONED, None)  # it waited for a thread until its attempt was over
     if not may_enter():
@@ -238,7 +247,8 @@ def _run_sync(handler: Handler, context: Context, forks: int, may_enter: Callabl
 # knows the exception would be a circle: it, the handler's variables and the whole run would stay in memory until a full garbage collection.
 
 
-async def _enter_async(handler: Handler, context: Context) -> Outcome:
+async def enter_async(handler: Handler, context: RunContext) -> Outcome:
+    """Await a coroutine handler. Its outcome; raises nothing."""
     try:
         return Outcome(Kind.RETURNED, await handler(context))
     except Suspension as suspension:
@@ -247,7 +257,7 @@ async def _enter_async(handler: Handler, context: Context) -> Outcome:
         return Outcome(Kind.RAISED, exc)
 
 
-def _enter(handler: Handler, context: Context) -> Outcome:
+def _enter(handler: Handler, context: RunContext) -> Outcome:
     try:
         return Outcome(Kind.RETURNED, handler(context))
     except Suspension as suspension:

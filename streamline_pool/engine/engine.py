@@ -89,7 +89,17 @@ class Engine:
         self._writer = RunWriter(store, env, self._committer, self._outputs, self.events, observer, self._state)
         self._solitude = Solitude(self.active_runs, self._committer, self._state, store.now, config.suspect_from)
         self._driver = RunDriver(
-            store, env, self._writer, self._outputs, self.events, self._state, self._threads, self._solitude, self._on_stuck
+            store,
+            env,
+            self._writer,
+            self._outputs,
+            self.events,
+            self._state,
+            self._threads,
+            self._solitude,
+            config.lease_s,
+            config.threads_max,
+            self._on_stuck,
         )
         self._reports: set[asyncio.Task[None]] = set()
 

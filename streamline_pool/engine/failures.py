@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from typing import Any
 
 from streamline_pool.domain.definition import StepDefinition
-from streamline_pool.domain.errors import ErrorCode, NonRetriableError, ValidationError
+from streamline_pool.domain.errors import (
+    ErrorCode,
+    InvalidStateError,
+    MaxRetriesExceededError,
+    NonDeterminismError,
+    NonRetriableError,
+    ValidationError,
+)
 from streamline_pool.domain.transitions import Failure
 
 from . import attempt
 from .intents import Suspension
 
-__all__ = ["conditions_timeout_failure", "failure_of", "timeout_failure"]
+__all__ = ["conditions_timeout_failure", "failure_of", "forget_frames", "timeout_failure"]
 
+_OF_A_CALL = (MaxRetriesExceededError, NonDeterminismError, InvalidStateError)
+_WITH_CODE = (ValidationError, *_OF_A_CALL)  # their text repeats the code, which is stored beside it
 _TRACEBACK_CHARS_MAX = 8_000
 _MESSAGE_CHARS_MAX = 2_000
 
@@ -30,6 +40,8 @@ def failure_of(exc: BaseException) -> Failure:
         code, retriable = exc.code, False
     elif isinstance(exc, NonRetriableError):
         retriable = False
+    elif isinstance(exc, _OF_A_CALL) and "step_id" in exc.context:
+        code, retriable = exc.code, False  # of a durable function: to call the function again finds the same
     message = _text_of(exc)
     if isinstance(exc, SystemExit):
         message = f"the handler called {message}; raise an exception or return instead"
@@ -38,6 +50,17 @@ def failure_of(exc: BaseException) -> Failure:
     name = _storable(type(exc).__name__)
     message = message or f"{name} without a message"
     return Failure(code, message[:_MESSAGE_CHARS_MAX], name, _traceback_of(exc), retriable)
+
+
+def forget_frames(raised: Any) -> None:
+    """Drop the traceback of what a handler raised, once its text is taken.
+
+    Its frames know the thread's work, which knows the outcome, which knows the exception: a circle would keep the run in memory until a
+    full garbage collection.
+    """
+    while isinstance(raised, BaseException) and raised.__traceback__ is not None:
+        raised.__traceback__ = None
+        raised = raised.__cause__ or raised.__context__
 
 
 def timeout_failure(step: StepDefinition) -> Failure:
@@ -56,7 +79,7 @@ def _text_of(exc: BaseException) -> str:
     try:
         if isinstance(exc, SystemExit):
             return _storable(f"sys.exit({exc.code!r})")
-        return _storable(exc.message if isinstance(exc, ValidationError) else str(exc))
+        return _storable(exc.message if isinstance(exc, _WITH_CODE) else str(exc))
     except BaseException:  # noqa: BLE001 -- user code: it may raise anything, and a SystemExit would end the worker
         return "(the exception's own __str__ failed)"
 

@@ -6,11 +6,21 @@ Owns the seam between the two: the engine makes the record, hands it to the `Con
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from streamline_pool.domain.document import WaitDocument
 
-__all__ = ["Intents", "SleepSuspension", "Suspension", "WaitSuspension", "changed_in_place"]
+__all__ = [
+    "ContinueSuspension",
+    "Intents",
+    "ParkSuspension",
+    "ReleaseSuspension",
+    "SleepSuspension",
+    "Suspension",
+    "WaitSuspension",
+    "changed_in_place",
+]
 
 
 class Suspension(BaseException):
@@ -20,16 +30,40 @@ class Suspension(BaseException):
 class SleepSuspension(Suspension):
     """The handler has ended; its step is done `delay_s` seconds from now."""
 
-    def __init__(self, delay_s: float) -> None:
+    def __init__(self, delay_s: float, place: int | None = None) -> None:
         self.delay_s = delay_s
+        self.place = place  # of the call that waits, in the run of a durable function; None: the handler's own step waits
 
 
 class WaitSuspension(Suspension):
     """The handler has ended; its step is done when an answer comes, or when `timeout_s` seconds have passed."""
 
-    def __init__(self, waiting_for: WaitDocument, timeout_s: float | None) -> None:
+    def __init__(self, waiting_for: WaitDocument, timeout_s: float | None, place: int | None = None) -> None:
         self.waiting_for = waiting_for  # as stored, without `expiresAt`
         self.timeout_s = timeout_s  # None: waits without a limit
+        self.place = place  # as above
+
+
+class ParkSuspension(Suspension):
+    """Every call of a durable function that goes on waits for its next attempt. The function is called again at `wake_at`."""
+
+    def __init__(self, wake_at: datetime) -> None:
+        self.wake_at = wake_at
+
+
+class ReleaseSuspension(Suspension):
+    """A durable function must not go on here. A lease holder calls it again, `delay_s` seconds from now at the earliest."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+
+
+class ContinueSuspension(Suspension):
+    """A durable function begins again, with this input and without the results of its calls."""
+
+    def __init__(self, input: Any, size: int) -> None:
+        self.input = input
+        self.size = size  # in bytes
 
 
 class Intents:

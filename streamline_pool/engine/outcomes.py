@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, cast
 
-from streamline_pool.domain import transitions, waits
+from streamline_pool.domain import journal, transitions, waits
 from streamline_pool.domain.change import Change
 from streamline_pool.domain.definition import Definition, StepDefinition
 from streamline_pool.domain.document import RunDocument, WaitDocument
-from streamline_pool.domain.errors import ErrorCode, WorkflowError
+from streamline_pool.domain.errors import ErrorCode, MaxRetriesExceededError, WorkflowError
 from streamline_pool.domain.transitions import Failure
 from streamline_pool.protocol.outputs import NewOutput
 from streamline_pool.protocol.payloads import EXTERNAL_KEY, split_output, with_outputs
@@ -24,7 +24,7 @@ from streamline_pool.protocol.run_document import parse_run
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
 from .failures import failure_of, timeout_failure
-from .intents import Intents, SleepSuspension, Suspension, WaitSuspension
+from .intents import ContinueSuspension, Intents, ParkSuspension, ReleaseSuspension, SleepSuspension, Suspension, WaitSuspension
 
 __all__ = ["Decided", "Moment", "allowed", "attempt_ended", "damaged", "failed", "version_mismatch"]
 
@@ -63,7 +63,10 @@ def attempt_ended(document: RunDocument, definition: Definition, place: int, att
     if suspension is None and outcome.kind is not Kind.RETURNED:
         if reason in ("shutdown", "lease-lost"):
             return Decided(transitions.release(document, place, at.now, was_entered=True))
-        return Decided(failed(document, step, place, failure_of(outcome.value), at))
+        change = failed(document, step, place, failure_of(outcome.value), at)
+        return Decided(_naming_call(change, document, outcome.value) if definition.is_durable else change)
+    if isinstance(suspension, ContinueSuspension):
+        return Decided(journal.continue_as_new(document, suspension.input, intents.sets, at.now), suspension.size + intents.sets_bytes)
     if suspension is not None:
         return Decided(_suspended(document, place, suspension, intents.sets, at), intents.sets_bytes)
     return _returned(document, step, place, outcome.value, intents, at)
@@ -83,15 +86,28 @@ def _returned(document: RunDocument, step: StepDefinition, place: int, value: An
 
 def _suspended(document: RunDocument, place: int, suspension: Suspension, sets: Mapping[str, Any], at: Moment) -> Change:
     """The handler left by `ctx.sleep`, `ctx.wait` or `ctx.wait_for`. An answer that has arrived already ends the step at once."""
+    if isinstance(suspension, ReleaseSuspension):
+        released = transitions.release(document, place, at.now, was_entered=True)
+        return released._replace(wake_at=at.after(suspension.delay_s)) if suspension.delay_s else released
+    if isinstance(suspension, ParkSuspension):
+        return journal.park(document, suspension.wake_at)
+    assert isinstance(suspension, SleepSuspension | WaitSuspension), "a handler is suspended by a sleep or by a wait"
+    place = place if suspension.place is None else suspension.place
     if isinstance(suspension, SleepSuspension):
         return waits.sleep(document, place, at.after(suspension.delay_s), sets)
-    assert isinstance(suspension, WaitSuspension), "a handler is suspended by a sleep or by a wait"
     waiting_for = cast(WaitDocument, dict(suspension.waiting_for))
     if suspension.timeout_s is not None:
         waiting_for["expiresAt"] = at.after(suspension.timeout_s)
     begin = waits.await_event if waiting_for["type"] == "event" else waits.wait
     waiting = begin(document, place, waiting_for, sets)
     return waits.take(document, waiting, at.now) or waiting
+
+
+def _naming_call(change: Change, document: RunDocument, exc: BaseException) -> Change:
+    """The failure of a durable function. If a failed call has ended it, the run's error names that call: `Workflow.retry` begins there."""
+    step_id = exc.context.get("step_id") if isinstance(exc, MaxRetriesExceededError) else None
+    named = step_id is not None and "error" in change.fields and any(step["stepId"] == step_id for step in document["steps"])
+    return change._replace(fields={**change.fields, "error": {**change.fields["error"], "stepId": step_id}}) if named else change
 
 
 def failed(document: RunDocument, step: StepDefinition, place: int, failure: Failure, at: Moment) -> Change:
@@ -130,7 +146,9 @@ async def allowed(step: StepDefinition, context: Context, document: RunDocument,
 def version_mismatch(document: RunDocument, definition: Definition, now: datetime) -> Change | None:
     """How the run fails when its stored steps are not those of the version it names; None when they are."""
     stored = [step["stepId"] for step in document["steps"]]
-    if stored == list(definition.index):
+    if definition.is_durable and transitions.is_durable(document):
+        return None  # which calls it makes is for its code to say
+    if stored == list(definition.index) and not definition.is_durable and not transitions.is_durable(document):
         return None
     message = (
         f"run {document['_id']} was stored with steps {', '.join(stored)}, but workflow {definition.workflow_id} "

@@ -13,10 +13,11 @@ from streamline_pool.protocol.operations import Statement
 from streamline_pool.storage.outputs import Wanted
 from streamline_pool.storage.procedures import Procedure
 
+from .attempt import Outcome
 from .loop_blocking import LoopBlocking
 from .write_outcome import WriteOutcome
 
-__all__ = ["EnginePort", "Observer"]
+__all__ = ["CallsPort", "EnginePort", "Observer"]
 
 T = TypeVar("T")
 
@@ -35,6 +36,19 @@ class Observer(Protocol):
 
     def on_stuck(self, what: str) -> None:
         """A handler goes on after its attempt is over and cannot be stopped, or no thread could be started for it."""
+
+
+class CallsPort(Protocol):
+    """What an active run asks of the calls of its durable function."""
+
+    def abort(self, reason: str, grace_s: float) -> None:
+        """Stop what the calls are doing; see `Attempt.abort`."""
+
+    def close(self, outcome: Outcome) -> Outcome:
+        """The function has ended with this outcome. As an outcome: it is wrong to return before all calls have ended."""
+
+    async def settled(self) -> None:
+        """After `close`: return once its calls have ended, too, and what they did is stored."""
 
 
 class EnginePort(Protocol):

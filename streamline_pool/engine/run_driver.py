@@ -28,12 +28,17 @@ from .active_run import ActiveRun
 from .asking import Asking, ConditionStuckError
 from .attempt import Attempt, Kind, Outcome
 from .context import Context
-from .failures import conditions_timeout_failure, failure_of
+from .durable.attempts import EngineParts
+from .durable.calls import Calls
+from .durable.context import BlockingDurableContext, DurableContext
+from .durable.handler import durable_step
+from .failures import conditions_timeout_failure, failure_of, forget_frames
 from .group_outputs import GroupOutputs
 from .handler_threads import HandlerThreads
 from .intents import Intents, changed_in_place
 from .outcomes import Decided, allowed, attempt_ended, damaged, failed, version_mismatch
 from .output_demand import OutputDemand
+from .run_context import RunContext
 from .run_events import RunEvents
 from .run_writer import EngineState, RunWriter
 from .solitude import Solitude
@@ -65,6 +70,8 @@ class RunDriver:
         state: EngineState,
         threads: HandlerThreads,
         solitude: Solitude,
+        lease_s: float,
+        threads_max: int,
         on_stuck: Callable[[ActiveRun, Attempt | None, str], None],
     ) -> None:
         self._store = store
@@ -77,7 +84,23 @@ class RunDriver:
         self._state = state
         self._threads = threads
         self._solitude = solitude
+        self._parts = EngineParts(
+            store=store,
+            env=env,
+            record=writer.record,
+            outputs=outputs,
+            events=events,
+            threads=threads,
+            thread_places=asyncio.Semaphore(threads_max),
+            code_left=solitude.code_left,
+            is_draining=lambda: state.draining,
+            count_step=self._count_step,
+            lease_s=lease_s,
+        )
         self._on_stuck = on_stuck  # called for a handler that does not end, and without an attempt for a condition
+
+    def _count_step(self) -> None:
+        self._state.steps_total += 1
 
     async def drive(self, active: ActiveRun) -> None:
         """Go on with a run until it is released, ended or lost."""
@@ -108,6 +131,8 @@ class RunDriver:
         active.place = place
         if document["steps"][place]["status"] == StepStatus.WAITING.value:
             return await self._waiting(active, place, just_claimed)
+        if active.definition.is_durable:
+            active.place = place = 0
         try:
             await self._load_outputs(active)
         except DataCorruptionError as exc:
@@ -134,7 +159,7 @@ class RunDriver:
 
     async def _load_outputs(self, active: ActiveRun) -> None:
         """Load what the run's document only refers to, as far as the step's handler and conditions are expected to ask for it."""
-        if not external_ids(active.document) or self._state.draining or active.release_requested:
+        if active.definition.is_durable or not external_ids(active.document) or self._state.draining or active.release_requested:
             return
         expected = self._demand.expected(active.definition, active.place, active.document)
         missing = [output_id for output_id in expected if output_id not in active.outputs]
@@ -228,30 +253,51 @@ class RunDriver:
 
     async def _attempt(self, active: ActiveRun, place: int) -> Decided | None:
         intents = Intents()
-        context = Context(active.document, place, AbortSignal(), active, intents, active.outputs)
+        calls = self._calls_of(active, intents) if active.definition.is_durable else None
+        context = self._context_of(active, place, intents, calls)
         on_stuck, may_enter = functools.partial(self._on_stuck, active), functools.partial(self._has_lease, active)
         attempt = Attempt(asyncio.get_running_loop(), context, intents, on_stuck, may_enter)
         active.forget_interruptions()
         active.attempt = attempt
         if self._events.wanted:
             self._events.publish(active.document, (("step:started", active.step.id, {"attempt": context.attempt}),))
-        outcome = await attempt.run(active.step, self._threads)
+        outcome = await attempt.run(active.step if calls is None else durable_step(active.step, calls), self._threads)
         if outcome.kind is Kind.TOO_LATE:
             log.warning("lease_ran_out", extra={"run_id": active.run_id})
         if active.attempt is not attempt:
             raise SupersededError  # the run went on without this handler, and with another driver
+        if calls is not None:
+            outcome = calls.close(outcome)
+            await calls.settled()
+            if active.attempt is not attempt:
+                raise SupersededError
         self.close_attempt(active, attempt)
         if active.is_saving:
             await active.saves_done()  # before the decision, which stores the step as it is now
         _warn_of_lost_changes(active.document, attempt.intents, "the handler")
-        self._state.steps_total += 1
+        if calls is None:
+            self._count_step()
         self._env.probe("handler.after")
-        return self._decide(active, attempt, outcome)
+        decided = self._decide(active, attempt, outcome)
+        forget_frames(outcome.value)
+        return decided
+
+    def _calls_of(self, active: ActiveRun, intents: Intents) -> Calls:
+        calls = active.calls = Calls(active, intents, self._parts, functools.partial(self._on_stuck, active))
+        return calls
+
+    @staticmethod
+    def _context_of(active: ActiveRun, place: int, intents: Intents, calls: Calls | None) -> RunContext:
+        """What the handler gets."""
+        if calls is None:
+            return Context(active.document, place, AbortSignal(), active, intents, active.outputs)
+        make = DurableContext if active.step.is_async else BlockingDurableContext
+        return make(active.document, AbortSignal(), active, intents, active.outputs, calls)
 
     def close_attempt(self, active: ActiveRun, attempt: Attempt) -> None:
         """From here on nothing that the handler does has any effect."""
         attempt.intents.close()
-        active.attempt = None
+        active.attempt = active.calls = None
         active.left_attempt = attempt if attempt.goes_on else None
         self._solitude.code_left(attempt)
         self._observe_demand(active)

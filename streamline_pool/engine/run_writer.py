@@ -132,6 +132,24 @@ class RunWriter:
                 case _ as never:
                     assert_never(never)
 
+    async def record(self, active: ActiveRun, change: Change, size: int) -> bool:
+        """Store calls of a durable function, which goes on, also in a paused run. False: this worker holds the run no more.
+
+        In a paused run, `release_requested` is set: no further call begins here. Raises ValidationError if the server can never store it.
+        """
+        change = active.filled(change)
+        outcome = WriteOutcome.PAUSED if active.document.get("paused") is True else None
+        while outcome in (None, WriteOutcome.PAUSED):
+            active.release_requested = active.release_requested or outcome is WriteOutcome.PAUSED
+            make = commits.commit if outcome is None else commits.record_under_pause
+            self._env.probe("commit.before")
+            statement = make(active.fence(), change, self._store.now(), size + STATEMENT_BYTES * len(change.steps))
+            outcome = await self._committer.write(statement)
+            self._env.probe("commit.after")
+        if outcome is WriteOutcome.COMMITTED:
+            return self._committed(active, change)
+        return self._fenced(active, Write(change, change))
+
     def _first_write(self, active: ActiveRun, change: Change) -> Write:
         if self._state.draining or active.release_requested:
             return first_write(change, active.held(draining=self._state.draining), self._store.now())
@@ -139,7 +157,7 @@ class RunWriter:
 
     def _send(self, active: ActiveRun, write: Write, size: int) -> asyncio.Future[WriteOutcome]:
         make = commits.commit_under_pause if write.under_pause else commits.commit
-        statement = make(active.fence(), write.change, self._store.now(), size + STATEMENT_BYTES)
+        statement = make(active.fence(), active.filled(write.change), self._store.now(), size + STATEMENT_BYTES)
         if write.earlier:
             statement = statement._replace(follows_form=True)
         return self._committer.write(statement, urgent=write.change.kind is ChangeKind.WAKE)
@@ -153,6 +171,9 @@ class RunWriter:
 
     def _committed(self, active: ActiveRun, change: Change) -> bool:
         apply(active.document, change)
+        active.steps_stored = max(active.steps_stored, 1 + max(change.steps, default=0))
+        if change.kind is ChangeKind.CONTINUE:
+            active.steps_stored = len(active.document["steps"])
         return self._stored(active, change)
 
     def _stored(self, active: ActiveRun, change: Change) -> bool:
@@ -168,7 +189,7 @@ class RunWriter:
         change = None if found is None else stored_form(write, active.document, found)
         if found is None or change is None:
             return self._fenced(active, write)
-        active.document = found
+        active.replace_document(found)
         if self._events.wanted:
             await self._load_event_data(active, change)
         return self._stored(active, change)
@@ -184,7 +205,7 @@ class RunWriter:
         if found is None:
             active.mark_lost()
             return False
-        active.document = found
+        active.replace_document(found)
         return True
 
     async def _read(self, find: Find) -> RunDocument | None:

@@ -24,6 +24,7 @@ __all__ = [
     "read_fences",
     "read_held",
     "read_run",
+    "record_under_pause",
     "renew",
     "save_in_step",
     "write_statements",
@@ -40,6 +41,12 @@ def commit(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
 def commit_under_pause(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
     """Store the form that `transitions.under_pause` gave a transition, on a run that is paused."""
     return Statement(fence, {"q": _fenced(fence, change, paused=True), "u": _commit_update(fence, change, now, "pausedWakeAt")}, size)
+
+
+def record_under_pause(fence: Fence, change: Change, now: datetime, size: int) -> Statement:
+    """Store calls of a durable function that had begun before the pause. The lease stays."""
+    query = {"_id": fence.run_id, "lease.id": fence.lease_id, "rev": fence.rev}
+    return Statement(fence, {"q": query, "u": _commit_update(fence, change, now, "pausedWakeAt")}, size)
 
 
 def _fenced(fence: Fence, change: Change, *, paused: bool) -> Document:

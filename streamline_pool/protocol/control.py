@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamline_pool.domain.definition import MAIN
 from streamline_pool.domain.model import RunStatus, StepStatus
 
 from .expressions import (
@@ -18,11 +19,12 @@ from .expressions import (
     NOT_REWINDABLE_TEXTS,
     STEPS,
     live_run,
+    map_steps,
     plus_one,
 )
 from .operations import Command, Expression, Query, change_one
 
-__all__ = ["CONTROL_IDS_KEPT", "cancel_run", "control_count", "pause_run", "rewind_run", "unpause_run"]
+__all__ = ["CONTROL_IDS_KEPT", "cancel_run", "control_count", "pause_run", "retry_run", "rewind_run", "unpause_run"]
 
 _COUNTS_MAX = 2**53  # beyond it a double does not grow by 1
 _COUNTS = [{"$in": [{"$type": "$acts"}, ["int", "long", "double"]]}, {"$gte": ["$acts", 0]}, {"$lt": ["$acts", _COUNTS_MAX]}]
@@ -98,9 +100,22 @@ def unpause_run(workflow_id: str | None, run_id: str, acts: float, control_id: s
 
 
 def rewind_run(
-    workflow_id: str | None, run_id: str, acts: float, place: int, step_ids: Sequence[str], lane: str, slot: int, control_id: str
+    workflow_id: str | None,
+    run_id: str,
+    acts: float,
+    place: int,
+    step_ids: Sequence[str],
+    lane: str,
+    slot: int,
+    control_id: str,
+    *,
+    is_durable: bool = False,
+    rewinds: int = 0,
 ) -> Command:
     """Set the step at `place` and all later ones, `step_ids`, back to pending. Yields the document or None.
+
+    In the run of a durable function these are calls: they are removed, and the function is called again. `rewinds` is what the caller has
+    read: in another generation the same name is another call.
 
     `acts`: as in `pause_run`. Removes the lease, the hooks of these steps, and the answers to them. A paused run stays
     paused. `lane` and `slot` are for a run that has lost its own, because its document had no room for them.
@@ -111,18 +126,62 @@ def rewind_run(
         **_unchanged_since(acts),
         f"steps.{place}.stepId": step_ids[0],
     }
-    tail = {"$literal": [{"stepId": step_id, "status": StepStatus.PENDING.value, "attempts": 0} for step_id in step_ids]}
+    if is_durable:
+        query["rewinds"] = rewinds if rewinds else {"$in": [0, None]}
+    tail = {"$literal": [_fresh(step_id) for step_id in step_ids]}
+    steps: Expression = {"$concatArrays": [{"$slice": [STEPS, place]}, tail]} if place else tail
+    current = step_ids[0]
+    if is_durable:
+        # A call that waits is made again, too: calls are in the order of their first start, and this one may be in front of the target.
+        waits = {"$eq": ["$$step.status", StepStatus.WAITING.value]}
+        before = {"$filter": {"input": {"$slice": [STEPS, 1, place - 1]}, "as": "step", "cond": {"$not": [waits]}}}
+        steps = {"$concatArrays": [_FRESH_MAIN, before]} if place > 1 else _FRESH_MAIN
+        current = MAIN
+    sets = _begin_again(steps, current, step_ids, lane, slot, control_id)
+    return change_one("rewind_run", query, [{"$set": {**sets, "rewinds": plus_one("$rewinds")}}])
+
+
+def retry_run(
+    workflow_id: str | None, run_id: str, acts: float, step_id: str, lane: str, slot: int, control_id: str, *, is_durable: bool
+) -> Command:
+    """Let a failed run go on at the step, or the call, `step_id` with fresh attempts. Yields the document or None.
+
+    The other parameters are those of `rewind_run`. The step keeps its checkpoint and its idempotency key.
+    """
+    query = {**live_run(workflow_id, run_id), "status": RunStatus.FAILED.value, **_unchanged_since(acts), "steps.stepId": step_id}
+    is_it = {"$eq": ["$$step.stepId", {"$literal": step_id}]}
+    kept = {"checkpoint": "$$step.checkpoint", "decided": "$$step.decided"}
+    steps: Expression = map_steps({"$cond": [is_it, {"$mergeObjects": [{"$literal": _fresh(step_id)}, kept]}, "$$step"]})
+    if is_durable:
+        calls = {"$filter": {"input": {"$slice": [STEPS, 1, _ALL]}, "as": "step", "cond": {"$not": [is_it]}}}
+        steps = {"$concatArrays": [_FRESH_MAIN, calls]}
+    current = MAIN if is_durable else step_id
+    return change_one("retry_run", query, [{"$set": _begin_again(steps, current, [step_id], lane, slot, control_id)}])
+
+
+_ALL = 1_000_000
+"""More than a run has steps."""
+
+
+def _fresh(step_id: str) -> dict[str, Any]:
+    return {"stepId": step_id, "status": StepStatus.PENDING.value, "attempts": 0}
+
+
+_FRESH_MAIN: Expression = {"$literal": [{**_fresh(MAIN), "kind": MAIN}]}
+
+
+def _begin_again(steps: Expression, current: str, step_ids: Sequence[str], lane: str, slot: int, control_id: str) -> Expression:
+    """The fields of a run that goes on at `current`. Answers to the hooks of `step_ids` are dropped."""
     is_kept = {"$not": [{"$in": [{"$ifNull": ["$$item.stepId", None]}, {"$literal": list(step_ids)}]}]}
-    sets = {
+    return {
         "status": RunStatus.RUNNING.value,
-        "steps": {"$concatArrays": [{"$slice": [STEPS, place]}, tail]} if place else tail,
-        "currentStepId": {"$literal": step_ids[0]},
+        "steps": steps,
+        "currentStepId": {"$literal": current},
         "output": None,
         "error": None,
         "endedAt": None,
         "crashes": 0,
         "failures": 0,
-        "rewinds": plus_one("$rewinds"),
         "inbox": {"$cond": [{"$isArray": ["$inbox"]}, {"$filter": {"input": INBOX, "as": "item", "cond": is_kept}}, "$$REMOVE"]},
         "awaits": "$$REMOVE",
         "lease": "$$REMOVE",
@@ -133,7 +192,6 @@ def rewind_run(
         "slot": {"$ifNull": ["$slot", slot]},
         **_control_fields(control_id),
     }
-    return change_one("rewind_run", query, [{"$set": sets}])
 
 
 def _unchanged_since(acts: float) -> Query:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 
+from streamline_pool.domain.definition import MAIN
 from streamline_pool.domain.model import ENDED_STEPS, NON_TERMINAL, REWINDABLE, TERMINAL, RunStatus, StepStatus
 
 from .operations import Expression, Query
 
 __all__ = [
-    "ENDED_STEP_TEXTS", "ENTERABLE_STEP_TEXTS", "INBOX", "IS_CURRENT", "IS_PAUSED", "NON_TERMINAL_TEXTS", "NOT_PAUSED",
+    "ENDED_STEP_TEXTS", "ENTERABLE_STEP_TEXTS", "INBOX", "IS_CURRENT", "IS_DURABLE", "IS_PAUSED", "NON_TERMINAL_TEXTS", "NOT_PAUSED",
     "NOT_REWINDABLE_TEXTS", "STEPS", "TERMINAL_TEXTS", "live_run", "map_steps", "plus_one", "server_time_in", "some_step",
     "status_texts", "text_of",
 ]  # fmt: skip
@@ -40,6 +41,8 @@ IS_CURRENT: Expression = {"$and": [{"$eq": [{"$type": "$$step"}, "object"]}, {"$
 """True within `map_steps` and `some_step` for the step that the run is at."""
 
 STEPS: Expression = {"$cond": [{"$isArray": ["$steps"]}, "$steps", []]}
+IS_DURABLE: Expression = {"$eq": [{"$arrayElemAt": [{"$ifNull": ["$steps.kind", []]}, 0]}, MAIN]}
+"""True for the run of a durable function. Of steps that are all declared, `$steps.kind` is an empty list."""
 INBOX: Expression = {"$cond": [{"$isArray": ["$inbox"]}, "$inbox", []]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from streamline_pool.domain.document import InboxItem
 from streamline_pool.domain.model import RunStatus, StepStatus
 
-from .expressions import INBOX, IS_CURRENT, IS_PAUSED, map_steps, plus_one
+from .expressions import INBOX, IS_CURRENT, IS_DURABLE, IS_PAUSED, map_steps, plus_one
 from .operations import Expression
 
 __all__ = [
@@ -72,6 +72,7 @@ _WITHOUT_ANSWERS: Expression = {"$cond": [{"$isArray": ["$inbox"]}, _FILTERED, "
 _DURATION = {"$cond": [{"$eq": [{"$type": "$$step.startedAt"}, "date"]}, {"$subtract": ["$$NOW", "$$step.startedAt"]}, 0]}
 _DONE_STEP: Expression = {
     "stepId": "$$step.stepId",
+    "kind": "$$step.kind",  # stays missing in a declared step
     "status": StepStatus.DONE.value,
     "attempts": "$$step.attempts",
     "startedAt": "$$step.startedAt",
@@ -82,7 +83,8 @@ _DONE_STEP: Expression = {
 }
 
 _PLACE = {"$indexOfArray": ["$$ids", "$currentStepId"]}
+_FOLLOWING_PLACE = {"$cond": [IS_DURABLE, 0, {"$add": [_PLACE, 1]}]}
 _FOLLOWING_STEP: Expression = {
-    "$let": {"vars": {"ids": "$steps.stepId"}, "in": {"$arrayElemAt": ["$$ids", {"$add": [_PLACE, 1]}]}},
+    "$let": {"vars": {"ids": "$steps.stepId"}, "in": {"$arrayElemAt": ["$$ids", _FOLLOWING_PLACE]}},
 }
-"""Id of the step after the current one; missing after the last."""
+"""Id of the step after the current one; missing after the last. A durable function goes on after each of its calls."""

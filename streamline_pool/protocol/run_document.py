@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
-from streamline_pool.domain.definition import Definition, queue_of
-from streamline_pool.domain.document import RunDocument
+from streamline_pool.domain.definition import MAIN, Definition, StepDefinition, queue_of
+from streamline_pool.domain.document import RunDocument, StepDocument
 from streamline_pool.domain.errors import DataCorruptionError, ValidationError
+from streamline_pool.domain.journal import CALL_KINDS
 from streamline_pool.domain.model import TERMINAL, Run, RunStatus, StepState, StepStatus
 
 from .codec import check_text, decode_document, encode_document
@@ -63,7 +64,7 @@ def new_run(
         "workflowId": definition.workflow_id,
         "version": definition.version,
         "status": (RunStatus.DRAFT if due_at > now else RunStatus.RUNNING).value,
-        "steps": [{"stepId": step.id, "status": StepStatus.PENDING.value, "attempts": 0} for step in definition.steps],
+        "steps": [_new_step(step, is_durable=definition.is_durable) for step in definition.steps],
         "currentStepId": definition.steps[0].id,
         "context": context,
         "input": input,
@@ -94,6 +95,13 @@ def new_run(
     if idempotency_key is not None:
         document["idempotencyKey"] = idempotency_key
     return document
+
+
+def _new_step(step: StepDefinition, *, is_durable: bool) -> StepDocument:
+    made: StepDocument = {"stepId": step.id, "status": StepStatus.PENDING.value, "attempts": 0}
+    if is_durable:
+        made["kind"] = MAIN
+    return made
 
 
 def validate_run_document(document: Mapping[str, Any]) -> str | None:
@@ -149,12 +157,28 @@ def _validate_steps(steps: list[Any], current: Any) -> str | None:
         return f"two steps have one id: {', '.join(ids)}"
     if current is not None and current not in ids:
         return f"field 'currentStepId' is {current!r}, which is none of the steps {', '.join(ids)}"
-    for step in steps:
+    for step in steps[:1] if steps[0].get("kind") == MAIN else steps:
         if (step["stepId"] == current) if step["status"] in ENDED_STEP_TEXTS else (current is None):
             return f"field 'currentStepId' is {current!r}, but step {step['stepId']} is {step['status']}"
+    if steps[0].get("kind") == MAIN:
+        return _validate_calls(steps, current)
     for step in steps[ids.index(current) + 1 :] if current is not None else ():
         if step["status"] != StepStatus.PENDING:  # a change could not start it: `STEP_MOVES`
             return f"field 'currentStepId' is {current!r}, but step {step['stepId']}, which comes later, is {step['status']}"
+    return None
+
+
+def _validate_calls(steps: list[Any], current: Any) -> str | None:
+    """Why the engine cannot work with these calls of a durable function, or None."""
+    for place, step in enumerate(steps[1:], start=1):
+        if step.get("kind") not in CALL_KINDS:
+            return f"steps[{place}]: kind is {step.get('kind')!r}, expected one of {', '.join(sorted(CALL_KINDS))}"
+        if not isinstance(step.get("failures", 0), int):
+            return f"steps[{place}]: failures is {step['failures']!r}, expected a whole number"
+        if (step["status"] == StepStatus.WAITING) is not (step["stepId"] == current):
+            return f"field 'currentStepId' is {current!r}, but call {step['stepId']} is {step['status']}"
+        if not isinstance(step.get("retryAfter"), (datetime, type(None))):
+            return f"steps[{place}]: retryAfter is {step['retryAfter']!r}, expected a date"
     return None
 
 
@@ -216,6 +240,7 @@ def parse_run(document: Mapping[str, Any]) -> Run:
             started_at=document.get("startedAt"),
             ended_at=document.get("endedAt"),
             document=document,
+            generation=document.get("generation", 0),
         )
     except (KeyError, TypeError, ValueError) as exc:
         run_id = document.get("_id")
@@ -269,6 +294,7 @@ def _parse_step(step: Any) -> StepState:
         started_at=step.get("startedAt"),
         ended_at=step.get("endedAt"),
         duration=None if duration_ms is None else duration_ms / 1000,
+        kind=step.get("kind"),
     )
 
 

@@ -18,7 +18,7 @@ from streamline_pool import embedded
 from .schedule import Played, play, shrink, tell
 from .server import Server
 from .side_by_side import playing
-from .workload import KINDS
+from .workload import NAMED_KINDS
 
 
 def main() -> int:
@@ -32,12 +32,12 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="how many play side by side (default 1)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
-        "--kinds", default="", metavar="A,B", help=f"of the first workflow: {', '.join(dict.fromkeys(KINDS))} (default: any)"
+        "--kinds", default="", metavar="A,B", help=f"of the first workflow: {', '.join(NAMED_KINDS)} (default: any but code)"
     )
     options = parser.parse_args()
     options.kinds = tuple(kind for kind in options.kinds.split(",") if kind)
-    if not set(options.kinds) <= set(KINDS):
-        parser.error(f"there is no kind {', '.join(set(options.kinds) - set(KINDS))}")
+    if not set(options.kinds) <= set(NAMED_KINDS):
+        parser.error(f"there is no kind {', '.join(set(options.kinds) - set(NAMED_KINDS))}")
     with embedded.start(None) as mongod, closing(Server(mongod.uri, "explorer")) as server:
         return _replay(server, mongod.uri, options) if options.replay else _explore(server, mongod.uri, options)
 

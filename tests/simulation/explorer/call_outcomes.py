@@ -28,7 +28,7 @@ def check_outcome(world: World, call: Call, outcome: str) -> None:
         return
     if outcome == "refused" and effects:
         if call.kind in ("answer", "hook") and _rewound(world, call):
-            return  # its answer counted until the rewind, which removed it
+            return  # its answer counted until the rewind, or the next generation, which removed it
         raise Violation(f"{call} was refused, and took effect: {effects}; {call.result}")
     if outcome != "ok" or (effects and call.kind != "forged hook"):
         return
@@ -52,4 +52,5 @@ def check_outcome(world: World, call: Call, outcome: str) -> None:
 
 
 def _rewound(world: World, call: Call) -> bool:
-    return any(other.kind == "rewind" and other.run_id == call.run_id and other.effects for other in world.ledger.calls)
+    continued = (world.rules.runs.get(str(call.run_id)) or {}).get("generation", 0)
+    return bool(continued) or any(other.kind == "rewind" and other.run_id == call.run_id and other.effects for other in world.ledger.calls)

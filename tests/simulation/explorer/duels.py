@@ -51,6 +51,15 @@ DUELS: dict[str, tuple[Duel, ...]] = {
         _duel("reply lost at rewind_run", "rewind waiting", rival=("pause waiting", "resume soon", "pause soon")),
         _duel("reply lost at pause_run", "pause waiting", rival=("resume soon", "pause soon")),
     ),
+    "code": (
+        _duel("late", "answer waiting", "rewind", "answer waiting"),
+        _duel("late", "rewind 1 at commit", "pause at commit", "resume"),
+        _duel("late at pause_run", "pause at commit", "resume at commit"),
+        _duel("reply lost", "answer waiting", rival=("pause waiting", "resume soon")),
+        _duel(None, "rewind 2 at commit", rival=("pause at commit", "resume soon")),
+        _duel(None, "drain"),
+        _duel(None, "cancel at commit"),
+    ),
     "waits": (
         _duel("late", "answer waiting", "answer waiting"),
         _duel("late", "answer waiting", "rewind", "answer waiting"),

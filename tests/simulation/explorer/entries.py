@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from streamline_pool.engine.durable.step_context import StepContext
+
 from .ledger import Entry, Violation
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Entries:
         lease_id = active.lease_id if active is not None else None
         entry = Entry(
             actor=actor.name, owner=actor.owner, run_id=ctx.run_id, step_id=ctx.step_id, attempt=ctx.attempt,
-            key=ctx.idempotency_key, at=now, lease_id=lease_id,
+            key=ctx.idempotency_key, at=now, lease_id=lease_id, is_call=isinstance(ctx, StepContext),
         )  # fmt: skip
         self._world.ledger.entries.append(entry)
         self._world.ledger.tell(now, f"{actor.owner}: ENTERS {ctx.step_id} of {ctx.run_id}, attempt {ctx.attempt}")
@@ -73,11 +75,15 @@ class Entries:
     def _check_alone(self, entry: Entry) -> None:
         """A process has one handler of a run at a time, whatever it knew of its leases."""
         for other in self._world.ledger.entries[:-1]:
+            if entry.is_call and other.lease_id == entry.lease_id and other.step_id != entry.step_id:
+                continue  # calls of a durable function, side by side
             if other.owner == entry.owner and other.run_id == entry.run_id and not other.left:
                 raise Violation(f"{entry.owner} entered {entry.step_id} of {entry.run_id} beside its handler of {other.step_id}")
 
     def _check_grant(self, entry: Entry, run: Run) -> None:
         """A handler may be entered after its lease was taken away, if that entry was stored before; `run` is as it was then."""
+        if entry.is_call:
+            return  # the entries of calls are not stored
         step = next(step for step in run["steps"] if step["stepId"] == entry.step_id)
         if (step["status"], step["attempts"]) != ("running", entry.attempt):
             raise Violation(
@@ -93,7 +99,22 @@ class Entries:
         if key != entry.key or list(self._keys.values()).count(entry.key) > 1:
             raise Violation(f"step {entry.step_id} of {entry.run_id} has the idempotency key {entry.key}; keys so far: {self._keys}")
 
+    def _check_call(self, run: Run, ctx: Any, lease_id: str | None) -> None:
+        """A call is entered only if no result of it is durable, and while nothing keeps the function from going on."""
+        who = f"{ctx.step_id} of {run['_id']} was entered"
+        stored = next((step for step in run["steps"] if step["stepId"] == ctx.step_id), None)
+        if stored is not None and stored["status"] in ("done", "failed"):
+            raise Violation(f"{who}, and it had ended as {stored['status']}")
+        lease = run.get("lease") or {}
+        if lease_id is not None and lease.get("id") != lease_id:
+            raise Violation(f"{who} under the lease {lease_id}, and a majority has {lease or 'no lease'}")
+        if run["steps"][0]["status"] != "running" or run["currentStepId"] != "main":
+            raise Violation(f"{who}, and the function is {run['steps'][0]['status']}, at {run['currentStepId']}")
+
     def _check_entry(self, actor: Actor, run: Run, ctx: Any, lease_id: str | None) -> None:
+        if isinstance(ctx, StepContext):
+            self._check_call(run, ctx, lease_id)
+            return
         place = next(place for place, step in enumerate(run["steps"]) if step["stepId"] == ctx.step_id)
         who = f"{actor.owner} entered {ctx.step_id} of {run['_id']}"
         if run["steps"][place]["status"] in ("done", "skipped"):

@@ -28,6 +28,7 @@ class Entry:
     at: float
     lease_id: str | None  # of the claim under which the handler was entered
     left: bool = False
+    is_call: bool = False  # of a durable function
 
 
 @dataclass(slots=True, kw_only=True)

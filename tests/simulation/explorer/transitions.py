@@ -13,6 +13,7 @@ from streamline_pool.protocol.payloads import external_ids
 
 from .entries import MAX_CRASHES, Entries, driven_run
 from .ledger import Violation
+from .pairs import is_code, paired
 from .server import EPOCH
 from .waits import CLOCKS_S, TERMINAL, Run, Waits
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CLEANED_AFTER_S", "LATER_S", "TERMINAL", "Rules"]
 
 CLEANED_AFTER_S = 1.0  # after their end, by what the workload calls
+ENDED = ("done", "skipped", "failed")
 LATER_S = 100.0  # after which the workload has some runs started
 
 
@@ -179,7 +181,7 @@ class Rules:
                 raise Violation(f"a second suspect was claimed by {request.owner}, beside {kept or first}")
         if new["workflowId"] not in request.actor.app.workflows:
             raise Violation(f"claimed by {request.owner}, which has no workflow {new['workflowId']}")
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+        for earlier, later in paired(old, new):
             is_entered = earlier["stepId"] == old["currentStepId"] and earlier["status"] in ("pending", "running")
             if is_entered and (later["attempts"], later["status"]) != (earlier["attempts"] + 1, "running"):
                 raise Violation(f"the claim has not counted the attempt: {later}")
@@ -209,6 +211,26 @@ class Rules:
         if "pausedWakeAt" in new and (not paused or "lease" in new):
             raise Violation("the run has pausedWakeAt, although it is not paused, or is leased")
 
+    def _check_calls(self, old: Run, new: Run) -> None:
+        """What a durable function has called stays as it was, and its results are dropped by a rewind or by a new generation only."""
+        if new.get("generation", 0) > old.get("generation", 0):
+            if len(new["steps"]) > 1 or new.get("rewinds", 0) != old.get("rewinds", 0) + 1:
+                raise Violation(f"continued as new, and has {new['steps']}, rewinds {new.get('rewinds')}")
+            return
+        names = [step["stepId"] for step in new["steps"]]
+        if len(names) != len(set(names)) or None in new["steps"]:
+            raise Violation(f"a call has no name of its own: {names}")
+        waits = [step["stepId"] for step in new["steps"] if step["status"] == "waiting"]
+        if waits and waits != [new["currentStepId"]] and new["status"] not in TERMINAL:
+            raise Violation(f"{waits} wait, and the run is at {new['currentStepId']}")
+        if new.get("rewinds", 0) == old.get("rewinds", 0):
+            if names[: len(old["steps"])] != [step["stepId"] for step in old["steps"]]:
+                raise Violation(f"calls were {[step['stepId'] for step in old['steps']]}, and are {names}")
+            return
+        kept = [step for step in old["steps"][1:] if step["status"] != "waiting"][: len(names) - 1]
+        if new["steps"][1:] != kept or new["steps"][0]["status"] != "pending":
+            raise Violation("a rewind has changed a call before its own, or has left the function as it was")
+
     def _check_states(self, old: Run, new: Run) -> None:
         self._check_schedule(new)
         kept = [(item["stepId"], item.get("gen")) for item in new.get("inbox") or () if "stepId" in item]
@@ -218,6 +240,10 @@ class Rules:
         gone = [item["id"] for item in old.get("inbox") or () if "name" in item and item["id"] not in left]
         if gone:
             raise Violation(f"events {gone} have left the inbox, and no step has taken them")
+        if is_code(new):
+            self._check_calls(old, new)
+        if new.get("rewinds", 0) > old.get("rewinds", 0) and is_code(new):
+            return
         if new.get("rewinds", 0) > old.get("rewinds", 0):
             place = next(place for place, step in enumerate(new["steps"]) if step["stepId"] == new["currentStepId"])
             if new["steps"][:place] != old["steps"][:place] or any(step["status"] != "pending" for step in new["steps"][place:]):
@@ -230,18 +256,20 @@ class Rules:
             if new["crashes"] or new["failures"]:
                 raise Violation(f"rewound, and the counts are {new['crashes']} lost workers, {new['failures']} failed attempts")
             return
-        if _done_now(old, new) and (new["crashes"] or new["failures"]):
+        if _done_now(old, new) and (new["crashes"] or (new["failures"] and not is_code(new))):
             raise Violation(f"a result was stored, and the counts are {new['crashes']} lost workers, {new['failures']} failed attempts")
         if old["status"] in TERMINAL and new["status"] != old["status"]:
             raise Violation(f"went from {old['status']} to {new['status']}")
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+        for earlier, later in paired(old, new):
             if later["status"] in ("running", "waiting") and any(hook not in later.get("hooks", ()) for hook in earlier.get("hooks", ())):
                 raise Violation(f"step {later['stepId']} has lost a hook, whose token may be in use")
             if any(bytes(hook["hash"]) == token.encode() for hook in later.get("hooks", ()) for _, token in self._world.workload.tokens):
                 raise Violation("a token is stored as it is")
-            if earlier["status"] in ("done", "skipped", "failed") and later != earlier and old["status"] not in TERMINAL:
+            if earlier["status"] in ENDED and later != earlier and old["status"] not in TERMINAL:
                 raise Violation(f"step {earlier['stepId']} had ended as {earlier['status']}, and was changed")
         places = [place for place, step in enumerate(new["steps"]) if step["status"] != "pending"]
+        if is_code(new):
+            return
         if places != list(range(len(places))):
             raise Violation(f"a step was reached before the one in front of it: {[step['status'] for step in new['steps']]}")
 
@@ -269,8 +297,8 @@ class Rules:
         """A step that its holder gives back has counted the entry, unless there was none. A condition that fails counts as an attempt."""
         if request.name != "commit_runs" or "lease" in new or "lease" not in old or new.get("rewinds") != old.get("rewinds"):
             return
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
-            if (earlier["status"], later["status"]) != ("running", "pending") or new["failures"] != old["failures"]:
+        for earlier, later in paired(old, new):
+            if (earlier["status"], later["status"]) != ("running", "pending") or new["failures"] != old["failures"] or is_code(new):
                 continue
             entry = (old["_id"], old["lease"]["id"], earlier["stepId"], earlier["attempts"])
             is_entered = any((e.run_id, e.lease_id, e.step_id, e.attempt) == entry for e in self._world.ledger.entries)
@@ -284,7 +312,7 @@ class Rules:
             return
         if request.call is not None:
             return
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+        for earlier, later in paired(old, new) if not is_code(new) else ():
             if earlier["status"] == "pending" and later["status"] == "running":
                 raise Violation(f"step {later['stepId']} was started while the run was paused")
             if earlier["status"] == "waiting" and later["status"] != "waiting" and request.name == "commit_runs":
@@ -391,7 +419,7 @@ class Rules:
 
 def _done_now(old: Run, new: Run) -> list[Any]:
     """The steps that this change has ended with a result."""
-    return [later for earlier, later in zip(old["steps"], new["steps"], strict=True) if earlier["status"] != later["status"] == "done"]
+    return [later for earlier, later in paired(old, new) if earlier["status"] != later["status"] == "done"]
 
 
 def _answer_ids(run: Run) -> set[Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from streamline_pool.engine.hooks import hash_token
 
 from .ledger import Violation
+from .pairs import paired
 from .server import EPOCH
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Waits:
     def _check_ends(self, request: Request, old: Run, new: Run, *, has_lagged: bool) -> None:
         """A wait ends by an answer, or when its time has come by the server's clock."""
         now = self._world.server.now()
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+        for earlier, later in paired(old, new):
             if earlier["status"] != later["status"] == "waiting":
                 self._check_instant(new["_id"], later)
             if earlier["status"] not in ("running", "waiting") or later["status"] == "waiting":
@@ -89,7 +90,7 @@ class Waits:
     def _check_instant(self, run_id: str, step: Mapping[str, Any]) -> None:
         """A sleep or a deadline is as long as its handler has asked for, counted from some instant between its entry and now."""
         waiting_for = step["waitingFor"]
-        asked_s = self._world.workload.asked_s(waiting_for["type"])
+        asked_s = self._world.workload.asked_s(waiting_for["type"], self._world.rules.runs[run_id]["workflowId"])
         until = waiting_for.get("resumeAt") or waiting_for.get("expiresAt")
         if (asked_s is None) != (until is None):
             raise Violation(f"step {step['stepId']} has asked for {asked_s} s, and waits until {until}")
@@ -108,7 +109,7 @@ class Waits:
         is_released = "lease" in old and "lease" not in new and new.get("paused") is not True and new["status"] not in TERMINAL
         if request.name != "commit_runs" or not is_released or "server clock" in self._world.harm.counts:
             return
-        for earlier, later in zip(old["steps"], new["steps"], strict=True):
+        for earlier, later in paired(old, new):
             ends_at = later.get("waitingFor", {}).get("expiresAt")
             is_same = earlier["status"] == later["status"] == "waiting" and earlier == later
             claimed_at = self._claimed.get((old["_id"], old["lease"]["id"], new.get("waitGen"), new.get("acts")))

@@ -17,6 +17,7 @@ from streamline_pool.domain.errors import StoreUnavailableError, WorkflowError, 
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 
 from .call_outcomes import check_outcome
+from .code import Code
 from .duels import DUELS, ENDED, LONG, PARKED, WAITING, WHEN
 from .ledger import Call, Entry, Violation
 from .server import EPOCH
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from .actors import Actor, ClientActor
     from .world import World
 
-__all__ = ["KINDS", "Workload"]
+__all__ = ["KINDS", "NAMED_KINDS", "Workload"]
 
 KINDS = ("chain", "retry", "sleep", "wait", "waits", "hook", "hooks", "event", "events", "mixed", "mixed", "large", "poison", "choice")
+NAMED_KINDS = (*dict.fromkeys(KINDS), "code")
+"""Kinds that can be asked for. A durable function is not drawn: the schedules of the other kinds stay as they were."""
 EVENT = "news"
 ACTIONS = (
     "pause", "pause", "resume", "resume", "cancel", "rewind", "rewind", "answer", "answer", "hook", "hook",
@@ -45,6 +48,7 @@ FITTING = {
     "event": ("event", "event to all", "pause", "resume", "rewind"),
     "events": ("event", "event to all", "event to all", "event", "rewind"),
     "mixed": ("hook", "event", "event to all", "rewind", "pause"),
+    "code": ("answer", "answer", "pause", "rewind", "resume", "cancel"),
     "sleep": ("pause", "resume", "rewind", "execute"),
     "chain": ("clean up", "archive", "clean up expired", "rewind", "start again", "pause and resume", "cancel"),
     "large": ("clean up", "archive", "rewind", "cancel"),
@@ -114,6 +118,7 @@ class Workload:
         self._moments: list[tuple[ClientActor, str, str, asyncio.Future[None]]] = []
         self._calls = 0
         self.kind_of: dict[str, str] = {}
+        self.code = Code(world)
 
     def _draw_plan(self, number: int) -> list[Action]:
         draw = self._world.choices.fixed
@@ -165,6 +170,9 @@ class Workload:
         if self.differs and actor.name == "worker-1":
             known = [*known[1:], "chain" if known[0] != "chain" else "retry"]  # it cannot run the first workflow
         for kind in dict.fromkeys(known):
+            if kind == "code":
+                app.workflow(kind).main(self.code.main(actor))
+                continue
             behaviours = steps[kind]
             handlers = {f"s{place}": self._handler(actor, kind, place, act) for place, act in enumerate(behaviours)}
             options: StepOptions = {"retries": 8, "retry_delay": 0.5}
@@ -250,8 +258,10 @@ class Workload:
     async def _event_step(self, ctx: Context) -> None:
         ctx.wait_for(EVENT, timeout=self._deadline["event"])
 
-    def asked_s(self, kind: str) -> float | None:
+    def asked_s(self, kind: str, workflow_id: str) -> float | None:
         """How long a step sleeps or waits at most, by the type of its wait; None: without end."""
+        if workflow_id == "code":
+            return self.code.asked_s(kind)
         return self._sleep_s if kind == "timer" else self._deadline[{"human": "wait", "webhook": "hook"}.get(kind, kind)]
 
     async def _checkpoint_step(self, ctx: Context) -> int:

@@ -212,11 +212,21 @@ def test_pymongo_is_touched_by_storage_alone(module: Module) -> None:
 
 @every_module
 def test_no_module_reaches_into_the_private_parts_of_another(module: Module) -> None:
-    """A private name that other modules use cannot be changed by the one who owns it."""
-    own = {name for node in ast.walk(module.tree) for name in _private_names(node)}
+    """A private name that other modules use cannot be changed by the one who owns it. A class shares those of its base class."""
+    own = {name for shared in (module, *_modules_of_bases(module)) for node in ast.walk(shared.tree) for name in _private_names(node)}
     used = {node.attr for node in ast.walk(module.tree) if isinstance(node, ast.Attribute) and _is_private(node.attr)}
     foreign = used - own - PUBLIC_UNDERSCORES - ALLOWED_PRIVATE.get(module.name, set())
     assert not foreign, f"{module.name} uses {foreign} of other modules"
+
+
+def _modules_of_bases(module: Module) -> list[Module]:
+    """The modules of ours, other than this one, that define the base classes of its classes, and the bases of those."""
+    bases = {
+        base.id for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef) for base in node.bases if isinstance(base, ast.Name)
+    }
+    places = {name.rpartition(".")[0] for name in imported(module) if name.rpartition(".")[2] in bases}
+    found = [MODULES[place] for place in sorted(places) if place in MODULES]
+    return found + [above for each in found for above in _modules_of_bases(each)]
 
 
 def _private_names(node: ast.AST) -> list[str]:

@@ -16,7 +16,8 @@ from waiting_app import waiting_app, waiting_pool
 from workers import check_invariants
 
 from streamline_pool import InvalidStateError, Streamline, WorkflowError, create_hook
-from streamline_pool.client.run_control import pausing_run, rewinding_run
+from streamline_pool.client.beginning_again import rewinding_run
+from streamline_pool.client.run_control import pausing_run
 from streamline_pool.protocol import control
 from support import eventually
 

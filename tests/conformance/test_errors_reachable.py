@@ -20,6 +20,7 @@ from workers import run_until_idle
 
 from streamline_pool import (
     DataCorruptionError,
+    DurableContext,
     ErrorCode,
     HookTokenError,
     InvalidStateError,
@@ -43,6 +44,7 @@ STATUSES = {
     "WORKFLOW_NOT_FOUND": 404, "WORKFLOW_CANCELLED": 409, "STEP_NOT_FOUND": 404, "STEP_TIMEOUT": 408, "STEP_FAILED": 500,
     "INVALID_STATE": 409, "DATA_CORRUPTION": 500, "MAX_RETRIES_EXCEEDED": 500, "VALIDATION_ERROR": 400, "HOOK_TOKEN_INVALID": 401,
     "LEASE_LOST": 409, "PAYLOAD_TOO_LARGE": 413, "VERSION_MISMATCH": 409, "WORKER_CRASHED": 500, "STORE_UNAVAILABLE": 503,
+    "NON_DETERMINISM": 409,
 }  # fmt: skip
 """The documented HTTP statuses."""
 
@@ -282,6 +284,27 @@ def test_version_mismatch(make_app: Callable[..., Streamline]) -> None:
     assert (failed.status, present(failed.error)["code"]) == ("failed", "VERSION_MISMATCH")
     assert "a, b" in present(failed.error)["message"]
     assert "a, c" in present(failed.error)["message"]
+
+
+def test_non_determinism(make_app: Callable[..., Streamline]) -> None:
+    async def before(ctx: DurableContext) -> None:
+        await ctx.step("approve", lambda: 1)
+        await ctx.wait("go on")
+
+    async def after(ctx: DurableContext) -> None:
+        await ctx.wait("approve?", name="approve")
+
+    old, new = make_app().workflow("w"), make_app().workflow("w")
+    old.main(before)
+    new.main(after)
+    run = old.execute(old.start().id)
+    old.resume(run.id)
+    failed = new.execute(run.id)
+    assert (failed.status, present(failed.error)["code"], present(failed.error)["type"]) == (
+        "failed",
+        "NON_DETERMINISM",
+        "NonDeterminismError",
+    )
 
 
 DEADLY = """

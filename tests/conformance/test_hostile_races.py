@@ -11,8 +11,9 @@ from parked_runs import Waiting, interrupted, recorded
 from workers import check_invariants
 
 from streamline_pool import Context, Streamline
+from streamline_pool.client.beginning_again import rewinding_run
 from streamline_pool.client.event_delivery import broadcasting, sending_event
-from streamline_pool.client.run_control import answering_hook, cancelling_run, pausing_run, resuming_run, rewinding_run
+from streamline_pool.client.run_control import answering_hook, cancelling_run, pausing_run, resuming_run
 from streamline_pool.domain.errors import HookTokenError, InvalidStateError
 from streamline_pool.protocol import durable_events
 from streamline_pool.protocol.operations import Find

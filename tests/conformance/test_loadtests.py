@@ -22,6 +22,7 @@ MODULE = [sys.executable, "-m", "loadtests"]
 
 TINY = {
     "throughput": "--rounds 1 --side-rounds 1 --seconds 0.5 --settle 0.5 --find 0",
+    "durable": "--rounds 1 --seconds 0.5 --settle 0.5 --find 0 --calls 210 --long-runs 1",
     "latency": "--samples 5",
     "idle": "--workers 1 2 --seconds 0.5 --settle 0.2",
     "scale": "--finished 200 --sleeping 200 --absent 100 --rounds 1 --runs 200 --workers 2 --queue 400 --single-starts 3",
@@ -39,6 +40,7 @@ BUDGETS = {
         "start_many_live.ratio.of_the_limit": (">=", 0.3),
         "workers_cpu_in_raw_updates": ("<=", 0.7),
     },
+    "durable": {"ratio.of_declared_steps": (">=", 0.9), "long.last_to_first": ("<=", 1.3), "long.replay_ms": ("<=", 50)},
     "latency": {"first_step.p50_x": ("<=", 3), "first_step.p99_x": ("<=", 10), "done.p50_x": ("<=", 8)},
     "idle": {f"{figure}.{workers}": ("<=", limit) for figure, limit in (("per_minute", 40), ("pool_cpu_percent", 1)) for workers in (1, 2)},
     "scale": {"claim_time_ratio": ("<=", 1.2), "claim_efficiency": (">=", 0.9)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from streamline_pool import Streamline, create_hook, execute_parallel
+from streamline_pool import (
+    BlockingDurableContext,
+    DurableContext,
+    NonRetriableError,
+    Streamline,
+    create_hook,
+    current_step,
+    execute_parallel,
+)
 from support import eventually
 
 
@@ -92,3 +101,60 @@ def test_a_run_that_has_ended_leaves_no_circle_in_memory(app: Streamline, handle
         go_through_a_run()
 
     assert found["ActiveRun"] == found["Context"] == found["Attempt"] == found["Future"] == 0, found
+
+
+async def _work() -> int:
+    return 1
+
+
+def _refuses() -> None:
+    raise NonRetriableError("refused")
+
+
+def _fails_first() -> int:
+    if current_step().attempt == 1:
+        raise RuntimeError("the first attempt fails")
+    return 1
+
+
+async def _calls_and_waits(ctx: DurableContext) -> Any:
+    await ctx.step("work", _work)
+    await ctx.map("each", _work_of, [1, 2])
+    await ctx.step("again", _fails_first, retry_delay=0.001)
+    return await asyncio.gather(ctx.step("beside", _work), ctx.wait("go on"))
+
+
+async def _work_of(value: int) -> int:
+    return value
+
+
+async def _fails_in_a_call(ctx: DurableContext) -> None:
+    await ctx.step("refused", _refuses)
+
+
+def _calls_and_waits_def(ctx: BlockingDurableContext) -> Any:
+    ctx.step("work", _work)
+    ctx.step("again", _fails_first, retry_delay=0.001)
+    return ctx.wait("go on")
+
+
+def _fails_in_a_call_def(ctx: BlockingDurableContext) -> None:
+    ctx.step("refused", _refuses)
+
+
+@pytest.mark.parametrize("main", [_calls_and_waits, _fails_in_a_call, _calls_and_waits_def, _fails_in_a_call_def])
+def test_a_durable_function_that_was_left_leaves_no_circle_in_memory(app: Streamline, main: Any) -> None:
+    """The function, its ctx, its calls and the errors of these know each other while it runs."""
+    flow = app.workflow("flow")
+    flow.main(main)
+
+    def go_through_a_run() -> None:
+        run = flow.execute(flow.start().id)
+        assert run.status in ("waiting", "failed")
+
+    go_through_a_run()  # what is made once and kept
+    with circles() as found:
+        go_through_a_run()
+
+    kinds = ("ActiveRun", "Calls", "DurableContext", "BlockingDurableContext", "StepContext", "CallAttempt", "Attempt", "Recorder")
+    assert not any(found[kind] for kind in kinds), found

@@ -188,10 +188,10 @@ MUTANTS: tuple[Mutant, ...] = (
         name="event-is-published-before-its-write",
         file=_WRITER,
         old="""            self._env.probe("commit.before")
-""",
+            result:""",
         new="""            self._events.publish(active.document, write.change.events)
             self._env.probe("commit.before")
-""",
+            result:""",
         also=(
             Edit(
                 _WRITER,

@@ -14,7 +14,7 @@ from streamline_pool import Streamline, Workflow
 
 WITHOUT_IO = {
     Streamline: {"configure", "definition_of", "freeze", "lanes", "make_engine", "store", "store_async", "workflow"},
-    Workflow: {"step"},
+    Workflow: {"main", "step"},
 }
 """Public methods that reach no database by themselves."""
 

@@ -23,7 +23,8 @@ def admitted(*crashes: int) -> list[ActiveRun]:
     runs = ActiveRuns()
     solitude = Solitude(runs, unused, unused, unused, suspect_from=2)
     made = [
-        ActiveRun(unused, unused, cast(Any, {"_id": f"run {place}", "crashes": count}), "lease", 0.0) for place, count in enumerate(crashes)
+        ActiveRun(unused, unused, cast(Any, {"_id": f"run {place}", "crashes": count, "steps": []}), "lease", 0.0)
+        for place, count in enumerate(crashes)
     ]
     for active in made:
         runs.add(active)

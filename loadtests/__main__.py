@@ -9,11 +9,12 @@ import signal
 import sys
 from types import FrameType, ModuleType
 
-from . import cancel, idle, lanes, latency, memory, outputs, scale, storm, throughput, timers
+from . import cancel, durable, idle, lanes, latency, memory, outputs, scale, storm, throughput, timers
 from .common import Report, UsageError, report_progress, serving
 
 QUESTIONS: dict[str, ModuleType] = {
     "throughput": throughput,
+    "durable": durable,
     "latency": latency,
     "idle": idle,
     "scale": scale,

@@ -12,15 +12,19 @@ import os
 import time
 from typing import Any
 
-from streamline_pool import Streamline, Workflow
+from streamline_pool import DurableContext, Streamline, Workflow
 
 __all__ = [
-    "BUSY_S", "CLAIMS_VARIABLE", "HOLD_S", "MARKS_VARIABLE",
+    "BUSY_S", "CALLS", "CLAIMS_VARIABLE", "HOLD_S", "MARKS_VARIABLE",
     "absent", "app", "busy", "client_app", "held", "held_def", "marked", "marked_short", "nap", "noop", "noop_def",
+    "ten_calls", "ten_steps",
 ]  # fmt: skip
 
 MARKS_VARIABLE = "LOADTEST_MARKS"
 CLAIMS_VARIABLE = "LOADTEST_CLAIMS"  # see counted.py
+
+CALLS = 10
+"""Calls of a run of `ten_calls`, and steps of one of `ten_steps`."""
 
 BUSY_S = 0.5
 """How long a run of `busy` waits, without using a processor."""
@@ -32,6 +36,10 @@ app = Streamline()
 
 
 async def _noop(ctx: Any) -> None:
+    return None
+
+
+async def _noop_call() -> None:
     return None
 
 
@@ -92,6 +100,16 @@ nap = app.workflow("nap", steps={"asleep": _fall_asleep, "awake": _go_on})
 held = app.workflow("held", steps={"only": _hold})
 held_def = app.workflow("held-def", steps={"only": _hold_def})
 
+ten_steps = app.workflow("ten-steps", steps={f"call-{number}": _noop for number in range(CALLS)})
+ten_calls = app.workflow("ten-calls")
+
+
+@ten_calls.main
+async def _call(ctx: DurableContext) -> None:
+    for number in range(CALLS):
+        await ctx.step(f"call-{number}", _noop_call)
+
+
 absent = Streamline().workflow("absent", steps={"first": _noop, "second": _noop, "third": _noop})
 """A workflow that the pools of the load tests do not serve."""
 
@@ -100,5 +118,8 @@ def client_app(uri: str, database: str, *workflows: Workflow) -> Streamline:
     """An application for a process that starts runs of these workflows, on that database."""
     client = Streamline(uri, database=database)
     for workflow in workflows:
-        client.workflow(workflow.id, steps={step.id: step.handler for step in workflow.definition.steps})
+        if workflow.definition.is_durable:
+            client.workflow(workflow.id).main(workflow.definition.steps[0].handler)
+        else:
+            client.workflow(workflow.id, steps={step.id: step.handler for step in workflow.definition.steps})
     return client

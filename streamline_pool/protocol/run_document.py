@@ -175,7 +175,7 @@ def _validate_calls(steps: list[Any], current: Any) -> str | None:
             return f"steps[{place}]: kind is {step.get('kind')!r}, expected one of {', '.join(sorted(CALL_KINDS))}"
         if not isinstance(step.get("failures", 0), int):
             return f"steps[{place}]: failures is {step['failures']!r}, expected a whole number"
-        if (step["status"] == StepStatus.WAITING) is not (step["stepId"] == current):
+        if step["status"] in ENDED_STEP_TEXTS if step["stepId"] == current else step["status"] == StepStatus.WAITING:
             return f"field 'currentStepId' is {current!r}, but call {step['stepId']} is {step['status']}"
         if not isinstance(step.get("retryAfter"), (datetime, type(None))):
             return f"steps[{place}]: retryAfter is {step['retryAfter']!r}, expected a date"

@@ -294,6 +294,24 @@ def test_a_rewind_behind_a_wait_that_began_first(kit: TestKit, app: Streamline) 
     assert resumed(kit, flow, run, "yes").output == ["yes", 1]
 
 
+def test_a_wait_whose_answer_could_not_be_stored_begins_again(kit: TestKit, app: Streamline) -> None:
+    """The state after such an answer, if the function has attempts left: the call is pending, and the run is still at it."""
+    flow = app.workflow("flow")
+
+    @flow.main(retries=2)
+    async def run_flow(ctx: DurableContext) -> Any:
+        await ctx.step("before", give, 1)
+        return await ctx.wait("go on")
+
+    run = kit.run(flow)
+    now = present(app.runs.find_one({"_id": run.id}))["updatedAt"]
+    app.runs.update_one({"_id": run.id}, {"$set": {"steps.2.status": "pending", "wakeAt": now}, "$unset": {"steps.2.waitingFor": ""}})
+    kit.settle()
+    run = present(flow.get(run.id))
+    assert (run.status, run.step("wait").status, run.current_step_id) == ("waiting", "waiting", "wait")
+    assert resumed(kit, flow, run, "yes").output == "yes"
+
+
 def test_a_paused_run_begins_no_generation(kit: TestKit, app: Streamline) -> None:
     flow = app.workflow("flow")
     entered: list[int] = []

@@ -18,7 +18,7 @@ from streamline_pool.domain import journal
 from streamline_pool.domain.definition import MAIN
 from streamline_pool.domain.document import StepDocument, WaitDocument
 from streamline_pool.domain.errors import InvalidStateError
-from streamline_pool.domain.model import ENDED_STEPS
+from streamline_pool.domain.model import ENDED_STEPS, StepStatus
 from streamline_pool.engine.active_run import ActiveRun
 from streamline_pool.engine.attempt import Attempt, Kind, Outcome
 from streamline_pool.engine.intents import Intents, ReleaseSuspension, SleepSuspension, WaitSuspension
@@ -268,7 +268,7 @@ class Calls:
             self._recorder.check_room(name)
             place = self._places[name] = len(steps)
             steps.append(journal.begun(name, kind, self._now()))
-        elif kind == "step":
+        elif kind == "step" or steps[place]["status"] == StepStatus.PENDING.value:  # a wait whose answer could not be stored
             steps[place] = journal.begun_again(steps[place], self._now())
         return place
 

@@ -386,6 +386,7 @@ def test_the_time_of_a_def_counts_from_its_entry(make_app: Callable[..., Streaml
     assert present(flow.get(run.id)).output == 40
 
 
+@pytest.mark.slow
 def test_the_calls_of_one_run_leave_threads_to_other_runs(make_app: Callable[..., Streamline]) -> None:
     app = make_app(concurrency=2)
     flow = app.workflow("flow")

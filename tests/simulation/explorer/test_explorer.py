@@ -52,7 +52,7 @@ def test_no_schedule_breaks_a_promise(server: Server, mongodb_uri: str, part: in
     explore(server, mongodb_uri, 1 + part * QUICK, QUICK)
 
 
-CODE_SEEDS = (*range(240, 280), *range(1, 21))
+CODE_SEEDS = (256, 271, *range(1, 25))
 """For schedules of durable functions; 256 and 271 have found an answer of `patched` that was lost, and a rewind of a later generation."""
 
 

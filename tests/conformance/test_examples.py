@@ -40,6 +40,11 @@ PRINTS: dict[str, tuple[str, ...]] = {
         "run 1 is done: booked, approved by Ann",
         "run 2 is done: no answer came; the expense is refused",
     ),
+    "order_as_code": (
+        "run 1 is failed at pack lamp-2: ['lamp-1'] are packed",
+        "run 1 is waiting at wait: ['lamp-1', 'lamp-2', 'lamp-3'] are packed, each once",
+        "run 1 is done: {'boxes': ['lamp-1', 'lamp-2', 'lamp-3'], 'paid': '60 paid, reference pay'}",
+    ),
     "sleep": ("welcome, Ann; the run is waiting until", "the run is done: Ann, are you still there?"),
     "conditional": (
         "run 1 is done, charged 25: price done, check_for_fraud skipped, discount done, thank skipped, charge done",

@@ -85,7 +85,7 @@ def test_killed_workers_lose_no_call_of_a_durable_function(app: Streamline, mong
         assert output == [4 * number + 6 + 4 * number, "first", "second", [1, 2]], run.id
     effects = Counter(effect["key"] for effect in app.store().collection("effects").find({}))
     log_line(f"{kills} kills, {len(effects)} calls, {sum(effects.values())} entries, {max(effects.values())} of one call at most")
-    assert kills > 10, "the runs were over before much was killed"
+    assert kills >= 5, "the runs were over before much was killed"
     assert len(effects) == RUNS * CALLS
     assert {key: n for key, n in accepted.items() if n != 1} == {}, "a call's result was accepted twice"
     assert_nothing_is_wedged(app)

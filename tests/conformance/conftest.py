@@ -16,6 +16,7 @@ from pymongo.errors import PyMongoError
 from waiting_app import waiting_app
 
 from streamline_pool import Streamline, embedded
+from streamline_pool.testing import TestKit
 from support import eventually
 
 
@@ -30,6 +31,13 @@ def client(mongodb_uri: str, database: str) -> Iterator[Streamline]:
     """The application of waiting_app.py in the test's own process, as a client of its pools."""
     with waiting_app(mongodb_uri, database) as app:
         yield app
+
+
+@pytest.fixture
+def kit(mongodb_uri: str) -> Iterator[TestKit]:
+    """The kit for users' tests."""
+    with TestKit(mongodb_uri) as kit:
+        yield kit
 
 
 @pytest.fixture

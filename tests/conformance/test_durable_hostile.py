@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,12 +20,6 @@ from streamline_pool.engine.group_outputs import GroupOutputs
 from streamline_pool.protocol.payloads import EXTERNAL_BYTES
 from streamline_pool.testing import TestKit
 from support import present
-
-
-@pytest.fixture
-def kit(mongodb_uri: str) -> Iterator[TestKit]:
-    with TestKit(mongodb_uri) as kit:
-        yield kit
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +15,6 @@ from streamline_pool import BlockingDurableContext, DurableContext, Run, Streaml
 from streamline_pool.domain import journal
 from streamline_pool.testing import TestKit
 from support import present
-
-
-@pytest.fixture
-def kit(mongodb_uri: str) -> Iterator[TestKit]:
-    with TestKit(mongodb_uri) as kit:
-        yield kit
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import gc
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -20,12 +20,6 @@ from streamline_pool.testing import TestKit
 from support import present
 
 CLOCKS_AGREE = timedelta(seconds=1)  # the server's clock, and what each of the kit's stores takes for it on a loaded machine
-
-
-@pytest.fixture
-def kit(mongodb_uri: str) -> Iterator[TestKit]:
-    with TestKit(mongodb_uri) as kit:
-        yield kit
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,12 +16,6 @@ from streamline_pool.client.connections import PYMONGO_STORES
 from streamline_pool.storage.store import Store
 from streamline_pool.testing import TestKit
 from support import present
-
-
-@pytest.fixture
-def kit(mongodb_uri: str) -> Iterator[TestKit]:
-    with TestKit(mongodb_uri) as kit:
-        yield kit
 
 
 @pytest.fixture

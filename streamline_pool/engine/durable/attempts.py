@@ -137,7 +137,7 @@ class Attempts:
             raise outcome.value  # the function has cancelled its call, or is cancelled itself
         reason = context.signal.reason
         is_stopped = reason not in (None, "timeout") and outcome.kind is not Kind.RETURNED
-        if is_stopped or outcome.kind in (Kind.NOT_ENTERED, Kind.TOO_LATE):
+        if is_stopped or outcome.kind in (Kind.NOT_ENTERED, Kind.TOO_LATE, Kind.SUSPENDED):  # suspended: by a checkpoint of a lost run
             self._idleness.leave(ReleaseSuspension(_NO_THREAD_PAUSE_S if outcome.kind is Kind.NOT_ENTERED else 0.0))
             raise ReleaseSuspension
         return await self._end(step, place, outcome, reason, intents)

@@ -51,7 +51,7 @@ class Recorder:
         self,
         active: ActiveRun,
         intents: Intents,
-        store: Callable[[ActiveRun, Change, int], Awaitable[bool]],
+        store: Store,
         monotonic: Callable[[], float],
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -99,7 +99,8 @@ class Recorder:
         """Raise PayloadTooLargeError if the run has no room for so many bytes of this call."""
         if self._run_bytes + size + STATEMENT_BYTES > journal.RUN_BYTES_MAX:
             found = f"run {self._active.run_id}: with the call {name!r} it would take {self._run_bytes + size} bytes"
-            raise above_limit(found, journal.RUN_BYTES_MAX, "let a long loop end with ctx.continue_as_new(input)")
+            remedy = "let a long loop end with ctx.continue_as_new(input), and store a large input elsewhere"
+            raise above_limit(found, journal.RUN_BYTES_MAX, remedy)
 
     def save_checkpoint(self, place: int, value: Any, size: int) -> asyncio.Future[None]:
         """Store a checkpoint of the call at `place`. As `add`."""

@@ -36,7 +36,7 @@ class StepContext(Context):
     def checkpoint(self, value: Any) -> Done:
         """Store the progress of this call; kept across attempts, dropped when the call ends.
 
-        Durable on return; in an `async def`, when it is awaited. Raises LeaseLostError when this worker no longer holds the run.
+        Durable on return; in an `async def`, when it is awaited. The call is left here when this worker no longer holds the run.
         """
         self._check_open()
         value, size = as_payload(value, "checkpoint")

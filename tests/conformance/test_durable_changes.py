@@ -17,6 +17,7 @@ from streamline_pool import (
     Workflow,
     current_step,
 )
+from streamline_pool.protocol import control
 from streamline_pool.testing import TestKit
 from support import present
 
@@ -155,3 +156,23 @@ def test_what_has_arrived_stays_in_the_next_generation(kit: TestKit, app: Stream
     kit.settle()
     run = present(flow.get(run.id))
     assert (run.status, run.output, run.generation) == ("done", [0, 1, 2], 2)
+
+
+def test_a_rewind_that_comes_late_does_not_reach_the_next_generation(kit: TestKit, app: Streamline, calls: Calls) -> None:
+    """There the same name is another call."""
+    flow = app.workflow("flow")
+
+    @flow.main
+    async def run_flow(ctx: DurableContext) -> None:
+        await ctx.step("work", calls.note, ctx.generation)
+        await ctx.wait("go on")
+        ctx.continue_as_new()
+
+    run = kit.run(flow)
+    names = ["work", "wait"]
+    late = control.rewind_run("flow", run.id, 0, 1, names, run.document["lane"], 0, "late", is_durable=True, rewinds=0)
+    flow.resume(run.id)
+    kit.settle()
+    assert (present(flow.get(run.id)).generation, calls.made) == (1, [0, 1])
+    assert app.store().run(late) is None
+    assert flow.rewind_to(run.id, "work").current_step_id == "main"

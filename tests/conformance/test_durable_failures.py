@@ -165,7 +165,7 @@ def test_a_function_may_limit_the_time_of_its_calls(kit: TestKit, app: Streamlin
     assert (run.status, run.output) == ("done", "instead")
 
 
-@pytest.mark.parametrize("kind", ["async", "thread"])
+@pytest.mark.parametrize("kind", ["async", "thread", "lambda"])
 @pytest.mark.parametrize("is_blocking", [False, True])
 def test_a_call_that_does_not_end_is_left(kit: TestKit, app: Streamline, kind: str, is_blocking: bool) -> None:
     """A handler that ignores its time-out must not hold up the run: another entry into the function goes on without it."""
@@ -189,7 +189,8 @@ def test_a_call_that_does_not_end_is_left(kit: TestKit, app: Streamline, kind: s
             time.sleep(0.05)
         return "after all"
 
-    fn: Callable[[], Any] = stubborn_async if kind == "async" else stubborn
+    fns: dict[str, Callable[[], Any]] = {"async": stubborn_async, "thread": stubborn, "lambda": lambda: stubborn_async()}  # noqa: PLW0108
+    fn = fns[kind]
 
     async def run_async(ctx: DurableContext) -> Any:
         return await ctx.step("stubborn", fn, timeout=0.05, retry_delay=0.001)

@@ -135,7 +135,9 @@ class ActiveRun:
 
     def replace_document(self, stored: RunDocument) -> None:
         """Go on with what is stored, and with the calls that have begun here and are not stored yet."""
-        begun = self.document["steps"][self.steps_stored :]
+        # A write in doubt may have stored some of them; in another generation they are gone.
+        is_same = stored.get("rewinds", 0) == self.document.get("rewinds", 0)
+        begun = self.document["steps"][len(stored["steps"]) :] if is_same else []
         self.steps_stored = len(stored["steps"])
         stored["steps"].extend(begun)
         self.document = stored
